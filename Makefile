@@ -1,0 +1,59 @@
+# `make demo` and `make test` need python3 (with venv and pip), g++ and make; they set up .venv with the versions pinned in
+# requirements.txt. Nothing is done twice: a second run takes seconds.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+PYTHON3 ?= python3
+
+SOURCES := $(shell find csrc -type f) build_native.py setup.py
+FORMATTED := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+
+.PHONY: build demo test bench readme check format sanitize ulp clean
+
+build: $(VENV)/installed $(VENV)/built
+
+demo: build
+	$(PYTHON) -m fastops demo
+
+test: build
+	$(PYTHON) -m pytest -q
+
+# The README's table, from the newest results.
+readme: build
+	$(PYTHON) -m fastops.benchmarks.report $$(ls -t benchmarks/results/*.json | head -1) README.md
+
+bench: build
+	$(PYTHON) -m fastops bench --out benchmarks/results
+
+check: $(VENV)/requirements
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(FORMATTED)
+
+format: $(VENV)/requirements
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(FORMATTED)
+
+# The kernels and every tests/cpp/test_*.cpp under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/requirements
+	$(PYTHON) build_native.py sanitize
+
+# The error of the float32 activations over all 2^32 inputs.
+ulp: $(VENV)/requirements
+	$(PYTHON) build_native.py ulp $(ULP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastops/_build.py fastops/*.so
+
+$(VENV)/requirements: requirements.txt
+	$(PYTHON3) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/requirements $(SOURCES)
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	touch $@
+
+$(VENV)/installed: $(VENV)/built pyproject.toml setup.py
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $@

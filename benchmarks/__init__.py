@@ -1,0 +1,1 @@
+"""fastops against PyTorch, measured: `fastops bench`. One harness, one file a stem."""

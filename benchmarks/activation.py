@@ -1,0 +1,77 @@
+"""Activations: every one in every dtype on 1K, 64K and 1M elements, and with an output of 64 MB."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+import fastops.functional as FF
+from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides
+
+SIZES = (1024, 65536, 1048576)
+LARGE = 16777216  # float32: 64 MB
+
+
+def _pair(name: str, *arguments: object, **options: object) -> tuple[Callable, Callable]:
+    def call(module: object) -> Callable:
+        function = getattr(module, name)
+        return (lambda x: function(x, *arguments, **options)) if arguments else partial(function, **options)
+
+    return call(F), call(FF)
+
+
+FUNCTIONS = {
+    "relu": _pair("relu"),
+    "relu6": _pair("relu6"),
+    "leaky_relu": _pair("leaky_relu"),
+    "elu": _pair("elu"),
+    "selu": _pair("selu"),
+    "celu": _pair("celu"),
+    "gelu": _pair("gelu"),
+    "gelu_tanh": _pair("gelu", approximate="tanh"),
+    "silu": _pair("silu"),
+    "mish": _pair("mish"),
+    "sigmoid": _pair("sigmoid"),
+    "logsigmoid": _pair("logsigmoid"),
+    "tanh": _pair("tanh"),
+    "softplus": _pair("softplus"),
+    "softsign": _pair("softsign"),
+    "hardtanh": _pair("hardtanh"),
+    "hardsigmoid": _pair("hardsigmoid"),
+    "hardswish": _pair("hardswish"),
+    "hardshrink": _pair("hardshrink"),
+    "softshrink": _pair("softshrink"),
+    "tanhshrink": _pair("tanhshrink"),
+    "threshold": _pair("threshold", 0.1, 0.5),
+    "prelu": (F.prelu, FF.prelu),
+    "glu": _pair("glu"),
+}
+
+
+def prepare(case: Case) -> Sides:
+    count = int(case.shape)
+    generator = torch.Generator().manual_seed(0)
+    shape = (count // 64, 128) if case.op == "glu" else (count,)
+    inputs = [(2 * torch.randn(shape, generator=generator)).to(DTYPES[case.dtype])]
+    if case.op == "prelu":
+        inputs.append(torch.full((1,), 0.25, dtype=DTYPES[case.dtype]))
+    return functional_sides(case, *FUNCTIONS[case.op], inputs)
+
+
+def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | None = None) -> Case:
+    """`shape` is the number of elements of the output."""
+    inputs = 2 if op == "glu" else 1
+    tensors = inputs + 1 if mode != BOTH else 3 * inputs + 2  # forward: x, y; backward: grad_y, what was saved, grad_x
+    traffic = float(int(shape) * DTYPES[dtype].itemsize * tensors)
+    return Case(op, shape, dtype, mode, threads, float(int(shape)), traffic, prepare, isa=isa)
+
+
+def cases(threads: int) -> list[Case]:
+    result = []
+    for op in FUNCTIONS:
+        for dtype in DTYPES:
+            for size in SIZES:
+                result += [make(op, str(size), dtype, mode, threads) for mode in (FORWARD, BOTH)]
+        result.append(make(op, str(LARGE), "f32", FORWARD, threads))
+    return result

@@ -1,0 +1,156 @@
+"""The figures that fastops promises, computed from a run's rows."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fastops.benchmarks import activation, linear
+from fastops.benchmarks.harness import BOTH, FORWARD, Row
+
+FAST = ("tanh", "mish", "tanhshrink")
+TRANSCENDENTAL = ("elu", "selu", "celu", "softplus", "logsigmoid", "gelu_tanh")
+RELU_FAMILY = ("relu", "relu6", "leaky_relu", "prelu", "threshold", "hardtanh")
+NEAR_PARITY = ("gelu", "sigmoid")
+MIDDLE = ("65536", "1048576")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`kind` of `value` over the rows that `select` takes has to be at least `reach`."""
+
+    name: str
+    reach: float
+    select: Callable[[Row], bool]
+    kind: str = "lowest"  # or "geomean"
+    value: Callable[[Row], float] = lambda row: row.ratio
+    unit: str = "x"
+
+
+@dataclass(frozen=True)
+class Result:
+    name: str
+    reach: str
+    measured: str
+    where: str  # the case that decided
+    reached: bool
+
+
+def _linear(op: str, dtype: str, shapes: Sequence[str], *modes: str) -> Callable[[Row], bool]:
+    return lambda row: (
+        row.op == op and row.dtype == dtype and row.shape in shapes and row.mode in modes and not row.lowered
+    )
+
+
+def _activation(ops: Sequence[str], dtype: str, sizes: Sequence[str], *modes: str) -> Callable[[Row], bool]:
+    return lambda row: row.op in ops and row.dtype == dtype and row.shape in sizes and row.mode in modes
+
+
+_SQUARES = _linear("linear", "f32", linear.SQUARES, FORWARD)
+_SMALL = (FORWARD, "record", BOTH)
+
+FIGURES = (
+    Figure("linear f32 1024^3, 2048^3, forward, 1 and 2 threads", 2.15, _SQUARES),
+    Figure("the same, share of the measured FMA peak", 87, _SQUARES, value=lambda row: row.percent_of_peak, unit="%"),
+    Figure("linear f32, layer shapes, forward", 2.0, _linear("linear", "f32", linear.LAYERS, FORWARD), "geomean"),
+    Figure("linear f32, layer shapes, forward+backward", 1.9, _linear("linear", "f32", linear.LAYERS, BOTH), "geomean"),
+    Figure("linear f32, layer shapes, both", 1.3, _linear("linear", "f32", linear.LAYERS, FORWARD, BOTH)),
+    Figure("linear f32 1x4096x4096, forward", 2.2, _linear("linear", "f32", (linear.VECTOR,), FORWARD)),
+    Figure("linear bf16, layer shapes, forward", 1.15, _linear("linear", "bf16", linear.LAYERS, FORWARD), "geomean"),
+    Figure(
+        "linear bf16, layer shapes, forward+backward", 1.15, _linear("linear", "bf16", linear.LAYERS, BOTH), "geomean"
+    ),
+    Figure("linear bf16, layer shapes, both", 0.98, _linear("linear", "bf16", linear.LAYERS, FORWARD, BOTH)),
+    Figure("small linear f32, all three passes", 1.0, _linear("linear", "f32", linear.SMALL, *_SMALL)),
+    Figure("small linear+relu f32, all three passes", 1.3, _linear("linear+relu", "f32", linear.SMALL, *_SMALL)),
+    Figure("tanh, mish, tanhshrink f32, 64K and 1M, forward", 5, _activation(FAST, "f32", MIDDLE, FORWARD)),
+    Figure(
+        "elu, selu, celu, softplus, logsigmoid, tanh-GELU f32, 64K and 1M, forward",
+        3,
+        _activation(TRANSCENDENTAL, "f32", MIDDLE, FORWARD),
+    ),
+    Figure("tanh, mish, tanhshrink f32, 64K and 1M, forward+backward", 3, _activation(FAST, "f32", MIDDLE, BOTH)),
+    Figure(
+        "elu, selu, celu, softplus, logsigmoid, tanh-GELU f32, 64K and 1M, forward+backward",
+        1.7,
+        _activation(TRANSCENDENTAL, "f32", MIDDLE, BOTH),
+    ),
+    Figure(
+        "relu, relu6, leaky_relu, prelu, threshold, hardtanh bf16, 64K and 1M, forward",
+        1.4,
+        _activation(RELU_FAMILY, "bf16", MIDDLE, FORWARD),
+    ),
+    Figure(
+        "the nine transcendental ones bf16, 64K and 1M, forward",
+        4,
+        _activation(FAST + TRANSCENDENTAL, "bf16", MIDDLE, FORWARD),
+    ),
+    Figure(
+        "any activation f32, 64 MB output, forward",
+        4,
+        lambda row: row.op in activation.FUNCTIONS and row.shape == str(activation.LARGE),
+    ),
+    Figure(
+        "AVX2 tier, linear f32 1024^3, forward",
+        1.1,
+        lambda row: (
+            row.lowered
+            and row.isa == "avx2"
+            and row.op == "linear"
+            and row.shape == linear.SQUARES[0]
+            and row.dtype == "f32"
+        ),
+    ),
+)
+
+
+def _remaining(row: Row) -> bool:
+    return row.op in activation.FUNCTIONS and not any(figure.select(row) for figure in FIGURES)
+
+
+REMAINING = (
+    Figure(
+        "every other activation, every dtype, 1K, 64K, 1M, both",
+        1.0,
+        lambda row: _remaining(row) and row.op not in NEAR_PARITY,
+    ),
+    Figure(
+        "erf-GELU and sigmoid, every dtype, 1K, 64K, 1M, both",
+        0.9,
+        lambda row: _remaining(row) and row.op in NEAR_PARITY,
+    ),
+)
+
+
+def evaluate(rows: Sequence[Row], memory: dict[str, dict[str, int]] | None) -> list[Result]:
+    """The figures that the rows, and the memory of footprint.measure, say something about."""
+    results = []
+    for figure in FIGURES + REMAINING:
+        chosen = [row for row in rows if figure.select(row)]
+        if not chosen:
+            continue
+        lowest = min(chosen, key=figure.value)
+        value = figure.value(lowest)
+        where = f"lowest of {len(chosen)}: {describe(lowest)}"
+        if figure.kind == "geomean":
+            value = math.exp(sum(math.log(figure.value(row)) for row in chosen) / len(chosen))
+            where = f"of {len(chosen)}, lowest {figure.value(lowest):.2f}: {describe(lowest)}"
+        name = f"{figure.name}: {figure.kind}"
+        measured = f"{value:.0f}%" if figure.unit == "%" else f"{value:.2f}{figure.unit}"
+        results.append(Result(name, f">= {figure.reach:g}{figure.unit}", measured, where, value >= figure.reach))
+    if memory is not None:
+        ours, theirs = memory["fastops"], memory["torch"]
+        peak = ours["peak_bytes"] / theirs["peak_bytes"]
+        where = f"{ours['peak_bytes'] / 2**20:.0f} MiB, PyTorch {theirs['peak_bytes'] / 2**20:.0f}"
+        results.append(
+            Result("peak memory of an MLP training step / PyTorch's", "<= 1", f"{peak:.3f}", where, peak <= 1)
+        )
+        saved = theirs["relu_saved_bytes"] / ours["relu_saved_bytes"]
+        where = f"{ours['relu_saved_bytes']} bytes, PyTorch {theirs['relu_saved_bytes']}"
+        results.append(
+            Result("what a ReLU keeps for backward: PyTorch's / ours", ">= 16x", f"{saved:.1f}x", where, saved >= 16)
+        )
+    return results
+
+
+def describe(row: Row) -> str:
+    return f"{row.op} {row.shape} {row.dtype} {row.mode} {row.threads}T"

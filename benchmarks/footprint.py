@@ -1,0 +1,68 @@
+"""Memory of an MLP training step, PyTorch against fastops, each in a process of its own.
+
+`python -m fastops.benchmarks.footprint torch|fastops THREADS` trains for a few steps and prints one line of JSON.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import fastops
+import fastops.functional as FF
+from fastops.benchmarks.training import mlp
+
+SIZES, BATCH, STEPS = (784, 2048, 2048, 10), 4096, 5
+
+
+def saved_bytes(function: object, x: torch.Tensor) -> int:
+    """Bytes of the storages that function(x) keeps for its backward."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(x)
+    return sum(storages.values())
+
+
+def measure(threads: int) -> dict[str, dict[str, int]]:
+    """For "torch" and "fastops": peak_bytes of the training steps, and relu_saved_bytes of a ReLU on 16 MB."""
+    results = {}
+    for side in ("torch", "fastops"):
+        command = [sys.executable, "-m", "fastops.benchmarks.footprint", side, str(threads)]
+        results[side] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return results
+
+
+def _resident(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def _run(side: str) -> dict[str, int]:
+    x = torch.randn(4 * 1024 * 1024, requires_grad=True)
+    relu_saved = saved_bytes(FF.relu if side == "fastops" else nn.functional.relu, x)
+    del x
+    torch.manual_seed(0)
+    model, batch, target = mlp(SIZES), torch.randn(BATCH, SIZES[0]), torch.randint(SIZES[-1], (BATCH,))
+    if side == "fastops":
+        fastops.replace_(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(batch), target).backward()
+        optimizer.step()
+    return {"peak_bytes": _resident("VmHWM") - before, "relu_saved_bytes": relu_saved}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[2]))
+    print(json.dumps(_run(sys.argv[1])))

@@ -1,0 +1,260 @@
+"""How every case is measured.
+
+A case is first verified: its results must be as near to the float64 reference as PyTorch's own (error <= 2 x PyTorch's
+error + a few rounding errors of the dtype). Then PyTorch, fastops and the machine's peak are sampled in turn, each side
+first every other time, so that whatever else the machine does hits all three alike. A sample lasts some milliseconds;
+what counts is the median over the samples, and its quartiles say how far to trust it. The ratio is PyTorch's median
+time divided by fastops'.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor
+
+from fastops import _C
+
+FORWARD, RECORD, BOTH = "forward", "record", "both"  # without autograd; recording for it; forward and backward
+MODES = (FORWARD, RECORD, BOTH)
+DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Sides:
+    """One call of each side, and the errors of their results: of fastops, of PyTorch, and what fastops' may be."""
+
+    torch: Callable[[], object]
+    fastops: Callable[[], object]
+    error: float
+    torch_error: float
+    allowed_error: float
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str  # "linear", "linear+relu", "tanh", "training step", ...
+    shape: str
+    dtype: str  # a key of DTYPES
+    mode: str  # one of MODES
+    threads: int
+    flops: float  # floating point operations that the formula asks for
+    bytes: float  # bytes that have to be read or written when nothing is cached
+    prepare: Callable[["Case"], Sides]
+    bound: str = "bytes"  # the peak it is held against: "flops" or "bytes"
+    isa: str | None = None  # a lower tier than the best one
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one case. Times in microseconds a call."""
+
+    op: str
+    shape: str
+    dtype: str
+    mode: str
+    threads: int
+    isa: str
+    lowered: bool  # measured on a tier below the one that the others ran on
+    torch_us: float
+    torch_q1_us: float
+    torch_q3_us: float
+    fastops_us: float
+    fastops_q1_us: float
+    fastops_q3_us: float
+    ratio: float
+    gflops: float
+    torch_gflops: float
+    gbytes: float
+    torch_gbytes: float
+    bound: str
+    peak: float  # GFLOP/s or GB/s, measured between the samples
+    percent_of_peak: float
+    torch_percent_of_peak: float
+    intensity: float  # flops / bytes
+    error: float
+    torch_error: float
+    samples: int
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+class WrongResult(Exception):
+    """fastops' result is further from the reference than it may be."""
+
+
+def functional_sides(case: Case, theirs: Callable, ours: Callable, inputs: Sequence[Tensor]) -> Sides:
+    """Sides for two functions of the same tensors.
+
+    In mode "both" a fixed gradient is sent back through the output, and every gradient is dropped before the next call.
+    """
+    leaves = [tensor.detach().requires_grad_(case.mode != FORWARD) for tensor in inputs]
+    grad = torch.randn_like(theirs(*leaves)) if case.mode == BOTH else None
+
+    def one(function: Callable) -> Callable[[], object]:
+        if grad is None:
+            return lambda: function(*leaves)
+
+        def forward_and_backward() -> None:
+            function(*leaves).backward(grad)
+            for leaf in leaves:
+                leaf.grad = None
+
+        return forward_and_backward
+
+    def results(function: Callable, dtype: torch.dtype) -> list[Tensor]:
+        operands = [leaf.detach().to(dtype).requires_grad_(leaf.requires_grad) for leaf in leaves]
+        output = function(*operands)
+        if grad is None:
+            return [output.detach()]
+        return [output.detach(), *torch.autograd.grad(output, operands, grad.to(dtype))]
+
+    exact = results(theirs, torch.float64)
+    error, torch_error, allowed = compare(
+        exact, results(ours, leaves[0].dtype), results(theirs, leaves[0].dtype), leaves[0].dtype
+    )
+    return Sides(one(theirs), one(ours), error, torch_error, allowed)
+
+
+def compare(
+    exact: Sequence[Tensor], ours: Sequence[Tensor], theirs: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[float, float, float]:
+    """The errors of fastops and of PyTorch and the one allowed, each relative to the largest value of its tensor.
+
+    Of several tensors, the one where fastops comes nearest to what is allowed.
+    """
+    worst = (0.0, 0.0, math.inf)
+    for reference, mine, other in zip(exact, ours, theirs, strict=True):
+        scale = reference.abs().max().item() or 1.0
+        error, torch_error = ((value.double() - reference).abs().max().item() / scale for value in (mine, other))
+        allowed = 2 * torch_error + 4 * torch.finfo(dtype).eps
+        if not error / allowed <= worst[0] / worst[2]:
+            worst = (error, torch_error, allowed)
+    return worst
+
+
+@contextmanager
+def settings(case: Case) -> Iterator[None]:
+    """Threads, tier and autograd as the case asks; the garbage collector waits."""
+    threads, isa = torch.get_num_threads(), _C.isa_used()
+    torch.set_num_threads(case.threads)
+    if case.isa is not None and not _C.set_isa(case.isa):
+        raise ValueError(f"this processor does not have the tier {case.isa}")
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.set_grad_enabled(case.mode != FORWARD):
+            yield
+    finally:
+        gc.enable()
+        _C.set_isa(isa)
+        torch.set_num_threads(threads)
+
+
+class Peak:
+    """Samples what the machine could do at best: multiply-adds on every thread, or a copy of as many bytes."""
+
+    def __init__(self, case: Case) -> None:
+        self._bound = case.bound
+        if case.bound == "bytes":
+            count = max(64, int(case.bytes) // 2)
+            self._source, self._target = torch.ones(count, dtype=torch.uint8), torch.zeros(count, dtype=torch.uint8)
+            copy = lambda: self._target.copy_(self._source)  # noqa: E731
+            copy()
+            self._bytes, self._copy, self._calls = 2 * count, copy, calls_for(copy, 1e-3)
+        else:
+            kernel = _C.peak_bf16 if case.dtype == "bf16" else _C.peak_f32
+            self._scale = 0.5 if case.dtype == "f64" else 1.0
+            self._kernel, self._threads = kernel, case.threads
+
+    def sample(self) -> float:
+        """GFLOP/s or GB/s."""
+        if self._bound == "bytes":
+            time_calls(self._copy, 1 + self._calls // 8)
+            return self._bytes / time_calls(self._copy, self._calls) / 1e9
+        with ThreadPoolExecutor(self._threads) as pool:
+            return self._scale * sum(pool.map(self._kernel, [2.0] * self._threads))
+
+
+def time_calls(function: Callable[[], object], calls: int) -> float:
+    """Seconds a call."""
+    begin = time.perf_counter_ns()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter_ns() - begin) / calls * 1e-9
+
+
+def calls_for(function: Callable[[], object], seconds: float) -> int:
+    """How many calls take about that long."""
+    calls = 1
+    while (elapsed := time_calls(function, calls) * calls) < seconds / 4:
+        calls *= 4
+    return max(1, round(calls * seconds / elapsed))
+
+
+def measure(case: Case, quick: bool = False) -> Row:
+    """Verifies the case, then times it.
+
+    Raises:
+        WrongResult: the verification failed; nothing was timed.
+    """
+    with settings(case):
+        sides = case.prepare(case)
+        if not sides.error <= sides.allowed_error:
+            raise WrongResult(
+                f"error {sides.error:.2g}, PyTorch's {sides.torch_error:.2g}, at most {sides.allowed_error:.2g}"
+            )
+        sample_seconds, budget, least = (1e-3, 0.05, 5) if quick else (2e-3, 0.25, 9)
+        peak = Peak(case)
+        for side in (sides.torch, sides.fastops):
+            time_calls(side, 2)
+        torch_calls, fastops_calls = calls_for(sides.torch, sample_seconds), calls_for(sides.fastops, sample_seconds)
+        torch_times, fastops_times, peaks = [], [], []
+        begin = time.perf_counter()
+        while len(torch_times) < least or (time.perf_counter() - begin < budget and len(torch_times) < 50):
+            turns = [(sides.torch, torch_calls, torch_times), (sides.fastops, fastops_calls, fastops_times)]
+            for side, calls, times in turns if len(peaks) % 2 == 0 else reversed(turns):
+                time_calls(side, 1 + calls // 8)  # caches, and threads that fell asleep, as this side leaves them
+                times.append(time_calls(side, calls))
+            peaks.append(peak.sample())
+        return _row(case, sides, torch_times, fastops_times, median(peaks))
+
+
+def _row(case: Case, sides: Sides, torch_times: list[float], fastops_times: list[float], peak: float) -> Row:
+    (torch_q1, theirs, torch_q3), (q1, mine, q3) = quantiles(torch_times), quantiles(fastops_times)
+    work = case.flops if case.bound == "flops" else case.bytes
+    return Row(
+        op=case.op,
+        shape=case.shape,
+        dtype=case.dtype,
+        mode=case.mode,
+        threads=case.threads,
+        isa=_C.isa_used(),
+        lowered=case.isa is not None,
+        torch_us=theirs * 1e6,
+        torch_q1_us=torch_q1 * 1e6,
+        torch_q3_us=torch_q3 * 1e6,
+        fastops_us=mine * 1e6,
+        fastops_q1_us=q1 * 1e6,
+        fastops_q3_us=q3 * 1e6,
+        ratio=theirs / mine,
+        gflops=case.flops / mine / 1e9,
+        torch_gflops=case.flops / theirs / 1e9,
+        gbytes=case.bytes / mine / 1e9,
+        torch_gbytes=case.bytes / theirs / 1e9,
+        bound=case.bound,
+        peak=peak,
+        percent_of_peak=100 * work / mine / 1e9 / peak,
+        torch_percent_of_peak=100 * work / theirs / 1e9 / peak,
+        intensity=case.flops / case.bytes,
+        error=sides.error,
+        torch_error=sides.torch_error,
+        samples=len(torch_times),
+    )

@@ -1,0 +1,456 @@
+// activation_forward, activation_backward, prelu_* and glu_*: one pass each. Included in the tier's namespace after
+// activation_math.inl.
+//
+// Work is cut into blocks that depend on the shape alone, and every element (or partial sum) belongs to one block, so that the
+// number of threads changes no bit of the result.
+
+constexpr int64_t kBlock = 8192;  // elements; a multiple of 64, so that a mask word belongs to one block
+
+// Elements that a thread must have to be worth waking: it takes some microseconds. Measured: PyTorch's own grain, 32768, suits
+// loops that stream; a transcendental costs several times as much an element.
+inline int64_t grain(ActivationKind kind) {
+  switch (kind) {
+    case ActivationKind::identity:
+    case ActivationKind::relu:
+    case ActivationKind::relu6:
+    case ActivationKind::leaky_relu:
+    case ActivationKind::hardtanh:
+    case ActivationKind::hardsigmoid:
+    case ActivationKind::hardswish:
+    case ActivationKind::hardshrink:
+    case ActivationKind::softshrink:
+    case ActivationKind::threshold: return 32768;
+    default: return 12288;
+  }
+}
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Threads for `elements` of work in `blocks` pieces.
+inline int threads_for(const Team& team, int64_t elements, int64_t blocks, int64_t grain) {
+  const int64_t wanted = smaller(elements / grain, blocks);
+  return wanted < 1 ? 1 : static_cast<int>(smaller(wanted, team.threads));
+}
+
+// body(row, first, count) over rows x cols, `step` columns at a time.
+template <class Body>
+void for_blocks(const Team& team, int64_t rows, int64_t cols, int64_t step, int64_t grain, Body body) {
+  if (rows == 0 || cols == 0) return;
+  const int64_t blocks_per_row = (cols + step - 1) / step, blocks = rows * blocks_per_row;
+  team.parallel(threads_for(team, rows * cols, blocks, grain), [&](int thread, int actual) {
+    const int64_t begin = blocks / actual * thread + smaller(thread, blocks % actual);
+    const int64_t end = begin + blocks / actual + (thread < blocks % actual ? 1 : 0);
+    int64_t row = begin / blocks_per_row, first = begin % blocks_per_row * step;
+    for (int64_t block = begin; block < end; ++block) {
+      body(row, first, smaller(step, cols - first));
+      first += step;
+      if (first >= cols) {
+        first = 0;
+        ++row;
+      }
+    }
+  });
+}
+
+inline uint64_t load_bits(const uint8_t* p, int bytes) {
+  uint64_t bits = 0;
+  for (int i = 0; i < bytes; ++i) bits |= static_cast<uint64_t>(p[i]) << (8 * i);
+  return bits;
+}
+inline void store_bits(uint8_t* p, int bytes, uint64_t bits) {
+  for (int i = 0; i < bytes; ++i) p[i] = static_cast<uint8_t>(bits >> (8 * i));
+}
+
+// As forward_row, and the bit of element i at mask[i / 8], bit i % 8.
+template <class Kind, class S>
+void forward_mask_row(const S* x, S* y, uint8_t* mask, int64_t n, const Activation& activation) {
+  using V = Vec<Compute<S>>;
+  const auto p = parameters<S>(activation);
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64, mask += 8) {
+    uint64_t bits = 0;
+    for (int j = 0; j < 64; j += V::size) {
+      const V v = V::load(x + i + j);
+      Kind::forward(v, p).store(y + i + j);
+      bits |= static_cast<uint64_t>(Kind::inside(v, p).bits()) << j;
+    }
+    store_bits(mask, 8, bits);
+  }
+  const int tail = static_cast<int>(n - i);
+  if (tail == 0) return;
+  uint64_t bits = 0;
+  for (int j = 0; j < tail; j += V::size) {
+    const int count = static_cast<int>(smaller(V::size, tail - j));
+    const V v = V::load(x + i + j, count);
+    Kind::forward(v, p).store(y + i + j, count);
+    bits |= static_cast<uint64_t>(Kind::inside(v, p).bits()) << j;
+  }
+  store_bits(mask, (tail + 7) / 8, bits & ((uint64_t{1} << tail) - 1));
+}
+
+template <class Kind, class S>
+void backward_mask_row(const S* grad_y, const uint8_t* mask, S* grad_x, int64_t n, const Activation& activation) {
+  using C = Compute<S>;
+  using V = Vec<C>;
+  const auto p = parameters<S>(activation);
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64, mask += 8) {
+    const uint64_t bits = load_bits(mask, 8);
+    for (int j = 0; j < 64; j += V::size) {
+      const Mask<C> inside = Mask<C>::from_bits(static_cast<unsigned>(bits >> j));
+      Kind::apply(inside, V::load(grad_y + i + j), p).store(grad_x + i + j);
+    }
+  }
+  const int tail = static_cast<int>(n - i);
+  if (tail == 0) return;
+  const uint64_t bits = load_bits(mask, (tail + 7) / 8);
+  for (int j = 0; j < tail; j += V::size) {
+    const int count = static_cast<int>(smaller(V::size, tail - j));
+    const Mask<C> inside = Mask<C>::from_bits(static_cast<unsigned>(bits >> j));
+    Kind::apply(inside, V::load(grad_y + i + j, count), p).store(grad_x + i + j, count);
+  }
+}
+
+template <class S>
+using ForwardMaskRow = void (*)(const S* x, S* y, uint8_t* mask, int64_t n, const Activation&);
+template <class S>
+using BackwardMaskRow = void (*)(const S* grad_y, const uint8_t* mask, S* grad_x, int64_t n, const Activation&);
+
+// The kinds of saved_by_default's mask.
+template <class S>
+ForwardMaskRow<S> find_forward_mask_row(ActivationKind kind) {
+  switch (kind) {
+    case ActivationKind::leaky_relu: return forward_mask_row<LeakyRelu, S>;
+    case ActivationKind::relu6:
+    case ActivationKind::hardtanh: return forward_mask_row<Hardtanh, S>;
+    case ActivationKind::hardsigmoid: return forward_mask_row<Hardsigmoid, S>;
+    case ActivationKind::hardshrink: return forward_mask_row<Hardshrink, S>;
+    case ActivationKind::softshrink: return forward_mask_row<Softshrink, S>;
+    case ActivationKind::threshold: return forward_mask_row<Threshold, S>;
+    default: return forward_mask_row<Relu, S>;
+  }
+}
+
+template <class S>
+BackwardMaskRow<S> find_backward_mask_row(ActivationKind kind) {
+  switch (kind) {
+    case ActivationKind::leaky_relu: return backward_mask_row<LeakyRelu, S>;
+    case ActivationKind::hardsigmoid: return backward_mask_row<Hardsigmoid, S>;
+    default: return backward_mask_row<ZeroOutside, S>;
+  }
+}
+
+template <class S>
+void activation_forward_of(const ActivationForward& args, const Team& team) {
+  const S* x = static_cast<const S*>(args.x);
+  S* y = static_cast<S*>(args.y);
+  int64_t rows = args.rows, cols = args.cols;
+  if (args.x_row_stride == cols && (args.mask == nullptr || cols % 8 == 0)) {
+    cols *= rows;
+    rows = 1;
+  }
+  const int64_t per_thread = grain(args.activation.kind);
+  if (args.mask == nullptr) {
+    const ForwardRow<S, S> row_kernel = find_forward_row<S, S>(args.activation.kind);
+    for_blocks(team, rows, cols, kBlock, per_thread, [&](int64_t row, int64_t first, int64_t count) {
+      row_kernel(x + row * args.x_row_stride + first, y + row * cols + first, count, args.activation);
+    });
+  } else {
+    const ForwardMaskRow<S> row_kernel = find_forward_mask_row<S>(args.activation.kind);
+    for_blocks(team, rows, cols, kBlock, per_thread, [&](int64_t row, int64_t first, int64_t count) {
+      uint8_t* mask = args.mask + row * mask_row_bytes(cols) + first / 8;
+      row_kernel(x + row * args.x_row_stride + first, y + row * cols + first, mask, count, args.activation);
+    });
+  }
+}
+
+template <class S>
+void activation_backward_of(const ActivationBackward& args, const Team& team) {
+  const S* grad_y = static_cast<const S*>(args.grad_y);
+  S* grad_x = static_cast<S*>(args.grad_x);
+  const bool masked = args.saved_kind == Saved::mask;
+  int64_t rows = args.rows, cols = args.cols;
+  if (args.grad_y_row_stride == cols && (masked ? cols % 8 == 0 : args.saved_row_stride == cols)) {
+    cols *= rows;
+    rows = 1;
+  }
+  const int64_t per_thread = grain(args.activation.kind);
+  if (masked) {
+    const uint8_t* mask = static_cast<const uint8_t*>(args.saved);
+    const BackwardMaskRow<S> row_kernel = find_backward_mask_row<S>(args.activation.kind);
+    for_blocks(team, rows, cols, kBlock, per_thread, [&](int64_t row, int64_t first, int64_t count) {
+      row_kernel(grad_y + row * args.grad_y_row_stride + first, mask + row * mask_row_bytes(cols) + first / 8,
+                 grad_x + row * cols + first, count, args.activation);
+    });
+  } else {
+    // The identity reads nothing that was saved; its loop may look at grad_y instead.
+    const bool nothing = args.saved_kind == Saved::nothing;
+    const S* saved = nothing ? grad_y : static_cast<const S*>(args.saved);
+    const int64_t saved_stride = nothing ? args.grad_y_row_stride : args.saved_row_stride;
+    const auto row_kernel = find_backward_row<S, S>(args.activation.kind, args.saved_kind == Saved::output);
+    for_blocks(team, rows, cols, kBlock, per_thread, [&](int64_t row, int64_t first, int64_t count) {
+      row_kernel(grad_y + row * args.grad_y_row_stride + first, saved + row * saved_stride + first,
+                 grad_x + row * cols + first, count, args.activation);
+    });
+  }
+}
+
+// Calls body with a null pointer of the storage type.
+template <class Body>
+void for_dtype(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::f32: return body(static_cast<float*>(nullptr));
+    case DType::f64: return body(static_cast<double*>(nullptr));
+    case DType::bf16: return body(static_cast<bf16_t*>(nullptr));
+    case DType::f16: return body(static_cast<f16_t*>(nullptr));
+  }
+}
+
+template <class S>
+S pointee(S*);  // never defined: the storage type of for_dtype's pointer
+
+void activation_forward(const ActivationForward& args, const Team& team) {
+  for_dtype(args.dtype, [&](auto* type) { activation_forward_of<decltype(pointee(type))>(args, team); });
+}
+
+void activation_backward(const ActivationBackward& args, const Team& team) {
+  for_dtype(args.dtype, [&](auto* type) { activation_backward_of<decltype(pointee(type))>(args, team); });
+}
+
+// ---- PReLU. x[outer, channels, inner] is two shapes of loop: one weight a row where inner > 1 (or one channel: a single row),
+// one weight a column where inner == 1.
+
+struct PreluShape {
+  int64_t rows, cols;  // of x as a matrix
+  bool weight_per_column;
+  int64_t blocks_per_row;  // one weight a row: partial sums of grad_w in a row
+  int64_t chunk, chunks;   // one weight a column: rows in a partial sum of grad_w, and how many
+};
+
+inline PreluShape prelu_shape(int64_t outer, int64_t channels, int64_t inner) {
+  PreluShape shape = {outer * channels, inner, false, 0, 0, 0};
+  if (channels == 1) {
+    shape.rows = 1;
+    shape.cols = outer * inner;
+  } else if (inner == 1) {
+    shape.rows = outer;
+    shape.cols = channels;
+    shape.weight_per_column = true;
+    // At most 64 partial sums a column, so that the workspace stays small.
+    shape.chunk = outer / 64 + 1 > 64 ? outer / 64 + 1 : 64;
+    shape.chunks = (outer + shape.chunk - 1) / shape.chunk;
+  }
+  shape.blocks_per_row = (shape.cols + kBlock - 1) / kBlock;
+  return shape;
+}
+
+template <class S>
+inline Compute<S> load_one(const S* p) {
+  Compute<S> value;
+  Vec<Compute<S>>::load(p, 1).store(&value, 1);
+  return value;
+}
+
+constexpr int kColumns = 256;  // weights held as compute values at a time
+
+// Columns [first, first + count) of w, count <= kColumns, into a buffer padded with zeros to whole vectors.
+template <class S>
+void load_weights(const S* w, int64_t stride, int64_t first, int64_t count, Compute<S>* buffer) {
+  using V = Vec<Compute<S>>;
+  for (int64_t i = 0; i < count; ++i) buffer[i] = load_one(w + (first + i) * stride);
+  for (int64_t i = count; i % V::size != 0; ++i) buffer[i] = 0;
+}
+
+template <class C>
+inline Vec<C> prelu(Vec<C> x, Vec<C> w) {
+  return select(gt(x, Vec<C>::zero()), x, w * x);
+}
+
+template <class S>
+void prelu_forward_of(const PreluForward& args, const Team& team) {
+  using C = Compute<S>;
+  using V = Vec<C>;
+  const S* x = static_cast<const S*>(args.x);
+  const S* w = static_cast<const S*>(args.w);
+  S* y = static_cast<S*>(args.y);
+  const PreluShape shape = prelu_shape(args.outer, args.channels, args.inner);
+  const int64_t cols = shape.cols, grain = 32768;
+  if (!shape.weight_per_column) {
+    for_blocks(team, shape.rows, cols, kBlock, grain, [&](int64_t row, int64_t first, int64_t count) {
+      const V weight = V::set1(load_one(w + row % args.channels * args.w_stride));
+      const S* from = x + row * cols + first;
+      S* to = y + row * cols + first;
+      int64_t i = 0;
+      for (; i + V::size <= count; i += V::size) prelu(V::load(from + i), weight).store(to + i);
+      const int tail = static_cast<int>(count - i);
+      if (tail > 0) prelu(V::load(from + i, tail), weight).store(to + i, tail);
+    });
+    return;
+  }
+  // Blocks of rows, so that a weight is fetched once for many of them.
+  const int64_t chunk = kBlock / cols + 1, chunks = (shape.rows + chunk - 1) / chunk;
+  for_blocks(team, chunks, cols, kColumns, grain / chunk + 1, [&](int64_t block, int64_t first, int64_t count) {
+    C weights[kColumns];
+    load_weights(w, args.w_stride, first, count, weights);
+    for (int64_t row = block * chunk; row < smaller((block + 1) * chunk, shape.rows); ++row) {
+      const S* from = x + row * cols + first;
+      S* to = y + row * cols + first;
+      int64_t i = 0;
+      for (; i + V::size <= count; i += V::size) prelu(V::load(from + i), V::load(weights + i)).store(to + i);
+      const int tail = static_cast<int>(count - i);
+      if (tail > 0) prelu(V::load(from + i, tail), V::load(weights + i)).store(to + i, tail);
+    }
+  });
+}
+
+size_t prelu_backward_workspace(const PreluBackward& args) {
+  if (args.grad_w == nullptr) return 0;
+  const PreluShape shape = prelu_shape(args.outer, args.channels, args.inner);
+  const int64_t sums = shape.weight_per_column ? shape.chunks * shape.cols : shape.rows * shape.blocks_per_row;
+  return static_cast<size_t>(sums) * (args.dtype == DType::f64 ? 8 : 4);
+}
+
+// The sum of `count` partial sums, first + i * stride.
+template <class C>
+inline double sum_partials(const C* first, int64_t count, int64_t stride) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(first[i * stride]);
+  return sum;
+}
+
+template <class S>
+void prelu_backward_of(const PreluBackward& args, void* workspace, const Team& team) {
+  using C = Compute<S>;
+  using V = Vec<C>;
+  const S* grad_y = static_cast<const S*>(args.grad_y);
+  const S* x = static_cast<const S*>(args.x);
+  const S* w = static_cast<const S*>(args.w);
+  S* grad_x = static_cast<S*>(args.grad_x);
+  S* grad_w = static_cast<S*>(args.grad_w);
+  C* sums = static_cast<C*>(workspace);
+  const PreluShape shape = prelu_shape(args.outer, args.channels, args.inner);
+  const int64_t cols = shape.cols, grain = 24576;
+
+  // One vector: stores what is wanted of grad_x and returns what it adds to grad_w.
+  const auto step = [&](int64_t at, int tail, V weight) {
+    const V g = tail ? V::load(grad_y + at, tail) : V::load(grad_y + at);
+    const V v = tail ? V::load(x + at, tail) : V::load(x + at);
+    const Mask<C> positive = gt(v, V::zero());
+    if (grad_x != nullptr) {
+      const V result = select(positive, g, weight * g);
+      if (tail)
+        result.store(grad_x + at, tail);
+      else
+        result.store(grad_x + at);
+    }
+    return select(positive, V::zero(), g * v);
+  };
+
+  if (!shape.weight_per_column) {
+    for_blocks(team, shape.rows, cols, kBlock, grain, [&](int64_t row, int64_t first, int64_t count) {
+      const V weight = V::set1(load_one(w + row % args.channels * args.w_stride));
+      const int64_t at = row * cols + first;
+      V even = V::zero(), odd = V::zero();
+      int64_t i = 0;
+      for (; i + 2 * V::size <= count; i += 2 * V::size) {
+        even = even + step(at + i, 0, weight);
+        odd = odd + step(at + i + V::size, 0, weight);
+      }
+      for (; i < count; i += V::size) {
+        const int64_t left = count - i;
+        even = even + step(at + i, left < V::size ? static_cast<int>(left) : 0, weight);
+      }
+      if (grad_w != nullptr) sums[row * shape.blocks_per_row + first / kBlock] = reduce_add(even + odd);
+    });
+    if (grad_w == nullptr) return;
+    const int64_t groups = shape.rows / args.channels;  // rows that share a weight
+    for_blocks(team, 1, args.channels, 64, 64, [&](int64_t, int64_t first, int64_t count) {
+      for (int64_t c = first; c < first + count; ++c) {
+        double sum = 0;
+        for (int64_t group = 0; group < groups; ++group)
+          sum += sum_partials(sums + (group * args.channels + c) * shape.blocks_per_row, shape.blocks_per_row, 1);
+        V::set1(static_cast<C>(sum)).store(grad_w + c, 1);
+      }
+    });
+    return;
+  }
+
+  for_blocks(team, shape.chunks, cols, kColumns, grain / shape.chunk + 1,
+             [&](int64_t block, int64_t first, int64_t count) {
+               C weights[kColumns], columns[kColumns] = {};
+               load_weights(w, args.w_stride, first, count, weights);
+               for (int64_t row = block * shape.chunk; row < smaller((block + 1) * shape.chunk, shape.rows); ++row) {
+                 for (int64_t i = 0; i < count; i += V::size) {
+                   const int64_t left = count - i;
+                   const int tail = left < V::size ? static_cast<int>(left) : 0;
+                   const V added = step(row * cols + first + i, tail, V::load(weights + i));
+                   (V::load(columns + i) + added).store(columns + i);
+                 }
+               }
+               if (grad_w == nullptr) return;
+               for (int64_t i = 0; i < count; ++i) sums[block * cols + first + i] = columns[i];
+             });
+  if (grad_w == nullptr) return;
+  for_blocks(team, 1, cols, 64, 1024, [&](int64_t, int64_t first, int64_t count) {
+    for (int64_t c = first; c < first + count; ++c)
+      V::set1(static_cast<C>(sum_partials(sums + c, shape.chunks, cols))).store(grad_w + c, 1);
+  });
+}
+
+void prelu_forward(const PreluForward& args, const Team& team) {
+  for_dtype(args.dtype, [&](auto* type) { prelu_forward_of<decltype(pointee(type))>(args, team); });
+}
+
+void prelu_backward(const PreluBackward& args, void* workspace, const Team& team) {
+  for_dtype(args.dtype, [&](auto* type) { prelu_backward_of<decltype(pointee(type))>(args, workspace, team); });
+}
+
+// ---- GLU
+
+constexpr int64_t kGluGrain = 12288;
+
+template <class S>
+void glu_forward_of(const GluForward& args, const Team& team) {
+  using V = Vec<Compute<S>>;
+  const S* x = static_cast<const S*>(args.x);
+  S* y = static_cast<S*>(args.y);
+  for_blocks(team, args.outer, args.inner, kBlock, kGluGrain, [&](int64_t row, int64_t first, int64_t count) {
+    const S* a = x + 2 * row * args.inner + first;
+    const S* b = a + args.inner;
+    S* to = y + row * args.inner + first;
+    int64_t i = 0;
+    for (; i + V::size <= count; i += V::size) (V::load(a + i) * sigmoid(V::load(b + i))).store(to + i);
+    const int tail = static_cast<int>(count - i);
+    if (tail > 0) (V::load(a + i, tail) * sigmoid(V::load(b + i, tail))).store(to + i, tail);
+  });
+}
+
+template <class S>
+void glu_backward_of(const GluBackward& args, const Team& team) {
+  using C = Compute<S>;
+  using V = Vec<C>;
+  const S* grad_y = static_cast<const S*>(args.grad_y);
+  const S* x = static_cast<const S*>(args.x);
+  S* grad_x = static_cast<S*>(args.grad_x);
+  for_blocks(team, args.outer, args.inner, kBlock, kGluGrain, [&](int64_t row, int64_t first, int64_t count) {
+    const S* a = x + 2 * row * args.inner + first;
+    const S* g = grad_y + row * args.inner + first;
+    S* to = grad_x + 2 * row * args.inner + first;
+    for (int64_t i = 0; i < count; i += V::size) {
+      const int tail = static_cast<int>(smaller(V::size, count - i));
+      const V gate = sigmoid(V::load(a + args.inner + i, tail)), from = V::load(g + i, tail);
+      const V grad_a = from * gate;
+      const V grad_b = grad_a * (set<C>(1) - gate) * V::load(a + i, tail);
+      grad_a.store(to + i, tail);
+      grad_b.store(to + args.inner + i, tail);
+    }
+  });
+}
+
+void glu_forward(const GluForward& args, const Team& team) {
+  for_dtype(args.dtype, [&](auto* type) { glu_forward_of<decltype(pointee(type))>(args, team); });
+}
+
+void glu_backward(const GluBackward& args, const Team& team) {
+  for_dtype(args.dtype, [&](auto* type) { glu_backward_of<decltype(pointee(type))>(args, team); });
+}

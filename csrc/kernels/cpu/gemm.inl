@@ -1,0 +1,330 @@
+// The matrix product around the microkernels: out = f(A B + bias) for A[m, k] and B[k, n] of any strides.
+//
+// One operand is shared: the whole team packs a block of it once, then a barrier. The other is private: its lanes are cut into
+// strips, a thread takes the next strip, packs it a k block at a time into its own cache and multiplies it with everything
+// shared. So there is one barrier however many k blocks there are, private panels are still in the packer's L2 when they are
+// used, and threads that the system slows down take fewer strips. An operand that the microkernel can read where it lies is
+// not packed at all.
+//
+// Every element of C is one chain of multiply-adds a k block, whoever computes it in whatever tile, and the k blocks are
+// added in order; the block length depends on the shape only. So the bits do not depend on the number of threads.
+
+template <class T>
+struct Gemm {
+  int64_t m, n, k;
+  Source<T> a;  // lanes: rows
+  Source<T> b;  // lanes: columns
+  Output<T> out;
+  Compute<T>* a_sums;  // null, or m zeros that get the sum of A over k
+};
+
+// Block sizes. Measured on Granite Rapids (48 KB L1d, 2 MB L2) unless said.
+struct GemmBlocking {
+  int64_t kc;               // longest k block, in elements of T
+  int64_t ks;               // k that is packed at a time
+  int64_t shared_bytes;     // bound of the shared operand's packed block
+  int64_t partial_elements; // bound of the block of sums kept for 16-bit outputs
+  int64_t strip_a, strip_b; // longest private strips, in lanes
+  int64_t mc;               // rows of A that stay in L2 while B's panels pass
+};
+constexpr GemmBlocking kBlocking = {512, 4096, 8 << 20, 4 << 20, 20 * kMr, 128, 20 * kMr};
+
+// Products smaller than this run in the calling thread: a team costs some microseconds to start.
+constexpr int64_t kFlopPerThread = 400 * 1000;
+
+// Operands up to this many bytes, packed, go on the stack instead of into a workspace.
+constexpr int64_t kTinyBytes = 24 * 1024;
+
+// Reading A where it lies saves packing, which pays when there are few columns to spread the cost over.
+constexpr int64_t kDirectAColumns = 256;
+// Reading B where it lies: with few rows each element is used once or twice.
+constexpr int64_t kDirectBRows = 2 * kMr;
+
+struct GemmPlan {
+  bool tiny, share_a, a_direct, b_direct;
+  int threads;
+  int64_t kc, ks, mb, nb;
+  int64_t strip;   // lanes of the private operand in a job
+  int64_t parts;   // jobs that one strip is cut into along the shared operand
+  int64_t a_panel, b_panel;  // elements of P between panels
+  size_t shared_at, private_at, private_bytes, partial_at, total;
+};
+
+template <class P, class T>
+GemmPlan plan_gemm(const Gemm<T>& g, int threads) {
+  constexpr int64_t nr = kNr<Compute<T>>;
+  constexpr int64_t step = PackAs<P, typename StageOf<P, T>::type>::kStep;
+  constexpr bool kReadable = same_type<P, T>;
+  GemmPlan plan{};
+  const int64_t m = larger<int64_t>(g.m, 1), n = larger<int64_t>(g.n, 1), k = larger<int64_t>(g.k, 1);
+
+  const int64_t blocks = ceil_div(k, kBlocking.kc);
+  plan.kc = round_up(ceil_div(k, blocks), 16);
+  plan.ks = smaller(round_up(k, plan.kc), kBlocking.ks / plan.kc * plan.kc);
+
+  const bool a_plain = kReadable && g.a.derivative == nullptr && g.a_sums == nullptr;
+  const bool b_plain = kReadable && g.b.derivative == nullptr && g.b.ls == 1;
+  const int64_t a_tiny = round_up(m, kMr) * round_up(k, step) / step * static_cast<int64_t>(sizeof(P));
+  const int64_t b_tiny = round_up(n, nr) * round_up(k, step) / step * static_cast<int64_t>(sizeof(P));
+  if (a_tiny <= kTinyBytes && b_tiny <= kTinyBytes && m * n <= kTinyBytes / 4) {
+    plan.tiny = true;
+    plan.threads = 1;
+    plan.a_direct = a_plain;
+    plan.b_direct = b_plain;
+    plan.kc = plan.ks = k;
+    plan.mb = m;
+    plan.nb = n;
+    return plan;
+  }
+  const bool aliased = g.a.ls * static_cast<int64_t>(sizeof(T)) % 4096 == 0 && k > 64;
+  plan.a_direct = a_plain && (g.a.ks == 1 || g.a.ls == 1) && n <= kDirectAColumns && !(aliased && m > kMr);
+  plan.b_direct = b_plain && m <= kDirectBRows;
+  plan.share_a = n >= m;
+
+  const double flop = 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
+  plan.threads = static_cast<int>(smaller(static_cast<double>(threads), larger(1.0, flop / kFlopPerThread)));
+
+  const int64_t sw = plan.share_a ? kMr : nr, pw = plan.share_a ? nr : kMr;  // widths of shared and private panels
+  const int64_t shared = plan.share_a ? m : n, priv = plan.share_a ? n : m;
+  const int64_t most = larger<int64_t>(kBlocking.shared_bytes / (plan.ks / step * static_cast<int64_t>(sizeof(P))), 4 * sw);
+  int64_t shared_block = round_up(ceil_div(shared, ceil_div(shared, most)), sw);
+  int64_t private_block = priv;
+  const bool partial = !same_type<T, Compute<T>> && plan.kc < k;
+  if (partial) {
+    shared_block = smaller<int64_t>(shared_block, round_up(1024, sw));
+    private_block = smaller<int64_t>(priv, round_up(kBlocking.partial_elements / 1024, pw));
+  }
+  plan.mb = plan.share_a ? shared_block : private_block;
+  plan.nb = plan.share_a ? private_block : shared_block;
+
+  const int64_t most_strip = plan.share_a ? kBlocking.strip_b : kBlocking.strip_a;
+  const int64_t wanted = plan.threads == 1 ? 1 : 4 * plan.threads;
+  plan.strip = smaller(most_strip, round_up(ceil_div(private_block, wanted), pw));
+  const int64_t strips = ceil_div(private_block, plan.strip);
+  plan.parts = 1;
+  if (strips < plan.threads) plan.parts = larger<int64_t>(1, smaller(ceil_div(2 * plan.threads, strips), ceil_div(shared_block, sw)));
+
+  const int64_t k_shared = plan.ks / step, k_private = plan.kc / step;
+  plan.a_panel = kMr * (plan.share_a ? k_shared : k_private);
+  plan.b_panel = nr * (plan.share_a ? k_private : k_shared);
+  const bool shared_direct = plan.share_a ? plan.a_direct : plan.b_direct;
+  const bool private_direct = plan.share_a ? plan.b_direct : plan.a_direct;
+  size_t at = 256;  // the team's counters
+  plan.shared_at = at;
+  if (!shared_direct) at += static_cast<size_t>(round_up(shared_block, sw) * k_shared) * sizeof(P);
+  plan.private_bytes = private_direct ? 0 : static_cast<size_t>(round_up(plan.strip * k_private * sizeof(P), 64));
+  plan.private_at = at = static_cast<size_t>(round_up(static_cast<int64_t>(at), 64));
+  at += plan.private_bytes * static_cast<size_t>(plan.threads);
+  plan.partial_at = at;
+  if (partial) at += static_cast<size_t>(plan.mb * (plan.nb + 16)) * sizeof(Compute<T>);
+  plan.total = static_cast<size_t>(round_up(static_cast<int64_t>(at), 64));
+  return plan;
+}
+
+// A team inside one parallel region: work in units that the threads draw, and a barrier after it.
+struct Crew {
+  struct Counters {
+    alignas(64) int64_t next;
+    alignas(64) int arrived;
+  };
+  Counters* counters;
+  int actual;
+  int64_t base;
+  int generation;
+
+  Crew(Counters* shared, int threads) : counters(shared), actual(threads), base(0), generation(0) {}
+
+  template <class Body>
+  void share(int64_t units, Body&& body) {
+    if (actual == 1) {
+      for (int64_t u = 0; u < units; ++u) body(u);
+      return;
+    }
+    for (;;) {
+      const int64_t u = __atomic_fetch_add(&counters->next, 1, __ATOMIC_RELAXED) - base;
+      if (u >= units) break;
+      body(u);
+    }
+    base += units + actual;  // every thread draws once in vain
+    barrier();
+  }
+
+  void barrier() {
+    const int target = ++generation * actual;
+    __atomic_fetch_add(&counters->arrived, 1, __ATOMIC_ACQ_REL);
+    for (int spins = 0; __atomic_load_n(&counters->arrived, __ATOMIC_ACQUIRE) < target; ++spins) {
+      if (spins < 2000)
+        spin_pause();
+      else
+        sched_yield();
+    }
+  }
+
+  static void spin_pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+  }
+};
+
+// An operand as the microkernel sees it: lane l (a multiple of the panel's width) starts at p + l / width * panel.
+template <class P>
+struct PanelView {
+  const P* p;
+  int64_t panel;
+  int64_t rs, ks;
+};
+
+template <class P>
+inline PanelView<P> packed_view(const P* p, int64_t panel, int width) {
+  return {p, panel, 1, width};
+}
+template <class P, class T>
+inline PanelView<P> direct_view(const Source<T>& s, int64_t lane, int64_t k0, int width) {
+  if constexpr (same_type<P, T>)
+    return {s.p + lane * s.ls + k0 * s.ks, width * s.ls, s.ls, s.ks};
+  else
+    return {};
+}
+
+struct Partial {
+  void* sums;
+  int64_t rs, i0, j0;  // where the block starts in C
+};
+
+// One k block of rows [i0, i1) x columns [j0, j1), both at panel boundaries of the views.
+template <class P, class T>
+void multiply_block(const Output<T>& out, PanelView<P> a, PanelView<P> b, int64_t i0, int64_t i1, int64_t j0, int64_t j1, int64_t k,
+                    bool first, bool last, const Partial& partial) {
+  using C = Compute<T>;
+  constexpr int nr = kNr<C>;
+  for (int64_t ic = i0; ic < i1; ic += kBlocking.mc) {
+    const int64_t ie = smaller(ic + kBlocking.mc, i1);
+    for (int64_t j = j0; j < j1; j += nr) {
+      const int cols = static_cast<int>(smaller<int64_t>(nr, j1 - j));
+      const P* const b_panel = b.p + (j - j0) / nr * b.panel;
+      for (int64_t i = ic; i < ie; i += kMr) {
+        const int rows = static_cast<int>(smaller<int64_t>(kMr, ie - i));
+        C* sums = static_cast<C*>(partial.sums);
+        if (sums != nullptr) sums += (i - partial.i0) * partial.rs + (j - partial.j0);
+        output_tile<P, T>(k, a.p + (i - i0) / kMr * a.panel, a.rs, a.ks, b_panel, b.ks, i, j, rows, cols, first, last, out, sums,
+                          partial.rs);
+      }
+    }
+  }
+}
+
+template <class P, class T>
+__attribute__((noinline)) void gemm_tiny(const Gemm<T>& g, const GemmPlan& plan) {
+  constexpr int nr = kNr<Compute<T>>;
+  constexpr int64_t step = PackAs<P, typename StageOf<P, T>::type>::kStep;
+  alignas(64) unsigned char a_buffer[kTinyBytes];
+  alignas(64) unsigned char b_buffer[kTinyBytes];
+  const int64_t k = ceil_div(g.k, step);
+  PanelView<P> a, b;
+  if (plan.a_direct) {
+    a = direct_view<P>(g.a, 0, 0, kMr);
+  } else {
+    P* const to = reinterpret_cast<P*>(a_buffer);
+    pack<P, T, kMr>(g.a, 0, g.m, 0, g.k, to, kMr * k, g.a_sums);
+    a = packed_view<P>(to, kMr * k, kMr);
+  }
+  if (plan.b_direct) {
+    b = direct_view<P>(g.b, 0, 0, nr);
+  } else {
+    P* const to = reinterpret_cast<P*>(b_buffer);
+    pack<P, T, nr>(g.b, 0, g.n, 0, g.k, to, nr * k, nullptr);
+    b = packed_view<P>(to, nr * k, nr);
+  }
+  multiply_block<P, T>(g.out, a, b, 0, g.m, 0, g.n, k, true, true, {nullptr, 0, 0, 0});
+}
+
+// What one thread of the team does.
+template <class P, class T>
+void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspace, int thread, int actual) {
+  using C = Compute<T>;
+  constexpr int nr = kNr<C>;
+  constexpr int64_t step = PackAs<P, typename StageOf<P, T>::type>::kStep;
+  Crew crew(reinterpret_cast<Crew::Counters*>(workspace), actual);
+  P* const shared_panels = reinterpret_cast<P*>(workspace + plan.shared_at);
+  P* const private_panels =
+      reinterpret_cast<P*>(workspace + plan.private_at + static_cast<size_t>(thread) * plan.private_bytes);
+  C* const partial_sums = plan.partial_at < plan.total ? reinterpret_cast<C*>(workspace + plan.partial_at) : nullptr;
+  const bool share_a = plan.share_a;
+  const bool shared_direct = share_a ? plan.a_direct : plan.b_direct;
+  const bool private_direct = share_a ? plan.b_direct : plan.a_direct;
+  const int sw = share_a ? kMr : nr;
+  int64_t packed_lane = -1, packed_k = -1;  // what the shared panels hold
+
+  for (int64_t jb = 0; jb < g.n; jb += plan.nb) {
+    const int64_t je = smaller(jb + plan.nb, g.n);
+    for (int64_t ib = 0; ib < g.m; ib += plan.mb) {
+      const int64_t ie = smaller(ib + plan.mb, g.m);
+      const Partial partial = {partial_sums, plan.nb + 16, ib, jb};
+      for (int64_t k0 = 0; k0 == 0 || k0 < g.k; k0 += plan.ks) {
+        const int64_t ke = smaller(k0 + plan.ks, g.k);
+        C* const sums = jb == 0 ? g.a_sums : nullptr;
+        const int64_t s0 = share_a ? ib : jb, s1 = share_a ? ie : je;  // shared lanes
+        const int64_t p0 = share_a ? jb : ib, p1 = share_a ? je : ie;  // private lanes
+
+        if (!shared_direct && (packed_lane != s0 || packed_k != k0)) {
+          packed_lane = s0;
+          packed_k = k0;
+          const int64_t group = 96 / sw * sw;
+          const bool whole_k = share_a && sums != nullptr;  // sums are one thread's, in order
+          const int64_t k_unit = whole_k ? plan.ks : plan.kc;
+          const int64_t k_units = larger<int64_t>(1, ceil_div(ke - k0, k_unit));
+          crew.share(ceil_div(s1 - s0, group) * k_units, [&](int64_t unit) {
+            const int64_t lane = unit / k_units * group, kk = unit % k_units * k_unit;
+            const int64_t lanes = smaller(group, s1 - s0 - lane), length = smaller(k_unit, ke - k0 - kk);
+            if (share_a)
+              pack<P, T, kMr>(g.a, s0 + lane, lanes, k0 + kk, length, shared_panels + lane / kMr * plan.a_panel + kk / step * kMr,
+                              plan.a_panel, sums != nullptr ? sums + s0 + lane : nullptr);
+            else
+              pack<P, T, nr>(g.b, s0 + lane, lanes, k0 + kk, length, shared_panels + lane / nr * plan.b_panel + kk / step * nr,
+                             plan.b_panel, nullptr);
+          });
+        }
+
+        const int64_t part = round_up(ceil_div(s1 - s0, plan.parts), sw);
+        crew.share(ceil_div(p1 - p0, plan.strip) * plan.parts, [&](int64_t job) {
+          const int64_t l0 = p0 + job / plan.parts * plan.strip, l1 = smaller(l0 + plan.strip, p1);
+          const int64_t t0 = smaller(s0 + job % plan.parts * part, s1), t1 = smaller(t0 + part, s1);
+          for (int64_t kk = k0; kk == k0 || kk < ke; kk += plan.kc) {
+            const int64_t length = smaller(plan.kc, ke - kk);
+            PanelView<P> a, b;
+            if (share_a) {
+              a = plan.a_direct ? direct_view<P>(g.a, t0, kk, kMr)
+                                : packed_view<P>(shared_panels + (t0 - s0) / kMr * plan.a_panel + (kk - k0) / step * kMr,
+                                                 plan.a_panel, kMr);
+              if (!private_direct) pack<P, T, nr>(g.b, l0, l1 - l0, kk, length, private_panels, plan.b_panel, nullptr);
+              b = plan.b_direct ? direct_view<P>(g.b, l0, kk, nr) : packed_view<P>(private_panels, plan.b_panel, nr);
+            } else {
+              b = plan.b_direct ? direct_view<P>(g.b, t0, kk, nr)
+                                : packed_view<P>(shared_panels + (t0 - s0) / nr * plan.b_panel + (kk - k0) / step * nr,
+                                                 plan.b_panel, nr);
+              if (!private_direct) {
+                C* const mine = sums != nullptr && job % plan.parts == 0 ? sums + l0 : nullptr;
+                pack<P, T, kMr>(g.a, l0, l1 - l0, kk, length, private_panels, plan.a_panel, mine);
+              }
+              a = plan.a_direct ? direct_view<P>(g.a, l0, kk, kMr) : packed_view<P>(private_panels, plan.a_panel, kMr);
+            }
+            const int64_t i0 = share_a ? t0 : l0, i1 = share_a ? t1 : l1, j0 = share_a ? l0 : t0, j1 = share_a ? l1 : t1;
+            multiply_block<P, T>(g.out, a, b, i0, i1, j0, j1, ceil_div(length, step), kk == 0, kk + length >= g.k, partial);
+          }
+        });
+      }
+    }
+  }
+}
+
+template <class P, class T>
+void gemm(const Gemm<T>& g, void* workspace, const Team& team) {
+  const GemmPlan plan = plan_gemm<P, T>(g, team.threads);
+  if (plan.tiny) return gemm_tiny<P, T>(g, plan);
+  unsigned char* const bytes = static_cast<unsigned char*>(workspace);
+  Crew::Counters* const counters = reinterpret_cast<Crew::Counters*>(bytes);
+  counters->next = 0;
+  counters->arrived = 0;
+  team.parallel(plan.threads, [&](int thread, int actual) { gemm_member<P, T>(g, plan, bytes, thread, actual); });
+}

@@ -1,0 +1,252 @@
+// The microkernels of the matrix product: mr x nr elements of C held in registers over one block of k (Goto & van de Geijn,
+// "Anatomy of high-performance matrix multiplication", 2008; Van Zee & van de Geijn, "BLIS", 2015).
+//
+//   C[i, j] = sum_p A[i, p] B[p, j]      i < rows <= mr, j < cols <= nr, p < k
+//
+// Element (i, p) of A lies at a + i * a_rs + p * a_ks: a packed panel has a_rs = 1 and a_ks = mr; an operand read where it lies
+// has its own strides. Row p of B lies at b + p * b_ks and is contiguous: a packed panel has b_ks = nr.
+
+// What a panel's element type P means: float and double are themselves; a bf16_pair holds two neighbours in k.
+struct bf16_pair {
+  uint32_t bits;
+};
+
+template <class P>
+struct Panel;
+
+template <class T>
+struct FullPanel {
+  using Compute = T;
+  using Row = Vec<T>;
+  static Row load(const T* b) { return Row::load(b); }
+  static Row load(const T* b, int count) { return Row::load(b, count); }
+  static Vec<T> multiply_add(const T* a, Row b, Vec<T> c) { return fma(Vec<T>::set1(*a), b, c); }
+};
+template <>
+struct Panel<float> : FullPanel<float> {};
+template <>
+struct Panel<double> : FullPanel<double> {};
+
+#if defined(FASTOPS_HAS_AVX512_BF16)
+template <>
+struct Panel<bf16_pair> {
+  using Compute = float;
+  struct Row {
+    __m512i v;
+  };
+  static Row load(const bf16_pair* b) { return {_mm512_loadu_si512(b)}; }
+  static Row load(const bf16_pair* b, int count) { return {_mm512_maskz_loadu_epi32(first16(count), b)}; }
+  static Vec<float> multiply_add(const bf16_pair* a, Row b, Vec<float> c) {
+    const __m512i pair = _mm512_set1_epi32(static_cast<int>(a->bits));
+    return {_mm512_dpbf16_ps(c.v, (__m512bh)pair, (__m512bh)b.v)};
+  }
+};
+#endif
+
+// Register tiles. 32 vector registers: 24 accumulators, 2 rows of B, the broadcast folded into the multiply; of 12x32, 14x32,
+// 8x48 and 6x64 in float32 only 12x32 keeps 95% of the multiply-add peak at k = 784 (Zen5). 16 registers: 12 accumulators.
+#if defined(FASTOPS_VEC_AVX512)
+constexpr int kMr = 12;
+#else
+constexpr int kMr = 6;
+#endif
+constexpr int kNrVectors = 2;
+template <class C>
+constexpr int kNr = kNrVectors * Vec<C>::size;
+
+// Where a tile goes: c = [relu](acc + prev + bias), prev and bias null where there is none. prev may be c.
+template <class C>
+struct TileOut {
+  C* c;
+  int64_t c_rs;
+  const C* prev;
+  int64_t prev_rs;
+  const C* bias;
+  bool relu;
+};
+
+// V vectors of B; the last one has cols - (V - 1) * size lanes when Tail.
+template <class P, int R, int V, bool Tail>
+__attribute__((noinline)) void micro(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const P* b, int64_t b_ks, int cols,
+                                     const TileOut<typename Panel<P>::Compute>& out) {
+  using C = typename Panel<P>::Compute;
+  using Lanes = Vec<C>;
+  constexpr int S = Lanes::size;
+  constexpr int kGroups = (R + 2) / 3;  // rows 3g, 3g + 1, 3g + 2 are one pointer with offsets 0, a_rs, 2 a_rs
+  const int tail = Tail ? cols - (V - 1) * S : S;
+
+  Lanes acc[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[r][v] = Lanes::zero();
+
+  const P* rows[kGroups];
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) rows[g] = a + 3 * g * a_rs;
+
+  for (int64_t p = 0; p < k; ++p) {
+    typename Panel<P>::Row row[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v)
+      row[v] = Tail && v == V - 1 ? Panel<P>::load(b + v * S, tail) : Panel<P>::load(b + v * S);
+    b += b_ks;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] = Panel<P>::multiply_add(rows[r / 3] + (r % 3) * a_rs, row[v], acc[r][v]);
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) rows[g] += a_ks;
+  }
+
+  const auto load = [tail](const C* p, int v) {
+    return Tail && v == V - 1 ? Lanes::load(p + v * S, tail) : Lanes::load(p + v * S);
+  };
+  if (out.prev != nullptr) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] = acc[r][v] + load(out.prev + r * out.prev_rs, v);
+  }
+  if (out.bias != nullptr) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      const Lanes bias = load(out.bias, v);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) acc[r][v] = acc[r][v] + bias;
+    }
+  }
+  if (out.relu) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] = max(Lanes::zero(), acc[r][v]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      C* const p = out.c + r * out.c_rs + v * S;
+      if (Tail && v == V - 1)
+        acc[r][v].store(p, tail);
+      else
+        acc[r][v].store(p);
+    }
+}
+
+template <class P, int R>
+inline void micro_cols(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const P* b, int64_t b_ks, int cols,
+                       const TileOut<typename Panel<P>::Compute>& out) {
+  constexpr int S = Vec<typename Panel<P>::Compute>::size;
+  if (cols == 2 * S)
+    micro<P, R, 2, false>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+  else if (cols > S)
+    micro<P, R, 2, true>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+  else
+    micro<P, R, 1, true>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+}
+
+// One tile of rows x cols.
+template <class P>
+inline void micro_tile(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const P* b, int64_t b_ks, int rows, int cols,
+                       const TileOut<typename Panel<P>::Compute>& out) {
+  switch (rows) {
+#if defined(FASTOPS_VEC_AVX512)
+    case 12: return micro_cols<P, 12>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 11: return micro_cols<P, 11>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 10: return micro_cols<P, 10>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 9: return micro_cols<P, 9>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 8: return micro_cols<P, 8>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 7: return micro_cols<P, 7>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+#endif
+    case 6: return micro_cols<P, 6>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 5: return micro_cols<P, 5>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 4: return micro_cols<P, 4>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 3: return micro_cols<P, 3>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 2: return micro_cols<P, 2>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    default: return micro_cols<P, 1>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+  }
+}
+
+// The output of a product in storage type T: y = f(C + bias), rounded once, and z = C + bias where z is not null.
+template <class A, class B>
+constexpr bool same_type = false;
+template <class A>
+constexpr bool same_type<A, A> = true;
+
+template <class T>
+struct Output {
+  T* y;
+  int64_t rs;
+  T* z;                    // null, or with y's layout
+  const Compute<T>* bias;  // null, or n contiguous values
+  bool relu;
+  RowForward<T> f;  // null for identity and relu
+  Activation activation;
+};
+
+template <class T>
+inline void store_row(const Compute<T>* from, T* to, int count) {
+  constexpr int S = Vec<Compute<T>>::size;
+  int j = 0;
+  for (; j + S <= count; j += S) Vec<Compute<T>>::load(from + j).store(to + j);
+  if (j < count) Vec<Compute<T>>::load(from + j, count - j).store(to + j, count - j);
+}
+
+template <class T>
+inline void widen_row(const T* from, Compute<T>* to, int count) {
+  constexpr int S = Vec<Compute<T>>::size;
+  int j = 0;
+  for (; j + S <= count; j += S) Vec<Compute<T>>::load(from + j).store(to + j);
+  if (j < count) Vec<Compute<T>>::load(from + j, count - j).store(to + j, count - j);
+}
+
+// Finishes `rows` rows of finished sums: rounding, z and the activations that are not done in registers.
+template <class T>
+inline void finish_rows(const Output<T>& out, const Compute<T>* tile, int64_t tile_rs, int64_t i, int64_t j, int rows, int cols) {
+  for (int r = 0; r < rows; ++r) {
+    const int64_t at = (i + r) * out.rs + j;
+    const Compute<T>* row = tile + r * tile_rs;
+    if (out.z != nullptr) store_row<T>(row, out.z + at, cols);
+    if (out.f != nullptr)
+      out.f(row, out.y + at, cols, out.activation);
+    else
+      store_row<T>(row, out.y + at, cols);
+  }
+}
+
+// One k block of the tile of C at (i, j). Sums in progress wait in y itself when it has the right type, else in `partial`.
+template <class P, class T>
+inline void output_tile(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const P* b, int64_t b_ks, int64_t i, int64_t j, int rows,
+                        int cols, bool first, bool last, const Output<T>& out, Compute<T>* partial, int64_t partial_rs) {
+  using C = Compute<T>;
+  TileOut<C> tile{};
+  C* sums;
+  int64_t sums_rs;
+  if constexpr (same_type<T, C>) {
+    sums = out.y + i * out.rs + j;
+    sums_rs = out.rs;
+  } else {
+    sums = partial;
+    sums_rs = partial_rs;
+  }
+  if (!first) {
+    tile.prev = sums;
+    tile.prev_rs = sums_rs;
+  }
+  if (last) tile.bias = out.bias != nullptr ? out.bias + j : nullptr;
+  const bool in_registers = same_type<T, C> && out.f == nullptr && out.z == nullptr;
+  if (!last || in_registers) {
+    tile.c = sums;
+    tile.c_rs = sums_rs;
+    tile.relu = last && out.relu;
+    micro_tile(k, a, a_rs, a_ks, b, b_ks, rows, cols, tile);
+    return;
+  }
+  alignas(64) C buffer[kMr * kNr<C>];
+  tile.c = buffer;
+  tile.c_rs = kNr<C>;
+  tile.relu = out.relu && out.z == nullptr;
+  micro_tile(k, a, a_rs, a_ks, b, b_ks, rows, cols, tile);
+  finish_rows(out, buffer, kNr<C>, i, j, rows, cols);
+}

@@ -1,0 +1,43 @@
+// One KernelTable per instruction set: every CPU entry point of the library, and nothing else is called from outside.
+#pragma once
+
+#include "../activation.h"
+#include "../linear.h"
+
+namespace fastops {
+
+struct KernelTable {
+  const char* isa;  // "scalar", "avx2", "avx512", "avx512_bf16", "amx"
+
+  // The workspace is `workspace(args, threads)` bytes of 64-byte aligned scratch whose contents mean nothing before or after
+  // the call; zero bytes means null is fine. *_name is the kernel that this call will take, for record() ("gemm_12x32").
+  size_t (*linear_forward_workspace)(const LinearForward&, int threads);
+  void (*linear_forward)(const LinearForward&, void* workspace, const Team&);
+  const char* (*linear_forward_name)(const LinearForward&);
+  size_t (*linear_backward_workspace)(const LinearBackward&, int threads);
+  void (*linear_backward)(const LinearBackward&, void* workspace, const Team&);
+  const char* (*linear_backward_name)(const LinearBackward&);
+
+  void (*activation_forward)(const ActivationForward&, const Team&);
+  void (*activation_backward)(const ActivationBackward&, const Team&);
+  void (*prelu_forward)(const PreluForward&, const Team&);
+  size_t (*prelu_backward_workspace)(const PreluBackward&);
+  void (*prelu_backward)(const PreluBackward&, void* workspace, const Team&);
+  void (*glu_forward)(const GluForward&, const Team&);
+  void (*glu_backward)(const GluBackward&, const Team&);
+
+  // Peaks for benchmarks: GFLOP/s of independent float32 fused multiply-adds and of the 16-bit multiply this tier
+  // uses, on the calling thread, over about `milliseconds`.
+  double (*peak_f32)(double milliseconds);
+  double (*peak_bf16)(double milliseconds);
+};
+
+extern const KernelTable kernels_scalar;
+#if defined(__x86_64__)
+extern const KernelTable kernels_avx2;
+extern const KernelTable kernels_avx512;
+extern const KernelTable kernels_avx512_bf16;
+extern const KernelTable kernels_amx;
+#endif
+
+}  // namespace fastops

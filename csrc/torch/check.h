@@ -1,0 +1,44 @@
+// What every op of the torch layer asks of its tensors, and the small conversions between torch's types and the kernels'.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "../kernels/activation.h"
+#include "../kernels/tensor.h"
+
+namespace fastops {
+
+inline bool is_supported(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+}
+
+inline DType to_dtype(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::f32;
+    case at::kDouble:
+      return DType::f64;
+    case at::kBFloat16:
+      return DType::bf16;
+    case at::kHalf:
+      return DType::f16;
+    default:
+      TORCH_CHECK(false, "fastops: expected a float32, float64, bfloat16 or float16 tensor, got ", type);
+  }
+}
+
+inline void check_tensor(const at::Tensor& tensor, const char* op, const char* argument) {
+  TORCH_CHECK(tensor.device().is_cpu() && tensor.layout() == at::kStrided, op, ": ", argument,
+              " must be a dense CPU tensor, got one on ", tensor.device(), " with layout ", tensor.layout());
+  TORCH_CHECK(is_supported(tensor.scalar_type()), op, ": ", argument,
+              " must be float32, float64, bfloat16 or float16, got ", tensor.scalar_type());
+}
+
+inline void check_dtype(const at::Tensor& tensor, at::ScalarType expected, const char* op, const char* argument) {
+  TORCH_CHECK(tensor.scalar_type() == expected, op, ": ", argument, " must have the input's dtype ", expected, ", got ",
+              tensor.scalar_type());
+}
+
+inline bool needs_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
+
+}  // namespace fastops

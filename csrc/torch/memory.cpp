@@ -1,0 +1,199 @@
+#include "memory.h"
+
+#include <ATen/EmptyTensor.h>
+#include <c10/core/Allocator.h>
+#include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <list>
+#include <mutex>
+#include <unordered_map>
+
+namespace fastops {
+namespace {
+
+// Blocks are whole 2 MiB pages; from 4 MiB on the rounding is at most a third of a block.
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kThreshold = size_t{4} << 20;
+constexpr size_t kDefaultLimit = size_t{1} << 30;
+
+class Pool final : public c10::Allocator {
+ public:
+  // Never destroyed: tensors may outlive static destruction.
+  static Pool& instance() {
+    static Pool* pool = new Pool;
+    return *pool;
+  }
+
+  c10::DataPtr allocate(size_t bytes) override {
+    if (bytes == 0) return {nullptr, nullptr, &release, at::Device(at::kCPU)};
+    void* data = take(bytes);
+    return {data, data, &release, at::Device(at::kCPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* dest, const void* src, size_t bytes) const override { default_copy_data(dest, src, bytes); }
+
+  memory::Stats stats() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return {as_int(live_), as_int(cached_), as_int(peak_), as_int(limit_), as_int(kThreshold), hits_, misses_};
+  }
+
+  void set_limit(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    limit_ = bytes;
+    shrink_cache_to(limit_);
+  }
+
+  void empty_cache() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    shrink_cache_to(0);
+  }
+
+ private:
+  struct Block {
+    void* data;
+    size_t size;
+  };
+
+  Pool() {
+    // A fork while another thread holds the mutex would leave it locked in the child for ever.
+    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                   [] { instance().mutex_.unlock(); });
+  }
+
+  static int64_t as_int(size_t bytes) { return static_cast<int64_t>(bytes); }
+
+  static void release(void* data) {
+    if (data != nullptr) instance().give_back(data);
+  }
+
+  void* take(size_t bytes) {
+    const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    // Best fit among the free blocks of at most twice the size: using one adds no memory, wasting more would.
+    auto best = free_.end();
+    for (auto it = free_.begin(); it != free_.end(); ++it)
+      if (it->size >= size && it->size <= 2 * size && (best == free_.end() || it->size < best->size)) best = it;
+    Block block;
+    if (best != free_.end()) {
+      block = *best;
+      free_.erase(best);
+      cached_ -= block.size;
+      ++hits_;
+    } else {
+      const size_t high_water = std::max(peak_, live_ + size);
+      const size_t room = high_water - live_ - size;
+      shrink_cache_to(room);
+      block = {map(size), size};
+      ++misses_;
+    }
+    sizes_.emplace(block.data, block.size);
+    live_ += block.size;
+    peak_ = std::max(peak_, live_);
+    return block.data;
+  }
+
+  void give_back(void* data) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto it = sizes_.find(data);
+    const Block block{data, it->second};
+    sizes_.erase(it);
+    live_ -= block.size;
+    free_.push_back(block);
+    cached_ += block.size;
+    shrink_cache_to(limit_);
+  }
+
+  // Oldest first: a block that nobody has wanted for long is the least likely to be wanted next.
+  void shrink_cache_to(size_t bytes) {
+    while (cached_ > bytes) {
+      const Block block = free_.front();
+      free_.pop_front();
+      cached_ -= block.size;
+      munmap(block.data, block.size);
+    }
+  }
+
+  // Maps one page more than asked and trims, so that the block starts on a huge page.
+  static void* map(size_t size) {
+    const size_t padded = size + kHugePage;
+    void* raw = mmap(nullptr, padded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    TORCH_CHECK_WITH(OutOfMemoryError, raw != MAP_FAILED, "fastops: could not allocate ", size,
+                     " bytes for an output: ", std::strerror(errno));
+    char* begin = static_cast<char*>(raw);
+    const size_t head = (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
+    if (head != 0) munmap(begin, head);
+    munmap(begin + head + size, padded - head - size);
+    madvise(begin + head, size, MADV_HUGEPAGE);  // a hint: small pages are slower, not wrong
+    return begin + head;
+  }
+
+  std::mutex mutex_;
+  std::list<Block> free_;  // least recently freed first
+  std::unordered_map<void*, size_t> sizes_;
+  size_t live_ = 0, cached_ = 0, peak_ = 0, limit_ = kDefaultLimit;
+  int64_t hits_ = 0, misses_ = 0;
+};
+
+// A thread keeps at most this much scratch; more is asked of the pool for one call.
+constexpr size_t kKeptWorkspace = size_t{16} << 20;
+
+struct KeptWorkspace {
+  void* data = nullptr;
+  size_t size = 0;
+  ~KeptWorkspace() { std::free(data); }
+};
+
+}  // namespace
+
+at::Tensor empty_output(at::IntArrayRef sizes, at::ScalarType dtype) {
+  size_t bytes = c10::elementSize(dtype);
+  for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  if (bytes < kThreshold) return at::detail::empty_cpu(sizes, dtype);
+  return at::detail::empty_generic(sizes, &Pool::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype,
+                                   std::nullopt);
+}
+
+at::Tensor empty_output_strided(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
+  size_t bytes = c10::elementSize(dtype);
+  for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  if (bytes < kThreshold) return at::detail::empty_strided_cpu(sizes, strides, dtype);
+  return at::detail::empty_strided_generic(sizes, strides, &Pool::instance(),
+                                           c10::DispatchKeySet(c10::DispatchKey::CPU), dtype);
+}
+
+Workspace::Workspace(size_t bytes) {
+  if (bytes == 0) return;
+  if (bytes > kKeptWorkspace) {
+    large_ = Pool::instance().allocate(bytes);
+    data_ = large_.get();
+    return;
+  }
+  static thread_local KeptWorkspace kept;
+  if (kept.size < bytes) {
+    std::free(kept.data);
+    kept.size = 0;
+    kept.data = std::aligned_alloc(64, (bytes + 4095) / 4096 * 4096);
+    TORCH_CHECK_WITH(OutOfMemoryError, kept.data != nullptr, "fastops: could not allocate ", bytes,
+                     " bytes of workspace");
+    kept.size = bytes;
+  }
+  data_ = kept.data;
+}
+
+namespace memory {
+
+Stats stats() { return Pool::instance().stats(); }
+
+void set_limit(int64_t bytes) {
+  TORCH_CHECK_VALUE(bytes >= 0, "set_limit: bytes must be 0 or more, got ", bytes);
+  Pool::instance().set_limit(static_cast<size_t>(bytes));
+}
+
+void empty_cache() { Pool::instance().empty_cache(); }
+
+}  // namespace memory
+}  // namespace fastops

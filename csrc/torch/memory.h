@@ -1,0 +1,48 @@
+// Large outputs come from a caching pool of huge-page memory.
+//
+// PyTorch's CPU allocator returns a large block to the system at every free, so each new output pays its page faults again (16 ms
+// instead of 2.6 ms for a 64 MB ReLU). The pool keeps freed blocks instead, under two bounds: the cache never exceeds `limit`
+// bytes, and live plus cached bytes never exceed the highest number of live bytes so far, so that the process is never
+// larger than it would have been at its own peak.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+namespace fastops {
+
+// An uninitialised CPU tensor: from the pool when it is large, from PyTorch's allocator otherwise.
+at::Tensor empty_output(at::IntArrayRef sizes, at::ScalarType dtype);
+at::Tensor empty_output_strided(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype);
+
+// Scratch for one kernel call: 64-byte aligned, kept by the thread for its next call unless it is large.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes);
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  void* get() const { return data_; }
+
+ private:
+  void* data_ = nullptr;
+  at::DataPtr large_;
+};
+
+namespace memory {
+
+struct Stats {
+  int64_t allocated_bytes;       // held by live tensors
+  int64_t cached_bytes;          // kept for the next ones
+  int64_t peak_allocated_bytes;  // the most that live tensors have held
+  int64_t limit_bytes;           // bound on cached_bytes
+  int64_t threshold_bytes;       // outputs from this size on come from the pool
+  int64_t hits, misses;          // allocations served from the cache, and from the system
+};
+
+Stats stats();
+void set_limit(int64_t bytes);  // gives back at once what is cached above it; 0 keeps nothing
+void empty_cache();
+
+}  // namespace memory
+}  // namespace fastops

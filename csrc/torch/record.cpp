@@ -1,0 +1,64 @@
+#include "record.h"
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+
+namespace fastops::record {
+namespace {
+
+bool asked_to_print() {
+  const char* value = std::getenv("FASTOPS_VERBOSE");
+  return value != nullptr && *value != '\0' && std::string(value) != "0";
+}
+
+const bool verbose = asked_to_print();
+std::atomic<int> listeners{verbose ? 1 : 0};
+std::mutex mutex;
+std::vector<Row> rows;
+std::vector<size_t> starts;  // rows.size() at each start() not yet stopped
+
+}  // namespace
+
+bool enabled() { return listeners.load(std::memory_order_relaxed) != 0; }
+
+void start() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  starts.push_back(rows.size());
+  listeners.fetch_add(1);
+}
+
+std::vector<Row> stop() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  TORCH_CHECK(!starts.empty(), "record_stop: no recording has been started");
+  std::vector<Row> mine(rows.begin() + static_cast<std::ptrdiff_t>(starts.back()), rows.end());
+  starts.pop_back();
+  if (starts.empty()) rows.clear();
+  listeners.fetch_sub(1);
+  return mine;
+}
+
+void add(Row row) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (verbose)
+    std::fprintf(stderr, "fastops: %-22s %-18s %-10s %10.1f us  %s\n", row.op.c_str(), row.kernel.c_str(),
+                 row.dtype.c_str(), row.microseconds, row.shapes.c_str());
+  if (!starts.empty()) rows.push_back(std::move(row));
+}
+
+std::string shapes_of(std::initializer_list<at::Tensor> tensors) {
+  std::string text;
+  for (const at::Tensor& tensor : tensors) {
+    if (!tensor.defined()) continue;
+    if (!text.empty()) text += ", ";
+    if (tensor.dim() == 0) text += "scalar";
+    for (int64_t i = 0; i < tensor.dim(); ++i) {
+      if (i != 0) text += 'x';
+      text += std::to_string(tensor.size(i));
+    }
+  }
+  return text;
+}
+
+}  // namespace fastops::record

@@ -1,0 +1,22 @@
+"""Ordinary PyTorch models, faster, without changing them.
+
+import fastops
+
+report = fastops.replace_(model)   # in place: torch.nn's modules now run fastops' kernels
+fastops.restore_(model)            # and back
+
+fastops.functional and fastops.nn have torch.nn's signatures; fastops.info() says what is running, fastops.record()
+which kernels ran, and fastops.memory holds the pool that large outputs come from.
+"""
+
+from fastops._load import load as _load
+
+_load()
+
+from fastops import functional, memory, nn  # noqa: E402
+from fastops._version import __version__  # noqa: E402
+from fastops.info import info  # noqa: E402
+from fastops.record import record  # noqa: E402
+from fastops.replace import replace_, replaced, restore_  # noqa: E402
+
+__all__ = ["__version__", "functional", "info", "memory", "nn", "record", "replace_", "replaced", "restore_"]

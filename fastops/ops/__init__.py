@@ -1,0 +1,108 @@
+"""The general door: torch.ops.fastops.* for everything that has to see an op.
+
+torch.compile, torch.export, FakeTensor and other dispatch modes, torch.func and forward-mode differentiation come this way;
+plain eager tensors take the fast door, fastops._C, which runs the same C++ functions (see fastops/functional.py, the only
+place that chooses). For every op a file here holds
+
+- its fake kernel,
+- its gradient, registered on the op itself, so that a compiled or exported graph can be differentiated,
+- a torch.autograd.Function around the op with the same gradient plus `jvp` and `vmap`, which torch.func needs and
+  torch.library cannot express. `through` picks it when a torch.func transform or forward-mode differentiation is active.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+
+from fastops import _C
+
+KIND = {name: index for index, name in enumerate(_C.ACTIVATION_KINDS)}
+
+# The kinds whose derivative is constant piece by piece, so that their second derivative is zero wherever it exists.
+PIECEWISE_LINEAR = frozenset(
+    ["identity", "relu", "relu6", "leaky_relu", "hardtanh", "hardsigmoid", "hardshrink", "softshrink", "threshold"]
+)
+
+
+DTYPES = frozenset([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+# Exact types. What a subclass does with an op it has never heard of is anybody's guess: it gets PyTorch's own.
+_TYPES = frozenset([torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor])
+
+
+def supported(tensor: torch.Tensor) -> bool:
+    """Whether fastops has kernels (or, on meta, shapes) for this tensor."""
+    return (
+        type(tensor) in _TYPES
+        and tensor.dtype in DTYPES
+        and tensor.layout is torch.strided
+        and tensor.device.type in ("cpu", "meta")
+        and not tensor.is_nested
+    )
+
+
+def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors as CPU autocast casts them for its lower-precision list: everything floating point except float64."""
+    if not torch.is_autocast_enabled("cpu"):
+        return tensors
+    dtype = torch.get_autocast_dtype("cpu")
+    return tuple(
+        t.to(dtype)
+        if t is not None and t.device.type == "cpu" and t.is_floating_point() and t.dtype != torch.float64
+        else t
+        for t in tensors
+    )
+
+
+def needs_function() -> bool:
+    """Whether the torch.autograd.Function is needed, not only the op: under torch.func or forward-mode differentiation."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def records(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will want a backward of a call on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def forward_mode(jvp: Callable[..., Any]) -> Callable[..., Any]:
+    """For a Function's jvp, which gets the primals of what was saved after ctx.
+
+    PyTorch turns forward-mode differentiation off around a jvp, so that a jvp inside a jvp would silently lose the outer one's
+    tangents. It is turned on again here; the primals keep the level at hand out of it.
+    """
+
+    @functools.wraps(jvp)
+    def wrapper(ctx: Any, *tangents: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            primals = [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
+            return jvp(ctx, primals, *tangents)
+
+    return wrapper
+
+
+def to_front(tensor: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
+    """For vmap: the tensor with its batch dimension first, expanded when it has none."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def register(op: str, function: type[torch.autograd.Function], fake: Callable[..., Any]) -> None:
+    """Registers the fake kernel, and the Function's gradient on the op itself, which has the same arguments and results."""
+    name = f"fastops::{op}"
+    torch.library.register_fake(name, fake)
+    torch.library.register_autograd(name, function.backward, setup_context=function.setup_context)
+
+
+def through(function: type[torch.autograd.Function], op: Callable[..., Any]) -> Callable[..., Any]:
+    """The Function when something needs it, else the op: cheaper, and all that a compiler wants to see."""
+
+    def call(*args: Any) -> Any:
+        # Dynamo cannot trace a Function with a jvp, and needs none: the op carries its own gradient.
+        if not torch.compiler.is_dynamo_compiling() and needs_function():
+            return function.apply(*args)
+        return op(*args)
+
+    return call

@@ -1,0 +1,92 @@
+"""Builds fastops._C against the torch of the environment that fastops is being installed into."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import site
+import sys
+import sysconfig
+import zlib
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import build_native  # noqa: E402
+
+MINIMUM_TORCH = (2, 11)
+
+
+def find_torch() -> tuple[Path, str]:
+    """The folder of the target environment's torch, and its version; found without importing it.
+
+    Under build isolation pip runs the target environment's python with its packages hidden, so they are looked up where
+    that python, or the environment that is active, keeps them.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
+        folders += site.getsitepackages()
+        tag = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+            if variable in os.environ:
+                folders.append(os.path.join(os.environ[variable], "lib", tag, "site-packages"))
+        spec = importlib.machinery.PathFinder.find_spec("torch", folders)
+    if spec is None or spec.origin is None:
+        raise SystemExit(
+            "fastops: this environment has no torch, and fastops is compiled against the torch it will run with. "
+            "Run first:\n    pip install 'torch>=2.11'\nand then install fastops again."
+        )
+    folder = Path(spec.origin).parent
+    values: dict = {}
+    exec((folder / "version.py").read_text(), values)
+    version = str(values["__version__"])
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TORCH:
+        raise SystemExit(
+            f"fastops: this environment has torch {version}, and fastops needs 2.11 or newer. Run first:\n"
+            "    pip install --upgrade 'torch>=2.11'\nand then install fastops again."
+        )
+    return folder, version
+
+
+class BuildExtension(build_ext):
+    """Leaves the compilation to build_native.py, and writes what was built into fastops/_build.py."""
+
+    def build_extension(self, ext: Extension) -> None:
+        torch, torch_version = find_torch()
+        python_tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+        result = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build_native.build_extension(
+            HERE / "build" / f"{python_tag}-torch-{torch_version}-{zlib.crc32(str(torch).encode()):08x}",
+            result,
+            torch,
+            sysconfig.get_path("include"),
+            self.distribution.get_version(),
+            torch_version,
+        )
+        self._described = result.with_name("_build.py")
+        self._described.write_text(f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch_version}"\n')
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        self.copy_file(str(self._described), str(HERE / "fastops" / "_build.py"))
+
+
+class DistInfo(dist_info):
+    """Says that torch is missing before pip starts to download one that nothing was compiled against."""
+
+    def run(self) -> None:
+        find_torch()
+        super().run()
+
+
+setup(
+    ext_modules=[Extension("fastops._C", sources=[])],
+    cmdclass={"build_ext": BuildExtension, "dist_info": DistInfo},
+)

@@ -1,0 +1,33 @@
+"""What every test may ask for: the ISA tiers of this machine, and 1 and 2 threads."""
+
+import pytest
+import torch
+
+from fastops import _C
+
+_NAMES = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
+BEST = _C.isa_used()
+TIERS = [name for name in _NAMES if _C.set_isa(name)]
+_C.set_isa(BEST)
+
+
+@pytest.fixture(params=TIERS)
+def isa(request):
+    """Runs the test once on every tier that this machine has (and FASTOPS_ISA allows)."""
+    assert _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(BEST)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    """Runs the test with 1 and with 2 threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers():
+    torch.manual_seed(0)

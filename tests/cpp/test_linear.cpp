@@ -1,0 +1,426 @@
+// Linear, forward and backward, on every tier this machine has, against a plain loop in float64.
+//
+// Integer-valued data must match exactly; other data within a bound of the form c k eps sum |a b|. Every buffer is exactly as
+// large as the contract says, so that AddressSanitizer sees the first byte read or written beyond it. Each case runs with teams
+// of 1, 2 and 3 threads, and of 3 that get 2, and must give the same bits.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/kernels/cpu/isa.h"
+
+using namespace fastops;
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------- values
+
+float float_of_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+uint32_t bits_of_float(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+double widen(float x) { return x; }
+double widen(double x) { return x; }
+double widen(bf16_t x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
+double widen(f16_t x) {
+  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+  const double magnitude = exponent == 31  ? (fraction != 0 ? NAN : INFINITY)
+                           : exponent == 0 ? std::ldexp(fraction, -24)
+                                           : std::ldexp(1024 + fraction, exponent - 25);
+  return (x.bits & 0x8000) != 0 ? -magnitude : magnitude;
+}
+
+template <class T>
+T narrow(double x) {
+  return static_cast<T>(x);
+}
+template <>
+bf16_t narrow<bf16_t>(double x) {  // float32 first, as the kernels do
+  const uint32_t bits = bits_of_float(static_cast<float>(x));
+  if (x != x) return {0x7fc0};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <>
+f16_t narrow<f16_t>(double x) {
+  if (x != x) return {0x7e00};
+  const double magnitude = std::fabs(x);
+  int exponent = 0;
+  std::frexp(magnitude, &exponent);
+  const double unit = std::ldexp(1.0, std::max(exponent - 11, -24));
+  const double rounded = std::nearbyint(magnitude / unit) * unit;
+  uint16_t bits;
+  if (rounded >= 65536) {
+    bits = 0x7c00;
+  } else if (rounded < std::ldexp(1.0, -14)) {
+    bits = static_cast<uint16_t>(rounded * 0x1p24);
+  } else {
+    std::frexp(rounded, &exponent);
+    bits = static_cast<uint16_t>(((exponent + 14) << 10) + (static_cast<int>(std::ldexp(rounded, 11 - exponent)) - 1024));
+  }
+  return {static_cast<uint16_t>(bits | (std::signbit(x) ? 0x8000 : 0))};
+}
+
+template <class T>
+constexpr DType kDType = DType::f32;
+template <>
+constexpr DType kDType<double> = DType::f64;
+template <>
+constexpr DType kDType<bf16_t> = DType::bf16;
+template <>
+constexpr DType kDType<f16_t> = DType::f16;
+
+double unit_roundoff(DType dtype) {
+  return dtype == DType::f64 ? 0x1p-53 : dtype == DType::f32 ? 0x1p-24 : dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
+}
+
+// ----------------------------------------------------------------------------------------------------------------- teams
+
+void run_threads(int threads, void (*body)(void*, int, int), void* context) {
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t) others.emplace_back(body, context, t, threads);
+  body(context, 0, threads);
+  for (std::thread& t : others) t.join();
+}
+void run_at_most_two(int threads, void (*body)(void*, int, int), void* context) {
+  run_threads(threads < 2 ? threads : 2, body, context);
+}
+
+const Team kTeams[] = {{1, nullptr}, {2, run_threads}, {3, run_threads}, {3, run_at_most_two}};
+
+// --------------------------------------------------------------------------------------------------------------- operands
+
+enum Layout { dense, transposed, padded_rows, every_other, zero_rows, zero_cols, zero_both, negative_rows, negative_cols, layouts };
+
+// A rows x cols matrix in a buffer that starts and ends with its first and last element; what lies between is NaN.
+template <class T>
+struct Operand {
+  int64_t rows = 0, cols = 0;
+  std::unique_ptr<T[]> buffer;
+  Matrix matrix;
+
+  Operand(int64_t r, int64_t c, Layout layout) : rows(r), cols(c) {
+    int64_t rs = cols, cs = 1;
+    switch (layout) {
+      case transposed: rs = 1, cs = rows; break;
+      case padded_rows: rs = cols + 3; break;
+      case every_other: rs = 2 * cols + 1, cs = 2; break;
+      case zero_rows: rs = 0; break;
+      case zero_cols: rs = 1, cs = 0; break;
+      case zero_both: rs = 0, cs = 0; break;
+      case negative_rows: rs = -cols; break;
+      case negative_cols: rs = cols, cs = -1; break;
+      default: break;
+    }
+    int64_t low = 0, high = 0;
+    if (rows > 0 && cols > 0) {
+      for (const int64_t reach : {(rows - 1) * rs, (cols - 1) * cs}) (reach < 0 ? low : high) += reach;
+      high += 1;
+    }
+    buffer.reset(new T[static_cast<size_t>(high - low)]);
+    for (int64_t i = 0; i < high - low; ++i) buffer[static_cast<size_t>(i)] = narrow<T>(NAN);
+    matrix = {buffer.get() - low, rs, cs};
+  }
+
+  T& at(int64_t i, int64_t j) const {
+    return static_cast<T*>(const_cast<void*>(matrix.data))[i * matrix.row_stride + j * matrix.col_stride];
+  }
+  double operator()(int64_t i, int64_t j) const { return widen(at(i, j)); }
+
+  template <class Draw>
+  void fill(Draw&& draw) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; ++j) at(i, j) = narrow<T>(draw());
+  }
+};
+
+double activate(ActivationKind kind, double z) {
+  switch (kind) {
+    case ActivationKind::relu: return z > 0 ? z : 0;
+    case ActivationKind::tanh: return std::tanh(z);
+    case ActivationKind::silu: return z / (1 + std::exp(-z));
+    default: return z;
+  }
+}
+
+// From y for relu and tanh, from z for silu.
+double derivative(ActivationKind kind, double saved) {
+  switch (kind) {
+    case ActivationKind::relu: return saved > 0 ? 1 : 0;
+    case ActivationKind::tanh: return 1 - saved * saved;
+    case ActivationKind::silu: {
+      const double s = 1 / (1 + std::exp(-saved));
+      return s * (1 + saved * (1 - s));
+    }
+    default: return 1;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------------ cases
+
+struct Case {
+  int64_t m, n, k;
+  ActivationKind kind = ActivationKind::identity;
+  Layout x = dense, w = dense, grad_y = dense, saved = dense;
+  bool bias = true, z = false, integers = true;
+  int64_t bias_stride = 1, y_gap = 0;
+  unsigned outputs = 7;  // of backward: 1 grad_x, 2 grad_w, 4 grad_b
+  Bf16Multiply multiply = Bf16Multiply::automatic;
+};
+
+int failures = 0;
+
+void fail(const Case& c, DType dtype, const char* what, int64_t i, int64_t j, double got, double expected) {
+  if (++failures > 20) return;
+  std::printf(
+      "%s dtype %d: %s[%lld, %lld] = %.9g, expected %.9g (m %lld n %lld k %lld, activation %d, layouts %d %d %d %d, "
+      "bias %d stride %lld, z %d, integers %d, outputs %u, multiply %d)\n",
+      isa_name(isa_used()), static_cast<int>(dtype), what, static_cast<long long>(i), static_cast<long long>(j), got, expected,
+      static_cast<long long>(c.m), static_cast<long long>(c.n), static_cast<long long>(c.k), static_cast<int>(c.kind), c.x, c.w,
+      c.grad_y, c.saved, c.bias, static_cast<long long>(c.bias_stride), c.z, c.integers, c.outputs, static_cast<int>(c.multiply));
+}
+
+struct FreeDeleter {
+  void operator()(void* p) const { std::free(p); }
+};
+using Workspace = std::unique_ptr<void, FreeDeleter>;
+
+Workspace make_workspace(size_t bytes) {
+  void* p = nullptr;
+  if (bytes > 0 && posix_memalign(&p, 64, bytes) != 0) std::abort();
+  if (p != nullptr) std::memset(p, 0xff, bytes);  // NaN, whatever the type
+  return Workspace(p);
+}
+
+// got against expected, where the sum of the products' magnitudes is `magnitude`.
+template <class T>
+bool close(T got, double expected, double magnitude, int64_t k, bool exact, double slack) {
+  const double value = widen(got);
+  if (exact) return value == widen(narrow<T>(expected));
+  const double eps = unit_roundoff(kDType<T>), compute = kDType<T> == DType::f64 ? 0x1p-53 : 0x1p-24;
+  const double bound = 2 * eps * std::fabs(expected) + static_cast<double>(k + 8) * compute * magnitude + slack * magnitude + 1e-30;
+  const double floor = kDType<T> == DType::f16 ? 0x1p-24 : 0;
+  return std::fabs(value - expected) <= bound + floor;
+}
+
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+template <class T>
+void test_forward(const Case& c, const Operand<T>& x, const Operand<T>& w, const Operand<T>& bias) {
+  const int64_t rs = c.n + c.y_gap;
+  const size_t size = c.m > 0 && c.n > 0 ? static_cast<size_t>((c.m - 1) * rs + c.n) : 0;
+  const T poison = narrow<T>(12345);
+  std::vector<T> first_y, first_z;
+  for (const Team& team : kTeams) {
+    std::unique_ptr<T[]> y(new T[size]), z(c.z ? new T[size] : nullptr);
+    for (size_t i = 0; i < size; ++i) {
+      y[i] = poison;
+      if (c.z) z[i] = poison;
+    }
+    LinearForward args{kDType<T>, c.m, c.n, c.k, x.matrix, w.matrix, nullptr, 0, {c.kind, 0, 0}, y.get(), rs, z.get()};
+    if (c.bias) args.b = bias.matrix.data, args.b_stride = bias.matrix.col_stride;
+    args.bf16_multiply = c.multiply;
+    const Workspace workspace = make_workspace(kernels().linear_forward_workspace(args, team.threads));
+    kernels().linear_forward(args, workspace.get(), team);
+    if (kernels().linear_forward_name(args) == nullptr) fail(c, kDType<T>, "name", 0, 0, 0, 0);
+    const std::vector<T> got_y(y.get(), y.get() + size), got_z(z.get(), z.get() + (c.z ? size : 0));
+    if (&team != kTeams) {
+      if (!same_bits(got_y, first_y) || !same_bits(got_z, first_z))
+        fail(c, kDType<T>, "forward with another team", team.threads, 0, 0, 0);
+      continue;
+    }
+    first_y = got_y;
+    first_z = got_z;
+    for (int64_t i = 0; i < c.m; ++i)
+      for (int64_t j = 0; j < (i + 1 < c.m ? rs : c.n); ++j) {
+        const size_t at = static_cast<size_t>(i * rs + j);
+        if (j >= c.n) {
+          if (widen(got_y[at]) != widen(poison) || (c.z && widen(got_z[at]) != widen(poison)))
+            fail(c, kDType<T>, "gap of y", i, j, widen(got_y[at]), widen(poison));
+          continue;
+        }
+        double sum = c.bias ? bias(0, j) : 0, magnitude = std::fabs(sum);
+        for (int64_t p = 0; p < c.k; ++p) {
+          sum += x(i, p) * w(j, p);
+          magnitude += std::fabs(x(i, p) * w(j, p));
+        }
+        const bool linear = c.kind == ActivationKind::identity || c.kind == ActivationKind::relu;
+        const double y_slack = linear ? 0 : 8 * (kDType<T> == DType::f64 ? 0x1p-53 : 0x1p-24);
+        if (c.z && !close(got_z[at], sum, magnitude, c.k, c.integers, 0)) fail(c, kDType<T>, "z", i, j, widen(got_z[at]), sum);
+        const double y_expected = activate(c.kind, sum);
+        if (!close(got_y[at], y_expected, 1.2 * magnitude, c.k, c.integers && linear, y_slack))
+          fail(c, kDType<T>, "y", i, j, widen(got_y[at]), y_expected);
+      }
+  }
+}
+
+template <class T>
+void test_backward(const Case& c, const Operand<T>& x, const Operand<T>& w, const Operand<T>& grad_y, const Operand<T>& saved) {
+  const size_t sizes[3] = {static_cast<size_t>(c.m * c.k), static_cast<size_t>(c.n * c.k), static_cast<size_t>(c.n)};
+  const char* const names[3] = {"grad_x", "grad_w", "grad_b"};
+  std::vector<T> first[3];
+  // g, and what its rounding error is relative to: 1 - y^2 cancels, so that is grad_y itself.
+  std::vector<double> g(static_cast<size_t>(c.m * c.n)), scale(g.size());
+  for (int64_t i = 0; i < c.m; ++i)
+    for (int64_t j = 0; j < c.n; ++j) {
+      const size_t at = static_cast<size_t>(i * c.n + j);
+      const double factor = c.kind == ActivationKind::identity ? 1 : derivative(c.kind, saved(i, j));
+      g[at] = grad_y(i, j) * factor;
+      scale[at] = std::fabs(grad_y(i, j)) * std::max(1.0, std::fabs(factor));
+    }
+
+  for (const Team& team : kTeams) {
+    std::unique_ptr<T[]> out[3];
+    for (int o = 0; o < 3; ++o) {
+      if ((c.outputs >> o & 1) == 0) continue;
+      out[o].reset(new T[sizes[o]]);
+      for (size_t i = 0; i < sizes[o]; ++i) out[o][i] = narrow<T>(NAN);
+    }
+    LinearBackward args{kDType<T>, c.m, c.n, c.k, grad_y.matrix, {c.kind, 0, 0}, saved.matrix, x.matrix, w.matrix,
+                        out[0].get(), out[1].get(), out[2].get()};
+    args.bf16_multiply = c.multiply;
+    const Workspace workspace = make_workspace(kernels().linear_backward_workspace(args, team.threads));
+    kernels().linear_backward(args, workspace.get(), team);
+    if (kernels().linear_backward_name(args) == nullptr) fail(c, kDType<T>, "name", 0, 0, 0, 0);
+
+    for (int o = 0; o < 3; ++o) {
+      if (!out[o]) continue;
+      const std::vector<T> got(out[o].get(), out[o].get() + sizes[o]);
+      if (&team != kTeams) {
+        if (!same_bits(got, first[o])) fail(c, kDType<T>, names[o], team.threads, -1, 0, 0);
+        continue;
+      }
+      first[o] = got;
+      // 16-bit products may round g once more.
+      const bool exact = c.integers && (c.kind == ActivationKind::identity || c.kind == ActivationKind::relu);
+      const double slack = (c.kind == ActivationKind::identity ? 0 : 16 * (kDType<T> == DType::f64 ? 0x1p-53 : 0x1p-24)) +
+                           (kDType<T> == DType::bf16 && o < 2 ? 0x1p-8 : 0);
+      const int64_t rows = o == 0 ? c.m : c.n, cols = o == 2 ? 1 : c.k, length = o == 0 ? c.n : c.m;
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < cols; ++j) {
+          double sum = 0, magnitude = 0;
+          for (int64_t p = 0; p < length; ++p) {
+            const size_t at = static_cast<size_t>(o == 0 ? i * c.n + p : p * c.n + i);
+            const double b = o == 0 ? w(p, j) : o == 1 ? x(p, j) : 1;
+            sum += g[at] * b;
+            magnitude += scale[at] * std::fabs(b);
+          }
+          const T value = got[static_cast<size_t>(i * cols + j)];
+          if (!close(value, sum, magnitude, length, exact, slack)) fail(c, kDType<T>, names[o], i, j, widen(value), sum);
+        }
+    }
+  }
+}
+
+template <class T>
+void test(const Case& c, unsigned seed) {
+  std::mt19937 random(seed);
+  std::uniform_int_distribution<int> integer(-3, 3);
+  std::normal_distribution<double> normal(0, 1);
+  const auto draw = [&] { return c.integers ? integer(random) : normal(random); };
+  Operand<T> x(c.m, c.k, c.x), w(c.n, c.k, c.w), grad_y(c.m, c.n, c.grad_y), saved(c.m, c.n, c.saved);
+  Operand<T> bias(1, c.n, c.bias_stride == 0 ? zero_both : c.bias_stride == 2 ? every_other : c.bias_stride < 0 ? negative_cols : dense);
+  x.fill(draw);
+  w.fill(draw);
+  grad_y.fill(draw);
+  saved.fill([&] { return c.kind == ActivationKind::tanh ? std::tanh(draw()) : draw(); });
+  bias.fill(draw);
+  test_forward(c, x, w, bias);
+  if (c.outputs != 0) test_backward(c, x, w, grad_y, saved);
+}
+
+template <class T>
+void test_dtype(bool quick) {
+  unsigned seed = 1;
+  // Every size from nothing to twice the largest tile (32 x 64) plus one, one dimension at a time.
+  for (int64_t s = 0; s <= 65; ++s) {
+    test<T>({s, 5, 7}, ++seed);
+    test<T>({s, 33, 18}, ++seed);
+    test<T>({3, s, 5}, ++seed);
+    test<T>({13, s, 18}, ++seed);
+    test<T>({5, 3, s}, ++seed);
+    test<T>({14, 34, s}, ++seed);
+  }
+  // Several blocks in every dimension, few rows, few columns.
+  const int64_t shapes[][3] = {{130, 70, 600}, {70, 300, 1100}, {300, 40, 90},   {1, 513, 1030}, {2, 70, 1300}, {4, 129, 260},
+                               {33, 129, 700}, {500, 17, 33},   {17, 500, 33},   {600, 64, 64},  {260, 3, 300}, {1, 1, 5000},
+                               {40, 3, 4300},  {9, 1100, 20},   {1100, 9, 20},   {2500, 7, 11},  {6, 31, 2100}, {64, 130, 65}};
+  const ActivationKind kinds[] = {ActivationKind::identity, ActivationKind::relu, ActivationKind::tanh, ActivationKind::silu};
+  for (const auto& [m, n, k] : shapes) {
+    ++seed;
+    Case c{m, n, k};
+    c.kind = kinds[seed % 4];
+    c.integers = seed % 3 != 0;
+    c.z = seed % 5 == 0;
+    test<T>(c, seed);
+    c.kind = kinds[(seed + 1) % 4];
+    c.x = seed % 2 == 0 ? transposed : padded_rows;
+    c.w = seed % 3 == 0 ? transposed : padded_rows;
+    c.grad_y = seed % 3 == 1 ? transposed : dense;
+    test<T>(c, seed);
+  }
+  // Everything at random.
+  std::mt19937 random(7);
+  const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+  const int rounds = quick ? 60 : 250;
+  for (int i = 0; i < rounds; ++i) {
+    Case c{1 + below(70), 1 + below(70), 1 + below(i % 10 == 0 ? 700 : 70)};
+    c.kind = kinds[below(4)];
+    c.x = static_cast<Layout>(below(layouts));
+    c.w = static_cast<Layout>(below(layouts));
+    c.grad_y = static_cast<Layout>(below(layouts));
+    c.saved = static_cast<Layout>(below(layouts));
+    c.bias = below(4) != 0;
+    c.bias_stride = below(4) - 1;
+    c.y_gap = below(3);
+    c.z = below(3) == 0;
+    c.integers = below(2) == 0;
+    c.outputs = static_cast<unsigned>(below(8));
+    c.multiply = static_cast<Bf16Multiply>(below(3));
+    test<T>(c, ++seed);
+  }
+  // NaN and infinities pass through, also where a tile has lanes to spare.
+  for (const int64_t n : {1, 5, 31, 33}) {
+    Operand<T> x(3, 40, dense), w(n, 40, dense), y(3, n, dense);
+    x.fill([] { return 1; });
+    w.fill([] { return 1; });
+    x.at(1, 39) = narrow<T>(NAN);
+    x.at(2, 0) = narrow<T>(INFINITY);
+    LinearForward args{kDType<T>, 3, n, 40, x.matrix, w.matrix, nullptr, 0, {ActivationKind::relu, 0, 0}, y.buffer.get(), n, nullptr};
+    const Workspace workspace = make_workspace(kernels().linear_forward_workspace(args, 1));
+    kernels().linear_forward(args, workspace.get(), kTeams[0]);
+    for (int64_t j = 0; j < n; ++j)
+      if (y(0, j) != 40 || y(1, j) == y(1, j) || y(2, j) != INFINITY) fail({3, n, 40}, kDType<T>, "special y", 0, j, y(1, j), 0);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool quick = argc > 1 && std::strcmp(argv[1], "quick") == 0;
+  for (int isa = 0; isa <= static_cast<int>(isa_found()); ++isa) {
+    if (!set_isa(static_cast<Isa>(isa))) continue;
+    test_dtype<float>(quick);
+    test_dtype<double>(quick);
+    test_dtype<bf16_t>(quick);
+    test_dtype<f16_t>(quick);
+    std::printf("%s: %s\n", isa_name(static_cast<Isa>(isa)), failures == 0 ? "ok" : "FAILED");
+    std::fflush(stdout);
+  }
+  if (failures == 0) std::printf("ok\n");
+  return failures == 0 ? 0 : 1;
+}

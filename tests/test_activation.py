@@ -1,0 +1,431 @@
+"""Activations against a float64 reference: values and gradients, every dtype, tier, layout and edge."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import close, exact
+from reference import ACTIVATIONS, DTYPES, INPLACE, LAYOUTS, LENGTHS, activation, gradients
+
+import fastops
+import fastops.functional as FF
+import fastops.nn as fnn
+from fastops import _C
+from fastops.ops import KIND, PIECEWISE_LINEAR
+
+EVERY = pytest.mark.parametrize("case", ACTIVATIONS, ids=str)
+
+# Corners of the formulas and of the number formats.
+SPECIAL = [
+    0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1e-40, -1e-40, 1.2e-38, -1.2e-38, 1e-20, -1e-20, 1e-6, -1e-6,
+    0.1, 0.5, -0.5, 1.0, -1.0, 3.0, -3.0, 6.0, 2.999, -2.999, 5.999, 10.0, -10.0, 20.0, 20.001, -20.0, 50.0, -50.0, 88.8, -88.8,
+    90.0, -90.0, 104.0, -104.0, 700.0, -700.0, 6e4, -6e4, 1e10, -1e10, 3e38, -3e38,
+]  # fmt: skip
+
+
+def run(function, x, grad):
+    x = x.detach().clone().requires_grad_() if x.is_contiguous() else x.detach().requires_grad_()
+    output = function(x)
+    return output, *gradients(output, grad, x)
+
+
+def compare_all(case, x, grad):
+    ours, theirs = run(case.ours, x, grad), run(case.theirs, x, grad)
+    reference = run(lambda t: activation(case, t), x.double(), grad)
+    for name, *three in zip(("output", "gradient"), ours, reference, theirs, strict=True):
+        close(*three, name)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_and_gradients(isa, case, dtype):
+    for length in LENGTHS:
+        compare_all(case, (3 * torch.randn(length)).to(dtype), torch.randn(length))
+
+
+@EVERY
+def test_bits_for_1_and_2_threads(isa, case):
+    x, grad = 3 * torch.randn(300_001), torch.randn(300_001)
+    results = []
+    for count in (1, 2, 2):
+        torch.set_num_threads(count)
+        results.append(run(case.ours, x, grad))
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert torch.equal(one, two)
+
+
+def _ulps(actual, reference):
+    """Error in units of the last place of the correctly rounded result."""
+    spacing = torch.nextafter(reference.float().abs(), torch.tensor(math.inf)).double() - reference.float().abs().double()
+    return ((actual.double() - reference) / spacing).abs()
+
+
+@EVERY
+def test_ulps_of_float32(isa, case):
+    """Every 8191st of all floats (make ulp looks at all of them)."""
+    x = torch.arange(-(2**31), 2**31, 8191, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    x = x[torch.isfinite(x)]
+    reference = activation(case, x)
+    keep = torch.isfinite(reference.float())
+    allowed = 4.0 if case.kind == "gelu" else 2.5
+    ours, theirs = (_ulps(f(x), reference)[keep] for f in (case.ours, case.theirs))
+    limit = max(allowed, float(theirs[torch.isfinite(theirs)].max()))
+    worst = int(ours.argmax())
+    assert float(ours[worst]) <= limit, f"{float(ours[worst]):.2f} ulp at {float(x[keep][worst])!r}"
+
+
+def _as_good(ours, reference, theirs, x):
+    """Elementwise: the reference within some roundings, PyTorch's answer, or an error no larger than twice PyTorch's."""
+    rounded, eps = reference.to(ours.dtype), torch.finfo(ours.dtype).eps
+    good = (ours == rounded) | (ours == theirs) | (torch.isnan(ours) & (torch.isnan(rounded) | torch.isnan(theirs)))
+    error, theirs_error = (ours.double() - reference).abs(), (theirs.double() - reference).abs()
+    roundings = 4 if eps > 1e-10 else 4096  # float64 is measured with itself
+    least = torch.finfo(ours.dtype).smallest_normal * eps
+    return good | (error <= roundings * (eps * reference.abs() + least)) | (error <= 2 * theirs_error)
+
+
+def _table(good, *columns):
+    return [tuple(float(column[i]) for column in columns) for i in (~good).nonzero().flatten().tolist()]
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values(isa, case, dtype):
+    """nan, infinities and denormals, in every lane of a vector."""
+    special = torch.tensor(SPECIAL, dtype=torch.float64).to(dtype)
+    for x in (special, special.repeat(3)[:-1], special.repeat_interleave(17)):
+        ones = torch.ones(x.shape)
+        ours, theirs, wide = run(case.ours, x, ones), run(case.theirs, x, ones), run(case.theirs, x.double(), ones)
+        reference = activation(case, x)
+        good = _as_good(ours[0], reference, theirs[0], x)
+        # Where PyTorch's formula gives nan at an infinity (infinity times 0), the limit is the better answer.
+        good |= x.isinf() & torch.isnan(reference) & ((ours[0] == 0) | (ours[0] == x))
+        assert good.all(), _table(good, x, ours[0], reference, theirs[0])
+
+        good = _as_good(ours[1], wide[1], theirs[1], x) | (x.isinf() & torch.isnan(wide[1]))
+        # PyTorch's piecewise derivatives at nan depend on whether the element falls into a vector or into the tail.
+        singles = torch.cat([run(case.theirs, one, torch.ones(1))[1] for one in x.split(1)])
+        good |= torch.isnan(x) & (ours[1] == singles)
+        # float64 is no reference for gradients that cancel: where PyTorch's is off, so may be this, within a rounding of 1.
+        good |= (ours[1].double() - wide[1]).abs() <= 4 * torch.finfo(torch.float32 if case.kind == "hardsigmoid" else dtype).eps
+        assert good.all(), _table(good, x, ours[1], wide[1], theirs[1])
+
+
+def test_gelu_at_infinity_is_better_than_nan(isa):
+    for approximate in ("none", "tanh"):
+        actual = FF.gelu(torch.tensor([math.inf, -math.inf]), approximate=approximate)
+        assert actual[0] == math.inf
+        assert actual[1] == 0
+
+
+@EVERY
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(isa, case, layout):
+    for shape in ((5, 19), (3, 4, 33)):
+        x = LAYOUTS[layout](shape, torch.float32)
+        compare_all(case, x, torch.randn(shape))
+    grad = LAYOUTS[layout]((5, 19), torch.float32)
+    compare_all(case, torch.randn(5, 19), grad)
+
+
+@EVERY
+def test_memory_format_is_kept(case):
+    x = torch.randn(2, 5, 3, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
+    output = case.ours(x)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    for grad in (torch.randn(2, 5, 3, 7), torch.randn(2, 5, 3, 7).contiguous(memory_format=torch.channels_last)):
+        (actual,) = gradients(case.ours(x), grad, x)
+        (expected,) = gradients(case.theirs(x), grad, x)
+        torch.testing.assert_close(actual, expected)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inplace(isa, case, dtype):
+    if case.kind not in INPLACE:
+        pytest.skip("PyTorch has none")
+    for make in (LAYOUTS["contiguous"], LAYOUTS["transposed"], LAYOUTS["sliced"]):
+        leaf = make((7, 19), dtype).requires_grad_()
+        x = leaf * 1  # a leaf that requires grad may not be written
+        expected = case.ours(leaf)
+        version = x._version
+        output = case.ours(x, inplace=True)
+        assert output is x
+        assert x._version > version
+        torch.testing.assert_close(output, expected, rtol=0, atol=0)
+        grad = torch.randn(7, 19)
+        # Backward may read the output where it would read the input otherwise: the same formula, rounded elsewhere.
+        torch.testing.assert_close(
+            gradients(output, grad, leaf)[0], gradients(expected, grad, leaf)[0], rtol=0.03, atol=0.01 if dtype == torch.bfloat16 else 1e-5
+        )
+    with torch.no_grad():
+        x = torch.randn(33).to(dtype)
+        expected = case.ours(x)
+        pointer = x.data_ptr()
+        assert case.ours(x, inplace=True).data_ptr() == pointer
+        exact(x, expected)
+
+
+def test_inplace_functions():
+    for name in ("relu_", "leaky_relu_", "elu_", "selu_", "celu_", "hardtanh_", "threshold_"):
+        arguments = (0.1, 0.5) if name == "threshold_" else ()
+        x = torch.randn(40)
+        expected = getattr(F, name[:-1])(x, *arguments)
+        result = getattr(FF, name)(x, *arguments)
+        assert result is x
+        torch.testing.assert_close(x, expected)
+
+
+def test_inplace_refusals():
+    leaf = torch.randn(4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        FF.relu_(leaf)
+    with pytest.raises(RuntimeError, match="single memory location|internal overlap"):
+        FF.relu_(torch.randn(1).expand(4))
+    x = torch.randn(4, requires_grad=True) * 1
+    y = x.exp()
+    FF.relu_(y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def saved_bytes(function, *tensors):
+    """What autograd keeps for backward, not counting the inputs themselves."""
+    sizes = []
+    known = {t.untyped_storage().data_ptr() for t in tensors}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            sizes.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function(*tensors)
+    return sum(sizes), output
+
+
+@pytest.mark.parametrize("kind", sorted(PIECEWISE_LINEAR - {"identity"}))
+def test_relu_like_activations_save_one_bit_an_element(kind):
+    case = next(c for c in ACTIVATIONS if c.kind == kind)
+    x = torch.randn(64, 1000, requires_grad=True)
+    size, output = saved_bytes(case.ours, x)
+    assert size == 64 * 1000 // 8
+    output.sum().backward()
+    assert x.grad is not None
+
+
+@EVERY
+def test_mask_input_and_output_give_the_same_gradient(isa, case):
+    """The three things that backward may read, where each is allowed."""
+    x, grad = 3 * torch.randn(1003), torch.randn(1003)
+    ops, args = torch.ops.fastops, (case.kind, case.a, case.b)
+    output, mask = ops.activation_forward(x, *args, True)
+    from_input = ops.activation_backward(grad, x, *args, "input")
+    if _C.saved_by_default(KIND[case.kind], case.a, case.b) == "mask":
+        exact(ops.activation_backward(grad, mask, *args, "mask"), from_input)
+    if _C.can_save_output(KIND[case.kind], case.a, case.b):
+        torch.testing.assert_close(ops.activation_backward(grad, output, *args, "output"), from_input)
+
+
+@EVERY
+def test_double_backward(case):
+    x = (2 * torch.randn(4, 5, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(case.ours, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(case.ours, x, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+@EVERY
+def test_double_backward_of_inplace(case):
+    if case.kind not in INPLACE:
+        pytest.skip("PyTorch has none")
+    x = (2 * torch.randn(4, 5, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: case.ours(t * 1, inplace=True), x)
+    assert torch.autograd.gradgradcheck(lambda t: case.ours(t * 1, inplace=True), x)
+
+
+@EVERY
+def test_scalars_and_empty_tensors(case):
+    for shape in ((), (0,), (3, 0, 2)):
+        x = torch.randn(shape, requires_grad=True)
+        output = case.ours(x)
+        torch.testing.assert_close(output, case.theirs(x))
+        output.sum().backward()
+        assert x.grad.shape == shape
+
+
+@EVERY
+def test_what_only_pytorch_takes_goes_to_pytorch(case):
+    inputs = [torch.arange(-3, 4), torch.randn(4, dtype=torch.complex64), torch.randn(3, 4).to_sparse(), [1.0], torch.ones(2) > 0]
+    for x in inputs:
+        try:
+            expected = case.theirs(x)
+        except Exception as error:
+            with pytest.raises(type(error)) as info:
+                case.ours(x)
+            if isinstance(x, torch.Tensor) and not x.is_floating_point():
+                assert "floating point" in str(info.value) or str(error) in str(info.value)
+            continue
+        with fastops.record() as rows:
+            actual = case.ours(x)
+        assert [row.kernel for row in rows] == ["aten"]
+        torch.testing.assert_close(actual, expected)
+
+
+def test_errors():
+    x = torch.randn(4, 6)
+    with pytest.raises(RuntimeError, match="gelu: approximate must be 'none' or 'tanh', got 'erf'"):
+        FF.gelu(x, approximate="erf")
+    with pytest.raises(TypeError):
+        FF.gelu(x, "tanh")
+    with pytest.raises(ValueError, match=r"hardtanh: min_val cannot be greater than max_val, got 2.0 and 1.0"):
+        FF.hardtanh(x, 2.0, 1.0)
+    with pytest.raises(RuntimeError, match="softshrink: lambd must not be negative, got -1"):
+        FF.softshrink(x, -1)
+    with pytest.raises(RuntimeError, match="celu: alpha must not be 0"):
+        FF.celu(x, 0.0)
+    with pytest.raises(TypeError):
+        FF.elu(x, "a")
+    with pytest.raises(TypeError, match="relu: input must be a Tensor, got 3"):
+        FF.relu(3)
+    with pytest.raises(RuntimeError, match=r"prelu: weight must have shape \(1,\) or \(6,\) .* got \(5,\)"):
+        FF.prelu(x, torch.ones(5))
+    with pytest.raises(RuntimeError, match=r"glu: input must have an even size along dim 1, got shape \(4, 5\)"):
+        FF.glu(x[:, :5], 1)
+    with pytest.raises(IndexError, match="glu: dim must be between -2 and 1"):
+        FF.glu(x, 2)
+    with pytest.raises(RuntimeError, match="glu: input must have at least one dimension"):
+        FF.glu(torch.tensor(1.0))
+
+
+@EVERY
+def test_autocast_leaves_activations_in_their_dtype(case):
+    for dtype in DTYPES:
+        x = torch.randn(5).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert case.ours(x).dtype == case.theirs(x).dtype == dtype
+
+
+# ---- PReLU and GLU -------------------------------------------------------------------------------------------------
+
+PRELU = [
+    ((5,), 1), ((4, 6), 1), ((4, 6), 6), ((2, 3, 33), 3), ((2, 17, 4, 5), 17), ((2, 17, 4, 5), 1), ((1, 1, 70001), 1),
+    ((3, 1000), 1000), ((70, 1000, 3), 1000), ((0, 3, 4), 3), ((2, 3, 0), 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "weights"), PRELU, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prelu(isa, shape, weights, dtype):
+    def run(function, dtype):
+        x, w = base.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        output = function(x, w)
+        return output, *gradients(output, grad, x, w)
+
+    base, weight, grad = (t.to(dtype) for t in (torch.randn(shape), torch.rand(weights), torch.randn(shape)))
+    for name, *three in zip(
+        ("output", "input", "weight"), run(FF.prelu, dtype), run(F.prelu, torch.float64), run(F.prelu, dtype), strict=True
+    ):
+        close(*three, name, terms=base.numel())
+
+
+def test_prelu_layouts_and_edges(isa):
+    for x in (
+        torch.randn(2, 5, 3, 4).contiguous(memory_format=torch.channels_last),
+        torch.randn(4, 5).mT.contiguous().mT,
+        torch.randn(6, 5, 8)[::2, :, 1:6],
+        torch.tensor([[math.inf, -math.inf, math.nan, 0.0, -0.0]]),
+    ):
+        for w in (torch.rand(5), torch.rand(10)[::2], torch.rand(1)):
+            ours, theirs = x.detach().clone().requires_grad_(), x.detach().clone().requires_grad_()
+            v, u = w.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
+            a, e = FF.prelu(ours, v), F.prelu(theirs, u)
+            torch.testing.assert_close(a, e, equal_nan=True)
+            a.backward(torch.ones_like(a))
+            e.backward(torch.ones_like(e))
+            torch.testing.assert_close(ours.grad, theirs.grad, equal_nan=True)
+            torch.testing.assert_close(v.grad, u.grad, equal_nan=True)
+
+
+def test_prelu_double_backward():
+    for shape, weights in (((4, 5), 5), ((2, 3, 4), 3), ((6,), 1)):
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        w = torch.rand(weights, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(FF.prelu, (x, w), check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(FF.prelu, (x, w), check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+def test_prelu_autocast():
+    x, w = torch.randn(4, 6), torch.rand(6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert FF.prelu(x, w).dtype == F.prelu(x, w).dtype
+        torch.testing.assert_close(FF.prelu(x, w), F.prelu(x, w))
+
+
+@pytest.mark.parametrize("shape", [(2,), (4, 6), (3, 34), (2, 8, 33), (2, 6, 4, 5), (64, 2002), (0, 4), (4, 0)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_glu(isa, shape, dtype):
+    base = (3 * torch.randn(shape)).to(dtype)
+    for dim in range(-len(shape), len(shape)):
+        if shape[dim] % 2:
+            continue
+
+        def run(dtype, function, dim=dim):
+            x = base.to(dtype).requires_grad_()
+            output = function(x, dim)
+            return output, *gradients(output, torch.full(output.shape, 0.75), x)
+
+        results = run(dtype, FF.glu), run(torch.float64, F.glu), run(dtype, F.glu)
+        for name, *three in zip(("output", "gradient"), *results, strict=True):
+            close(*three, name)
+
+
+def test_glu_layouts(isa):
+    for name in LAYOUTS:
+        x = LAYOUTS[name]((6, 10), torch.float32)
+        for dim in (0, 1):
+            torch.testing.assert_close(FF.glu(x, dim), F.glu(x, dim))
+
+
+def test_glu_double_backward():
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    for dim in (0, -1):
+        assert torch.autograd.gradcheck(lambda t, d=dim: FF.glu(t, d), x, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(lambda t, d=dim: FF.glu(t, d), x, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+# ---- modules -------------------------------------------------------------------------------------------------------
+
+MODULES = {
+    "Threshold": [(0.1, 0.7), (0.1, 0.7, True)], "ReLU": [(), (True,)], "ReLU6": [()], "LeakyReLU": [(), (0.2, True)],
+    "ELU": [(), (0.5,)], "SELU": [()], "CELU": [(), (0.5, True)], "GELU": [(), ("tanh",)], "SiLU": [()], "Mish": [()],
+    "Sigmoid": [()], "LogSigmoid": [()], "Tanh": [()], "Softplus": [(), (2.0, 5.0)], "Softsign": [()],
+    "Hardtanh": [(), (-0.5, 2.0)], "Hardsigmoid": [()], "Hardswish": [(True,)], "Hardshrink": [(0.2,)],
+    "Softshrink": [(0.2,)], "Tanhshrink": [()], "PReLU": [(), (6, 0.1)], "GLU": [(), (0,)],
+}  # fmt: skip
+
+
+def test_every_module_is_tested():
+    assert set(MODULES) | {"Linear"} == set(fnn.__all__)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules(name):
+    import copy
+    import pickle
+
+    for arguments in MODULES[name]:
+        ours, theirs = getattr(fnn, name)(*arguments), getattr(torch.nn, name)(*arguments)
+        assert isinstance(ours, getattr(torch.nn, name))
+        assert repr(ours) == repr(theirs)
+        assert vars(ours).keys() == vars(theirs).keys()
+        x = torch.randn(4, 6)
+        expected = theirs(x.clone())
+        for module in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            with fastops.record() as rows:
+                torch.testing.assert_close(module(x.clone()), expected)
+            assert len(rows) == 1
+            assert rows[0].kernel != "aten"
+        theirs.load_state_dict(ours.state_dict())
+        ours.load_state_dict(theirs.state_dict())

@@ -1,0 +1,59 @@
+"""fastops demo, shortened."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastops import demo
+
+MODELS = ["LinearRegression 1-1", "SimpleNet 10-5-5-1", "MLP 64-128-10", "MLP 784-128-10", "ConvNet 28x28"]
+
+
+def test_command(tmp_path: Path) -> None:
+    plot = tmp_path / "demo.png"
+    result = subprocess.run(
+        [sys.executable, "-m", "fastops", "demo", "--steps", "12", "--threads", "1", "--out", str(plot)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    for model in MODELS:
+        assert sum(line.startswith(model) for line in lines) == 1
+        assert f"{model}: step 12 of 12, loss " in result.stderr
+    assert "speed-up" in result.stdout
+    for layer in ("conv1", "conv2"):
+        assert any(line.startswith(layer) and "skipped" in line for line in lines)
+    for layer in ("relu", "fc1", "fc2"):
+        assert any(line.startswith(layer) and "fastops" in line for line in lines)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_both_sides_learn_the_same(index: int) -> None:
+    task = demo.tasks(seed=0)[index]
+    outcome = demo.train(task, 100, seed=0, progress=lambda text: None)
+    assert outcome.torch.losses[-1] < outcome.torch.losses[0]
+    assert len(outcome.torch.losses) == len(outcome.fastops.losses) == 100
+    assert outcome.largest_difference < 1e-4
+    assert abs(outcome.torch_score - outcome.fastops_score) < 0.02
+
+
+def test_seed_decides_everything() -> None:
+    first, second, other = (
+        demo.train(demo.tasks(seed)[2], 20, seed, lambda text: None).fastops.losses for seed in (3, 3, 4)
+    )
+    assert first == second
+    assert first != other
+
+
+@pytest.mark.parametrize("name", ["steps", "epochs", "threads"])
+def test_numbers_are_checked(name: str, capsys: pytest.CaptureFixture) -> None:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    assert demo.run(parser.parse_args([f"--{name}", "0"])) == 2
+    assert f"--{name} must be at least 1, got 0" in capsys.readouterr().err

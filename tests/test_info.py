@@ -1,0 +1,101 @@
+"""fastops.info(), fastops.memory's doors and the command line around them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastops
+from fastops import _C
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "fastops", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_attributes() -> None:
+    info = fastops.info()
+    assert info.version == fastops.__version__
+    assert info.torch == torch.__version__
+    assert info.built_for_torch.split(".")[:2] == torch.__version__.split(".")[:2]
+    assert info.isa_found == _C.isa_found()
+    assert info.isa_used == _C.isa_used()
+    assert info.threads == torch.get_num_threads()
+    assert info.cuda is False
+    assert info.memory == fastops.memory.stats()
+    assert info.as_dict()["compiler"] == info.compiler != ""
+
+
+def test_page_names_everything() -> None:
+    info = fastops.info()
+    page = str(info)
+    for word in (
+        "fastops",
+        "torch",
+        "compiler",
+        "flags",
+        "processor",
+        "ISA",
+        "threads",
+        "OpenMP",
+        "CUDA",
+        "memory pool",
+    ):
+        assert any(line.startswith(word) for line in page.splitlines()), word
+    for text in (info.version, info.torch, info.isa_used, info.cpu):
+        assert text in page
+    assert repr(info) == page
+
+
+def test_command_prints_the_page() -> None:
+    result = command("info")
+    assert result.returncode == 0
+    assert f"{fastops.__version__}, {fastops.info().location}" in result.stdout
+
+
+def test_version() -> None:
+    assert command("--version").stdout == f"fastops {fastops.__version__}\n"
+
+
+def test_no_command_prints_usage() -> None:
+    result = command()
+    assert result.returncode == 2
+    assert "info | demo | bench" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["scalar", "avx2", "avx512", "avx512_bf16", "amx"])
+def test_isa_can_be_lowered(name: str) -> None:
+    tiers = ["scalar", "avx2", "avx512", "avx512_bf16", "amx"]
+    page = command("info", FASTOPS_ISA=name).stdout
+    line = next(line for line in page.splitlines() if line.startswith("ISA"))
+    if tiers.index(name) < tiers.index(_C.isa_found()):
+        assert line.split()[1] == name
+        assert f"this processor has {_C.isa_found()}; lowered by FASTOPS_ISA={name}" in line
+    elif name == _C.isa_found():
+        assert line.split()[1] == name
+    else:
+        assert line.split()[1] == _C.isa_found()
+        assert f"FASTOPS_ISA={name} asks for a tier that this processor does not have and is ignored" in line
+
+
+def test_isa_that_does_not_exist() -> None:
+    page = command("info", FASTOPS_ISA="sse9").stdout
+    line = next(line for line in page.splitlines() if line.startswith("ISA"))
+    assert line.split()[1] == _C.isa_found()
+    assert "FASTOPS_ISA=sse9 names no tier" in line
+
+
+@pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (1.5, TypeError), (True, TypeError), ("1", TypeError)])
+def test_memory_limit_is_checked(value: object, error: type[Exception]) -> None:
+    before = fastops.memory.stats()
+    with pytest.raises(error, match="limit_bytes"):
+        fastops.memory.set_limit(value)
+    assert fastops.memory.stats() == before

@@ -1,0 +1,150 @@
+"""What a stranger meets before the first kernel runs: setup.py without torch, import with another torch."""
+
+import importlib.machinery
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastops
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(fastops.__file__).resolve().parent
+EXTENSION = PACKAGE / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the installed package without its extension; `import fastops` finds it through PYTHONPATH."""
+    target = tmp_path / "fastops"
+    shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build.py"))
+    return target
+
+
+def import_error(copy: Path, prelude: str = "") -> str:
+    """The message of the ImportError that importing the copy raises."""
+    code = f"{prelude}\nimport sys\nsys.path.insert(0, {str(copy.parent)!r})\nimport fastops"
+    result = run_python("-I", "-c", code)
+    assert result.returncode == 1
+    start = result.stderr.rindex("\nImportError: ")
+    return result.stderr[start + len("\nImportError: ") :]
+
+
+def test_extension_missing(copy: Path) -> None:
+    message = import_error(copy)
+    assert "no compiled extension" in message
+    assert str(copy) in message
+    assert "-m pip install" in message
+
+
+def test_extension_of_another_python(copy: Path) -> None:
+    (copy / "_C.cpython-39-x86_64-linux-gnu.so").touch()
+    message = import_error(copy)
+    assert "built for another Python: _C.cpython-39-x86_64-linux-gnu.so" in message
+
+
+def test_extension_of_another_torch(copy: Path) -> None:
+    shutil.copy(EXTENSION, copy)
+    (copy / "_build.py").write_text('TORCH_VERSION = "2.10.1+cpu"\n')
+    message = import_error(copy)
+    assert f"built for torch 2.10.1+cpu, and this is torch {torch.__version__}" in message
+    assert "-m pip install" in message
+
+
+def test_extension_that_cannot_be_loaded(copy: Path) -> None:
+    (copy / EXTENSION.name).write_text("not a library")
+    (copy / "_build.py").write_text(f'TORCH_VERSION = "{torch.__version__}"\n')
+    message = import_error(copy)
+    assert "cannot be loaded" in message
+    assert f"built for torch {torch.__version__}" in message
+
+
+def test_import_without_torch(copy: Path) -> None:
+    message = import_error(copy, "import sys; sys.modules['torch'] = None")
+    assert message.startswith("fastops needs torch")
+    assert "-m pip install 'torch>=2.11'" in message
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """What setup.py needs to describe the package."""
+    target = tmp_path / "sources"
+    target.mkdir()
+    for name in ("setup.py", "pyproject.toml", "build_native.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target)
+    for name in ("fastops", "benchmarks"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "results"))
+    return target
+
+
+def describe_in_isolation(sources: Path, tmp_path: Path, torch_folder: Path | None) -> subprocess.CompletedProcess:
+    """setup.py as pip runs it: by the target environment's python, whose packages are hidden from it."""
+    environment = tmp_path / "target"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    packages = next(environment.glob("lib/python*/site-packages"))
+    if torch_folder is not None:
+        (packages / "torch").symlink_to(torch_folder)
+    overlay = tmp_path / "overlay"
+    overlay.mkdir()
+    import setuptools
+
+    for folder in Path(setuptools.__file__).parent.parent.iterdir():
+        if folder.name in ("setuptools", "_distutils_hack", "pkg_resources") or folder.name.startswith("setuptools-"):
+            (overlay / folder.name).symlink_to(folder)
+    (overlay / "sitecustomize.py").write_text(f"import sys\nsys.path.remove({str(packages)!r})\n")
+    variables = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONHOME")}
+    return subprocess.run(
+        [environment / "bin" / "python", "setup.py", "--quiet", "dist_info", "--output-dir", str(tmp_path)],
+        cwd=sources,
+        env={**variables, "PYTHONPATH": str(overlay), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_setup_finds_the_target_environments_torch(sources: Path, tmp_path: Path) -> None:
+    result = describe_in_isolation(sources, tmp_path, Path(torch.__file__).parent)
+    assert result.returncode == 0, result.stderr
+    assert "Requires-Dist: torch>=2.11" in next(tmp_path.glob("fastops-*.dist-info/METADATA")).read_text()
+
+
+def test_setup_without_torch_says_what_to_run(sources: Path, tmp_path: Path) -> None:
+    result = describe_in_isolation(sources, tmp_path, None)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("fastops: this environment has no torch") == 1
+    assert "pip install 'torch>=2.11'" in result.stderr
+
+
+def test_setup_with_an_old_torch_says_what_to_run(sources: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old" / "torch"
+    old.mkdir(parents=True)
+    (old / "__init__.py").touch()
+    (old / "version.py").write_text("__version__ = '2.4.1+cpu'\n")
+    result = describe_in_isolation(sources, tmp_path, old)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "has torch 2.4.1+cpu, and fastops needs 2.11 or newer" in result.stderr
+
+
+def test_one_openmp_runtime() -> None:
+    """A second libgomp would have a second pool of threads that fights the first for the cores."""
+    code = (
+        "import torch, fastops, fastops.functional as FF\n"
+        "torch.set_num_threads(2)\n"
+        "x = torch.randn(1024, 1024)\n"
+        "FF.tanh(FF.linear(x, x))\n"
+        "print(len(fastops.info().openmp))"
+    )
+    assert run_python("-c", code).stdout == "1\n"
