@@ -227,13 +227,14 @@ def main(arguments: list[str]) -> int:
     else:
         print(__doc__, file=sys.stderr)
         return 2
+    failed = 0
     for program in programs:
-        print(f"{program.relative_to(ROOT)}", flush=True)
+        print(program.relative_to(ROOT), flush=True)
         status = subprocess.run([str(program), *arguments[1:]]).returncode
         if status != 0:
             print(f"{program.name} failed with status {status}", file=sys.stderr)
-            return 1
-    return 0
+            failed += 1
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -94,9 +94,10 @@ def functional_sides(case: Case, theirs: Callable, ours: Callable, inputs: Seque
     """Sides for two functions of the same tensors.
 
     In mode "both" a fixed gradient is sent back through the output, and every gradient is dropped before the next call.
+    It is positive: sums over it do not cancel, so that their relative error means something.
     """
     leaves = [tensor.detach().requires_grad_(case.mode != FORWARD) for tensor in inputs]
-    grad = torch.randn_like(theirs(*leaves)) if case.mode == BOTH else None
+    grad = torch.rand_like(theirs(*leaves)) if case.mode == BOTH else None
 
     def one(function: Callable) -> Callable[[], object]:
         if grad is None:

@@ -4,7 +4,9 @@
 """
 
 import csv
+import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -69,7 +71,7 @@ def figures_table(results: Sequence[Result]) -> str:
 
 
 def write(folder: Path, stamp: dict, rows: Sequence[Row], memory: dict | None, results: Sequence[Result]) -> list[Path]:
-    """Writes JSON, CSV and the plot, named after the machine and the day; returns their paths."""
+    """Writes JSON, CSV and, with matplotlib, the plot, named after machine and day; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", f"{stamp['cpu']} {stamp['cores']} cores {stamp['date']}".lower()).strip("-")
     paths = [folder / f"{name}.json", folder / f"{name}.csv", folder / f"{name}-roofline.png"]
@@ -84,33 +86,31 @@ def write(folder: Path, stamp: dict, rows: Sequence[Row], memory: dict | None, r
         writer = csv.DictWriter(file, list(rows[0].as_dict()))
         writer.writeheader()
         writer.writerows(row.as_dict() for row in rows)
+    if importlib.util.find_spec("matplotlib") is None:
+        return paths[:2]
     roofline(paths[2], stamp, rows)
     return paths
 
 
 def roofline(path: Path, stamp: dict, rows: Sequence[Row]) -> None:
-    """Arithmetic intensity against GFLOP/s for the float32 rows, under the roofs measured in this run."""
+    """GFLOP/s over arithmetic intensity under the roofs measured in this run: the float32 rows, or those there are."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if row.dtype == "f32" and not row.lowered]
+    dtype = "f32" if any(row.dtype == "f32" for row in rows) else rows[0].dtype
+    rows = [row for row in rows if row.dtype == dtype and not row.lowered] or rows
     figure, axes = plt.subplots(figsize=(9, 6))
     flops = max((row.peak for row in rows if row.bound == "flops"), default=None)
     memory = [row for row in rows if row.bound == "bytes"]
     # The largest working set shows what memory gives; smaller ones are copied inside a cache.
     stream = max(memory, key=lambda row: row.gbytes * row.fastops_us).peak if memory else None
-    ends = [0.01, 2000.0]
-    if stream is not None:
-        roof = [min(stream * x, flops or float("inf")) for x in ends]
-        bend = [flops / stream] if flops else []
-        axes.plot([ends[0], *bend, ends[1]], [roof[0], *([flops] if bend else []), roof[1]], "k-", lw=1)
-        axes.text(ends[0] * 1.1, stream * ends[0] * 2, f"copy {stream:.0f} GB/s; above it: inside a cache", fontsize=8)
-    if flops is not None:
-        if stream is None:
-            axes.axhline(flops, color="k", lw=1)
-        axes.text(ends[1], flops * 1.05, f"FMA {flops:.0f} GF/s", fontsize=8, ha="right")
+    names = [f"FMA {flops:.0f} GF/s" if flops else "", f"copy {stream:.0f} GB/s" if stream else ""]
+    ends = (0.01, 2000.0)
+    bends = [ends[0], flops / stream, ends[1]] if flops and stream else list(ends)
+    roof = [min(stream * x if stream else math.inf, flops or math.inf) for x in bends]
+    axes.plot(bends, roof, "k-", lw=1, label=f"measured: {', '.join(filter(None, names))}")
     for label, marker, value in (("PyTorch", "x", "torch_gflops"), ("fastops", "o", "gflops")):
         axes.scatter(
             [row.intensity for row in rows],
@@ -120,9 +120,15 @@ def roofline(path: Path, stamp: dict, rows: Sequence[Row]) -> None:
             alpha=0.6,
             label=label,
         )
-    axes.set(xscale="log", yscale="log", xlabel="flop / byte (one flop an element for activations)", ylabel="GFLOP/s")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="flop / byte (one flop an element for activations)",
+        ylabel="GFLOP/s",
+        xlim=ends,
+    )
     axes.set_title(
-        f"float32, {stamp['cpu']}, {stamp['cores']} cores, {stamp['isa']}, torch {stamp['torch']}", fontsize=9
+        f"{dtype}, {stamp['cpu']}, {stamp['cores']} cores, {stamp['isa']}, torch {stamp['torch']}", fontsize=9
     )
     axes.grid(True, which="major", alpha=0.3)
     axes.legend()

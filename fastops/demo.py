@@ -140,7 +140,7 @@ def tasks(seed: int) -> list[Task]:
         Task("LinearRegression 1-1", LinearRegression, ink, inked, sgd(0.05), 100, 1000),
         Task("SimpleNet 10-5-5-1", SimpleNet, components, loops, sgd(0.05), 100, 2000),
         Task("MLP 64-128-10", lambda: MLP(64), images, classes, sgd(0.1), 64, 2000),
-        Task("MLP 784-128-10", lambda: MLP(784), large, classes, sgd(0.1), 64, 2000),
+        Task("MLP 784-128-10", lambda: MLP(784), large, classes, sgd(0.1), 64, 1000),
         Task("ConvNet 28x28", ConvNet, large, classes, adam, 64, 120),
     ]
 

@@ -1,13 +1,13 @@
 """torch.nn.functional's linear and activations, to the letter, on fastops' kernels; linear also takes activation=.
 
 The choice between the doors is made here and nowhere else. For a plain eager tensor that is one call of the fast door
-(`fastops._C`), which does everything in C++ or answers NotImplemented. Then the general door (fastops/ops) is asked, for
-tensors and modes that have to see the op; and what fastops has no kernel for (complex, sparse, integers, other devices,
-tensor subclasses) goes to PyTorch's own op, recorded as kernel "aten". What PyTorch refuses is refused here with the same
-exception type.
+(`fastops._C`), which does everything in C++ or answers NotImplemented. Then the general door (fastops/ops) is asked,
+for tensors and modes that have to see the op; and what fastops has no kernel for (complex, sparse, integers, other
+devices, tensor subclasses) goes to PyTorch's own op, recorded as kernel "aten". What PyTorch refuses is refused here
+with the same exception type.
 
-Formulas and parameters: torch.nn.functional. dtypes: float32, float64, bfloat16, float16; under CPU autocast linear and prelu
-compute in autocast's dtype, as in PyTorch.
+Formulas and parameters: torch.nn.functional. dtypes: float32, float64, bfloat16, float16; under CPU autocast linear and
+prelu compute in autocast's dtype, as in PyTorch.
 """
 
 from collections.abc import Callable
@@ -38,13 +38,15 @@ _fast_activation = _C.activation
 _fast_prelu = _C.prelu
 _fast_glu = _C.glu
 
-(_RELU, _RELU6, _LEAKY_RELU, _ELU, _SELU, _CELU, _GELU, _GELU_TANH, _SILU, _MISH, _SIGMOID, _LOGSIGMOID, _TANH, _SOFTPLUS,
- _SOFTSIGN, _HARDTANH, _HARDSIGMOID, _HARDSWISH, _HARDSHRINK, _SOFTSHRINK, _TANHSHRINK, _THRESHOLD) = (
+(
+    _RELU, _RELU6, _LEAKY_RELU, _ELU, _SELU, _CELU, _GELU, _GELU_TANH, _SILU, _MISH, _SIGMOID, _LOGSIGMOID, _TANH,
+    _SOFTPLUS, _SOFTSIGN, _HARDTANH, _HARDSIGMOID, _HARDSWISH, _HARDSHRINK, _SOFTSHRINK, _TANHSHRINK, _THRESHOLD,
+) = (
     KIND[name]
     for name in (
         "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "gelu_tanh", "silu", "mish", "sigmoid",
-        "logsigmoid", "tanh", "softplus", "softsign", "hardtanh", "hardsigmoid", "hardswish", "hardshrink", "softshrink",
-        "tanhshrink", "threshold",
+        "logsigmoid", "tanh", "softplus", "softsign", "hardtanh", "hardsigmoid", "hardswish", "hardshrink",
+        "softshrink", "tanhshrink", "threshold",
     )
 )  # fmt: skip
 
@@ -117,8 +119,8 @@ def _gelu_kind(approximate: str) -> tuple[str, float, float]:
 def resolve_activation(activation: Activation) -> tuple[str, float, float]:
     """(kind, a, b) of an `activation=` argument: None, a name, or an activation module of torch.nn or fastops.nn.
 
-    Raises ValueError for an unknown name or a module that cannot be fused (PReLU and GLU: parameters or a shape of their
-    own), TypeError for anything else.
+    Raises ValueError for an unknown name or a module that cannot be fused (PReLU and GLU: parameters or a shape of
+    their own), TypeError for anything else.
     """
     if activation is None:
         return _NONE
@@ -190,7 +192,7 @@ _TORCH: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 }
 
 
-# ---- past the fast door ------------------------------------------------------------------------------------------------
+# ---- past the fast door ----------------------------------------------------------------------------------------------
 
 
 _REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
@@ -237,7 +239,7 @@ def _show(value: Any) -> str:
     return f"{value!r} of type {type(value).__name__}"
 
 
-# ---- linear ------------------------------------------------------------------------------------------------------------
+# ---- linear ----------------------------------------------------------------------------------------------------------
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation = None) -> Tensor:
@@ -296,8 +298,8 @@ def _explain_linear(input: Any, weight: Any, bias: Any = None) -> str:
     features = input.shape[-1]
     if weight.dim() not in (1, 2) or weight.shape[-1] != features:
         return (
-            f"weight must have shape (out_features, in_features) with in_features = {features} (input's last dimension), "
-            f"got {tuple(weight.shape)}"
+            f"weight must have shape (out_features, in_features) with in_features = {features} "
+            f"(input's last dimension), got {tuple(weight.shape)}"
         )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
@@ -311,7 +313,7 @@ def _explain_linear(input: Any, weight: Any, bias: Any = None) -> str:
     return ""
 
 
-# ---- activations -------------------------------------------------------------------------------------------------------
+# ---- activations -----------------------------------------------------------------------------------------------------
 
 
 def _valid(kind: str, a: Any, b: Any) -> bool:
@@ -698,7 +700,7 @@ def _explain_glu(input: Any, dim: Any) -> str:
     if input.dim() == 0:
         return "input must have at least one dimension, got a scalar"
     if not -input.dim() <= dim < input.dim():
-        return f"dim must be between {-input.dim()} and {input.dim() - 1} for an input of {input.dim()} dimensions, got {dim}"
+        return f"dim must be between {-input.dim()} and {input.dim() - 1} for {input.dim()} dimensions, got {dim}"
     if input.shape[dim] % 2:
         return f"input must have an even size along dim {dim}, got shape {tuple(input.shape)}"
     return "" if input.is_floating_point() else f"input must be a floating point tensor, got {_show(input)}"

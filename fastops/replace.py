@@ -1,7 +1,8 @@
 """fastops.replace_, restore_ and replaced: torch.nn's modules become fastops.nn's where they are, and back.
 
-A swap is one assignment to module.__class__. The classes of fastops.nn keep no state that torch.nn's do not have, so parameters,
-buffers, hooks, optimizers' references, tied weights, state_dict keys, device, mode and the root module stay what they are.
+A swap is one assignment to module.__class__. The classes of fastops.nn keep no state that torch.nn's do not have, so
+parameters, buffers, hooks, optimizers' references, tied weights, state_dict keys, device, mode and the root module stay
+what they are.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,17 +1,30 @@
 """The tolerance rule, in one place.
 
-Against a float64 reference, the largest error may be twice that of PyTorch's own op in the same dtype, plus one rounding of the
-largest value: what a result that is rounded once must be allowed where PyTorch happens to be exact. Where float64 itself is under
-test the reference is no better than the result, and each of the `terms` that are summed may be rounded in both. nan and
-infinities have to be where the reference has them. Integer-valued inputs get no tolerance (`exact`).
+Against a float64 reference, the largest error may be twice that of PyTorch's own op in the same dtype, plus one
+rounding of the largest value: what a result that is rounded once must be allowed where PyTorch happens to be exact.
+Where float64 itself is under test the reference is no better than the result, and each of the `terms` that are summed
+may be rounded in both. nan and infinities have to be where the reference has them. Integer-valued inputs get no
+tolerance (`exact`).
 """
 
 import torch
 from torch import Tensor
 
 
-def close(actual: Tensor, reference: Tensor, theirs: Tensor, what: str = "result", terms: int = 1) -> None:
-    """Asserts the rule. reference is float64; actual and theirs have the dtype under test and the reference's shape."""
+def close(
+    actual: Tensor,
+    reference: Tensor,
+    theirs: Tensor,
+    what: str = "result",
+    terms: int = 1,
+    roundings: float = 1.0,
+    least: float = 0.0,
+) -> None:
+    """Asserts the rule. reference is float64; actual and theirs have the dtype under test and the reference's shape.
+
+    roundings: how many of the largest value are allowed, where the contract of the op grants more than one.
+    least: the size of the terms, where they cancel and the largest value is small beside them.
+    """
     actual, reference, theirs = actual.detach(), reference.detach(), theirs.detach()
     assert actual.shape == reference.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(reference.shape)}"
     assert actual.dtype == theirs.dtype, f"{what}: dtype {actual.dtype}, PyTorch has {theirs.dtype}"
@@ -27,10 +40,14 @@ def close(actual: Tensor, reference: Tensor, theirs: Tensor, what: str = "result
         return
     both = ~special & torch.isfinite(theirs)
     other = (theirs.double() - reference).abs()[both]
-    scale = float(reference[~special].abs().max())
-    rounding = torch.finfo(actual.dtype).eps * scale * (8 + terms if actual.dtype == torch.float64 else 1)
+    scale = max(float(reference[~special].abs().max()), least)
+    if actual.dtype == torch.float64:  # operands are of the order of 1, and so are terms that cancel
+        scale = max(scale, 1.0) * (8 + terms)
+    rounding = torch.finfo(actual.dtype).eps * scale * roundings
     bound = 2 * (float(other.max()) if other.numel() else 0.0) + rounding
-    assert float(ours.max()) <= bound, f"{what}: error {float(ours.max()):.3e}, allowed {bound:.3e} (largest value {scale:.3e})"
+    assert float(ours.max()) <= bound, (
+        f"{what}: error {float(ours.max()):.3e}, allowed {bound:.3e} (largest value {scale:.3e})"
+    )
 
 
 def exact(actual: Tensor, expected: Tensor, what: str = "result") -> None:
@@ -39,4 +56,6 @@ def exact(actual: Tensor, expected: Tensor, what: str = "result") -> None:
     assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype}, expected {expected.dtype}"
     wrong = ~((actual == expected) | (torch.isnan(actual) & torch.isnan(expected)))
     count = int(wrong.sum())
-    assert count == 0, f"{what}: {count} of {actual.numel()} elements differ, first {actual[wrong][0]} for {expected[wrong][0]}"
+    assert count == 0, (
+        f"{what}: {count} of {actual.numel()} elements differ, first {actual[wrong][0]} for {expected[wrong][0]}"
+    )

@@ -12,8 +12,9 @@ import fastops.functional as FF
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
-# (m, n, k) of y[m, n] = x[m, k] w[n, k]^T. The register tile is 12x32 (32x32 on AMX), a vector has up to 16 floats, the depth is
-# blocked by some hundreds: sizes below, at and above each by one, and batches that take the paths without packing.
+# (m, n, k) of y[m, n] = x[m, k] w[n, k]^T. The register tile is 12x32 (32x32 on AMX), a vector has up to 16 floats, the
+# depth is blocked by some hundreds: sizes below, at and above each by one, and batches that take the paths without
+# packing.
 LINEAR_SHAPES = [
     (1, 1, 1),
     (1, 5, 10),
@@ -94,7 +95,8 @@ ACTIVATIONS = [
 
 # torch.nn.functional's activations that can also work in place.
 INPLACE = {
-    "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "mish", "hardtanh", "hardsigmoid", "hardswish", "threshold",
+    "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "mish", "hardtanh", "hardsigmoid", "hardswish",
+    "threshold",
 }  # fmt: skip
 
 
@@ -136,7 +138,9 @@ LAYOUTS: dict[str, Callable[[tuple[int, ...], torch.dtype], Tensor]] = {
     "contiguous": lambda shape, dtype: torch.randn(shape).to(dtype),
     "transposed": lambda shape, dtype: torch.randn(shape[::-1]).to(dtype).permute(*range(len(shape) - 1, -1, -1)),
     "sliced": lambda shape, dtype: torch.randn([n + 3 for n in shape]).to(dtype)[tuple(slice(1, n + 1) for n in shape)],
-    "stepped": lambda shape, dtype: torch.randn([2 * n for n in shape]).to(dtype)[tuple(slice(0, 2 * n, 2) for n in shape)],
+    "stepped": lambda shape, dtype: torch.randn([2 * n for n in shape]).to(dtype)[
+        tuple(slice(0, 2 * n, 2) for n in shape)
+    ],
     "expanded": lambda shape, dtype: torch.randn(1, *shape[1:]).to(dtype).expand(shape),
     "expanded_last": lambda shape, dtype: torch.randn(*shape[:-1], 1).to(dtype).expand(shape),
 }

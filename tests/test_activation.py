@@ -1,5 +1,6 @@
 """Activations against a float64 reference: values and gradients, every dtype, tier, layout and edge."""
 
+import functools
 import math
 
 import pytest
@@ -15,12 +16,13 @@ from fastops import _C
 from fastops.ops import KIND, PIECEWISE_LINEAR
 
 EVERY = pytest.mark.parametrize("case", ACTIVATIONS, ids=str)
+HAS_INPLACE = pytest.mark.parametrize("case", [case for case in ACTIVATIONS if case.kind in INPLACE], ids=str)
 
 # Corners of the formulas and of the number formats.
 SPECIAL = [
-    0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1e-40, -1e-40, 1.2e-38, -1.2e-38, 1e-20, -1e-20, 1e-6, -1e-6,
-    0.1, 0.5, -0.5, 1.0, -1.0, 3.0, -3.0, 6.0, 2.999, -2.999, 5.999, 10.0, -10.0, 20.0, 20.001, -20.0, 50.0, -50.0, 88.8, -88.8,
-    90.0, -90.0, 104.0, -104.0, 700.0, -700.0, 6e4, -6e4, 1e10, -1e10, 3e38, -3e38,
+    0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1e-40, -1e-40, 1.2e-38, -1.2e-38, 1e-20, -1e-20, 1e-6,
+    -1e-6, 0.1, 0.5, -0.5, 1.0, -1.0, 3.0, -3.0, 6.0, 2.999, -2.999, 5.999, 10.0, -10.0, 20.0, 20.001, -20.0, 50.0,
+    -50.0, 88.8, -88.8, 90.0, -90.0, 104.0, -104.0, 700.0, -700.0, 6e4, -6e4, 1e10, -1e10, 3e38, -3e38,
 ]  # fmt: skip
 
 
@@ -33,8 +35,12 @@ def run(function, x, grad):
 def compare_all(case, x, grad):
     ours, theirs = run(case.ours, x, grad), run(case.theirs, x, grad)
     reference = run(lambda t: activation(case, t), x.double(), grad)
+    # 2.5 units of the last place (4 for GELU by erf) are promised for the value. The gradient is made of terms as large
+    # as the incoming one, and of a value that may be that far off.
+    promised, largest = (4.0 if case.kind == "gelu" else 2.5), float(grad.abs().max()) if grad.numel() else 0.0
+    bounds = {"output": (promised, 0.0), "gradient": (2 * promised, largest)}
     for name, *three in zip(("output", "gradient"), ours, reference, theirs, strict=True):
-        close(*three, name)
+        close(*three, name, 1, *bounds[name])
 
 
 @EVERY
@@ -48,7 +54,7 @@ def test_values_and_gradients(isa, case, dtype):
 def test_bits_for_1_and_2_threads(isa, case):
     x, grad = 3 * torch.randn(300_001), torch.randn(300_001)
     results = []
-    for count in (1, 2, 2):
+    for count in (1, 2, 2):  # the last twice: from run to run, too
         torch.set_num_threads(count)
         results.append(run(case.ours, x, grad))
     for other in results[1:]:
@@ -58,26 +64,37 @@ def test_bits_for_1_and_2_threads(isa, case):
 
 def _ulps(actual, reference):
     """Error in units of the last place of the correctly rounded result."""
-    spacing = torch.nextafter(reference.float().abs(), torch.tensor(math.inf)).double() - reference.float().abs().double()
+    spacing = (
+        torch.nextafter(reference.float().abs(), torch.tensor(math.inf)).double() - reference.float().abs().double()
+    )
     return ((actual.double() - reference) / spacing).abs()
+
+
+@functools.cache
+def _sampled(index):
+    """Every 16381st of all finite floats, f of them in float64, and the largest error of PyTorch there, in ulps."""
+    case = ACTIVATIONS[index]
+    x = torch.arange(-(2**31), 2**31, 16381, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    x = x[torch.isfinite(x)]
+    reference = activation(case, x)
+    finite = torch.isfinite(reference.float())
+    x, reference = x[finite], reference[finite]
+    theirs = _ulps(case.theirs(x), reference)
+    return x, reference, float(theirs[torch.isfinite(theirs)].max())
 
 
 @EVERY
 def test_ulps_of_float32(isa, case):
-    """Every 8191st of all floats (make ulp looks at all of them)."""
-    x = torch.arange(-(2**31), 2**31, 8191, dtype=torch.int64).to(torch.int32).view(torch.float32)
-    x = x[torch.isfinite(x)]
-    reference = activation(case, x)
-    keep = torch.isfinite(reference.float())
-    allowed = 4.0 if case.kind == "gelu" else 2.5
-    ours, theirs = (_ulps(f(x), reference)[keep] for f in (case.ours, case.theirs))
-    limit = max(allowed, float(theirs[torch.isfinite(theirs)].max()))
+    """`make ulp` looks at all floats."""
+    x, reference, theirs = _sampled(ACTIVATIONS.index(case))
+    ours = _ulps(case.ours(x), reference)
+    limit = max(4.0 if case.kind == "gelu" else 2.5, theirs)
     worst = int(ours.argmax())
-    assert float(ours[worst]) <= limit, f"{float(ours[worst]):.2f} ulp at {float(x[keep][worst])!r}"
+    assert float(ours[worst]) <= limit, f"{float(ours[worst]):.2f} ulp at {float(x[worst])!r}"
 
 
 def _as_good(ours, reference, theirs, x):
-    """Elementwise: the reference within some roundings, PyTorch's answer, or an error no larger than twice PyTorch's."""
+    """Elementwise: the reference within some roundings, PyTorch's answer, or an error at most twice PyTorch's."""
     rounded, eps = reference.to(ours.dtype), torch.finfo(ours.dtype).eps
     good = (ours == rounded) | (ours == theirs) | (torch.isnan(ours) & (torch.isnan(rounded) | torch.isnan(theirs)))
     error, theirs_error = (ours.double() - reference).abs(), (theirs.double() - reference).abs()
@@ -100,16 +117,20 @@ def test_special_values(isa, case, dtype):
         ours, theirs, wide = run(case.ours, x, ones), run(case.theirs, x, ones), run(case.theirs, x.double(), ones)
         reference = activation(case, x)
         good = _as_good(ours[0], reference, theirs[0], x)
-        # Where PyTorch's formula gives nan at an infinity (infinity times 0), the limit is the better answer.
-        good |= x.isinf() & torch.isnan(reference) & ((ours[0] == 0) | (ours[0] == x))
+        # Where PyTorch's formula gives nan at an infinity (infinity times 0, or by
+        # infinity), the limit is the better answer.
+        good |= x.isinf() & torch.isnan(reference) & ((ours[0] == 0) | (ours[0] == x) | (ours[0] == x.sign()))
         assert good.all(), _table(good, x, ours[0], reference, theirs[0])
 
         good = _as_good(ours[1], wide[1], theirs[1], x) | (x.isinf() & torch.isnan(wide[1]))
         # PyTorch's piecewise derivatives at nan depend on whether the element falls into a vector or into the tail.
         singles = torch.cat([run(case.theirs, one, torch.ones(1))[1] for one in x.split(1)])
         good |= torch.isnan(x) & (ours[1] == singles)
-        # float64 is no reference for gradients that cancel: where PyTorch's is off, so may be this, within a rounding of 1.
-        good |= (ours[1].double() - wide[1]).abs() <= 4 * torch.finfo(torch.float32 if case.kind == "hardsigmoid" else dtype).eps
+        # float64 is no reference for gradients that cancel: where PyTorch's is off, so may be this, within a rounding
+        # of 1.
+        good |= (ours[1].double() - wide[1]).abs() <= 4 * torch.finfo(
+            torch.float32 if case.kind == "hardsigmoid" else dtype
+        ).eps
         assert good.all(), _table(good, x, ours[1], wide[1], theirs[1])
 
 
@@ -141,11 +162,9 @@ def test_memory_format_is_kept(case):
         torch.testing.assert_close(actual, expected)
 
 
-@EVERY
+@HAS_INPLACE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inplace(isa, case, dtype):
-    if case.kind not in INPLACE:
-        pytest.skip("PyTorch has none")
     for make in (LAYOUTS["contiguous"], LAYOUTS["transposed"], LAYOUTS["sliced"]):
         leaf = make((7, 19), dtype).requires_grad_()
         x = leaf * 1  # a leaf that requires grad may not be written
@@ -158,7 +177,10 @@ def test_inplace(isa, case, dtype):
         grad = torch.randn(7, 19)
         # Backward may read the output where it would read the input otherwise: the same formula, rounded elsewhere.
         torch.testing.assert_close(
-            gradients(output, grad, leaf)[0], gradients(expected, grad, leaf)[0], rtol=0.03, atol=0.01 if dtype == torch.bfloat16 else 1e-5
+            gradients(output, grad, leaf)[0],
+            gradients(expected, grad, leaf)[0],
+            rtol=0.03,
+            atol=0.01 if dtype == torch.bfloat16 else 1e-5,
         )
     with torch.no_grad():
         x = torch.randn(33).to(dtype)
@@ -182,7 +204,7 @@ def test_inplace_refusals():
     leaf = torch.randn(4, requires_grad=True)
     with pytest.raises(RuntimeError, match="leaf Variable"):
         FF.relu_(leaf)
-    with pytest.raises(RuntimeError, match="single memory location|internal overlap"):
+    with pytest.raises(RuntimeError, match=r"single memory location|internal overlap"):
         FF.relu_(torch.randn(1).expand(4))
     x = torch.randn(4, requires_grad=True) * 1
     y = x.exp()
@@ -236,10 +258,8 @@ def test_double_backward(case):
     assert torch.autograd.gradgradcheck(case.ours, x, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
-@EVERY
+@HAS_INPLACE
 def test_double_backward_of_inplace(case):
-    if case.kind not in INPLACE:
-        pytest.skip("PyTorch has none")
     x = (2 * torch.randn(4, 5, dtype=torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(lambda t: case.ours(t * 1, inplace=True), x)
     assert torch.autograd.gradgradcheck(lambda t: case.ours(t * 1, inplace=True), x)
@@ -257,15 +277,26 @@ def test_scalars_and_empty_tensors(case):
 
 @EVERY
 def test_what_only_pytorch_takes_goes_to_pytorch(case):
-    inputs = [torch.arange(-3, 4), torch.randn(4, dtype=torch.complex64), torch.randn(3, 4).to_sparse(), [1.0], torch.ones(2) > 0]
+    inputs = [
+        torch.arange(-3, 4),
+        torch.randn(4, dtype=torch.complex64),
+        torch.randn(3, 4).to_sparse(),
+        [1.0],
+        torch.ones(2) > 0,
+    ]
     for x in inputs:
+        refusal = None
         try:
             expected = case.theirs(x)
         except Exception as error:
-            with pytest.raises(type(error)) as info:
+            refusal = error
+        if refusal is not None:
+            with pytest.raises(type(refusal)) as info:
                 case.ours(x)
+            text = str(info.value)
+            assert str(refusal) in text
             if isinstance(x, torch.Tensor) and not x.is_floating_point():
-                assert "floating point" in str(info.value) or str(error) in str(info.value)
+                assert "floating point" in text
             continue
         with fastops.record() as rows:
             actual = case.ours(x)
@@ -325,9 +356,15 @@ def test_prelu(isa, shape, weights, dtype):
 
     base, weight, grad = (t.to(dtype) for t in (torch.randn(shape), torch.rand(weights), torch.randn(shape)))
     for name, *three in zip(
-        ("output", "input", "weight"), run(FF.prelu, dtype), run(F.prelu, torch.float64), run(F.prelu, dtype), strict=True
+        ("output", "input", "weight"),
+        run(FF.prelu, dtype),
+        run(F.prelu, torch.float64),
+        run(F.prelu, dtype),
+        strict=True,
     ):
-        close(*three, name, terms=base.numel())
+        # The gradient of the weight is a long sum, of which little may remain.
+        size = float((base.double() * grad.double()).norm()) if name == "weight" else 0.0
+        close(*three, name, base.numel(), 4.0, size)
 
 
 def test_prelu_layouts_and_edges(isa):
@@ -363,7 +400,9 @@ def test_prelu_autocast():
         torch.testing.assert_close(FF.prelu(x, w), F.prelu(x, w))
 
 
-@pytest.mark.parametrize("shape", [(2,), (4, 6), (3, 34), (2, 8, 33), (2, 6, 4, 5), (64, 2002), (0, 4), (4, 0)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2,), (4, 6), (3, 34), (2, 8, 33), (2, 6, 4, 5), (64, 2002), (0, 4), (4, 0)], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_glu(isa, shape, dtype):
     base = (3 * torch.randn(shape)).to(dtype)
@@ -392,7 +431,9 @@ def test_glu_double_backward():
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     for dim in (0, -1):
         assert torch.autograd.gradcheck(lambda t, d=dim: FF.glu(t, d), x, check_forward_ad=True)
-        assert torch.autograd.gradgradcheck(lambda t, d=dim: FF.glu(t, d), x, check_fwd_over_rev=True, check_rev_over_rev=True)
+        assert torch.autograd.gradgradcheck(
+            lambda t, d=dim: FF.glu(t, d), x, check_fwd_over_rev=True, check_rev_over_rev=True
+        )
 
 
 # ---- modules -------------------------------------------------------------------------------------------------------

@@ -76,7 +76,8 @@ struct ActivationForward {
 
 inline int64_t mask_row_bytes(int64_t cols) { return (cols + 7) / 8; }
 
-// grad_x[r, c] = grad_y[r, c] * f'(x[r, c]), read from `saved` (a mask, y or x, as saved_kind says; dense rows for mask, row
+// grad_x[r, c] = grad_y[r, c] * f'(x[r, c]), read from `saved` (a mask, y or x, as saved_kind says: x will do for every kind but
+// sigmoid and tanh, y where can_save_output allows, a mask where it is the default; dense rows for mask, row
 // strides for the others). grad_x is contiguous and may be the same memory as grad_y or saved only when those are contiguous.
 struct ActivationBackward {
   DType dtype;

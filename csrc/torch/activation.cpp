@@ -1,22 +1,19 @@
 #include <ATen/ATen.h>
 #include <ATen/MemoryOverlap.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <cmath>
 
 #include "../kernels/cpu/isa.h"
 #include "check.h"
+#include "fast_door.h"
 #include "memory.h"
+#include "node.h"
 #include "ops.h"
 #include "record.h"
 #include "team.h"
 
 namespace fastops {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 constexpr const char* kActivationNames[] = {
     "identity", "relu",        "relu6",     "leaky_relu", "elu",      "selu",     "celu",       "gelu",
@@ -68,6 +65,13 @@ Tensor in_order(const Tensor& tensor, at::IntArrayRef sizes, at::IntArrayRef str
   return copy;
 }
 
+// sigmoid' and tanh' are formed from y alone: from x they would cost the forward pass again.
+void check_saved_kind(Activation activation, Saved kind) {
+  const bool from_output = activation.kind == ActivationKind::sigmoid || activation.kind == ActivationKind::tanh;
+  TORCH_CHECK(!from_output || kind == Saved::output, "activation_backward: saved_kind must be 'output' for ",
+              activation_name(activation.kind), ", got '", saved_name(kind), "'");
+}
+
 void run_forward(const Tensor& input, const Rows& rows, Tensor& y, Tensor& mask, Activation activation) {
   const ActivationForward args{to_dtype(input.scalar_type()),
                                activation,
@@ -81,102 +85,56 @@ void run_forward(const Tensor& input, const Rows& rows, Tensor& y, Tensor& mask,
   record::timed(
       [&] {
         return record::Row{activation_name(activation.kind), table.isa, record::shapes_of({input}),
-                           c10::toString(input.scalar_type())};
+                           dtype_name(input.scalar_type())};
       },
       [&] { table.activation_forward(args, torch_team()); });
 }
 
-std::vector<double> pack(Activation activation, Saved kind) {
-  return {static_cast<double>(activation.kind), activation.a, activation.b, static_cast<double>(kind)};
+// What the nodes of an activation and of its gradient remember besides tensors.
+struct ActivationArgs {
+  Activation activation;
+  Saved kind;
+  std::vector<int64_t> mask_strides;  // empty: contiguous
+};
+c10::IValue pack_activation(const ActivationArgs& args) {
+  std::vector<double> values{static_cast<double>(args.activation.kind), args.activation.a, args.activation.b,
+                             static_cast<double>(args.kind)};
+  values.insert(values.end(), args.mask_strides.begin(), args.mask_strides.end());
+  return values;
 }
-
-std::pair<Activation, Saved> unpack(const c10::IValue& packed) {
+ActivationArgs unpack_activation(const c10::IValue& packed) {
   const auto values = packed.toDoubleVector();
   return {{static_cast<ActivationKind>(static_cast<int>(values[0])), values[1], values[2]},
-          static_cast<Saved>(static_cast<int>(values[3]))};
+          static_cast<Saved>(static_cast<int>(values[3])),
+          {values.begin() + 4, values.end()}};
 }
 
-struct ActivationBackwardFunction : torch::autograd::Function<ActivationBackwardFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& saved,
-                        const Activation& activation, Saved kind, const std::vector<int64_t>& mask_strides) {
-    ctx->save_for_backward({grad_output, saved});
-    ctx->saved_data["activation"] = pack(activation, kind);
-    ctx->saved_data["mask_strides"] = mask_strides;
-    return activation_backward(grad_output, saved, activation, kind, mask_strides);
+// y = f(x); saved: the mask, y or x.
+struct ActivationOp : CompiledBackward<ActivationOp> {
+  using Args = ActivationArgs;
+  static c10::IValue pack(const Args& args) { return pack_activation(args); }
+  static Args unpack(const c10::IValue& packed) { return unpack_activation(packed); }
+  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads, Needs needs) {
+    if (!grads[0].defined() || !needs(0)) return {Tensor()};
+    const bool direct = !at::GradMode::is_enabled() && fast_door::is_plain(grads[0]);
+    const auto backward = direct ? activation_backward : differentiable_activation_backward;
+    return {backward(grads[0], saved[0], args.activation, args.kind, args.mask_strides)};
   }
+};
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const variable_list tensors = ctx->get_saved_variables();
-    const Tensor &grad_output = tensors[0], &saved = tensors[1];
-    const auto [activation, kind] = unpack(ctx->saved_data["activation"]);
-    variable_list result(5);
-    if (ctx->needs_input_grad(0))
-      result[0] = differentiable_activation_backward(grads[0], saved, activation, kind,
-                                                     ctx->saved_data["mask_strides"].toIntVector());
-    if (kind != Saved::mask && ctx->needs_input_grad(1))
-      result[1] = grads[0] * grad_output * activation_second_derivative(saved, activation, kind);
+// grad_x = grad_y f'(saved); saved: grad_y and what f' is read from.
+struct ActivationBackwardOp : CompiledBackward<ActivationBackwardOp> {
+  using Args = ActivationArgs;
+  static c10::IValue pack(const Args& args) { return pack_activation(args); }
+  static Args unpack(const c10::IValue& packed) { return unpack_activation(packed); }
+  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads, Needs needs) {
+    variable_list result(2);
+    if (!grads[0].defined()) return result;
+    if (needs(0))
+      result[0] = differentiable_activation_backward(grads[0], saved[1], args.activation, args.kind, args.mask_strides);
+    if (needs(1) && args.kind != Saved::mask)
+      result[1] = grads[0] * saved[0] * activation_second_derivative(saved[1], args.activation, args.kind);
     return result;
-  }
-};
-
-// Backward of both the out-of-place and the in-place activation.
-variable_list backward_of_activation(AutogradContext* ctx, const Tensor& grad_output) {
-  const Tensor saved = ctx->get_saved_variables()[0];
-  const auto [activation, kind] = unpack(ctx->saved_data["activation"]);
-  std::vector<int64_t> strides;
-  if (const auto it = ctx->saved_data.find("mask_strides"); it != ctx->saved_data.end()) strides = it->second.toIntVector();
-  const Tensor gradient = at::GradMode::is_enabled()
-                              ? differentiable_activation_backward(grad_output, saved, activation, kind, strides)
-                              : activation_backward(grad_output, saved, activation, kind, strides);
-  return {gradient, Tensor()};
-}
-
-void save_mask(AutogradContext* ctx, const ActivationOutput& out) {
-  ctx->save_for_backward({out.mask});
-  if (!out.y.is_contiguous()) ctx->saved_data["mask_strides"] = out.y.strides();
-}
-
-struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Activation& activation) {
-    const Saved kind = saved_by_default(activation);
-    const ActivationOutput out = activation_forward(input, activation, kind == Saved::mask);
-    ctx->saved_data["activation"] = pack(activation, kind);
-    if (kind == Saved::mask)
-      save_mask(ctx, out);
-    else
-      ctx->save_for_backward({kind == Saved::output ? out.y : input});
-    return out.y;
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return backward_of_activation(ctx, grads[0]);
-  }
-};
-
-struct InplaceActivationFunction : torch::autograd::Function<InplaceActivationFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Activation& activation) {
-    Saved kind = saved_by_default(activation);
-    if (kind == Saved::input && can_save_output(activation)) kind = Saved::output;
-    ctx->saved_data["activation"] = pack(activation, kind);
-    if (kind == Saved::input) ctx->save_for_backward({input.clone()});
-    Tensor x = input, mask;
-    if (is_dense(x)) {
-      if (kind == Saved::mask) mask = empty_output({mask_row_bytes(x.numel())}, at::kByte);
-      if (x.numel() > 0) run_forward(x, rows_of(x), x, mask, activation);
-    } else {
-      const ActivationOutput out = activation_forward(x, activation, kind == Saved::mask);
-      x.copy_(out.y);
-      mask = out.mask;
-    }
-    if (kind == Saved::mask) {
-      ctx->save_for_backward({mask});
-      if (is_dense(x) && !x.is_contiguous()) ctx->saved_data["mask_strides"] = x.strides();
-    }
-    if (kind == Saved::output) ctx->save_for_backward({x});
-    ctx->mark_dirty({x});
-    return x;
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return backward_of_activation(ctx, grads[0]);
   }
 };
 
@@ -216,27 +174,26 @@ void check_prelu(const Tensor& input, const Tensor& weight) {
               "prelu: weight must hold 1 number or one a channel (", channels, "), got shape ", weight.sizes());
 }
 
-struct PreluFunction : torch::autograd::Function<PreluFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight) {
-    ctx->save_for_backward({input, weight});
-    return prelu_forward(input, weight);
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const variable_list saved = ctx->get_saved_variables();
+struct PreluOp : CompiledBackward<PreluOp> {
+  struct Args {};
+  static c10::IValue pack(const Args&) { return 0; }
+  static Args unpack(const c10::IValue&) { return {}; }
+  static variable_list gradients(const Args&, const variable_list& saved, const variable_list& grads, Needs needs) {
     const Tensor &input = saved[0], &weight = saved[1], &g = grads[0];
-    const std::array<bool, 2> wanted = {ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
-    if (!at::GradMode::is_enabled()) {
-      auto [grad_input, grad_weight] = prelu_backward(g, input, weight, wanted);
-      return {grad_input, grad_weight};
+    variable_list result(2);
+    if (!g.defined()) return result;
+    if (!at::GradMode::is_enabled() && fast_door::is_plain(g)) {
+      auto gradients = prelu_backward(g, input, weight, {needs(0), needs(1)});
+      std::move(gradients.begin(), gradients.end(), result.begin());
+      return result;
     }
-    // Somebody will differentiate this gradient: write it in torch's own differentiable ops.
+    // Somebody will differentiate this gradient, or it is batched or dual: write it in torch's own differentiable ops.
     std::vector<int64_t> shape(static_cast<size_t>(input.dim()), 1);
     if (weight.numel() != 1) shape[1] = weight.numel();
     const Tensor w = weight.numel() == 1 ? weight.reshape({}) : weight.reshape(shape);
     const Tensor positive = input > 0;
-    variable_list result(2);
-    if (wanted[0]) result[0] = at::where(positive, g, w * g);
-    if (wanted[1]) {
+    if (needs(0)) result[0] = at::where(positive, g, w * g);
+    if (needs(1)) {
       const Tensor per_element = at::where(positive, at::zeros({}, g.options()), input * g);
       result[1] = per_element.sum_to_size(shape).reshape(weight.sizes());
     }
@@ -266,20 +223,20 @@ int64_t check_glu(const Tensor& input, int64_t dim) {
   return wrapped;
 }
 
-struct GluFunction : torch::autograd::Function<GluFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, int64_t dim) {
-    ctx->save_for_backward({input});
-    ctx->saved_data["dim"] = dim;
-    return glu_forward(input, dim);
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const Tensor input = ctx->get_saved_variables()[0], &g = grads[0];
-    const int64_t dim = ctx->saved_data["dim"].toInt();
-    if (!at::GradMode::is_enabled()) return {fastops::glu_backward(g, input, dim), Tensor()};
-    // Somebody will differentiate this gradient: write it in torch's own differentiable ops.
-    const auto halves = input.chunk(2, dim);
+struct GluOp : CompiledBackward<GluOp> {
+  struct Args {
+    int64_t dim;
+  };
+  static c10::IValue pack(const Args& args) { return args.dim; }
+  static Args unpack(const c10::IValue& packed) { return {packed.toInt()}; }
+  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads, Needs needs) {
+    const Tensor &input = saved[0], &g = grads[0];
+    if (!g.defined() || !needs(0)) return {Tensor()};
+    if (!at::GradMode::is_enabled() && fast_door::is_plain(g)) return {fastops::glu_backward(g, input, args.dim)};
+    // Somebody will differentiate this gradient, or it is batched or dual: write it in torch's own differentiable ops.
+    const auto halves = input.chunk(2, args.dim);
     const Tensor s = halves[1].sigmoid();
-    return {at::cat({g * s, g * halves[0] * s * (1 - s)}, dim), Tensor()};
+    return {at::cat({g * s, g * halves[0] * s * (1 - s)}, args.dim)};
   }
 };
 
@@ -331,6 +288,7 @@ Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, Activ
     g_rows = s_rows = {1, g.numel(), g.numel()};
   } else {
     check_tensor(saved, "activation_backward", "saved");
+    check_saved_kind(activation, kind);
     check_dtype(saved, g.scalar_type(), "activation_backward", "saved");
     TORCH_CHECK(saved.sizes() == g.sizes(), "activation_backward: saved must have grad_output's shape ", g.sizes(),
                 ", got ", saved.sizes());
@@ -354,7 +312,7 @@ Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, Activ
   record::timed(
       [&] {
         return record::Row{std::string(activation_name(activation.kind)) + "_backward", table.isa,
-                           record::shapes_of({g}), c10::toString(g.scalar_type())};
+                           record::shapes_of({g}), dtype_name(g.scalar_type())};
       },
       [&] { table.activation_backward(args, torch_team()); });
   return grad_input;
@@ -362,12 +320,30 @@ Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, Activ
 
 Tensor differentiable_activation_backward(const Tensor& grad_output, const Tensor& saved, Activation activation,
                                           Saved kind, at::IntArrayRef mask_strides) {
-  return ActivationBackwardFunction::apply(grad_output, saved, activation, kind, mask_strides.vec());
+  if (!fast_door::is_plain(grad_output)) {  // batched or dual: the derivative by our kernel, the product by torch
+    const Tensor ones = at::ones(grad_output.sizes(), grad_output.options());
+    return grad_output * differentiable_activation_backward(ones, saved, activation, kind, mask_strides);
+  }
+  const Tensor grad_input = activation_backward(grad_output, saved, activation, kind, mask_strides);
+  if (!at::GradMode::is_enabled() || !(needs_grad(grad_output) || needs_grad(saved))) return grad_input;
+  const auto node =
+      make_node<ActivationBackwardOp>({activation, kind, mask_strides.vec()}, grad_output, saved);
+  torch::autograd::set_history(grad_input, node);
+  save(node, {grad_output, saved});
+  return grad_input;
 }
 
 Tensor activation(const Tensor& input, Activation activation) {
-  if (at::GradMode::is_enabled() && input.requires_grad()) return ActivationFunction::apply(input, activation);
-  return activation_forward(input, activation, /*need_mask=*/false).y;
+  if (!at::GradMode::is_enabled() || !input.requires_grad())
+    return activation_forward(input, activation, /*need_mask=*/false).y;
+  const Saved kind = saved_by_default(activation);
+  const auto [y, mask] = activation_forward(input, activation, kind == Saved::mask);
+  const bool ordered = kind == Saved::mask && !y.is_contiguous();
+  const auto node =
+      make_node<ActivationOp>({activation, kind, ordered ? y.strides().vec() : std::vector<int64_t>()}, input);
+  torch::autograd::set_history(y, node);
+  save(node, {kind == Saved::mask ? mask : kind == Saved::output ? y : input});
+  return y;
 }
 
 Tensor activation_(const Tensor& input, Activation activation) {
@@ -375,19 +351,42 @@ Tensor activation_(const Tensor& input, Activation activation) {
   at::assert_no_internal_overlap(input);
   const bool records = at::GradMode::is_enabled() && input.requires_grad();
   torch::autograd::check_inplace(input, records);
-  if (records) return InplaceActivationFunction::apply(input, activation);
-  if (input.numel() == 0) return input;
-  Tensor x = input, none;
-  if (is_dense(x)) {
-    run_forward(x, rows_of(x), x, none, activation);
-    if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
-  } else {
-    x.copy_(activation_forward(x, activation, /*need_mask=*/false).y);
+  Saved kind = records ? saved_by_default(activation) : Saved::nothing;
+  if (kind == Saved::input && can_save_output(activation)) kind = Saved::output;
+
+  // f' is read from the input as it was: out of place from a copy, which autograd then puts in the input's place.
+  if (kind == Saved::input) {
+    Tensor x = input;
+    return x.copy_(fastops::activation(input.clone(), activation));
   }
+
+  Tensor x = input, mask;
+  const bool dense = is_dense(x);
+  const bool ordered = kind == Saved::mask && dense && !x.is_contiguous();
+  // The edges are those of the input as it was.
+  const auto node = records ? make_node<ActivationOp>(
+                                  {activation, kind, ordered ? x.strides().vec() : std::vector<int64_t>()}, input)
+                            : nullptr;
+  if (x.numel() == 0) {
+    if (kind == Saved::mask) mask = empty_output({0}, at::kByte);
+  } else if (dense) {
+    if (kind == Saved::mask) mask = empty_output({mask_row_bytes(x.numel())}, at::kByte);
+    run_forward(x, rows_of(x), x, mask, activation);
+    torch::autograd::increment_version(x);
+  } else {
+    const at::NoGradGuard no_grad;
+    ActivationOutput out = activation_forward(x, activation, kind == Saved::mask);
+    x.copy_(out.y);
+    mask = out.mask;
+  }
+  if (!records) return input;
+  torch::autograd::rebase_history(x, node);
+  save(node, {kind == Saved::mask ? mask : x});
   return input;
 }
 
 Tensor activation_second_derivative(const Tensor& saved, Activation activation, Saved kind) {
+  check_saved_kind(activation, kind);
   const Tensor& s = saved;
   const double a = activation.a, b = activation.b;
   constexpr double kSeluAlpha = 1.6732632423543772848170429916717, kSeluScale = 1.0507009873554804934193349852946;
@@ -409,18 +408,19 @@ Tensor activation_second_derivative(const Tensor& saved, Activation activation, 
   }
   switch (activation.kind) {
     case ActivationKind::elu:
-      return where_negative(a * s.exp());
+      return where_negative(a * s.clamp_max(0).exp());
     case ActivationKind::selu:
-      return where_negative(kSeluScale * kSeluAlpha * s.exp());
+      return where_negative(kSeluScale * kSeluAlpha * s.clamp_max(0).exp());
     case ActivationKind::celu:
-      return where_negative((s / a).exp() / a);
+      return where_negative((s.clamp_max(0) / a).exp() / a);
     case ActivationKind::gelu:
       return (2 - s * s) * (-0.5 * s * s).exp() * (1 / std::sqrt(2 * M_PI));
     case ActivationKind::gelu_tanh: {
       const double c = std::sqrt(2 / M_PI), d = 0.044715;
-      const Tensor t = (c * (s + d * s * s * s)).tanh(), sech2 = 1 - t * t;
-      const Tensor u1 = c * (1 + 3 * d * s * s), u2 = c * 6 * d * s;
-      return sech2 * u1 + 0.5 * s * sech2 * (u2 - 2 * t * u1 * u1);
+      const Tensor x = s.clamp(-50, 50);  // zero long before, and x^3 stays finite
+      const Tensor t = (c * (x + d * x * x * x)).tanh(), sech2 = 1 - t * t;
+      const Tensor u1 = c * (1 + 3 * d * x * x), u2 = c * 6 * d * x;
+      return sech2 * u1 + 0.5 * x * sech2 * (u2 - 2 * t * u1 * u1);
     }
     case ActivationKind::silu: {
       const Tensor g = s.sigmoid();
@@ -430,17 +430,9 @@ Tensor activation_second_derivative(const Tensor& saved, Activation activation, 
       const Tensor g = s.sigmoid(), t = at::softplus(s).tanh(), sech2 = 1 - t * t;
       return sech2 * (2 * g + s * (g * (1 - g) - 2 * t * g * g));
     }
-    case ActivationKind::sigmoid: {
-      const Tensor g = s.sigmoid();
-      return g * (1 - g) * (1 - 2 * g);
-    }
     case ActivationKind::logsigmoid: {
       const Tensor g = s.sigmoid();
       return g * (g - 1);
-    }
-    case ActivationKind::tanh: {
-      const Tensor t = s.tanh();
-      return -2 * t * (1 - t * t);
     }
     case ActivationKind::softplus: {
       const Tensor g = (s * a).sigmoid();
@@ -472,7 +464,7 @@ Tensor prelu_forward(const Tensor& input, const Tensor& weight) {
   const KernelTable& table = kernels();
   record::timed(
       [&] {
-        return record::Row{"prelu", table.isa, record::shapes_of({x, weight}), c10::toString(x.scalar_type())};
+        return record::Row{"prelu", table.isa, record::shapes_of({x, weight}), dtype_name(x.scalar_type())};
       },
       [&] { table.prelu_forward(args, torch_team()); });
   return y;
@@ -509,16 +501,19 @@ std::array<Tensor, 2> prelu_backward(const Tensor& grad_output, const Tensor& in
   record::timed(
       [&] {
         return record::Row{"prelu_backward", table.isa, record::shapes_of({g, x, weight}),
-                           c10::toString(x.scalar_type())};
+                           dtype_name(x.scalar_type())};
       },
       [&] { table.prelu_backward(args, workspace.get(), torch_team()); });
   return out;
 }
 
 Tensor prelu(const Tensor& input, const Tensor& weight) {
-  if (at::GradMode::is_enabled() && (input.requires_grad() || weight.requires_grad()))
-    return PreluFunction::apply(input, weight);
-  return prelu_forward(input, weight);
+  Tensor y = prelu_forward(input, weight);
+  if (!at::GradMode::is_enabled() || !(input.requires_grad() || weight.requires_grad())) return y;
+  const auto node = make_node<PreluOp>({}, input, weight);
+  torch::autograd::set_history(y, node);
+  save(node, {input, weight});
+  return y;
 }
 
 bool prelu_accepts(const Tensor& input, const Tensor& weight) {
@@ -537,7 +532,7 @@ Tensor glu_forward(const Tensor& input, int64_t dim) {
   const GluForward args{to_dtype(x.scalar_type()), outer, inner, x.const_data_ptr(), y.mutable_data_ptr()};
   const KernelTable& table = kernels();
   record::timed(
-      [&] { return record::Row{"glu", table.isa, record::shapes_of({x}), c10::toString(x.scalar_type())}; },
+      [&] { return record::Row{"glu", table.isa, record::shapes_of({x}), dtype_name(x.scalar_type())}; },
       [&] { table.glu_forward(args, torch_team()); });
   return y;
 }
@@ -558,15 +553,19 @@ Tensor glu_backward(const Tensor& grad_output, const Tensor& input, int64_t dim)
   const KernelTable& table = kernels();
   record::timed(
       [&] {
-        return record::Row{"glu_backward", table.isa, record::shapes_of({g, x}), c10::toString(x.scalar_type())};
+        return record::Row{"glu_backward", table.isa, record::shapes_of({g, x}), dtype_name(x.scalar_type())};
       },
       [&] { table.glu_backward(args, torch_team()); });
   return grad_input;
 }
 
 Tensor glu(const Tensor& input, int64_t dim) {
-  if (at::GradMode::is_enabled() && input.requires_grad()) return GluFunction::apply(input, dim);
-  return glu_forward(input, dim);
+  Tensor y = glu_forward(input, dim);
+  if (!at::GradMode::is_enabled() || !input.requires_grad()) return y;
+  const auto node = make_node<GluOp>({dim}, input);
+  torch::autograd::set_history(y, node);
+  save(node, {input});
+  return y;
 }
 
 bool glu_accepts(const Tensor& input, int64_t dim) {

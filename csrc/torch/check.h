@@ -27,6 +27,21 @@ inline DType to_dtype(at::ScalarType type) {
   }
 }
 
+inline const char* dtype_name(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return "float32";
+    case at::kDouble:
+      return "float64";
+    case at::kBFloat16:
+      return "bfloat16";
+    case at::kHalf:
+      return "float16";
+    default:
+      return c10::toString(type);
+  }
+}
+
 inline void check_tensor(const at::Tensor& tensor, const char* op, const char* argument) {
   TORCH_CHECK(tensor.device().is_cpu() && tensor.layout() == at::kStrided, op, ": ", argument,
               " must be a dense CPU tensor, got one on ", tensor.device(), " with layout ", tensor.layout());

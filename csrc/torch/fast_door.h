@@ -1,6 +1,7 @@
 // Which calls may go straight from Python to a C++ autograd::Function, and which must take the general door.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -17,13 +18,14 @@ inline bool ambient_is_plain() {
   return (local.included_.raw_repr() & ~harmless.raw_repr()) == 0 && !at::impl::torch_function_mode_enabled();
 }
 
-// Exactly a Tensor or Parameter, dense, on the CPU, with no property that asks for a dispatch (subclass, fake, batched,
-// conjugate or negative view, forward-mode dual).
-inline bool is_plain(PyObject* object) {
-  if (!THPVariable_CheckExact(object)) return false;
+// Dense, on the CPU, with no property that asks for a dispatch: no subclass, fake or batched tensor, conjugate or negative view,
+// forward-mode dual.
+inline bool is_plain(const at::Tensor& tensor) {
   static const uint64_t allowed = at::detail::empty_cpu({0}, at::kFloat).key_set().raw_repr();
-  const at::Tensor& tensor = THPVariable_Unpack(object);
   return (tensor.key_set().raw_repr() & ~allowed) == 0 && !tensor._fw_grad(/*level=*/0).defined();
 }
+
+// The same of a Python object that is exactly a Tensor or Parameter.
+inline bool is_plain(PyObject* object) { return THPVariable_CheckExact(object) && is_plain(THPVariable_Unpack(object)); }
 
 }  // namespace fastops::fast_door

@@ -105,10 +105,19 @@ TORCH_LIBRARY_IMPL(fastops, CPU, m) {
 }
 
 // ---- the fast door: _C.<op> returns NotImplemented for every call that is not plain; Python then takes the general door or
-// explains what is wrong.
+// explains what is wrong. Kernels run without the interpreter's lock, as PyTorch's own do.
 
 py::object not_implemented() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
-py::object wrap(Tensor&& tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor))); }
+
+template <class Call>
+py::object without_gil(Call&& call) {
+  Tensor result;
+  {
+    const py::gil_scoped_release release;
+    result = call();
+  }
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(result)));
+}
 
 Activation make_activation(int kind, double a, double b) { return {static_cast<ActivationKind>(kind), a, b}; }
 
@@ -125,10 +134,10 @@ py::object linear_fast(py::handle input, py::handle weight, py::handle bias, int
     const Tensor cast_x = at::autocast::cached_cast(type, x, at::kCPU), cast_w = at::autocast::cached_cast(type, w, at::kCPU);
     const auto cast_bias = at::autocast::cached_cast(type, bias_tensor, at::kCPU);
     if (!linear_accepts(cast_x, cast_w, cast_bias)) return not_implemented();
-    return wrap(fastops::linear(cast_x, cast_w, cast_bias, activation));
+    return without_gil([&] { return fastops::linear(cast_x, cast_w, cast_bias, activation); });
   }
   if (!linear_accepts(x, w, bias_tensor)) return not_implemented();
-  return wrap(fastops::linear(x, w, bias_tensor, activation));
+  return without_gil([&] { return fastops::linear(x, w, bias_tensor, activation); });
 }
 
 py::object activation_fast(py::handle input, int kind, double a, double b, bool inplace) {
@@ -136,22 +145,21 @@ py::object activation_fast(py::handle input, int kind, double a, double b, bool 
   const Tensor& x = THPVariable_Unpack(input.ptr());
   if (!is_supported(x.scalar_type())) return not_implemented();
   const Activation f = make_activation(kind, a, b);
-  if (!inplace) return wrap(fastops::activation(x, f));
-  activation_(x, f);
-  return py::reinterpret_borrow<py::object>(input);
+  return without_gil([&] { return inplace ? activation_(x, f) : fastops::activation(x, f); });
 }
 
 py::object prelu_fast(py::handle input, py::handle weight) {
+  if (at::autocast::is_autocast_enabled(at::kCPU)) return not_implemented();  // on its lower-precision list: cast in Python
   if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr()) || !fast_door::is_plain(weight.ptr()))
     return not_implemented();
   const Tensor &x = THPVariable_Unpack(input.ptr()), &w = THPVariable_Unpack(weight.ptr());
-  return prelu_accepts(x, w) ? wrap(fastops::prelu(x, w)) : not_implemented();
+  return prelu_accepts(x, w) ? without_gil([&] { return fastops::prelu(x, w); }) : not_implemented();
 }
 
 py::object glu_fast(py::handle input, int64_t dim) {
   if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr())) return not_implemented();
   const Tensor& x = THPVariable_Unpack(input.ptr());
-  return glu_accepts(x, dim) ? wrap(fastops::glu(x, dim)) : not_implemented();
+  return glu_accepts(x, dim) ? without_gil([&] { return fastops::glu(x, dim); }) : not_implemented();
 }
 
 // ---- what fastops.info(), fastops.record() and fastops.memory read
@@ -224,8 +232,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_problem", &isa_problem);
   m.def("set_isa", &set_isa_by_name);
   m.def("cpu_name", &cpu_name);
-  m.def("peak_f32", [](double milliseconds) { return kernels().peak_f32(milliseconds); });
-  m.def("peak_bf16", [](double milliseconds) { return kernels().peak_bf16(milliseconds); });
+  // One thread each, so that a benchmark can start one on every core at once.
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  m.def("peak_f32", [](double milliseconds) { return kernels().peak_f32(milliseconds); }, NoGil());
+  m.def("peak_bf16", [](double milliseconds) { return kernels().peak_bf16(milliseconds); }, NoGil());
 }
 
 }  // namespace

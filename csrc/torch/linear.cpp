@@ -1,19 +1,17 @@
 #include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include "../kernels/cpu/isa.h"
 #include "../kernels/linear.h"
 #include "check.h"
+#include "fast_door.h"
 #include "memory.h"
+#include "node.h"
 #include "ops.h"
 #include "record.h"
 #include "team.h"
 
 namespace fastops {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 // A tensor as a matrix of its last dimension, all others collapsed into rows. `tensor` is replaced by a contiguous copy only
 // when the leading dimensions do not collapse into one stride.
@@ -63,54 +61,56 @@ void check_linear(const Tensor& input, const Tensor& weight, const Tensor& bias)
               ",) (weight's out_features), got ", bias.sizes());
 }
 
-struct LinearFunction : torch::autograd::Function<LinearFunction> {
-  // Returns {y}, or {y, z} when backward reads the pre-activation: z is an output of this node that nobody else sees, so that
-  // gradients of gradients reach x, W and b through it.
-  static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
-                               const optional<Tensor>& bias, const Activation& activation) {
-    auto [y, z] = linear_forward(input, weight, bias, activation, /*need_saved=*/true);
-    const bool identity = activation.kind == ActivationKind::identity;
-    const Tensor saved = identity ? Tensor() : z.defined() ? z : y;
-    ctx->set_materialize_grads(false);
-    // The shape of the gradients survives where the tensors themselves are not needed.
-    ctx->save_for_backward({weight.requires_grad() ? input : Tensor(), input.requires_grad() ? weight : Tensor(), saved});
-    if (!weight.requires_grad()) ctx->saved_data["input_sizes"] = input.sizes();
-    if (!bias) ctx->saved_data["no_bias"] = true;
-    if (!identity)
-      ctx->saved_data["activation"] =
-          std::vector<double>{static_cast<double>(activation.kind), activation.a, activation.b};
-    if (z.defined()) return {y, z};
-    return {y};
+// a b for a (*, m, n) and b (n, k): as a linear of our own where both are plain.
+Tensor product(const Tensor& a, const Tensor& b) {
+  if (fast_door::is_plain(a) && fast_door::is_plain(b)) return linear(a, b.t(), std::nullopt, {});
+  return at::matmul(a, b);
+}
+
+struct LinearOp : CompiledBackward<LinearOp> {
+  struct Args {
+    Activation activation;
+    std::vector<int64_t> input_sizes;  // empty where the input itself was saved
+  };
+  static c10::IValue pack(const Args& args) {
+    std::vector<double> values{static_cast<double>(args.activation.kind), args.activation.a, args.activation.b};
+    values.insert(values.end(), args.input_sizes.begin(), args.input_sizes.end());
+    return values;
+  }
+  static Args unpack(const c10::IValue& packed) {
+    const auto values = packed.toDoubleVector();
+    return {{static_cast<ActivationKind>(static_cast<int>(values[0])), values[1], values[2]},
+            {values.begin() + 3, values.end()}};
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(4);
-    const Tensor grad_z = grads.size() > 1 ? grads[1] : Tensor();
-    if (!grads[0].defined() && !grad_z.defined()) return result;
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor &input = saved[0], &weight = saved[1];
-    const std::array<bool, 3> wanted = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                                         ctx->saved_data.count("no_bias") == 0 && ctx->needs_input_grad(2)};
-    Activation activation;
-    if (const auto it = ctx->saved_data.find("activation"); it != ctx->saved_data.end()) {
-      const auto values = it->second.toDoubleVector();
-      activation = {static_cast<ActivationKind>(static_cast<int>(values[0])), values[1], values[2]};
-    }
+  // saved: input (where weight needs a gradient), weight (where input does), y or z. grads: of y, and of z where there is one.
+  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads, Needs needs) {
+    variable_list result(3);
+    const Tensor &grad_y = grads[0], grad_z = grads.size() > 1 ? grads[1] : Tensor();
+    if (!grad_y.defined() && !grad_z.defined()) return result;
+    const Tensor &input = saved[0], &weight = saved[1], &output = saved[2];
+    const Activation& activation = args.activation;
 
-    if (at::GradMode::is_enabled() || grad_z.defined()) {
-      Tensor g = grads[0];
+    // A gradient that will itself be differentiated, or that is batched or dual (is_grads_batched, forward over reverse): one
+    // differentiable op a step.
+    if (at::GradMode::is_enabled() || grad_z.defined() || !fast_door::is_plain(grad_y)) {
+      Tensor g = grad_y;
       if (g.defined() && activation.kind != ActivationKind::identity)
-        g = differentiable_activation_backward(g, saved[2], activation, saved_by_linear(activation));
+        g = differentiable_activation_backward(g, output, activation, saved_by_linear(activation));
       if (grad_z.defined()) g = g.defined() ? g + grad_z : grad_z;
-      const Tensor g2 = g.reshape({-1, g.size(-1)});
-      if (wanted[0]) result[0] = linear(g, weight.t(), std::nullopt, {});
-      if (wanted[1]) result[1] = linear(g2.t(), input.reshape({-1, input.size(-1)}).t(), std::nullopt, {});
-      if (wanted[2]) result[2] = g2.sum(0);
+      const Tensor g2 = g.dim() == 1 ? g.unsqueeze(0) : g.flatten(0, -2);
+      if (needs(0)) result[0] = product(g, weight);
+      if (needs(1)) {
+        const Tensor x2 = input.dim() == 1 ? input.unsqueeze(0) : input.flatten(0, -2);
+        result[1] = product(g2.t(), x2);
+      }
+      if (needs(2)) result[2] = g2.sum(0);
       return result;
     }
 
-    const auto sizes = input.defined() ? input.sizes().vec() : ctx->saved_data["input_sizes"].toIntVector();
-    auto gradients = linear_backward(grads[0], saved[2], input, weight, activation, wanted, sizes, sizes.back());
+    const at::IntArrayRef sizes = input.defined() ? input.sizes() : at::IntArrayRef(args.input_sizes);
+    auto gradients =
+        linear_backward(grad_y, output, input, weight, activation, {needs(0), needs(1), needs(2)}, sizes, sizes.back());
     std::move(gradients.begin(), gradients.end(), result.begin());
     return result;
   }
@@ -151,7 +151,7 @@ LinearOutput linear_forward(const Tensor& input, const Tensor& weight, const opt
   record::timed(
       [&] {
         return record::Row{"linear", table.linear_forward_name(args), record::shapes_of({input, weight, b}),
-                           c10::toString(type)};
+                           dtype_name(type)};
       },
       [&] { table.linear_forward(args, workspace.get(), team); });
   return out;
@@ -206,16 +206,25 @@ std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& s
   record::timed(
       [&] {
         return record::Row{"linear_backward", table.linear_backward_name(args),
-                           record::shapes_of({grad_output, input, weight}), c10::toString(type)};
+                           record::shapes_of({grad_output, input, weight}), dtype_name(type)};
       },
       [&] { table.linear_backward(args, workspace.get(), team); });
   return out;
 }
 
 Tensor linear(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, Activation activation) {
-  const bool records = at::GradMode::is_enabled() && (needs_grad(input) || needs_grad(weight) || (bias && needs_grad(*bias)));
-  if (!records) return linear_forward(input, weight, bias, activation, /*need_saved=*/false).y;
-  return LinearFunction::apply(input, weight, bias, activation)[0];
+  const bool grad_x = needs_grad(input), grad_w = needs_grad(weight);
+  const bool records = at::GradMode::is_enabled() && (grad_x || grad_w || (bias && needs_grad(*bias)));
+  auto [y, z] = linear_forward(input, weight, bias, activation, /*need_saved=*/records);
+  if (!records) return y;
+  // z, the pre-activation, is an output of the node that nobody else sees: gradients of gradients reach the inputs through it.
+  const auto node = make_node<LinearOp>(
+      {activation, grad_w ? std::vector<int64_t>() : input.sizes().vec()}, input, weight, bias);
+  torch::autograd::set_history(y, node);
+  if (z.defined()) torch::autograd::set_history(z, node);
+  const bool identity = activation.kind == ActivationKind::identity;
+  save(node, {grad_w ? input : Tensor(), grad_x ? weight : Tensor(), identity ? Tensor() : z.defined() ? z : y});
+  return y;
 }
 
 bool linear_accepts(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {

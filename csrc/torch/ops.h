@@ -1,7 +1,7 @@
 // The ops of the torch layer, below and above autograd. Both doors call these.
 //
 //   *_forward, *_backward   check -> empty case -> allocate -> call the kernel; no autograd
-//   linear, activation ...  the same with autograd recorded, by a C++ autograd::Function: the fast door
+//   linear, activation ...  the same with autograd recorded (node.h): the fast door
 #pragma once
 
 #include <ATen/core/Tensor.h>

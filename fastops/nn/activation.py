@@ -1,7 +1,7 @@
 """torch.nn's activation modules on fastops' kernels: the same names, signatures, attributes and repr.
 
-Each is a subclass that only replaces forward; an instance needs nothing that torch.nn's does not have, so that `replace_`
-can turn one into the other. Shapes, dtypes and errors: see fastops.functional.
+Each is a subclass that only replaces forward; an instance needs nothing that torch.nn's does not have, so that
+`replace_` can turn one into the other. Shapes, dtypes and errors: see fastops.functional.
 """
 
 from torch import Tensor, nn

@@ -16,7 +16,8 @@ class Linear(nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as in torch.nn.Linear.
-        activation: None, a name ("relu", "gelu_tanh", ...) or an activation module without parameters (nn.LeakyReLU(0.2)).
+        activation: None, a name ("relu", "gelu_tanh", ...) or an activation module without parameters
+        (nn.LeakyReLU(0.2)).
             It is part of the formula, not a child: parameters and state_dict are those of torch.nn.Linear.
 
     Shapes: (*, in_features) -> (*, out_features). Errors: see fastops.functional.linear.
@@ -40,7 +41,8 @@ class Linear(nn.Linear):
             self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        # Module.__getattr__ costs more than a small product; parametrized, pruned or sharded weights are found by it still.
+        # Module.__getattr__ costs more than a small product; parametrized, pruned or sharded weights are found by it
+        # still.
         parameters = self._parameters
         weight = parameters.get("weight")
         if weight is None:

@@ -1,13 +1,14 @@
 """The general door: torch.ops.fastops.* for everything that has to see an op.
 
-torch.compile, torch.export, FakeTensor and other dispatch modes, torch.func and forward-mode differentiation come this way;
-plain eager tensors take the fast door, fastops._C, which runs the same C++ functions (see fastops/functional.py, the only
-place that chooses). For every op a file here holds
+torch.compile, torch.export, FakeTensor and other dispatch modes, torch.func and forward-mode differentiation come this
+way; plain eager tensors take the fast door, fastops._C, which runs the same C++ functions (see fastops/functional.py,
+the only place that chooses). For every op a file here holds
 
 - its fake kernel,
 - its gradient, registered on the op itself, so that a compiled or exported graph can be differentiated,
 - a torch.autograd.Function around the op with the same gradient plus `jvp` and `vmap`, which torch.func needs and
-  torch.library cannot express. `through` picks it when a torch.func transform or forward-mode differentiation is active.
+  torch.library cannot express. `through` picks it when a torch.func transform or forward-mode differentiation
+  is active.
 """
 
 import functools
@@ -59,7 +60,7 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
 
 
 def needs_function() -> bool:
-    """Whether the torch.autograd.Function is needed, not only the op: under torch.func or forward-mode differentiation."""
+    """Whether the Function is needed, not only the op: for torch.func and forward-mode differentiation."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -71,8 +72,8 @@ def records(*tensors: torch.Tensor | None) -> bool:
 def forward_mode(jvp: Callable[..., Any]) -> Callable[..., Any]:
     """For a Function's jvp, which gets the primals of what was saved after ctx.
 
-    PyTorch turns forward-mode differentiation off around a jvp, so that a jvp inside a jvp would silently lose the outer one's
-    tangents. It is turned on again here; the primals keep the level at hand out of it.
+    PyTorch turns forward-mode differentiation off around a jvp, so that a jvp inside a jvp would silently lose the
+    outer one's tangents. It is turned on again here; the primals keep the level at hand out of it.
     """
 
     @functools.wraps(jvp)
@@ -90,7 +91,7 @@ def to_front(tensor: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
 
 
 def register(op: str, function: type[torch.autograd.Function], fake: Callable[..., Any]) -> None:
-    """Registers the fake kernel, and the Function's gradient on the op itself, which has the same arguments and results."""
+    """Registers the fake kernel, and the Function's gradient on the op itself: the same arguments and results."""
     name = f"fastops::{op}"
     torch.library.register_fake(name, fake)
     torch.library.register_autograd(name, function.backward, setup_context=function.setup_context)

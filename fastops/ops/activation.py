@@ -140,7 +140,8 @@ class _ActivationBackward(torch.autograd.Function):
     def vmap(info, in_dims, grad_output, saved, kind, a, b, saved_kind):
         grad_output = to_front(grad_output, in_dims[0], info.batch_size)
         if saved_kind == "mask" and in_dims[1] is None:
-            # The mask of one sample for all: its bytes do not line up with the batch, so the slopes are spelled out once.
+            # The mask of one sample for all: its bytes do not line up with the batch, so the slopes are spelled out
+            # once.
             slopes = _backward(torch.ones_like(grad_output[0]), saved, kind, a, b, saved_kind)
             return grad_output * slopes, 0
         if saved_kind == "mask":

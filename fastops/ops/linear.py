@@ -1,4 +1,4 @@
-"""The general door of linear: y = f(x W^T + b). The fast door is _C.linear; what they share is csrc/torch/linear.cpp."""
+"""The general door of linear: y = f(x W^T + b). The fast door is _C.linear; both call csrc/torch/linear.cpp."""
 
 import torch
 from torch import Tensor
@@ -69,8 +69,8 @@ def _sum(*terms: Tensor | None) -> Tensor | None:
 class _Linear(torch.autograd.Function):
     """(input, weight, bias, activation, a, b, need_saved) -> (output, pre_activation).
 
-    The pre-activation is an output of its own, 0 elements when it is not saved, so that a gradient of a gradient finds its
-    way through it to input, weight and bias.
+    The pre-activation is an output of its own, 0 elements when it is not saved, so that a gradient of a gradient finds
+    its way through it to input, weight and bias.
     """
 
     @staticmethod

@@ -1,8 +1,8 @@
 // Linear, forward and backward, on every tier this machine has, against a plain loop in float64.
 //
-// Integer-valued data must match exactly; other data within a bound of the form c k eps sum |a b|. Every buffer is exactly as
-// large as the contract says, so that AddressSanitizer sees the first byte read or written beyond it. Each case runs with teams
-// of 1, 2 and 3 threads, and of 3 that get 2, and must give the same bits.
+// Integer-valued data must match exactly; other data within a bound of the form c k eps sum |a b|. Every buffer is
+// exactly as large as the contract says, so that AddressSanitizer sees the first byte read or written beyond it. Each
+// case runs with teams of 1, 2 and 3 threads, and of 3 that get 2, and must give the same bits.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -18,7 +18,8 @@ using namespace fastops;
 
 namespace {
 
-// ---------------------------------------------------------------------------------------------------------------- values
+// ----------------------------------------------------------------------------------------------------------------
+// values
 
 float float_of_bits(uint32_t bits) {
   float x;
@@ -67,7 +68,8 @@ f16_t narrow<f16_t>(double x) {
     bits = static_cast<uint16_t>(rounded * 0x1p24);
   } else {
     std::frexp(rounded, &exponent);
-    bits = static_cast<uint16_t>(((exponent + 14) << 10) + (static_cast<int>(std::ldexp(rounded, 11 - exponent)) - 1024));
+    bits =
+        static_cast<uint16_t>(((exponent + 14) << 10) + (static_cast<int>(std::ldexp(rounded, 11 - exponent)) - 1024));
   }
   return {static_cast<uint16_t>(bits | (std::signbit(x) ? 0x8000 : 0))};
 }
@@ -85,7 +87,8 @@ double unit_roundoff(DType dtype) {
   return dtype == DType::f64 ? 0x1p-53 : dtype == DType::f32 ? 0x1p-24 : dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
 }
 
-// ----------------------------------------------------------------------------------------------------------------- teams
+// -----------------------------------------------------------------------------------------------------------------
+// teams
 
 void run_threads(int threads, void (*body)(void*, int, int), void* context) {
   std::vector<std::thread> others;
@@ -99,9 +102,21 @@ void run_at_most_two(int threads, void (*body)(void*, int, int), void* context) 
 
 const Team kTeams[] = {{1, nullptr}, {2, run_threads}, {3, run_threads}, {3, run_at_most_two}};
 
-// --------------------------------------------------------------------------------------------------------------- operands
+// ---------------------------------------------------------------------------------------------------------------
+// operands
 
-enum Layout { dense, transposed, padded_rows, every_other, zero_rows, zero_cols, zero_both, negative_rows, negative_cols, layouts };
+enum Layout {
+  dense,
+  transposed,
+  padded_rows,
+  every_other,
+  zero_rows,
+  zero_cols,
+  zero_both,
+  negative_rows,
+  negative_cols,
+  layouts
+};
 
 // A rows x cols matrix in a buffer that starts and ends with its first and last element; what lies between is NaN.
 template <class T>
@@ -113,15 +128,32 @@ struct Operand {
   Operand(int64_t r, int64_t c, Layout layout) : rows(r), cols(c) {
     int64_t rs = cols, cs = 1;
     switch (layout) {
-      case transposed: rs = 1, cs = rows; break;
-      case padded_rows: rs = cols + 3; break;
-      case every_other: rs = 2 * cols + 1, cs = 2; break;
-      case zero_rows: rs = 0; break;
-      case zero_cols: rs = 1, cs = 0; break;
-      case zero_both: rs = 0, cs = 0; break;
-      case negative_rows: rs = -cols; break;
-      case negative_cols: rs = cols, cs = -1; break;
-      default: break;
+      case transposed:
+        rs = 1, cs = rows;
+        break;
+      case padded_rows:
+        rs = cols + 3;
+        break;
+      case every_other:
+        rs = 2 * cols + 1, cs = 2;
+        break;
+      case zero_rows:
+        rs = 0;
+        break;
+      case zero_cols:
+        rs = 1, cs = 0;
+        break;
+      case zero_both:
+        rs = 0, cs = 0;
+        break;
+      case negative_rows:
+        rs = -cols;
+        break;
+      case negative_cols:
+        rs = cols, cs = -1;
+        break;
+      default:
+        break;
     }
     int64_t low = 0, high = 0;
     if (rows > 0 && cols > 0) {
@@ -147,27 +179,35 @@ struct Operand {
 
 double activate(ActivationKind kind, double z) {
   switch (kind) {
-    case ActivationKind::relu: return z > 0 ? z : 0;
-    case ActivationKind::tanh: return std::tanh(z);
-    case ActivationKind::silu: return z / (1 + std::exp(-z));
-    default: return z;
+    case ActivationKind::relu:
+      return z > 0 ? z : 0;
+    case ActivationKind::tanh:
+      return std::tanh(z);
+    case ActivationKind::silu:
+      return z / (1 + std::exp(-z));
+    default:
+      return z;
   }
 }
 
 // From y for relu and tanh, from z for silu.
 double derivative(ActivationKind kind, double saved) {
   switch (kind) {
-    case ActivationKind::relu: return saved > 0 ? 1 : 0;
-    case ActivationKind::tanh: return 1 - saved * saved;
+    case ActivationKind::relu:
+      return saved > 0 ? 1 : 0;
+    case ActivationKind::tanh:
+      return 1 - saved * saved;
     case ActivationKind::silu: {
       const double s = 1 / (1 + std::exp(-saved));
       return s * (1 + saved * (1 - s));
     }
-    default: return 1;
+    default:
+      return 1;
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------------ cases
+// ------------------------------------------------------------------------------------------------------------------
+// cases
 
 struct Case {
   int64_t m, n, k;
@@ -186,15 +226,26 @@ void fail(const Case& c, DType dtype, const char* what, int64_t i, int64_t j, do
   std::printf(
       "%s dtype %d: %s[%lld, %lld] = %.9g, expected %.9g (m %lld n %lld k %lld, activation %d, layouts %d %d %d %d, "
       "bias %d stride %lld, z %d, integers %d, outputs %u, multiply %d)\n",
-      isa_name(isa_used()), static_cast<int>(dtype), what, static_cast<long long>(i), static_cast<long long>(j), got, expected,
-      static_cast<long long>(c.m), static_cast<long long>(c.n), static_cast<long long>(c.k), static_cast<int>(c.kind), c.x, c.w,
-      c.grad_y, c.saved, c.bias, static_cast<long long>(c.bias_stride), c.z, c.integers, c.outputs, static_cast<int>(c.multiply));
+      isa_name(isa_used()), static_cast<int>(dtype), what, static_cast<long long>(i), static_cast<long long>(j), got,
+      expected, static_cast<long long>(c.m), static_cast<long long>(c.n), static_cast<long long>(c.k),
+      static_cast<int>(c.kind), c.x, c.w, c.grad_y, c.saved, c.bias, static_cast<long long>(c.bias_stride), c.z,
+      c.integers, c.outputs, static_cast<int>(c.multiply));
 }
 
 struct FreeDeleter {
   void operator()(void* p) const { std::free(p); }
 };
 using Workspace = std::unique_ptr<void, FreeDeleter>;
+
+// Aligned as an allocator of tensors aligns, which the stores that bypass the caches ask for.
+template <class T>
+using AlignedBuffer = std::unique_ptr<T[], FreeDeleter>;
+template <class T>
+AlignedBuffer<T> make_buffer(size_t size) {
+  void* p = nullptr;
+  if (posix_memalign(&p, 64, size * sizeof(T)) != 0) std::abort();
+  return AlignedBuffer<T>(static_cast<T*>(p));
+}
 
 Workspace make_workspace(size_t bytes) {
   void* p = nullptr;
@@ -209,7 +260,8 @@ bool close(T got, double expected, double magnitude, int64_t k, bool exact, doub
   const double value = widen(got);
   if (exact) return value == widen(narrow<T>(expected));
   const double eps = unit_roundoff(kDType<T>), compute = kDType<T> == DType::f64 ? 0x1p-53 : 0x1p-24;
-  const double bound = 2 * eps * std::fabs(expected) + static_cast<double>(k + 8) * compute * magnitude + slack * magnitude + 1e-30;
+  const double bound =
+      2 * eps * std::fabs(expected) + static_cast<double>(k + 8) * compute * magnitude + slack * magnitude + 1e-30;
   const double floor = kDType<T> == DType::f16 ? 0x1p-24 : 0;
   return std::fabs(value - expected) <= bound + floor;
 }
@@ -260,7 +312,8 @@ void test_forward(const Case& c, const Operand<T>& x, const Operand<T>& w, const
         }
         const bool linear = c.kind == ActivationKind::identity || c.kind == ActivationKind::relu;
         const double y_slack = linear ? 0 : 8 * (kDType<T> == DType::f64 ? 0x1p-53 : 0x1p-24);
-        if (c.z && !close(got_z[at], sum, magnitude, c.k, c.integers, 0)) fail(c, kDType<T>, "z", i, j, widen(got_z[at]), sum);
+        if (c.z && !close(got_z[at], sum, magnitude, c.k, c.integers, 0))
+          fail(c, kDType<T>, "z", i, j, widen(got_z[at]), sum);
         const double y_expected = activate(c.kind, sum);
         if (!close(got_y[at], y_expected, 1.2 * magnitude, c.k, c.integers && linear, y_slack))
           fail(c, kDType<T>, "y", i, j, widen(got_y[at]), y_expected);
@@ -269,7 +322,8 @@ void test_forward(const Case& c, const Operand<T>& x, const Operand<T>& w, const
 }
 
 template <class T>
-void test_backward(const Case& c, const Operand<T>& x, const Operand<T>& w, const Operand<T>& grad_y, const Operand<T>& saved) {
+void test_backward(const Case& c, const Operand<T>& x, const Operand<T>& w, const Operand<T>& grad_y,
+                   const Operand<T>& saved) {
   const size_t sizes[3] = {static_cast<size_t>(c.m * c.k), static_cast<size_t>(c.n * c.k), static_cast<size_t>(c.n)};
   const char* const names[3] = {"grad_x", "grad_w", "grad_b"};
   std::vector<T> first[3];
@@ -284,14 +338,14 @@ void test_backward(const Case& c, const Operand<T>& x, const Operand<T>& w, cons
     }
 
   for (const Team& team : kTeams) {
-    std::unique_ptr<T[]> out[3];
+    AlignedBuffer<T> out[3];
     for (int o = 0; o < 3; ++o) {
       if ((c.outputs >> o & 1) == 0) continue;
-      out[o].reset(new T[sizes[o]]);
+      out[o] = make_buffer<T>(sizes[o]);
       for (size_t i = 0; i < sizes[o]; ++i) out[o][i] = narrow<T>(NAN);
     }
-    LinearBackward args{kDType<T>, c.m, c.n, c.k, grad_y.matrix, {c.kind, 0, 0}, saved.matrix, x.matrix, w.matrix,
-                        out[0].get(), out[1].get(), out[2].get()};
+    LinearBackward args{kDType<T>,    c.m,      c.n,      c.k,          grad_y.matrix, {c.kind, 0, 0},
+                        saved.matrix, x.matrix, w.matrix, out[0].get(), out[1].get(),  out[2].get()};
     args.bf16_multiply = c.multiply;
     const Workspace workspace = make_workspace(kernels().linear_backward_workspace(args, team.threads));
     kernels().linear_backward(args, workspace.get(), team);
@@ -307,8 +361,9 @@ void test_backward(const Case& c, const Operand<T>& x, const Operand<T>& w, cons
       first[o] = got;
       // 16-bit products may round g once more.
       const bool exact = c.integers && (c.kind == ActivationKind::identity || c.kind == ActivationKind::relu);
-      const double slack = (c.kind == ActivationKind::identity ? 0 : 16 * (kDType<T> == DType::f64 ? 0x1p-53 : 0x1p-24)) +
-                           (kDType<T> == DType::bf16 && o < 2 ? 0x1p-8 : 0);
+      const double slack =
+          (c.kind == ActivationKind::identity ? 0 : 16 * (kDType<T> == DType::f64 ? 0x1p-53 : 0x1p-24)) +
+          (kDType<T> == DType::bf16 && o < 2 ? 0x1p-8 : 0);
       const int64_t rows = o == 0 ? c.m : c.n, cols = o == 2 ? 1 : c.k, length = o == 0 ? c.n : c.m;
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < cols; ++j) {
@@ -320,7 +375,8 @@ void test_backward(const Case& c, const Operand<T>& x, const Operand<T>& w, cons
             magnitude += scale[at] * std::fabs(b);
           }
           const T value = got[static_cast<size_t>(i * cols + j)];
-          if (!close(value, sum, magnitude, length, exact, slack)) fail(c, kDType<T>, names[o], i, j, widen(value), sum);
+          if (!close(value, sum, magnitude, length, exact, slack))
+            fail(c, kDType<T>, names[o], i, j, widen(value), sum);
         }
     }
   }
@@ -333,7 +389,11 @@ void test(const Case& c, unsigned seed) {
   std::normal_distribution<double> normal(0, 1);
   const auto draw = [&] { return c.integers ? integer(random) : normal(random); };
   Operand<T> x(c.m, c.k, c.x), w(c.n, c.k, c.w), grad_y(c.m, c.n, c.grad_y), saved(c.m, c.n, c.saved);
-  Operand<T> bias(1, c.n, c.bias_stride == 0 ? zero_both : c.bias_stride == 2 ? every_other : c.bias_stride < 0 ? negative_cols : dense);
+  Operand<T> bias(1, c.n,
+                  c.bias_stride == 0   ? zero_both
+                  : c.bias_stride == 2 ? every_other
+                  : c.bias_stride < 0  ? negative_cols
+                                       : dense);
   x.fill(draw);
   w.fill(draw);
   grad_y.fill(draw);
@@ -356,10 +416,12 @@ void test_dtype(bool quick) {
     test<T>({14, 34, s}, ++seed);
   }
   // Several blocks in every dimension, few rows, few columns.
-  const int64_t shapes[][3] = {{130, 70, 600}, {70, 300, 1100}, {300, 40, 90},   {1, 513, 1030}, {2, 70, 1300}, {4, 129, 260},
-                               {33, 129, 700}, {500, 17, 33},   {17, 500, 33},   {600, 64, 64},  {260, 3, 300}, {1, 1, 5000},
-                               {40, 3, 4300},  {9, 1100, 20},   {1100, 9, 20},   {2500, 7, 11},  {6, 31, 2100}, {64, 130, 65}};
-  const ActivationKind kinds[] = {ActivationKind::identity, ActivationKind::relu, ActivationKind::tanh, ActivationKind::silu};
+  const int64_t shapes[][3] = {{130, 70, 600}, {70, 300, 1100}, {300, 40, 90}, {1, 513, 1030}, {2, 70, 1300},
+                               {4, 129, 260},  {33, 129, 700},  {500, 17, 33}, {17, 500, 33},  {600, 64, 64},
+                               {260, 3, 300},  {1, 1, 5000},    {40, 3, 4300}, {9, 1100, 20},  {1100, 9, 20},
+                               {2500, 7, 11},  {6, 31, 2100},   {64, 130, 65}};
+  const ActivationKind kinds[] = {ActivationKind::identity, ActivationKind::relu, ActivationKind::tanh,
+                                  ActivationKind::silu};
   for (const auto& [m, n, k] : shapes) {
     ++seed;
     Case c{m, n, k};
@@ -372,6 +434,12 @@ void test_dtype(bool quick) {
     c.w = seed % 3 == 0 ? transposed : padded_rows;
     c.grad_y = seed % 3 == 1 ? transposed : dense;
     test<T>(c, seed);
+  }
+  // A gradient large enough to be stored past the caches (16 MB), with and without whole tiles.
+  if constexpr (sizeof(T) < 8) {
+    Case c{2, sizeof(T) == 4 ? 2053 : 4101, 2064};
+    c.outputs = 2;
+    if (!quick && kDType<T> != DType::f16) test<T>(c, ++seed);
   }
   // Everything at random.
   std::mt19937 random(7);
@@ -400,25 +468,36 @@ void test_dtype(bool quick) {
     w.fill([] { return 1; });
     x.at(1, 39) = narrow<T>(NAN);
     x.at(2, 0) = narrow<T>(INFINITY);
-    LinearForward args{kDType<T>, 3, n, 40, x.matrix, w.matrix, nullptr, 0, {ActivationKind::relu, 0, 0}, y.buffer.get(), n, nullptr};
+    LinearForward args{kDType<T>,      3, n,      40, x.matrix, w.matrix, nullptr, 0, {ActivationKind::relu, 0, 0},
+                       y.buffer.get(), n, nullptr};
     const Workspace workspace = make_workspace(kernels().linear_forward_workspace(args, 1));
     kernels().linear_forward(args, workspace.get(), kTeams[0]);
     for (int64_t j = 0; j < n; ++j)
-      if (y(0, j) != 40 || y(1, j) == y(1, j) || y(2, j) != INFINITY) fail({3, n, 40}, kDType<T>, "special y", 0, j, y(1, j), 0);
+      if (y(0, j) != 40 || y(1, j) == y(1, j) || y(2, j) != INFINITY)
+        fail({3, n, 40}, kDType<T>, "special y", 0, j, y(1, j), 0);
   }
 }
 
 }  // namespace
 
+// Arguments: "quick" for fewer random cases, and the name of a tier to run that one alone.
 int main(int argc, char** argv) {
-  const bool quick = argc > 1 && std::strcmp(argv[1], "quick") == 0;
+  bool quick = false;
+  const char* only = nullptr;
+  for (int i = 1; i < argc; ++i) {
+    if (std::strcmp(argv[i], "quick") == 0)
+      quick = true;
+    else
+      only = argv[i];
+  }
   for (int isa = 0; isa <= static_cast<int>(isa_found()); ++isa) {
-    if (!set_isa(static_cast<Isa>(isa))) continue;
+    const char* const name = isa_name(static_cast<Isa>(isa));
+    if ((only != nullptr && std::strcmp(only, name) != 0) || !set_isa(static_cast<Isa>(isa))) continue;
     test_dtype<float>(quick);
     test_dtype<double>(quick);
     test_dtype<bf16_t>(quick);
     test_dtype<f16_t>(quick);
-    std::printf("%s: %s\n", isa_name(static_cast<Isa>(isa)), failures == 0 ? "ok" : "FAILED");
+    std::printf("%s: %s\n", name, failures == 0 ? "ok" : "FAILED");
     std::fflush(stdout);
   }
   if (failures == 0) std::printf("ok\n");

@@ -1,13 +1,13 @@
 // activation_forward, activation_backward, prelu_* and glu_*: one pass each. Included in the tier's namespace after
 // activation_math.inl.
 //
-// Work is cut into blocks that depend on the shape alone, and every element (or partial sum) belongs to one block, so that the
-// number of threads changes no bit of the result.
+// Work is cut into blocks that depend on the shape alone, and every element (or partial sum) belongs to one block, so
+// that the number of threads changes no bit of the result.
 
 constexpr int64_t kBlock = 8192;  // elements; a multiple of 64, so that a mask word belongs to one block
 
-// Elements that a thread must have to be worth waking: it takes some microseconds. Measured: PyTorch's own grain, 32768, suits
-// loops that stream; a transcendental costs several times as much an element.
+// Elements that a thread must have to be worth waking: it takes some microseconds. Measured: PyTorch's own grain,
+// 32768, suits loops that stream; a transcendental costs several times as much an element.
 inline int64_t grain(ActivationKind kind) {
   switch (kind) {
     case ActivationKind::identity:
@@ -19,8 +19,10 @@ inline int64_t grain(ActivationKind kind) {
     case ActivationKind::hardswish:
     case ActivationKind::hardshrink:
     case ActivationKind::softshrink:
-    case ActivationKind::threshold: return 32768;
-    default: return 12288;
+    case ActivationKind::threshold:
+      return 32768;
+    default:
+      return 12288;
   }
 }
 
@@ -120,23 +122,33 @@ using BackwardMaskRow = void (*)(const S* grad_y, const uint8_t* mask, S* grad_x
 template <class S>
 ForwardMaskRow<S> find_forward_mask_row(ActivationKind kind) {
   switch (kind) {
-    case ActivationKind::leaky_relu: return forward_mask_row<LeakyRelu, S>;
+    case ActivationKind::leaky_relu:
+      return forward_mask_row<LeakyRelu, S>;
     case ActivationKind::relu6:
-    case ActivationKind::hardtanh: return forward_mask_row<Hardtanh, S>;
-    case ActivationKind::hardsigmoid: return forward_mask_row<Hardsigmoid, S>;
-    case ActivationKind::hardshrink: return forward_mask_row<Hardshrink, S>;
-    case ActivationKind::softshrink: return forward_mask_row<Softshrink, S>;
-    case ActivationKind::threshold: return forward_mask_row<Threshold, S>;
-    default: return forward_mask_row<Relu, S>;
+    case ActivationKind::hardtanh:
+      return forward_mask_row<Hardtanh, S>;
+    case ActivationKind::hardsigmoid:
+      return forward_mask_row<Hardsigmoid, S>;
+    case ActivationKind::hardshrink:
+      return forward_mask_row<Hardshrink, S>;
+    case ActivationKind::softshrink:
+      return forward_mask_row<Softshrink, S>;
+    case ActivationKind::threshold:
+      return forward_mask_row<Threshold, S>;
+    default:
+      return forward_mask_row<Relu, S>;
   }
 }
 
 template <class S>
 BackwardMaskRow<S> find_backward_mask_row(ActivationKind kind) {
   switch (kind) {
-    case ActivationKind::leaky_relu: return backward_mask_row<LeakyRelu, S>;
-    case ActivationKind::hardsigmoid: return backward_mask_row<Hardsigmoid, S>;
-    default: return backward_mask_row<ZeroOutside, S>;
+    case ActivationKind::leaky_relu:
+      return backward_mask_row<LeakyRelu, S>;
+    case ActivationKind::hardsigmoid:
+      return backward_mask_row<Hardsigmoid, S>;
+    default:
+      return backward_mask_row<ZeroOutside, S>;
   }
 }
 
@@ -199,10 +211,14 @@ void activation_backward_of(const ActivationBackward& args, const Team& team) {
 template <class Body>
 void for_dtype(DType dtype, Body body) {
   switch (dtype) {
-    case DType::f32: return body(static_cast<float*>(nullptr));
-    case DType::f64: return body(static_cast<double*>(nullptr));
-    case DType::bf16: return body(static_cast<bf16_t*>(nullptr));
-    case DType::f16: return body(static_cast<f16_t*>(nullptr));
+    case DType::f32:
+      return body(static_cast<float*>(nullptr));
+    case DType::f64:
+      return body(static_cast<double*>(nullptr));
+    case DType::bf16:
+      return body(static_cast<bf16_t*>(nullptr));
+    case DType::f16:
+      return body(static_cast<f16_t*>(nullptr));
   }
 }
 
@@ -217,8 +233,8 @@ void activation_backward(const ActivationBackward& args, const Team& team) {
   for_dtype(args.dtype, [&](auto* type) { activation_backward_of<decltype(pointee(type))>(args, team); });
 }
 
-// ---- PReLU. x[outer, channels, inner] is two shapes of loop: one weight a row where inner > 1 (or one channel: a single row),
-// one weight a column where inner == 1.
+// ---- PReLU. x[outer, channels, inner] is two shapes of loop: one weight a row where inner > 1 (or one channel: a
+// single row), one weight a column where inner == 1.
 
 struct PreluShape {
   int64_t rows, cols;  // of x as a matrix
@@ -419,9 +435,9 @@ void glu_forward_of(const GluForward& args, const Team& team) {
     const S* b = a + args.inner;
     S* to = y + row * args.inner + first;
     int64_t i = 0;
-    for (; i + V::size <= count; i += V::size) (V::load(a + i) * sigmoid(V::load(b + i))).store(to + i);
+    for (; i + V::size <= count; i += V::size) (V::load(a + i) * sigmoid<S>(V::load(b + i))).store(to + i);
     const int tail = static_cast<int>(count - i);
-    if (tail > 0) (V::load(a + i, tail) * sigmoid(V::load(b + i, tail))).store(to + i, tail);
+    if (tail > 0) (V::load(a + i, tail) * sigmoid<S>(V::load(b + i, tail))).store(to + i, tail);
   });
 }
 
@@ -438,8 +454,8 @@ void glu_backward_of(const GluBackward& args, const Team& team) {
     S* to = grad_x + 2 * row * args.inner + first;
     for (int64_t i = 0; i < count; i += V::size) {
       const int tail = static_cast<int>(smaller(V::size, count - i));
-      const V gate = sigmoid(V::load(a + args.inner + i, tail)), from = V::load(g + i, tail);
-      const V grad_a = from * gate;
+      const V gate = sigmoid<C>(V::load(a + args.inner + i, tail)), from = V::load(g + i, tail);
+      const V grad_a = from * gate;  // gate in full float32, as 1 - gate cancels
       const V grad_b = grad_a * (set<C>(1) - gate) * V::load(a + i, tail);
       grad_a.store(to + i, tail);
       grad_b.store(to + args.inner + i, tail);

@@ -1,5 +1,5 @@
-// Every activation and its derivative over any Vec, and the row loops that linear runs in its epilogue and while it packs.
-// Included in the tier's namespace after math.inl.
+// Every activation and its derivative over any Vec, and the row loops that linear runs in its epilogue and while it
+// packs. Included in the tier's namespace after math.inl.
 //
 // A kind is a struct of static functions:
 //   forward(x, p)                  f(x)
@@ -7,25 +7,14 @@
 //   backward_from_output(g, s, p)  the same from s = y, where that is possible
 //   inside(x, p)                   the kinds with a mask: which of the derivative's two values x takes;
 //   apply(inside, g, p)            and g times that value
-// Where PyTorch's vectorised loops and its loops over tails disagree about the gradient at NaN, these follow the latter,
-// which are PyTorch's documented formulas. At infinities they give the limit, also where PyTorch's formulas give NaN.
-
-template <class S>
-struct ComputeType {
-  using type = float;
-};
-template <>
-struct ComputeType<double> {
-  using type = double;
-};
-// What a storage type is computed in: float32 for the 16-bit ones.
-template <class S>
-using Compute = typename ComputeType<S>::type;
+// Where PyTorch's vectorised loops and its loops over tails disagree about the gradient at NaN, these follow the
+// latter, which are PyTorch's documented formulas. At infinities they give the limit, also where PyTorch's formulas
+// give NaN.
 
 // An Activation's numbers in the form the formulas use, one broadcast each.
-template <class C>
+template <class S>
 struct Parameters {
-  Vec<C> a, b, c;
+  Vec<Compute<S>> a, b, c;
 };
 
 // x rounded to the storage type.
@@ -39,7 +28,7 @@ inline double round_to(double x) {
 }
 
 template <class S>
-inline Parameters<Compute<S>> parameters(const Activation& activation) {
+inline Parameters<S> parameters(const Activation& activation) {
   using C = Compute<S>;
   constexpr double kSeluAlpha = 1.6732632423543772848170429916717, kSeluScale = 1.0507009873554804934193349852946;
   double a = activation.a, b = activation.b, c = 0;
@@ -79,305 +68,314 @@ inline Parameters<Compute<S>> parameters(const Activation& activation) {
 
 // Activations whose derivative takes two values, one of them usually zero.
 struct ZeroOutside {
-  template <class C>
-  static Vec<C> apply(Mask<C> inside, Vec<C> g, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> apply(Mask<C> inside, Vec<C> g, const Parameters<S>&) {
     return select(inside, g, Vec<C>::zero());
   }
 };
 
 struct Identity {
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     return x;
   }
-  template <class C>
-  static Vec<C> backward(Vec<C> g, Vec<C>, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> backward(Vec<C> g, Vec<C>, const Parameters<S>&) {
     return g;
   }
 };
 
 struct Relu : ZeroOutside {
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     return max(Vec<C>::zero(), x);
   }
-  template <class C>
-  static Mask<C> inside(Vec<C> x, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Mask<C> inside(Vec<C> x, const Parameters<S>&) {
     return !le(x, Vec<C>::zero());
   }
-  template <class C>
-  static Mask<C> inside_from_output(Vec<C> y, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Mask<C> inside_from_output(Vec<C> y, const Parameters<S>& p) {
     return inside(y, p);
   }
 };
 
 struct LeakyRelu {
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
     return select(gt(x, Vec<C>::zero()), x, x * p.a);
   }
-  template <class C>
-  static Mask<C> inside(Vec<C> x, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Mask<C> inside(Vec<C> x, const Parameters<S>&) {
     return gt(x, Vec<C>::zero());
   }
-  template <class C>
-  static Mask<C> inside_from_output(Vec<C> y, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Mask<C> inside_from_output(Vec<C> y, const Parameters<S>& p) {
     return inside(y, p);
   }
-  template <class C>
-  static Vec<C> apply(Mask<C> inside, Vec<C> g, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> apply(Mask<C> inside, Vec<C> g, const Parameters<S>& p) {
     return select(inside, g, g * p.a);
   }
 };
 
 struct Hardtanh : ZeroOutside {  // and relu6
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
     return min(p.b, max(p.a, x));
   }
-  template <class C>
-  static Mask<C> inside(Vec<C> x, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Mask<C> inside(Vec<C> x, const Parameters<S>& p) {
     return !(le(x, p.a) | ge(x, p.b));
   }
-  template <class C>
-  static Mask<C> inside_from_output(Vec<C> y, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Mask<C> inside_from_output(Vec<C> y, const Parameters<S>& p) {
     return inside(y, p);
   }
 };
 
 struct Hardsigmoid {
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     return clamp(x + set<C>(3), 0, 6) * set<C>(1.0 / 6);
   }
-  template <class C>
-  static Mask<C> inside(Vec<C> x, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Mask<C> inside(Vec<C> x, const Parameters<S>&) {
     return gt(x, set<C>(-3)) & lt(x, set<C>(3));
   }
-  template <class C>
-  static Vec<C> apply(Mask<C> inside, Vec<C> g, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> apply(Mask<C> inside, Vec<C> g, const Parameters<S>&) {
     return select(inside, g * set<C>(1.0 / 6), Vec<C>::zero());
   }
 };
 
 struct Hardshrink : ZeroOutside {
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
     return select(inside(x, p), x, Vec<C>::zero());
   }
-  template <class C>
-  static Mask<C> inside(Vec<C> x, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Mask<C> inside(Vec<C> x, const Parameters<S>& p) {
     return !(ge(x, -p.a) & le(x, p.a));
   }
-  template <class C>
-  static Mask<C> inside_from_output(Vec<C> y, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Mask<C> inside_from_output(Vec<C> y, const Parameters<S>& p) {
     return inside(y, p);
   }
 };
 
 struct Softshrink : ZeroOutside {  // a = lambda; b = lambda in the storage type, which PyTorch's backward compares with
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
     return select(ge(x, -p.a) & le(x, p.a), Vec<C>::zero(), x - copysign(p.a, x));
   }
-  template <class C>
-  static Mask<C> inside(Vec<C> x, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Mask<C> inside(Vec<C> x, const Parameters<S>& p) {
     return !(ge(x, -p.b) & le(x, p.b));
   }
   // Of y (c = 0: y is zero nowhere else) or of x (c = b), as saved_by_linear decides.
-  template <class C>
-  static Mask<C> inside_from_output(Vec<C> y, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Mask<C> inside_from_output(Vec<C> y, const Parameters<S>& p) {
     return !(ge(y, -p.c) & le(y, p.c));
   }
 };
 
 struct Threshold : ZeroOutside {
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
     return select(le(x, p.a), p.b, x);
   }
-  template <class C>
-  static Mask<C> inside(Vec<C> x, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Mask<C> inside(Vec<C> x, const Parameters<S>& p) {
     return !le(x, p.a);
   }
 };
 
 struct Hardswish {
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     return max(set<C>(-3), x) * (clamp(x + set<C>(3), 0, 6) * set<C>(1.0 / 6));
   }
-  template <class C>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
     const Vec<C> slope = fma(x, set<C>(1.0 / 3), set<C>(0.5));
     return select(le(x, set<C>(-3)), Vec<C>::zero(), select(lt(x, set<C>(3)), g * slope, g));
   }
 };
 
 struct Elu {  // and selu, celu
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>& p) {
-    return select(gt(x, Vec<C>::zero()), x * p.b, expm1(x * p.c) * p.a);
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
+    return select(gt(x, Vec<C>::zero()), x * p.b, expm1<S>(x * p.c) * p.a);
   }
-  template <class C>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<C>& p) {
-    const Vec<C> e = exp(clamp(x * p.c, -exp_limit<C>, exp_limit<C>));
+  template <class S, class C = Compute<S>>
+  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>& p) {
+    const Vec<C> e = exp<S>(clamp(x * p.c, -exp_limit<C>, exp_limit<C>));
     return select(gt(x, Vec<C>::zero()), g * p.b, g * (p.a * p.c * e));
   }
-  template <class C>
-  static Vec<C> backward_from_output(Vec<C> g, Vec<C> y, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> backward_from_output(Vec<C> g, Vec<C> y, const Parameters<S>& p) {
     return select(gt(y, Vec<C>::zero()), g * p.b, g * (p.c * (y + p.a)));
   }
 };
 
-// gelu, gelu_tanh and silu are x h(x) with h(-x) = 1 - h(x). With t = |x| and q = h(-t) <= 1/2, all that needs care is q:
+// gelu, gelu_tanh and silu are x h(x) with h(-x) = 1 - h(x). All that needs care is q = h(-t) <= 1/2, t = |x|:
 //   y = max(x, 0) - t q         f'(x) = x > 0 ? 1 - d : d,  d = q - t h'(-t)
+// d is zero somewhere, so the derivatives (mish's too) take float32's polynomials in 16 bits as well.
 template <class C>
 inline Vec<C> gated_derivative(Vec<C> x, Vec<C> d) {
   return select(gt(x, Vec<C>::zero()), set<C>(1) - d, d);
 }
 
+// t e / (1 + e), as t e (1 - e / (1 + e)): where e is small, the error of what follows t e counts little.
+template <class S, class C>
+inline Vec<C> gated_tail(Vec<C> t, ExpParts<C> parts) {
+  const Vec<C> whole = times_exp(t, parts), e = whole_exp(parts);
+  return fnma(whole, quotient_for<S>(e, set<C>(1) + e), whole);
+}
+
 struct Gelu {
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     const Vec<C> t = min(set<C>(normal_limit<C>), abs(x));
-    const ExpParts<C> e = normal_exp(t);
-    return max(Vec<C>::zero(), x) - times_exp(t * normal_ratio(t), e);
+    const ExpParts<C> e = normal_exp<S>(t);
+    return max(Vec<C>::zero(), x) - times_exp(t * normal_ratio<S>(t), e);
   }
-  template <class C>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<C>&) {  // Phi(x) + x phi(x)
+  template <class S, class C = Compute<S>>
+  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {  // Phi(x) + x phi(x)
     const Vec<C> t = min(set<C>(normal_limit<C>), abs(x));
-    const ExpParts<C> e = normal_exp(t);
+    const ExpParts<C> e = normal_exp<C>(t);
     const Vec<C> phi = set<C>(0.398942280401432678);
-    return g * gated_derivative(x, times_exp(fnma(t, phi, normal_ratio(t)), e));
+    return g * gated_derivative(x, times_exp(fnma(t, phi, normal_ratio<C>(t)), e));
   }
 };
 
 // With s = e / (1 + e), e = exp(-u(t)): h(-t) = s and h'(-t) = s (1 - s) u'(t).
 struct GeluTanh {
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     const Vec<C> t = min(set<C>(tanh_gelu_limit<C>), abs(x));
-    const ExpParts<C> e = tanh_gelu_exp(t);
-    return max(Vec<C>::zero(), x) - quotient(times_exp(t, e), set<C>(1) + exp(e));
+    const ExpParts<C> e = tanh_gelu_exp<S>(t);
+    return max(Vec<C>::zero(), x) - gated_tail<S>(t, e);
   }
-  template <class C>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
     const Vec<C> t = min(set<C>(tanh_gelu_limit<C>), abs(x)), one = set<C>(1);
-    const Vec<C> e = exp(tanh_gelu_exp(t)), s = quotient(e, one + e);
-    const Vec<C> t_slope = t * fma(t * t, set<C>(3 * kC3<double>), set<C>(kC1<double>));
+    const Vec<C> e = whole_exp(tanh_gelu_exp<C>(t)), s = quotient_for<C>(e, one + e);
+    const Vec<C> t_slope = t * fma(t * t, set<C>(3 * kTanhGelu3), set<C>(kTanhGelu1));
     return g * gated_derivative(x, s * fnma(t_slope, one - s, one));
   }
 };
 
 struct Silu {
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     const Vec<C> t = min(set<C>(exp_limit<C>), abs(x));
-    const ExpParts<C> e = exp_parts(-t);
-    return max(Vec<C>::zero(), x) - quotient(times_exp(t, e), set<C>(1) + exp(e));
+    const ExpParts<C> e = exp_parts<S>(-t);
+    return max(Vec<C>::zero(), x) - gated_tail<S>(t, e);
   }
-  template <class C>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
     const Vec<C> t = min(set<C>(exp_limit<C>), abs(x)), one = set<C>(1);
-    const Vec<C> e = exp(-t), s = quotient(e, one + e);
+    const Vec<C> e = exp<C>(-t), s = quotient_for<C>(e, one + e);
     return g * gated_derivative(x, s * fnma(t, one - s, one));
   }
 };
 
-// With e = exp(x) and d = e (e + 2) + 2, tanh(softplus(x)) = 1 - 2 / d = e (1 - e (e + 1) / d): the first for x > 0, the second for
-// x <= 0, so that what is subtracted is at most 2/5 and its errors count less.
+// With e = exp(x) and d = e (e + 2) + 2, tanh(softplus(x)) = 1 - 2 / d = e (1 - e (e + 1) / d): the first for x > -1/4,
+// the second below, so that what is subtracted is less than a half and its errors count less.
 struct Mish {
-  template <class C>
-  static constexpr double kOne = is_single<C> ? 20 : 40;  // tanh(softplus(x)) rounds to 1 from here on
+  template <class T>
+  static constexpr double kOne = is_single<T> ? 20 : 40;  // tanh(softplus(x)) rounds to 1 from here on
 
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     const Vec<C> t = clamp(x, -exp_limit<C>, kOne<C>);
-    const ExpParts<C> parts = exp_parts(t);
-    const Vec<C> e = exp(parts), d = fma(e, e + set<C>(2), set<C>(2));
-    const Mask<C> positive = gt(x, Vec<C>::zero());
-    const Vec<C> whole = select(positive, x, times_exp(t, parts));
-    return fnma(whole, quotient(select(positive, set<C>(2), fma(e, e, e)), d), whole);
+    const ExpParts<C> parts = exp_parts<S>(t);
+    const Vec<C> e = whole_exp(parts), d = fma(e, e + set<C>(2), set<C>(2));
+    const Mask<C> right = gt(x, set<C>(-0.25));
+    const Vec<C> whole = select(right, x, times_exp(t, parts));
+    const Vec<C> part = quotient_for<S>(select(right, set<C>(2), fma(e, e, e)), d);
+    return fnma(min(set<C>(kOne<C>), whole), part, whole);  // min: not infinity times what is left of part
   }
   // sech^2(softplus(x)) sigmoid(x) = 4 e (1 + e) / d^2, so f'(x) = e ((e + 2) d + 4 x (1 + e)) / d^2.
-  template <class C>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
     const Vec<C> t = clamp(x, -exp_limit<C>, kOne<C>);
-    const Vec<C> e = exp(t), e2 = e + set<C>(2), d = fma(e, e2, set<C>(2));
+    const Vec<C> e = exp<C>(t), e2 = e + set<C>(2), d = fma(e, e2, set<C>(2));
     const Vec<C> numerator = fma(e2, d, set<C>(4) * fma(t, e, t));
-    return g * quotient(quotient(e * numerator, d), d);
+    return g * quotient_for<C>(quotient_for<C>(e * numerator, d), d);
   }
 };
 
 struct Sigmoid {
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>&) {
-    return sigmoid(x);
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
+    return sigmoid<S>(x);
   }
-  template <class C>
-  static Vec<C> backward_from_output(Vec<C> g, Vec<C> y, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> backward_from_output(Vec<C> g, Vec<C> y, const Parameters<S>&) {
     return g * ((set<C>(1) - y) * y);
   }
 };
 
 struct Logsigmoid {
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>&) {
-    return min(Vec<C>::zero(), x) - log1p(exp_minus_abs(x));
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
+    return min(Vec<C>::zero(), x) - log1p<S>(exp_minus_abs<S>(x));
   }
-  template <class C>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<C>&) {
-    return g * sigmoid(-x);
+  template <class S, class C = Compute<S>>
+  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
+    return g * sigmoid<S>(-x);
   }
 };
 
 struct Tanh {
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>&) {
-    return tanh(x);
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
+    return tanh<S>(x);
   }
-  template <class C>
-  static Vec<C> backward_from_output(Vec<C> g, Vec<C> y, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> backward_from_output(Vec<C> g, Vec<C> y, const Parameters<S>&) {
     return g * fnma(y, y, set<C>(1));
   }
 };
 
 struct Softplus {
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
     const Vec<C> z = x * p.a;
-    const Vec<C> y = (max(Vec<C>::zero(), z) + log1p(exp_minus_abs(z))) * p.c;
+    const Vec<C> y = (max(Vec<C>::zero(), z) + log1p<S>(exp_minus_abs<S>(z))) * p.c;
     return select(gt(z, p.b), x, y);
   }
-  template <class C>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>& p) {
     const Vec<C> z = x * p.a;
-    return select(gt(z, p.b), g, g * sigmoid(z));
+    return select(gt(z, p.b), g, g * sigmoid<S>(z));
   }
 };
 
 struct Softsign {
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     x = clamp(x, is_single<C> ? -0x1p100 : -0x1p900, is_single<C> ? 0x1p100 : 0x1p900);  // infinity gives 1
     return x / (set<C>(1) + abs(x));
   }
-  template <class C>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<C>&) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
     const Vec<C> r = set<C>(1) / (set<C>(1) + abs(x));
     return g * r * r;
   }
 };
 
 struct Tanhshrink {
-  template <class C>
-  static Vec<C> forward(Vec<C> x, const Parameters<C>&) {
-    return tanhshrink(x);
+  template <class S, class C = Compute<S>>
+  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
+    return tanhshrink<S>(x);
   }
-  template <class C>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<C>&) {
-    const Vec<C> y = tanh(x);
+  template <class S, class C = Compute<S>>
+  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
+    const Vec<C> y = tanh<C>(x);
     return g * (y * y);
   }
 };
@@ -385,23 +383,23 @@ struct Tanhshrink {
 // As Kind, working from saved y.
 template <class Kind>
 struct FromOutput {
-  template <class C>
-  static Vec<C> backward(Vec<C> g, Vec<C> y, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> backward(Vec<C> g, Vec<C> y, const Parameters<S>& p) {
     return Kind::backward_from_output(g, y, p);
   }
 };
 // A piecewise linear Kind, working from x.
 template <class Kind>
 struct Piecewise {
-  template <class C>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>& p) {
     return Kind::apply(Kind::inside(x, p), g, p);
   }
 };
 template <class Kind>
 struct PiecewiseFromOutput {
-  template <class C>
-  static Vec<C> backward(Vec<C> g, Vec<C> y, const Parameters<C>& p) {
+  template <class S, class C = Compute<S>>
+  static Vec<C> backward(Vec<C> g, Vec<C> y, const Parameters<S>& p) {
     return Kind::apply(Kind::inside_from_output(y, p), g, p);
   }
 };
@@ -440,30 +438,50 @@ using BackwardRow = void (*)(const S* grad_y, const S* saved, Out* g, int64_t n,
 template <class In, class S>
 ForwardRow<In, S> find_forward_row(ActivationKind kind) {
   switch (kind) {
-    case ActivationKind::relu: return forward_row<Relu, In, S>;
-    case ActivationKind::leaky_relu: return forward_row<LeakyRelu, In, S>;
+    case ActivationKind::relu:
+      return forward_row<Relu, In, S>;
+    case ActivationKind::leaky_relu:
+      return forward_row<LeakyRelu, In, S>;
     case ActivationKind::elu:
     case ActivationKind::selu:
-    case ActivationKind::celu: return forward_row<Elu, In, S>;
-    case ActivationKind::gelu: return forward_row<Gelu, In, S>;
-    case ActivationKind::gelu_tanh: return forward_row<GeluTanh, In, S>;
-    case ActivationKind::silu: return forward_row<Silu, In, S>;
-    case ActivationKind::mish: return forward_row<Mish, In, S>;
-    case ActivationKind::sigmoid: return forward_row<Sigmoid, In, S>;
-    case ActivationKind::logsigmoid: return forward_row<Logsigmoid, In, S>;
-    case ActivationKind::tanh: return forward_row<Tanh, In, S>;
-    case ActivationKind::softplus: return forward_row<Softplus, In, S>;
-    case ActivationKind::softsign: return forward_row<Softsign, In, S>;
+    case ActivationKind::celu:
+      return forward_row<Elu, In, S>;
+    case ActivationKind::gelu:
+      return forward_row<Gelu, In, S>;
+    case ActivationKind::gelu_tanh:
+      return forward_row<GeluTanh, In, S>;
+    case ActivationKind::silu:
+      return forward_row<Silu, In, S>;
+    case ActivationKind::mish:
+      return forward_row<Mish, In, S>;
+    case ActivationKind::sigmoid:
+      return forward_row<Sigmoid, In, S>;
+    case ActivationKind::logsigmoid:
+      return forward_row<Logsigmoid, In, S>;
+    case ActivationKind::tanh:
+      return forward_row<Tanh, In, S>;
+    case ActivationKind::softplus:
+      return forward_row<Softplus, In, S>;
+    case ActivationKind::softsign:
+      return forward_row<Softsign, In, S>;
     case ActivationKind::relu6:
-    case ActivationKind::hardtanh: return forward_row<Hardtanh, In, S>;
-    case ActivationKind::hardsigmoid: return forward_row<Hardsigmoid, In, S>;
-    case ActivationKind::hardswish: return forward_row<Hardswish, In, S>;
-    case ActivationKind::hardshrink: return forward_row<Hardshrink, In, S>;
-    case ActivationKind::softshrink: return forward_row<Softshrink, In, S>;
-    case ActivationKind::tanhshrink: return forward_row<Tanhshrink, In, S>;
-    case ActivationKind::threshold: return forward_row<Threshold, In, S>;
+    case ActivationKind::hardtanh:
+      return forward_row<Hardtanh, In, S>;
+    case ActivationKind::hardsigmoid:
+      return forward_row<Hardsigmoid, In, S>;
+    case ActivationKind::hardswish:
+      return forward_row<Hardswish, In, S>;
+    case ActivationKind::hardshrink:
+      return forward_row<Hardshrink, In, S>;
+    case ActivationKind::softshrink:
+      return forward_row<Softshrink, In, S>;
+    case ActivationKind::tanhshrink:
+      return forward_row<Tanhshrink, In, S>;
+    case ActivationKind::threshold:
+      return forward_row<Threshold, In, S>;
     case ActivationKind::identity:
-    case ActivationKind::count: break;
+    case ActivationKind::count:
+      break;
   }
   return forward_row<Identity, In, S>;
 }
@@ -472,32 +490,51 @@ ForwardRow<In, S> find_forward_row(ActivationKind kind) {
 template <class S, class Out>
 BackwardRow<S, Out> find_backward_row(ActivationKind kind, bool from_output) {
   switch (kind) {
-    case ActivationKind::relu: return backward_row<Piecewise<Relu>, S, Out>;
-    case ActivationKind::leaky_relu: return backward_row<Piecewise<LeakyRelu>, S, Out>;
+    case ActivationKind::relu:
+      return backward_row<Piecewise<Relu>, S, Out>;
+    case ActivationKind::leaky_relu:
+      return backward_row<Piecewise<LeakyRelu>, S, Out>;
     case ActivationKind::elu:
     case ActivationKind::selu:
-    case ActivationKind::celu: return from_output ? backward_row<FromOutput<Elu>, S, Out> : backward_row<Elu, S, Out>;
-    case ActivationKind::gelu: return backward_row<Gelu, S, Out>;
-    case ActivationKind::gelu_tanh: return backward_row<GeluTanh, S, Out>;
-    case ActivationKind::silu: return backward_row<Silu, S, Out>;
-    case ActivationKind::mish: return backward_row<Mish, S, Out>;
-    case ActivationKind::sigmoid: return backward_row<FromOutput<Sigmoid>, S, Out>;
-    case ActivationKind::logsigmoid: return backward_row<Logsigmoid, S, Out>;
-    case ActivationKind::tanh: return backward_row<FromOutput<Tanh>, S, Out>;
-    case ActivationKind::softplus: return backward_row<Softplus, S, Out>;
-    case ActivationKind::softsign: return backward_row<Softsign, S, Out>;
+    case ActivationKind::celu:
+      return from_output ? backward_row<FromOutput<Elu>, S, Out> : backward_row<Elu, S, Out>;
+    case ActivationKind::gelu:
+      return backward_row<Gelu, S, Out>;
+    case ActivationKind::gelu_tanh:
+      return backward_row<GeluTanh, S, Out>;
+    case ActivationKind::silu:
+      return backward_row<Silu, S, Out>;
+    case ActivationKind::mish:
+      return backward_row<Mish, S, Out>;
+    case ActivationKind::sigmoid:
+      return backward_row<FromOutput<Sigmoid>, S, Out>;
+    case ActivationKind::logsigmoid:
+      return backward_row<Logsigmoid, S, Out>;
+    case ActivationKind::tanh:
+      return backward_row<FromOutput<Tanh>, S, Out>;
+    case ActivationKind::softplus:
+      return backward_row<Softplus, S, Out>;
+    case ActivationKind::softsign:
+      return backward_row<Softsign, S, Out>;
     case ActivationKind::relu6:
-    case ActivationKind::hardtanh: return backward_row<Piecewise<Hardtanh>, S, Out>;
-    case ActivationKind::hardsigmoid: return backward_row<Piecewise<Hardsigmoid>, S, Out>;
-    case ActivationKind::hardswish: return backward_row<Hardswish, S, Out>;
-    case ActivationKind::hardshrink: return backward_row<Piecewise<Hardshrink>, S, Out>;
+    case ActivationKind::hardtanh:
+      return backward_row<Piecewise<Hardtanh>, S, Out>;
+    case ActivationKind::hardsigmoid:
+      return backward_row<Piecewise<Hardsigmoid>, S, Out>;
+    case ActivationKind::hardswish:
+      return backward_row<Hardswish, S, Out>;
+    case ActivationKind::hardshrink:
+      return backward_row<Piecewise<Hardshrink>, S, Out>;
     case ActivationKind::softshrink:
       return from_output ? backward_row<PiecewiseFromOutput<Softshrink>, S, Out>
                          : backward_row<Piecewise<Softshrink>, S, Out>;
-    case ActivationKind::tanhshrink: return backward_row<Tanhshrink, S, Out>;
-    case ActivationKind::threshold: return backward_row<Piecewise<Threshold>, S, Out>;
+    case ActivationKind::tanhshrink:
+      return backward_row<Tanhshrink, S, Out>;
+    case ActivationKind::threshold:
+      return backward_row<Piecewise<Threshold>, S, Out>;
     case ActivationKind::identity:
-    case ActivationKind::count: break;
+    case ActivationKind::count:
+      break;
   }
   return backward_row<Identity, S, Out>;
 }

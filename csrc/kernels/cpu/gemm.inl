@@ -1,13 +1,13 @@
 // The matrix product around the microkernels: out = f(A B + bias) for A[m, k] and B[k, n] of any strides.
 //
-// One operand is shared: the whole team packs a block of it once, then a barrier. The other is private: its lanes are cut into
-// strips, a thread takes the next strip, packs it a k block at a time into its own cache and multiplies it with everything
-// shared. So there is one barrier however many k blocks there are, private panels are still in the packer's L2 when they are
-// used, and threads that the system slows down take fewer strips. An operand that the microkernel can read where it lies is
-// not packed at all.
+// One operand is shared: the whole team packs a block of it once, then a barrier. The other is private: its lanes are
+// cut into strips, a thread takes the next strip, packs it a k block at a time into its own cache and multiplies it
+// with everything shared. So there is one barrier however many k blocks there are, private panels are still in the
+// packer's L2 when they are used, and threads that the system slows down take fewer strips. An operand that the
+// microkernel can read where it lies is not packed at all.
 //
-// Every element of C is one chain of multiply-adds a k block, whoever computes it in whatever tile, and the k blocks are
-// added in order; the block length depends on the shape only. So the bits do not depend on the number of threads.
+// Every element of C is one chain of multiply-adds a k block, whoever computes it in whatever tile, and the k blocks
+// are added in order; the block length depends on the shape only. So the bits do not depend on the number of threads.
 
 template <class T>
 struct Gemm {
@@ -18,17 +18,6 @@ struct Gemm {
   Compute<T>* a_sums;  // null, or m zeros that get the sum of A over k
 };
 
-// Block sizes. Measured on Granite Rapids (48 KB L1d, 2 MB L2) unless said.
-struct GemmBlocking {
-  int64_t kc;               // longest k block, in elements of T
-  int64_t ks;               // k that is packed at a time
-  int64_t shared_bytes;     // bound of the shared operand's packed block
-  int64_t partial_elements; // bound of the block of sums kept for 16-bit outputs
-  int64_t strip_a, strip_b; // longest private strips, in lanes
-  int64_t mc;               // rows of A that stay in L2 while B's panels pass
-};
-constexpr GemmBlocking kBlocking = {512, 4096, 8 << 20, 4 << 20, 20 * kMr, 128, 20 * kMr};
-
 // Products smaller than this run in the calling thread: a team costs some microseconds to start.
 constexpr int64_t kFlopPerThread = 400 * 1000;
 
@@ -37,6 +26,10 @@ constexpr int64_t kTinyBytes = 24 * 1024;
 
 // Reading A where it lies saves packing, which pays when there are few columns to spread the cost over.
 constexpr int64_t kDirectAColumns = 256;
+// ... unless steps of k are far apart: an A that is contiguous along its rows is read where it lies up to this many
+// elements.
+constexpr int64_t kNarrow = 128;
+
 // Reading B where it lies: with few rows each element is used once or twice.
 constexpr int64_t kDirectBRows = 2 * kMr;
 
@@ -44,28 +37,30 @@ struct GemmPlan {
   bool tiny, share_a, a_direct, b_direct;
   int threads;
   int64_t kc, ks, mb, nb;
-  int64_t strip;   // lanes of the private operand in a job
-  int64_t parts;   // jobs that one strip is cut into along the shared operand
+  int64_t strip;             // lanes of the private operand in a job
+  int64_t parts;             // jobs that one strip is cut into along the shared operand
   int64_t a_panel, b_panel;  // elements of P between panels
   size_t shared_at, private_at, private_bytes, partial_at, total;
 };
 
 template <class P, class T>
 GemmPlan plan_gemm(const Gemm<T>& g, int threads) {
-  constexpr int64_t nr = kNr<Compute<T>>;
-  constexpr int64_t step = PackAs<P, typename StageOf<P, T>::type>::kStep;
-  constexpr bool kReadable = same_type<P, T>;
+  using Kind = Tile<P>;
+  constexpr int64_t mr = Kind::mr, nr = Kind::nr, step = Kind::step;
+  constexpr GemmBlocking kBlocking = Kind::blocking;
+  constexpr int64_t kElement = sizeof(typename Kind::B);
+  constexpr bool kReadable = Kind::readable && same_type<P, T>;
   GemmPlan plan{};
   const int64_t m = larger<int64_t>(g.m, 1), n = larger<int64_t>(g.n, 1), k = larger<int64_t>(g.k, 1);
 
   const int64_t blocks = ceil_div(k, kBlocking.kc);
-  plan.kc = round_up(ceil_div(k, blocks), 16);
+  plan.kc = round_up(ceil_div(k, blocks), larger(16, Kind::k_align));
   plan.ks = smaller(round_up(k, plan.kc), kBlocking.ks / plan.kc * plan.kc);
 
   const bool a_plain = kReadable && g.a.derivative == nullptr && g.a_sums == nullptr;
   const bool b_plain = kReadable && g.b.derivative == nullptr && g.b.ls == 1;
-  const int64_t a_tiny = round_up(m, kMr) * round_up(k, step) / step * static_cast<int64_t>(sizeof(P));
-  const int64_t b_tiny = round_up(n, nr) * round_up(k, step) / step * static_cast<int64_t>(sizeof(P));
+  const int64_t a_tiny = round_up(m, mr) * round_up(k, Kind::k_align) / step * kElement;
+  const int64_t b_tiny = round_up(n, nr) * round_up(k, Kind::k_align) / step * kElement;
   if (a_tiny <= kTinyBytes && b_tiny <= kTinyBytes && m * n <= kTinyBytes / 4) {
     plan.tiny = true;
     plan.threads = 1;
@@ -77,16 +72,17 @@ GemmPlan plan_gemm(const Gemm<T>& g, int threads) {
     return plan;
   }
   const bool aliased = g.a.ls * static_cast<int64_t>(sizeof(T)) % 4096 == 0 && k > 64;
-  plan.a_direct = a_plain && (g.a.ks == 1 || g.a.ls == 1) && n <= kDirectAColumns && !(aliased && m > kMr);
+  plan.a_direct =
+      a_plain && (g.a.ks == 1 || (g.a.ls == 1 && g.a.ks <= kNarrow)) && n <= kDirectAColumns && !(aliased && m > kMr);
   plan.b_direct = b_plain && m <= kDirectBRows;
   plan.share_a = n >= m;
 
   const double flop = 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
   plan.threads = static_cast<int>(smaller(static_cast<double>(threads), larger(1.0, flop / kFlopPerThread)));
 
-  const int64_t sw = plan.share_a ? kMr : nr, pw = plan.share_a ? nr : kMr;  // widths of shared and private panels
+  const int64_t sw = plan.share_a ? mr : nr, pw = plan.share_a ? nr : mr;  // widths of shared and private panels
   const int64_t shared = plan.share_a ? m : n, priv = plan.share_a ? n : m;
-  const int64_t most = larger<int64_t>(kBlocking.shared_bytes / (plan.ks / step * static_cast<int64_t>(sizeof(P))), 4 * sw);
+  const int64_t most = larger<int64_t>(kBlocking.shared_bytes / (plan.ks / step * kElement), 4 * sw);
   int64_t shared_block = round_up(ceil_div(shared, ceil_div(shared, most)), sw);
   int64_t private_block = priv;
   const bool partial = !same_type<T, Compute<T>> && plan.kc < k;
@@ -102,23 +98,36 @@ GemmPlan plan_gemm(const Gemm<T>& g, int threads) {
   plan.strip = smaller(most_strip, round_up(ceil_div(private_block, wanted), pw));
   const int64_t strips = ceil_div(private_block, plan.strip);
   plan.parts = 1;
-  if (strips < plan.threads) plan.parts = larger<int64_t>(1, smaller(ceil_div(2 * plan.threads, strips), ceil_div(shared_block, sw)));
+  if (strips < plan.threads)
+    plan.parts = larger<int64_t>(1, smaller(ceil_div(2 * plan.threads, strips), ceil_div(shared_block, sw)));
 
   const int64_t k_shared = plan.ks / step, k_private = plan.kc / step;
-  plan.a_panel = kMr * (plan.share_a ? k_shared : k_private);
+  plan.a_panel = mr * (plan.share_a ? k_shared : k_private);
   plan.b_panel = nr * (plan.share_a ? k_private : k_shared);
   const bool shared_direct = plan.share_a ? plan.a_direct : plan.b_direct;
   const bool private_direct = plan.share_a ? plan.b_direct : plan.a_direct;
   size_t at = 256;  // the team's counters
   plan.shared_at = at;
-  if (!shared_direct) at += static_cast<size_t>(round_up(shared_block, sw) * k_shared) * sizeof(P);
-  plan.private_bytes = private_direct ? 0 : static_cast<size_t>(round_up(plan.strip * k_private * sizeof(P), 64));
+  if (!shared_direct) at += static_cast<size_t>(round_up(shared_block, sw) * k_shared * kElement);
+  plan.private_bytes = private_direct ? 0 : static_cast<size_t>(round_up(plan.strip * k_private * kElement, 64));
   plan.private_at = at = static_cast<size_t>(round_up(static_cast<int64_t>(at), 64));
   at += plan.private_bytes * static_cast<size_t>(plan.threads);
   plan.partial_at = at;
   if (partial) at += static_cast<size_t>(plan.mb * (plan.nb + 16)) * sizeof(Compute<T>);
   plan.total = static_cast<size_t>(round_up(static_cast<int64_t>(at), 64));
   return plan;
+}
+
+// A large output of a short sum is limited by memory, and stored past the caches it need not be read first: 64 MB of
+// float32 in 32 x 4096 x 4096's gradient.
+constexpr int64_t kStreamBytes = 16 << 20;
+constexpr int64_t kStreamK = 256;
+
+template <class T>
+inline bool streams(const Gemm<T>& g, const GemmPlan& plan) {
+  const int64_t row = g.out.rs * static_cast<int64_t>(sizeof(T));
+  return g.k <= smaller(kStreamK, plan.kc) && g.out.f == nullptr && g.out.z == nullptr && row % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(g.out.y) % 64 == 0 && g.m * row >= kStreamBytes;
 }
 
 // A team inside one parallel region: work in units that the threads draw, and a barrier after it.
@@ -167,14 +176,6 @@ struct Crew {
   }
 };
 
-// An operand as the microkernel sees it: lane l (a multiple of the panel's width) starts at p + l / width * panel.
-template <class P>
-struct PanelView {
-  const P* p;
-  int64_t panel;
-  int64_t rs, ks;
-};
-
 template <class P>
 inline PanelView<P> packed_view(const P* p, int64_t panel, int width) {
   return {p, panel, 1, width};
@@ -194,21 +195,23 @@ struct Partial {
 
 // One k block of rows [i0, i1) x columns [j0, j1), both at panel boundaries of the views.
 template <class P, class T>
-void multiply_block(const Output<T>& out, PanelView<P> a, PanelView<P> b, int64_t i0, int64_t i1, int64_t j0, int64_t j1, int64_t k,
+void multiply_block(const Output<T>& out, const PanelView<typename Tile<P>::A>& a,
+                    const PanelView<typename Tile<P>::B>& b, int64_t i0, int64_t i1, int64_t j0, int64_t j1, int64_t k,
                     bool first, bool last, const Partial& partial) {
   using C = Compute<T>;
-  constexpr int nr = kNr<C>;
+  constexpr int mr = Tile<P>::mr, nr = Tile<P>::nr;
+  constexpr GemmBlocking kBlocking = Tile<P>::blocking;
   for (int64_t ic = i0; ic < i1; ic += kBlocking.mc) {
     const int64_t ie = smaller(ic + kBlocking.mc, i1);
     for (int64_t j = j0; j < j1; j += nr) {
       const int cols = static_cast<int>(smaller<int64_t>(nr, j1 - j));
-      const P* const b_panel = b.p + (j - j0) / nr * b.panel;
-      for (int64_t i = ic; i < ie; i += kMr) {
-        const int rows = static_cast<int>(smaller<int64_t>(kMr, ie - i));
+      const typename Tile<P>::B* const b_panel = b.p + (j - j0) / nr * b.panel;
+      for (int64_t i = ic; i < ie; i += mr) {
+        const int rows = static_cast<int>(smaller<int64_t>(mr, ie - i));
         C* sums = static_cast<C*>(partial.sums);
         if (sums != nullptr) sums += (i - partial.i0) * partial.rs + (j - partial.j0);
-        output_tile<P, T>(k, a.p + (i - i0) / kMr * a.panel, a.rs, a.ks, b_panel, b.ks, i, j, rows, cols, first, last, out, sums,
-                          partial.rs);
+        output_tile(P{}, k, a, a.p + (i - i0) / mr * a.panel, b, b_panel, i, j, rows, cols, first, last, out, sums,
+                    partial.rs);
       }
     }
   }
@@ -216,25 +219,29 @@ void multiply_block(const Output<T>& out, PanelView<P> a, PanelView<P> b, int64_
 
 template <class P, class T>
 __attribute__((noinline)) void gemm_tiny(const Gemm<T>& g, const GemmPlan& plan) {
-  constexpr int nr = kNr<Compute<T>>;
-  constexpr int64_t step = PackAs<P, typename StageOf<P, T>::type>::kStep;
+  using Kind = Tile<P>;
+  using A = typename Kind::A;
+  using B = typename Kind::B;
+  constexpr int mr = Kind::mr, nr = Kind::nr;
   alignas(64) unsigned char a_buffer[kTinyBytes];
   alignas(64) unsigned char b_buffer[kTinyBytes];
-  const int64_t k = ceil_div(g.k, step);
-  PanelView<P> a, b;
+  const typename Kind::Session session;
+  const int64_t k = round_up(g.k, Kind::k_align) / Kind::step;
+  PanelView<A> a;
+  PanelView<B> b;
   if (plan.a_direct) {
-    a = direct_view<P>(g.a, 0, 0, kMr);
+    a = direct_view<A>(g.a, 0, 0, mr);
   } else {
-    P* const to = reinterpret_cast<P*>(a_buffer);
-    pack<P, T, kMr>(g.a, 0, g.m, 0, g.k, to, kMr * k, g.a_sums);
-    a = packed_view<P>(to, kMr * k, kMr);
+    A* const to = reinterpret_cast<A*>(a_buffer);
+    pack<A, T, mr>(g.a, 0, g.m, 0, g.k, to, mr * k, g.a_sums);
+    a = packed_view<A>(to, mr * k, mr);
   }
   if (plan.b_direct) {
-    b = direct_view<P>(g.b, 0, 0, nr);
+    b = direct_view<B>(g.b, 0, 0, nr);
   } else {
-    P* const to = reinterpret_cast<P*>(b_buffer);
-    pack<P, T, nr>(g.b, 0, g.n, 0, g.k, to, nr * k, nullptr);
-    b = packed_view<P>(to, nr * k, nr);
+    B* const to = reinterpret_cast<B*>(b_buffer);
+    pack<B, T, nr>(g.b, 0, g.n, 0, g.k, to, nr * k, nullptr);
+    b = packed_view<B>(to, nr * k, nr);
   }
   multiply_block<P, T>(g.out, a, b, 0, g.m, 0, g.n, k, true, true, {nullptr, 0, 0, 0});
 }
@@ -243,17 +250,21 @@ __attribute__((noinline)) void gemm_tiny(const Gemm<T>& g, const GemmPlan& plan)
 template <class P, class T>
 void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspace, int thread, int actual) {
   using C = Compute<T>;
-  constexpr int nr = kNr<C>;
-  constexpr int64_t step = PackAs<P, typename StageOf<P, T>::type>::kStep;
+  using Kind = Tile<P>;
+  using A = typename Kind::A;
+  using B = typename Kind::B;
+  constexpr int mr = Kind::mr, nr = Kind::nr, step = Kind::step;
+  const typename Kind::Session session;
   Crew crew(reinterpret_cast<Crew::Counters*>(workspace), actual);
-  P* const shared_panels = reinterpret_cast<P*>(workspace + plan.shared_at);
-  P* const private_panels =
-      reinterpret_cast<P*>(workspace + plan.private_at + static_cast<size_t>(thread) * plan.private_bytes);
+  unsigned char* const shared_panels = workspace + plan.shared_at;
+  unsigned char* const private_panels = workspace + plan.private_at + static_cast<size_t>(thread) * plan.private_bytes;
+  A* const a_panels = reinterpret_cast<A*>(plan.share_a ? shared_panels : private_panels);
+  B* const b_panels = reinterpret_cast<B*>(plan.share_a ? private_panels : shared_panels);
   C* const partial_sums = plan.partial_at < plan.total ? reinterpret_cast<C*>(workspace + plan.partial_at) : nullptr;
   const bool share_a = plan.share_a;
   const bool shared_direct = share_a ? plan.a_direct : plan.b_direct;
   const bool private_direct = share_a ? plan.b_direct : plan.a_direct;
-  const int sw = share_a ? kMr : nr;
+  const int sw = share_a ? mr : nr;
   int64_t packed_lane = -1, packed_k = -1;  // what the shared panels hold
 
   for (int64_t jb = 0; jb < g.n; jb += plan.nb) {
@@ -270,7 +281,10 @@ void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspac
         if (!shared_direct && (packed_lane != s0 || packed_k != k0)) {
           packed_lane = s0;
           packed_k = k0;
-          const int64_t group = 96 / sw * sw;
+          // Long pieces of each row, where lanes are contiguous, but enough units to balance.
+          const bool derived = (share_a ? g.a.derivative : g.b.derivative) != nullptr;
+          const int64_t least = derived ? 96 / sw * sw : sw;
+          const int64_t group = larger<int64_t>(least, smaller<int64_t>(384, (s1 - s0) / (4 * plan.threads)) / sw * sw);
           const bool whole_k = share_a && sums != nullptr;  // sums are one thread's, in order
           const int64_t k_unit = whole_k ? plan.ks : plan.kc;
           const int64_t k_units = larger<int64_t>(1, ceil_div(ke - k0, k_unit));
@@ -278,11 +292,12 @@ void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspac
             const int64_t lane = unit / k_units * group, kk = unit % k_units * k_unit;
             const int64_t lanes = smaller(group, s1 - s0 - lane), length = smaller(k_unit, ke - k0 - kk);
             if (share_a)
-              pack<P, T, kMr>(g.a, s0 + lane, lanes, k0 + kk, length, shared_panels + lane / kMr * plan.a_panel + kk / step * kMr,
-                              plan.a_panel, sums != nullptr ? sums + s0 + lane : nullptr);
+              pack<A, T, mr>(g.a, s0 + lane, lanes, k0 + kk, length,
+                             a_panels + lane / mr * plan.a_panel + kk / step * mr, plan.a_panel,
+                             sums != nullptr ? sums + s0 + lane : nullptr);
             else
-              pack<P, T, nr>(g.b, s0 + lane, lanes, k0 + kk, length, shared_panels + lane / nr * plan.b_panel + kk / step * nr,
-                             plan.b_panel, nullptr);
+              pack<B, T, nr>(g.b, s0 + lane, lanes, k0 + kk, length,
+                             b_panels + lane / nr * plan.b_panel + kk / step * nr, plan.b_panel, nullptr);
           });
         }
 
@@ -292,30 +307,34 @@ void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspac
           const int64_t t0 = smaller(s0 + job % plan.parts * part, s1), t1 = smaller(t0 + part, s1);
           for (int64_t kk = k0; kk == k0 || kk < ke; kk += plan.kc) {
             const int64_t length = smaller(plan.kc, ke - kk);
-            PanelView<P> a, b;
+            PanelView<A> a;
+            PanelView<B> b;
             if (share_a) {
-              a = plan.a_direct ? direct_view<P>(g.a, t0, kk, kMr)
-                                : packed_view<P>(shared_panels + (t0 - s0) / kMr * plan.a_panel + (kk - k0) / step * kMr,
-                                                 plan.a_panel, kMr);
-              if (!private_direct) pack<P, T, nr>(g.b, l0, l1 - l0, kk, length, private_panels, plan.b_panel, nullptr);
-              b = plan.b_direct ? direct_view<P>(g.b, l0, kk, nr) : packed_view<P>(private_panels, plan.b_panel, nr);
+              a = plan.a_direct ? direct_view<A>(g.a, t0, kk, mr)
+                                : packed_view<A>(a_panels + (t0 - s0) / mr * plan.a_panel + (kk - k0) / step * mr,
+                                                 plan.a_panel, mr);
+              if (!private_direct) pack<B, T, nr>(g.b, l0, l1 - l0, kk, length, b_panels, plan.b_panel, nullptr);
+              b = plan.b_direct ? direct_view<B>(g.b, l0, kk, nr) : packed_view<B>(b_panels, plan.b_panel, nr);
             } else {
-              b = plan.b_direct ? direct_view<P>(g.b, t0, kk, nr)
-                                : packed_view<P>(shared_panels + (t0 - s0) / nr * plan.b_panel + (kk - k0) / step * nr,
+              b = plan.b_direct ? direct_view<B>(g.b, t0, kk, nr)
+                                : packed_view<B>(b_panels + (t0 - s0) / nr * plan.b_panel + (kk - k0) / step * nr,
                                                  plan.b_panel, nr);
               if (!private_direct) {
                 C* const mine = sums != nullptr && job % plan.parts == 0 ? sums + l0 : nullptr;
-                pack<P, T, kMr>(g.a, l0, l1 - l0, kk, length, private_panels, plan.a_panel, mine);
+                pack<A, T, mr>(g.a, l0, l1 - l0, kk, length, a_panels, plan.a_panel, mine);
               }
-              a = plan.a_direct ? direct_view<P>(g.a, l0, kk, kMr) : packed_view<P>(private_panels, plan.a_panel, kMr);
+              a = plan.a_direct ? direct_view<A>(g.a, l0, kk, mr) : packed_view<A>(a_panels, plan.a_panel, mr);
             }
-            const int64_t i0 = share_a ? t0 : l0, i1 = share_a ? t1 : l1, j0 = share_a ? l0 : t0, j1 = share_a ? l1 : t1;
-            multiply_block<P, T>(g.out, a, b, i0, i1, j0, j1, ceil_div(length, step), kk == 0, kk + length >= g.k, partial);
+            const int64_t i0 = share_a ? t0 : l0, i1 = share_a ? t1 : l1, j0 = share_a ? l0 : t0,
+                          j1 = share_a ? l1 : t1;
+            multiply_block<P, T>(g.out, a, b, i0, i1, j0, j1, ceil_div(length, step), kk == 0, kk + length >= g.k,
+                                 partial);
           }
         });
       }
     }
   }
+  if (g.out.stream) finish_streams();
 }
 
 template <class P, class T>
@@ -326,5 +345,7 @@ void gemm(const Gemm<T>& g, void* workspace, const Team& team) {
   Crew::Counters* const counters = reinterpret_cast<Crew::Counters*>(bytes);
   counters->next = 0;
   counters->arrived = 0;
-  team.parallel(plan.threads, [&](int thread, int actual) { gemm_member<P, T>(g, plan, bytes, thread, actual); });
+  Gemm<T> product = g;
+  product.out.stream = streams(g, plan);
+  team.parallel(plan.threads, [&](int thread, int actual) { gemm_member<P, T>(product, plan, bytes, thread, actual); });
 }

@@ -1,10 +1,10 @@
-// The microkernels of the matrix product: mr x nr elements of C held in registers over one block of k (Goto & van de Geijn,
-// "Anatomy of high-performance matrix multiplication", 2008; Van Zee & van de Geijn, "BLIS", 2015).
+// The microkernels of the matrix product: mr x nr elements of C held in registers over one block of k (Goto & van de
+// Geijn, "Anatomy of high-performance matrix multiplication", 2008; Van Zee & van de Geijn, "BLIS", 2015).
 //
 //   C[i, j] = sum_p A[i, p] B[p, j]      i < rows <= mr, j < cols <= nr, p < k
 //
-// Element (i, p) of A lies at a + i * a_rs + p * a_ks: a packed panel has a_rs = 1 and a_ks = mr; an operand read where it lies
-// has its own strides. Row p of B lies at b + p * b_ks and is contiguous: a packed panel has b_ks = nr.
+// Element (i, p) of A lies at a + i * a_rs + p * a_ks: a packed panel has a_rs = 1 and a_ks = mr; an operand read where
+// it lies has its own strides. Row p of B lies at b + p * b_ks and is contiguous: a packed panel has b_ks = nr.
 
 // What a panel's element type P means: float and double are themselves; a bf16_pair holds two neighbours in k.
 struct bf16_pair {
@@ -43,8 +43,9 @@ struct Panel<bf16_pair> {
 };
 #endif
 
-// Register tiles. 32 vector registers: 24 accumulators, 2 rows of B, the broadcast folded into the multiply; of 12x32, 14x32,
-// 8x48 and 6x64 in float32 only 12x32 keeps 95% of the multiply-add peak at k = 784 (Zen5). 16 registers: 12 accumulators.
+// Register tiles. 32 vector registers: 24 accumulators, 2 rows of B, the broadcast folded into the multiply; of 12x32,
+// 14x32, 8x48 and 6x64 in float32 only 12x32 keeps 95% of the multiply-add peak at k = 784 (Zen5). 16 registers: 12
+// accumulators.
 #if defined(FASTOPS_VEC_AVX512)
 constexpr int kMr = 12;
 #else
@@ -63,12 +64,76 @@ struct TileOut {
   int64_t prev_rs;
   const C* bias;
   bool relu;
+  bool stream;  // past the caches: every row of c is aligned to its vectors, and no sum is read back
 };
+
+// Stores past the caches; p is aligned to a whole vector. finish_streams() orders them before what follows.
+#if defined(FASTOPS_VEC_AVX512)
+inline void stream(Vec<float> v, float* p) { _mm512_stream_ps(p, v.v); }
+inline void stream(Vec<double> v, double* p) { _mm512_stream_pd(p, v.v); }
+inline void finish_streams() { _mm_sfence(); }
+#elif defined(FASTOPS_VEC_AVX2)
+inline void stream(Vec<float> v, float* p) { _mm256_stream_ps(p, v.v); }
+inline void stream(Vec<double> v, double* p) { _mm256_stream_pd(p, v.v); }
+inline void finish_streams() { _mm_sfence(); }
+#else
+template <class C>
+inline void stream(Vec<C> v, C* p) {
+  v.store(p);
+}
+inline void finish_streams() {}
+#endif
+
+// Block sizes. Measured on Granite Rapids (48 KB L1d, 2 MB L2) unless said.
+struct GemmBlocking {
+  int64_t kc;                // longest k block, in elements of T
+  int64_t ks;                // k that is packed at a time
+  int64_t shared_bytes;      // bound of the shared operand's packed block
+  int64_t partial_elements;  // bound of the block of sums kept for 16-bit outputs
+  int64_t strip_a, strip_b;  // longest private strips, in lanes
+  int64_t mc;                // rows of A that stay in L2 while B's panels pass
+};
+
+// What a thread sets up before it multiplies: nothing, for ordinary registers.
+struct NoSession {
+  NoSession() {}
+};
+
+// What the driver needs to know of a kind of product: the elements A and B are packed into, the register tile, how many
+// steps of k an element holds, what k is padded to, and whether the microkernel can read operands of that type where
+// they lie.
+template <class P>
+struct Tile {
+  using A = P;
+  using B = P;
+  using C = typename Panel<P>::Compute;
+  using Session = NoSession;
+  static constexpr int mr = kMr, nr = kNr<C>;
+  static constexpr int step = 1;
+  static constexpr int k_align = 1;
+  static constexpr bool readable = true;
+  static constexpr GemmBlocking blocking = {512, 4096, 8 << 20, 4 << 20, 20 * kMr, 128, 20 * kMr};
+};
+
+#if defined(FASTOPS_HAS_AVX512_BF16)
+template <>
+struct Tile<bf16_pair> {
+  using A = bf16_pair;
+  using B = bf16_pair;
+  using C = float;
+  using Session = NoSession;
+  static constexpr int mr = kMr, nr = kNr<float>;
+  static constexpr int step = 2;
+  static constexpr int k_align = 2;
+  static constexpr bool readable = false;
+  static constexpr GemmBlocking blocking = {1024, 8192, 8 << 20, 4 << 20, 20 * kMr, 128, 20 * kMr};
+};
+#endif
 
 // V vectors of B; the last one has cols - (V - 1) * size lanes when Tail.
 template <class P, int R, int V, bool Tail>
-__attribute__((noinline)) void micro(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const P* b, int64_t b_ks, int cols,
-                                     const TileOut<typename Panel<P>::Compute>& out) {
+__attribute__((noinline)) void micro(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const P* b, int64_t b_ks,
+                                     int cols, const TileOut<typename Panel<P>::Compute>& out) {
   using C = typename Panel<P>::Compute;
   using Lanes = Vec<C>;
   constexpr int S = Lanes::size;
@@ -122,6 +187,13 @@ __attribute__((noinline)) void micro(int64_t k, const P* a, int64_t a_rs, int64_
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) acc[r][v] = max(Lanes::zero(), acc[r][v]);
   }
+  if (!Tail && out.stream) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) stream(acc[r][v], out.c + r * out.c_rs + v * S);
+    return;
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
@@ -152,19 +224,31 @@ inline void micro_tile(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const 
                        const TileOut<typename Panel<P>::Compute>& out) {
   switch (rows) {
 #if defined(FASTOPS_VEC_AVX512)
-    case 12: return micro_cols<P, 12>(k, a, a_rs, a_ks, b, b_ks, cols, out);
-    case 11: return micro_cols<P, 11>(k, a, a_rs, a_ks, b, b_ks, cols, out);
-    case 10: return micro_cols<P, 10>(k, a, a_rs, a_ks, b, b_ks, cols, out);
-    case 9: return micro_cols<P, 9>(k, a, a_rs, a_ks, b, b_ks, cols, out);
-    case 8: return micro_cols<P, 8>(k, a, a_rs, a_ks, b, b_ks, cols, out);
-    case 7: return micro_cols<P, 7>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 12:
+      return micro_cols<P, 12>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 11:
+      return micro_cols<P, 11>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 10:
+      return micro_cols<P, 10>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 9:
+      return micro_cols<P, 9>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 8:
+      return micro_cols<P, 8>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 7:
+      return micro_cols<P, 7>(k, a, a_rs, a_ks, b, b_ks, cols, out);
 #endif
-    case 6: return micro_cols<P, 6>(k, a, a_rs, a_ks, b, b_ks, cols, out);
-    case 5: return micro_cols<P, 5>(k, a, a_rs, a_ks, b, b_ks, cols, out);
-    case 4: return micro_cols<P, 4>(k, a, a_rs, a_ks, b, b_ks, cols, out);
-    case 3: return micro_cols<P, 3>(k, a, a_rs, a_ks, b, b_ks, cols, out);
-    case 2: return micro_cols<P, 2>(k, a, a_rs, a_ks, b, b_ks, cols, out);
-    default: return micro_cols<P, 1>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 6:
+      return micro_cols<P, 6>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 5:
+      return micro_cols<P, 5>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 4:
+      return micro_cols<P, 4>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 3:
+      return micro_cols<P, 3>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    case 2:
+      return micro_cols<P, 2>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    default:
+      return micro_cols<P, 1>(k, a, a_rs, a_ks, b, b_ks, cols, out);
   }
 }
 
@@ -183,6 +267,7 @@ struct Output {
   bool relu;
   RowForward<T> f;  // null for identity and relu
   Activation activation;
+  bool stream = false;
 };
 
 template <class T>
@@ -203,7 +288,8 @@ inline void widen_row(const T* from, Compute<T>* to, int count) {
 
 // Finishes `rows` rows of finished sums: rounding, z and the activations that are not done in registers.
 template <class T>
-inline void finish_rows(const Output<T>& out, const Compute<T>* tile, int64_t tile_rs, int64_t i, int64_t j, int rows, int cols) {
+inline void finish_rows(const Output<T>& out, const Compute<T>* tile, int64_t tile_rs, int64_t i, int64_t j, int rows,
+                        int cols) {
   for (int r = 0; r < rows; ++r) {
     const int64_t at = (i + r) * out.rs + j;
     const Compute<T>* row = tile + r * tile_rs;
@@ -215,10 +301,20 @@ inline void finish_rows(const Output<T>& out, const Compute<T>* tile, int64_t ti
   }
 }
 
-// One k block of the tile of C at (i, j). Sums in progress wait in y itself when it has the right type, else in `partial`.
+// An operand as the microkernel sees it: lane l (a multiple of the panel's width) starts at p + l / width * panel.
+template <class P>
+struct PanelView {
+  const P* p;
+  int64_t panel;
+  int64_t rs, ks;
+};
+
+// One k block of the tile of C at (i, j). Sums in progress wait in y itself when it has the right type, else in
+// `partial`.
 template <class P, class T>
-inline void output_tile(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const P* b, int64_t b_ks, int64_t i, int64_t j, int rows,
-                        int cols, bool first, bool last, const Output<T>& out, Compute<T>* partial, int64_t partial_rs) {
+inline void output_tile(P, int64_t k, const PanelView<P>& a, const P* a_panel, const PanelView<P>& b, const P* b_panel,
+                        int64_t i, int64_t j, int rows, int cols, bool first, bool last, const Output<T>& out,
+                        Compute<T>* partial, int64_t partial_rs) {
   using C = Compute<T>;
   TileOut<C> tile{};
   C* sums;
@@ -240,13 +336,14 @@ inline void output_tile(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const
     tile.c = sums;
     tile.c_rs = sums_rs;
     tile.relu = last && out.relu;
-    micro_tile(k, a, a_rs, a_ks, b, b_ks, rows, cols, tile);
+    tile.stream = out.stream;
+    micro_tile(k, a_panel, a.rs, a.ks, b_panel, b.ks, rows, cols, tile);
     return;
   }
   alignas(64) C buffer[kMr * kNr<C>];
   tile.c = buffer;
   tile.c_rs = kNr<C>;
-  tile.relu = out.relu && out.z == nullptr;
-  micro_tile(k, a, a_rs, a_ks, b, b_ks, rows, cols, tile);
+  tile.relu = out.relu;
+  micro_tile(k, a_panel, a.rs, a.ks, b_panel, b.ks, rows, cols, tile);
   finish_rows(out, buffer, kNr<C>, i, j, rows, cols);
 }

@@ -163,22 +163,40 @@ struct PackAs<bf16_pair, bf16_t> {
 };
 #endif
 
-// One panel from a source that is contiguous along the lanes: a copy, row by row.
+// One row of panels (or kStep rows, interleaved) from lanes that are contiguous.
 template <class P, class T, int W>
-void pack_along_lanes(const T* from, int64_t ks, int lanes, int64_t k, P* to) {
+inline void pack_row(const T* from, int64_t ks, int rows, int lanes, P* to) {
   using As = PackAs<P, T>;
   constexpr int S = As::Value::size;
+#pragma GCC unroll 4
+  for (int l = 0; l < W; l += S) {
+    const int width = W - l < S ? W - l : S;
+    const int valid = lanes == W ? width : smaller(larger(lanes - l, 0), width);
+    const auto value = As::load_along_lanes(from + (valid > 0 ? l : 0), ks, rows, valid);
+    if (width == S)
+      As::store(value, to + l);
+    else
+      As::store(value, to + l, width);
+  }
+}
+
+// Panels from a source that is contiguous along the lanes: row by row over all of them, so that a row is read in one
+// go.
+template <class P, class T, int W>
+void pack_along_lanes(const T* from, int64_t ks, int64_t lanes, int64_t k, P* to, int64_t panel_stride) {
+  using As = PackAs<P, T>;
+  const int tail = static_cast<int>(lanes % W);
   for (int64_t p = 0; p < k; p += As::kStep, from += As::kStep * ks, to += W) {
     const int rows = static_cast<int>(smaller<int64_t>(k - p, As::kStep));
-    for (int l = 0; l < W; l += S) {
-      const int width = W - l < S ? W - l : S;
-      const int valid = lanes - l < width ? larger(lanes - l, 0) : width;
-      const auto value = As::load_along_lanes(from + (valid > 0 ? l : 0), ks, rows, valid);
-      if (width == S)
-        As::store(value, to + l);
-      else
-        As::store(value, to + l, width);
-    }
+    const T* at = from;
+    P* panel = to;
+    if (rows == As::kStep)
+      for (const T* const end = from + (lanes - tail); at < end; at += W, panel += panel_stride)
+        pack_row<P, T, W>(at, ks, As::kStep, W, panel);
+    else
+      for (const T* const end = from + (lanes - tail); at < end; at += W, panel += panel_stride)
+        pack_row<P, T, W>(at, ks, rows, W, panel);
+    if (tail > 0) pack_row<P, T, W>(at, ks, rows, tail, panel);
   }
 }
 
@@ -204,7 +222,8 @@ void pack_along_k(const T* from, int64_t ls, int lanes, int64_t k, P* to) {
         for (int i = 0; i < S; ++i) r[i] = As::load_along_k(at + i * ls);
       } else {
 #pragma GCC unroll 16
-        for (int i = 0; i < S; ++i) r[i] = l + i < lanes && i < width ? As::load_along_k(at + i * ls, count) : Value::zero();
+        for (int i = 0; i < S; ++i)
+          r[i] = l + i < lanes && i < width ? As::load_along_k(at + i * ls, count) : Value::zero();
       }
       transpose(r);
       P* out = to + row * W + l;
@@ -227,10 +246,12 @@ void gather(const T* from, int64_t ls, int64_t ks, int lanes, int k, T* to, int 
     for (int p = 0; p < k; ++p) to[l * to_rs + p] = from[l * ls + p * ks];
 }
 
+inline bool along_lanes(int64_t ls, int64_t ks) { return ls == 1 && ks != 1; }
+
 // One panel of a source without a derivative.
 template <class P, class T, int W>
 void pack_plain(const T* from, int64_t ls, int64_t ks, int lanes, int64_t k, P* to) {
-  if (ls == 1 && (ks != 1 || lanes == 1)) return pack_along_lanes<P, T, W>(from, ks, lanes, k, to);
+  if (along_lanes(ls, ks)) return pack_along_lanes<P, T, W>(from, ks, lanes, k, to, 0);
   if (ks == 1) return pack_along_k<P, T, W>(from, ls, lanes, k, to);
   constexpr int kChunk = 64;
   T block[W * kChunk];
@@ -241,9 +262,11 @@ void pack_plain(const T* from, int64_t ls, int64_t ks, int lanes, int64_t k, P* 
   }
 }
 
-// The gradient g of a block of lanes x k, as float (double for double): to[l * to_ls + p * to_ks], one of the two being 1.
+// The gradient g of a block of lanes x k, as float (double for double): to[l * to_ls + p * to_ks], one of the two
+// being 1.
 template <class T>
-void derivative_block(const Source<T>& s, int64_t lane, int64_t k0, int lanes, int k, bool along_lanes, Compute<T>* to, int to_rs) {
+void derivative_block(const Source<T>& s, int64_t lane, int64_t k0, int lanes, int k, bool along_lanes, Compute<T>* to,
+                      int to_rs) {
   constexpr int kChunk = 64;
   const int64_t ls = along_lanes ? s.ks : s.ls, ks = along_lanes ? s.ls : s.ks;
   const int64_t saved_ls = along_lanes ? s.saved_ks : s.saved_ls, saved_ks = along_lanes ? s.saved_ls : s.saved_ks;
@@ -294,16 +317,31 @@ struct StageOf<bf16_pair, bf16_t> {
 };
 #endif
 
-// Packs lanes [lane, lane + lanes) and k [k0, k0 + k) into panels of width W, `panel_stride` elements apart. sums, when not null,
-// has sums[i] += sum over k of source(lane + i, k), unrounded.
+// k is padded with zeros to a multiple of this.
+template <class P>
+constexpr int kPanelAlign = 1;
+
+template <class P, int W, int Step>
+inline void pad_panel(P* panel, int64_t k) {
+  if constexpr (kPanelAlign<P> > Step) {
+    for (int64_t at = ceil_div(k, Step) * W; at < round_up(k, kPanelAlign<P>) / Step * W; ++at) panel[at] = P{};
+  }
+}
+
+// Packs lanes [lane, lane + lanes) and k [k0, k0 + k) into panels of width W, `panel_stride` elements apart. sums, when
+// not null, has sums[i] += sum over k of source(lane + i, k), unrounded.
 template <class P, class T, int W>
-void pack(const Source<T>& s, int64_t lane, int64_t lanes, int64_t k0, int64_t k, P* to, int64_t panel_stride, Compute<T>* sums) {
+void pack(const Source<T>& s, int64_t lane, int64_t lanes, int64_t k0, int64_t k, P* to, int64_t panel_stride,
+          Compute<T>* sums) {
   using C = Compute<T>;
   constexpr int kStep = PackAs<P, typename StageOf<P, T>::type>::kStep;
   if (s.derivative == nullptr) {
+    const bool all_at_once = along_lanes(s.ls, s.ks);
+    if (all_at_once) pack_along_lanes<P, T, W>(s.p + lane * s.ls + k0 * s.ks, s.ks, lanes, k, to, panel_stride);
     for (int64_t l = 0; l < lanes; l += W, to += panel_stride) {
       const int width = static_cast<int>(smaller<int64_t>(lanes - l, W));
-      pack_plain<P, T, W>(s.p + (lane + l) * s.ls + k0 * s.ks, s.ls, s.ks, width, k, to);
+      if (!all_at_once) pack_plain<P, T, W>(s.p + (lane + l) * s.ls + k0 * s.ks, s.ls, s.ks, width, k, to);
+      pad_panel<P, W, kStep>(to, k);
       if (sums == nullptr) continue;
       if constexpr (kStep == 1) {
         add_columns<C>(to, W, width, k, sums + l);
@@ -322,20 +360,20 @@ void pack(const Source<T>& s, int64_t lane, int64_t lanes, int64_t k0, int64_t k
   // The derivative is called on rows as long as they come, then each panel takes its part of the block from the cache.
   constexpr int kPanels = 96 / W, kLanes = kPanels * W;
   constexpr int kChunk = 32;
-  const bool along_lanes = s.ls == 1 || s.ks != 1;
+  const bool lane_rows = s.ls == 1 || s.ks != 1;  // which way the rows of a block go
   alignas(64) C block[kLanes * kChunk];
   typename StageOf<P, T>::type rounded[same_type<typename StageOf<P, T>::type, C> ? 1 : kLanes * kChunk];
   for (int64_t l = 0; l < lanes; l += kLanes) {
     const int width = static_cast<int>(smaller<int64_t>(lanes - l, kLanes));
     for (int64_t p = 0; p < k; p += kChunk) {
       const int count = static_cast<int>(smaller<int64_t>(k - p, kChunk));
-      const int rs = along_lanes ? kLanes : kChunk;
-      derivative_block(s, lane + l, k0 + p, width, count, along_lanes, block, rs);
+      const int rs = lane_rows ? kLanes : kChunk;
+      derivative_block(s, lane + l, k0 + p, width, count, lane_rows, block, rs);
       const typename StageOf<P, T>::type* stage;
       if constexpr (same_type<typename StageOf<P, T>::type, C>) {
         stage = block;
       } else {
-        const int rows = along_lanes ? count : width, cols = along_lanes ? width : count;
+        const int rows = lane_rows ? count : width, cols = lane_rows ? width : count;
         for (int r = 0; r < rows; ++r) store_row<T>(block + r * rs, rounded + r * rs, cols);
         stage = rounded;
       }
@@ -343,14 +381,15 @@ void pack(const Source<T>& s, int64_t lane, int64_t lanes, int64_t k0, int64_t k
         const int part = smaller(width - q * W, W);
         P* const panel = to + (l / W + q) * panel_stride + p / kStep * W;
         using Stage = typename StageOf<P, T>::type;
-        if (along_lanes)
-          pack_along_lanes<P, Stage, W>(stage + q * W, rs, part, count, panel);
+        if (lane_rows)
+          pack_along_lanes<P, Stage, W>(stage + q * W, rs, part, count, panel, 0);
         else
           pack_along_k<P, Stage, W>(stage + q * W * rs, rs, part, count, panel);
+        pad_panel<P, W, kStep>(panel, count);
         if (sums == nullptr) continue;
         if constexpr (kStep == 1) {
           add_columns<C>(panel, W, part, count, sums + l + q * W);
-        } else if (along_lanes) {
+        } else if (lane_rows) {
           add_columns<C>(block + q * W, rs, part, count, sums + l + q * W);
         } else {
           for (int i = 0; i < part; ++i)

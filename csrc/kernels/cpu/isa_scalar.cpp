@@ -1,4 +1,5 @@
-// The scalar tier. Compiled with the baseline's flags: any machine, also Arm. Its vectors are the compiler's portable 16-byte ones.
+// The scalar tier. Compiled with the baseline's flags: any machine, also Arm. Its vectors are the compiler's portable
+// 16-byte ones.
 #define FASTOPS_VEC_SCALAR
 #include "bodies_prelude.h"
 

@@ -25,7 +25,8 @@ inline Gemm<T> forward_gemm(const LinearForward& args) {
   Gemm<T> g{args.m, args.n, args.k, matrix_source<T>(args.x, true), matrix_source<T>(args.w, true), {}, nullptr};
   const ActivationKind kind = args.activation.kind;
   const bool relu = kind == ActivationKind::relu && args.z == nullptr;
-  g.out = {static_cast<T*>(args.y), args.y_row_stride, static_cast<T*>(args.z), nullptr, relu, nullptr, args.activation};
+  g.out = {static_cast<T*>(args.y), args.y_row_stride, static_cast<T*>(args.z), nullptr, relu, nullptr,
+           args.activation};
   if (!relu && kind != ActivationKind::identity) g.out.f = row_forward<T>(kind);
   return g;
 }
@@ -37,32 +38,50 @@ inline Output<T> plain_output(void* y, int64_t rs) {
 
 template <class T>
 inline Gemm<T> grad_x_gemm(const LinearBackward& args) {
-  return {args.m, args.k, args.n, gradient_source<T>(args, true), matrix_source<T>(args.w, false), plain_output<T>(args.grad_x, args.k),
+  return {args.m,
+          args.k,
+          args.n,
+          gradient_source<T>(args, true),
+          matrix_source<T>(args.w, false),
+          plain_output<T>(args.grad_x, args.k),
           nullptr};
 }
 
 template <class T>
 inline Gemm<T> grad_w_gemm(const LinearBackward& args) {
-  return {args.n, args.k, args.m, gradient_source<T>(args, false), matrix_source<T>(args.x, false), plain_output<T>(args.grad_w, args.k),
+  return {args.n,
+          args.k,
+          args.m,
+          gradient_source<T>(args, false),
+          matrix_source<T>(args.x, false),
+          plain_output<T>(args.grad_w, args.k),
           nullptr};
 }
 
 #if defined(FASTOPS_HAS_AVX512_BF16)
-// VDPBF16PS does twice the work of a float32 multiply-add: at the same rate on Zen 5 (530 against 265 GF/s a core), at a
-// quarter of it on Granite Rapids (107 against 212).
+// VDPBF16PS does twice the work of a float32 multiply-add: at the same rate on Zen 5 (530 against 265 GF/s a core), at
+// a quarter of it on Granite Rapids (107 against 212).
 inline bool native_bf16_is_faster() { return __builtin_cpu_is("amd") != 0; }
 #endif
 
-// The panels that a product of type T is packed into.
+// Below this many multiply-adds setting up tiles costs more than they save (Granite Rapids).
+constexpr int64_t kAmxWork = 16 * 1024;
+
+// The panels that a product of type T and `work` multiply-adds is packed into.
 template <class T, class Body>
-inline auto with_panel(Bf16Multiply multiply, Body&& body) {
-#if defined(FASTOPS_HAS_AVX512_BF16)
-  if constexpr (same_type<T, bf16_t>) {
-    const bool native = multiply == Bf16Multiply::automatic ? native_bf16_is_faster() : multiply == Bf16Multiply::native;
-    if (native) return body(bf16_pair{});
-  }
-#endif
+inline auto with_panel(Bf16Multiply multiply, int64_t work, Body&& body) {
   (void)multiply;
+  (void)work;
+  if constexpr (same_type<T, bf16_t>) {
+#if defined(FASTOPS_HAS_AMX)
+    const bool native = multiply == Bf16Multiply::automatic ? work >= kAmxWork : multiply == Bf16Multiply::native;
+    if (native) return body(bf16_amx{});
+#elif defined(FASTOPS_HAS_AVX512_BF16)
+    const bool native =
+        multiply == Bf16Multiply::automatic ? native_bf16_is_faster() : multiply == Bf16Multiply::native;
+    if (native) return body(bf16_pair{});
+#endif
+  }
   return body(Compute<T>{});
 }
 
@@ -87,15 +106,24 @@ void convert_bias(const LinearForward& args, Compute<T>* to) {
 
 template <class P>
 constexpr const char* gemm_name() {
-  if constexpr (sizeof(P) == 4 && !same_type<P, float>) return "gemm_bf16";
-  return "gemm";
+#if defined(FASTOPS_HAS_AMX)
+  if constexpr (same_type<P, bf16_amx>) return "gemm_amx_32x32";
+#endif
+#if defined(FASTOPS_HAS_AVX512_BF16)
+  if constexpr (same_type<P, bf16_pair>) return "gemm_bf16_12x32";
+#endif
+  return Tile<P>::mr == 12   ? (Tile<P>::nr == 32 ? "gemm_12x32" : "gemm_12x16")
+         : Tile<P>::nr == 16 ? "gemm_6x16"
+         : Tile<P>::nr == 8  ? "gemm_6x8"
+                             : "gemm_6x4";
 }
 
 template <class T>
 size_t forward_workspace(const LinearForward& args, int threads) {
   if (args.m == 0 || args.n == 0) return 0;
   const Gemm<T> g = forward_gemm<T>(args);
-  return with_panel<T>(args.bf16_multiply, [&](auto panel) -> size_t {
+  if (takes_dot(g)) return contiguous_bias<T>(args) ? 0 : aligned(args.n * static_cast<int64_t>(sizeof(Compute<T>)));
+  return with_panel<T>(args.bf16_multiply, args.m * args.n * args.k, [&](auto panel) -> size_t {
     const GemmPlan plan = plan_gemm<decltype(panel)>(g, threads);
     if (plan.tiny) return 0;
     return plan.total + (contiguous_bias<T>(args) ? 0 : aligned(args.n * static_cast<int64_t>(sizeof(Compute<T>))));
@@ -107,13 +135,23 @@ void forward(const LinearForward& args, void* workspace, const Team& team) {
   using C = Compute<T>;
   if (args.m == 0 || args.n == 0) return;
   Gemm<T> g = forward_gemm<T>(args);
-  with_panel<T>(args.bf16_multiply, [&](auto panel) {
+  if (takes_dot(g)) {
+    if (contiguous_bias<T>(args)) {
+      g.out.bias = static_cast<const C*>(args.b);
+    } else {
+      convert_bias<T>(args, static_cast<C*>(workspace));
+      g.out.bias = static_cast<const C*>(workspace);
+    }
+    return dot_product(g, team);
+  }
+  with_panel<T>(args.bf16_multiply, args.m * args.n * args.k, [&](auto panel) {
     const GemmPlan plan = plan_gemm<decltype(panel)>(g, team.threads);
     alignas(64) unsigned char small_bias[kTinyBytes];  // a tiny product has n <= kTinyBytes / 8
     if (contiguous_bias<T>(args)) {
       g.out.bias = static_cast<const C*>(args.b);
     } else {
-      C* const bias = reinterpret_cast<C*>(plan.tiny ? small_bias : static_cast<unsigned char*>(workspace) + plan.total);
+      C* const bias =
+          reinterpret_cast<C*>(plan.tiny ? small_bias : static_cast<unsigned char*>(workspace) + plan.total);
       convert_bias<T>(args, bias);
       g.out.bias = bias;
     }
@@ -132,13 +170,14 @@ void column_sums(const LinearBackward& args, Compute<T>* sums, const Team& team)
   using C = Compute<T>;
   const Source<T> s = gradient_source<T>(args, false);
   const int64_t strips = ceil_div(args.n, kSumStrip);
-  const int wanted = args.m * args.n < kFlopPerThread / 8 ? 1 : static_cast<int>(smaller<int64_t>(strips, team.threads));
+  const int wanted =
+      args.m * args.n < kFlopPerThread / 8 ? 1 : static_cast<int>(smaller<int64_t>(strips, team.threads));
   team.parallel(wanted, [&](int thread, int actual) {
     constexpr int kRows = 32;
     alignas(64) C block[kRows * kSumStrip];
     T values[kSumStrip];
-    for (int64_t j = strips * thread / actual * kSumStrip; j < smaller(strips * (thread + 1) / actual * kSumStrip, args.n);
-         j += kSumStrip) {
+    for (int64_t j = strips * thread / actual * kSumStrip;
+         j < smaller(strips * (thread + 1) / actual * kSumStrip, args.n); j += kSumStrip) {
       const int width = static_cast<int>(smaller(args.n - j, kSumStrip));
       for (int64_t i = 0; i < args.m; i += kRows) {
         const int rows = static_cast<int>(smaller<int64_t>(args.m - i, kRows));
@@ -160,6 +199,14 @@ void column_sums(const LinearBackward& args, Compute<T>* sums, const Team& team)
   });
 }
 
+// A narrow gradient is multiplied where it lies, and then grad_b takes a pass of its own: 4096 x 64 floats are read
+// twice from the L2 faster than they are packed.
+template <class T>
+inline bool sums_apart(const LinearBackward& args) {
+  return same_type<T, Compute<T>> && args.activation.kind == ActivationKind::identity && args.grad_y.col_stride == 1 &&
+         args.grad_y.row_stride <= kNarrow && args.k <= kNarrow;
+}
+
 struct BackwardPlan {
   size_t gemm;  // bytes for the larger product
   size_t sums;  // bytes for grad_b in progress
@@ -168,15 +215,17 @@ struct BackwardPlan {
 template <class T>
 BackwardPlan plan_backward(const LinearBackward& args, int threads) {
   BackwardPlan plan{};
-  with_panel<T>(args.bf16_multiply, [&](auto panel) {
+  with_panel<T>(args.bf16_multiply, args.m * args.n * args.k, [&](auto panel) {
     if (args.grad_x != nullptr && args.m > 0 && args.k > 0) {
-      const GemmPlan p = plan_gemm<decltype(panel)>(grad_x_gemm<T>(args), threads);
-      if (!p.tiny) plan.gemm = p.total;
+      const Gemm<T> g = grad_x_gemm<T>(args);
+      const GemmPlan p = plan_gemm<decltype(panel)>(g, threads);
+      if (!p.tiny && !takes_row_times_matrix(g)) plan.gemm = p.total;
     }
     if (args.grad_w != nullptr && args.n > 0 && args.k > 0) {
       Gemm<T> g = grad_w_gemm<T>(args);
       Compute<T> any;
-      g.a_sums = args.grad_b != nullptr ? &any : nullptr;  // only whether it is null matters here
+      g.a_sums =
+          args.grad_b != nullptr && !sums_apart<T>(args) ? &any : nullptr;  // only whether it is null matters here
       const GemmPlan p = plan_gemm<decltype(panel)>(g, threads);
       if (!p.tiny) plan.gemm = larger(plan.gemm, p.total);
     }
@@ -191,7 +240,11 @@ void backward(const LinearBackward& args, void* workspace, const Team& team) {
   using C = Compute<T>;
   if (args.grad_x != nullptr && args.m > 0 && args.k > 0) {
     const Gemm<T> g = grad_x_gemm<T>(args);
-    with_panel<T>(args.bf16_multiply, [&](auto panel) { gemm<decltype(panel)>(g, workspace, team); });
+    if (takes_row_times_matrix(g))
+      row_times_matrix(g, team);
+    else
+      with_panel<T>(args.bf16_multiply, args.m * args.n * args.k,
+                    [&](auto panel) { gemm<decltype(panel)>(g, workspace, team); });
   }
   if (args.n == 0 || (args.grad_w == nullptr && args.grad_b == nullptr)) return;
 
@@ -208,8 +261,11 @@ void backward(const LinearBackward& args, void* workspace, const Team& team) {
   }
   if (args.grad_w != nullptr && args.k > 0) {
     Gemm<T> g = grad_w_gemm<T>(args);
-    g.a_sums = sums;
-    with_panel<T>(args.bf16_multiply, [&](auto panel) { gemm<decltype(panel)>(g, workspace, team); });
+    const bool apart = sums != nullptr && sums_apart<T>(args);
+    if (apart) column_sums<T>(args, sums, team);
+    if (!apart) g.a_sums = sums;
+    with_panel<T>(args.bf16_multiply, args.m * args.n * args.k,
+                  [&](auto panel) { gemm<decltype(panel)>(g, workspace, team); });
   } else if (sums != nullptr) {
     column_sums<T>(args, sums, team);
   }
@@ -223,15 +279,17 @@ void backward(const LinearBackward& args, void* workspace, const Team& team) {
 
 template <class T>
 const char* forward_name(const LinearForward& args) {
-  return with_panel<T>(args.bf16_multiply, [&](auto panel) {
+  if (takes_dot(forward_gemm<T>(args))) return kDot == 5 ? "dot_5x5" : "dot_3x3";
+  return with_panel<T>(args.bf16_multiply, args.m * args.n * args.k, [&](auto panel) {
     return plan_gemm<decltype(panel)>(forward_gemm<T>(args), 1).tiny ? "gemm_tiny" : gemm_name<decltype(panel)>();
   });
 }
 
 template <class T>
 const char* backward_name(const LinearBackward& args) {
-  return with_panel<T>(args.bf16_multiply, [&](auto panel) {
+  return with_panel<T>(args.bf16_multiply, args.m * args.n * args.k, [&](auto panel) {
     if (args.grad_x == nullptr && args.grad_w == nullptr) return "column_sums";
+    if (args.grad_x != nullptr && takes_row_times_matrix(grad_x_gemm<T>(args))) return "row_times_matrix";
     const Gemm<T> g = args.grad_x != nullptr ? grad_x_gemm<T>(args) : grad_w_gemm<T>(args);
     return plan_gemm<decltype(panel)>(g, 1).tiny ? "gemm_tiny" : gemm_name<decltype(panel)>();
   });
@@ -240,10 +298,14 @@ const char* backward_name(const LinearBackward& args) {
 template <class Body>
 inline auto with_dtype(DType dtype, Body&& body) {
   switch (dtype) {
-    case DType::f64: return body(double{});
-    case DType::bf16: return body(bf16_t{});
-    case DType::f16: return body(f16_t{});
-    default: return body(float{});
+    case DType::f64:
+      return body(double{});
+    case DType::bf16:
+      return body(bf16_t{});
+    case DType::f16:
+      return body(f16_t{});
+    default:
+      return body(float{});
   }
 }
 

@@ -22,8 +22,8 @@ __attribute__((noinline)) void run_chains(int64_t steps, Vec<float>* result, Ste
   for (int i = 0; i < kPeakChains; ++i) result[i] = acc[i];
 }
 
-// GFLOP/s of the best of many short runs, as the machine may be shared. The statement that the compiler believes to read
-// memory keeps it from dropping runs whose results nobody uses.
+// GFLOP/s of the best of many short runs, as the machine may be shared. The statement that the compiler believes to
+// read memory keeps it from dropping runs whose results nobody uses.
 template <class Step>
 double best_rate(double milliseconds, double flop_per_lane, Step step) {
   constexpr int64_t kSteps = 20000;
@@ -51,9 +51,8 @@ double peak_bf16(double milliseconds) {
 #if defined(FASTOPS_HAS_AVX512_BF16)
   if (native_bf16_is_faster()) {
     const __m512i a = _mm512_set1_epi32(0x3c003c00);
-    return best_rate(milliseconds, 4, [a](Vec<float> acc) {
-      return Vec<float>{_mm512_dpbf16_ps(acc.v, (__m512bh)a, (__m512bh)a)};
-    });
+    return best_rate(milliseconds, 4,
+                     [a](Vec<float> acc) { return Vec<float>{_mm512_dpbf16_ps(acc.v, (__m512bh)a, (__m512bh)a)}; });
   }
 #endif
   return peak_f32(milliseconds);

@@ -1,27 +1,30 @@
-// One small vector type per instruction set. Included inside `namespace fastops::<isa>::{anonymous}` by isa_<isa>.cpp, after
-// the macros FASTOPS_VEC_SCALAR / FASTOPS_VEC_AVX2 / FASTOPS_VEC_AVX512 (and FASTOPS_HAS_AVX512_BF16) have chosen one.
-//
-// Everything here has internal linkage, calls no inline std template and holds no static data.
+// One small vector type per instruction set. Included inside `namespace fastops::<isa>::{anonymous}` by isa_<isa>.cpp,
+// after the macros FASTOPS_VEC_SCALAR / FASTOPS_VEC_AVX2 / FASTOPS_VEC_AVX512 (and FASTOPS_HAS_AVX512_BF16) have
+// chosen one. Everything here has internal linkage, calls no inline std template and holds no static data.
 //
 // Vec<float> and Vec<double> hold `size` lanes:
-//   load(p), load(p, count)    the second fills lanes >= count with zero and reads no byte beyond p + count; 0 <= count <= size
-//   store(p), store(p, count)  likewise for writing
-//   set1(x), zero(), + - * / and unary -
-// Vec<float> also loads and stores bf16_t and f16_t: stores round to nearest even, overflow goes to infinity, NaN stays NaN
-// and denormals are kept (on every tier, whatever its instructions do).
-// Free functions, lane by lane:
-//   fma(a, b, c) = a b + c, fnma(a, b, c) = c - a b    one rounding where the tier has the instruction, two where it has not
-//   min(a, b), max(a, b)                               b where either is NaN: the x86 rule, so put the variable last
-//   abs, sqrt, copysign(magnitude, sign), round        round: to an integer, halves to even, |x| < 2^22 (2^51)
-//   scale(x, n) = x 2^n                                n integral, |n| <= 250 (2000); rounds once, denormal results are right
-//   exponent(x), mantissa(x)                           x = mantissa 2^exponent, 1 <= mantissa < 2; x positive, finite, normal
-//   power_of_two(n)                                    2^n, n integral, 2^n a normal number
-//   quotient(a, b)                                     a / b within 0.6 ulp, for 2^-100 < |b| < 2^100 (2^+-900)
-//   product_error(a, b, p) = p - a b                   exactly, p = a b rounded
-//   lt le gt ge eq unordered(a, b)                     ordered comparisons, false on NaN; unordered: either is NaN
-//   select(mask, a, b) = mask ? a : b                  masks combine with & | !
-//   reduce_add                                         the sum of the lanes, always in the same order
-// Mask<T>: bits() is an integer with lane i in bit i, from_bits(bits) its inverse (bits >= size are ignored).
+// - load(p), load(p, count): the second, 0 <= count <= size, fills the other lanes with zero and reads nothing beyond;
+// - store(p), store(p, count): likewise for writing;
+// - set1(x), zero(), + - * / and unary -.
+//
+// Vec<float> also loads and stores bf16_t and f16_t: stores round to nearest even, overflow goes to infinity, NaN stays
+// NaN and denormals are kept (on every tier, whatever its instructions do).
+//
+// Lane by lane:
+// - fma(a, b, c) = a b + c, fnma(a, b, c) = c - a b: rounded once where the tier can, else twice;
+// - min(a, b), max(a, b): b where either is NaN, the x86 rule, so put the variable last;
+// - abs, sqrt, copysign(magnitude, sign);
+// - round: to an integer, halves to even, for |x| < 2^22 (2^51);
+// - power_of_two(n): 2^n, n integral, 2^n a normal number;
+// - scale(x, n) = x 2^n, n integral, |n| <= 250 (2000): rounds once, denormal results are right;
+// - exponent(x), mantissa(x): x = mantissa 2^exponent, 1 <= mantissa < 2, for x positive, finite and normal;
+// - quotient(a, b): a / b within 0.6 ulp, for 2^-100 < |b| < 2^100 (2^+-900);
+// - quotient_14_bits(a, b): a / b to at least 14 bits, Vec<float> alone;
+// - product_error(a, b, p) = p - a b exactly, where p = a b rounded;
+// - lt le gt ge eq (a, b): false on NaN; unordered(a, b): whether either is NaN; masks combine with & | !;
+// - select(mask, a, b) = mask ? a : b.
+// reduce_add(x) is the sum of the lanes, always in the same order.
+// Mask<T>: bits() has lane i in bit i; from_bits(bits) is its inverse and ignores bits >= size.
 
 template <class T>
 struct Vec;
@@ -61,9 +64,7 @@ inline Mask<T> operator!(Mask<T> a) {
   return Mask<T>::from_bits(~static_cast<unsigned>(a.m));
 }
 
-inline __m512 widen_bf16(__m256i x) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
+inline __m512 widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
 // To nearest even by integer arithmetic: VCVTNEPS2BF16 treats denormals as zero.
 inline __m256i narrow_bf16_any(__m512 x) {
@@ -107,9 +108,7 @@ struct Vec<float> {
   void store(bf16_t* p, int count) const { _mm256_mask_storeu_epi16(p, first16(count), narrow_bf16(v)); }
 
   static Vec load(const f16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
-  static Vec load(const f16_t* p, int count) {
-    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(count), p))};
-  }
+  static Vec load(const f16_t* p, int count) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(count), p))}; }
   void store(f16_t* p) const {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
@@ -158,20 +157,16 @@ inline VecF sqrt(VecF a) { return {_mm512_sqrt_ps(a.v)}; }
 inline VecD sqrt(VecD a) { return {_mm512_sqrt_pd(a.v)}; }
 inline VecF copysign(VecF magnitude, VecF sign) {
   const __m512i bit = _mm512_set1_epi32(static_cast<int>(0x80000000u));
-  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(magnitude.v), bit,
-                                                        _mm512_castps_si512(sign.v), 0xb8))};
+  return {_mm512_castsi512_ps(
+      _mm512_ternarylogic_epi32(_mm512_castps_si512(magnitude.v), bit, _mm512_castps_si512(sign.v), 0xb8))};
 }
 inline VecD copysign(VecD magnitude, VecD sign) {
   const __m512i bit = _mm512_set1_epi64(static_cast<long long>(0x8000000000000000ull));
-  return {_mm512_castsi512_pd(_mm512_ternarylogic_epi64(_mm512_castpd_si512(magnitude.v), bit,
-                                                        _mm512_castpd_si512(sign.v), 0xb8))};
+  return {_mm512_castsi512_pd(
+      _mm512_ternarylogic_epi64(_mm512_castpd_si512(magnitude.v), bit, _mm512_castpd_si512(sign.v), 0xb8))};
 }
-inline VecF round(VecF a) {
-  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
-inline VecD round(VecD a) {
-  return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+inline VecF round(VecF a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline VecD round(VecD a) { return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline VecF scale(VecF x, VecF n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 inline VecD scale(VecD x, VecD n) { return {_mm512_scalef_pd(x.v, n.v)}; }
 inline VecF power_of_two(VecF n) { return scale(VecF::set1(1), n); }
@@ -186,6 +181,7 @@ inline VecF quotient(VecF a, VecF b) {
   const __m512 q = _mm512_mul_ps(a.v, r);
   return {_mm512_fmadd_ps(_mm512_fnmadd_ps(b.v, q, a.v), r, q)};
 }
+inline VecF quotient_14_bits(VecF a, VecF b) { return {_mm512_mul_ps(a.v, _mm512_rcp14_ps(b.v))}; }
 inline VecD quotient(VecD a, VecD b) {  // one Newton step first, to 28 bits
   __m512d r = _mm512_rcp14_pd(b.v);
   r = _mm512_fmadd_pd(r, _mm512_fnmadd_pd(b.v, r, _mm512_set1_pd(1)), r);
@@ -248,16 +244,12 @@ inline Mask<float> operator&(Mask<float> a, Mask<float> b) { return {_mm256_and_
 inline Mask<double> operator&(Mask<double> a, Mask<double> b) { return {_mm256_and_pd(a.m, b.m)}; }
 inline Mask<float> operator|(Mask<float> a, Mask<float> b) { return {_mm256_or_ps(a.m, b.m)}; }
 inline Mask<double> operator|(Mask<double> a, Mask<double> b) { return {_mm256_or_pd(a.m, b.m)}; }
-inline Mask<float> operator!(Mask<float> a) {
-  return {_mm256_xor_ps(a.m, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))};
-}
+inline Mask<float> operator!(Mask<float> a) { return {_mm256_xor_ps(a.m, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))}; }
 inline Mask<double> operator!(Mask<double> a) {
   return {_mm256_xor_pd(a.m, _mm256_castsi256_pd(_mm256_set1_epi32(-1)))};
 }
 
-inline __m256 widen_bf16(__m128i x) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
-}
+inline __m256 widen_bf16(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
 
 inline __m128i narrow_bf16(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);
@@ -388,6 +380,7 @@ inline VecD mantissa(VecD x) {
   return {_mm256_castsi256_pd(_mm256_or_si256(low, _mm256_set1_epi64x(0x3ff0000000000000)))};
 }
 inline VecF quotient(VecF a, VecF b) { return a / b; }
+inline VecF quotient_14_bits(VecF a, VecF b) { return a / b; }
 inline VecD quotient(VecD a, VecD b) { return a / b; }
 
 inline MaskF lt(VecF a, VecF b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
@@ -425,9 +418,7 @@ typedef int64_t long2 __attribute__((vector_size(16)));
 template <>
 struct Mask<float> {
   int4 m;  // 0 or -1
-  unsigned bits() const {
-    return static_cast<unsigned>((m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8));
-  }
+  unsigned bits() const { return static_cast<unsigned>((m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8)); }
   static Mask from_bits(unsigned bits) {
     const int all = static_cast<int>(bits);
     const int4 lane = {1, 2, 4, 8};
@@ -439,7 +430,9 @@ template <>
 struct Mask<double> {
   long2 m;
   unsigned bits() const { return static_cast<unsigned>((m[0] & 1) | (m[1] & 2)); }
-  static Mask from_bits(unsigned bits) { return {long2{-static_cast<int64_t>(bits & 1), -static_cast<int64_t>(bits >> 1 & 1)}}; }
+  static Mask from_bits(unsigned bits) {
+    return {long2{-static_cast<int64_t>(bits & 1), -static_cast<int64_t>(bits >> 1 & 1)}};
+  }
 };
 
 template <class T>
@@ -649,6 +642,7 @@ template <class T>
 inline Vec<T> quotient(Vec<T> a, Vec<T> b) {
   return a / b;
 }
+inline VecF quotient_14_bits(VecF a, VecF b) { return a / b; }
 
 // Dekker's product: halves of at most 12 (27) bits multiply exactly.
 inline VecF product_error(VecF a, VecF b, VecF p) {

@@ -1,0 +1,209 @@
+// bf16 products by AMX tiles: TDPBF16PS adds to a tile of 16 x 16 float32 the product of 16 x 32 and 32 x 16 bf16
+// (Intel SDM, "Intel AMX instructions"). The register tile is 32 x 32: four accumulators, two tiles of A, two of B.
+//
+// B's panel is a bf16_pair panel 32 lanes wide: 16 of its rows are one tile of 32 k. A's panel has, for every 32 k, 32
+// rows of 32 k. Both are padded with zeros to whole tiles.
+#if defined(FASTOPS_HAS_AMX)
+
+// A panel element, two neighbours in k; panels are 32 rows of 16 elements for every 32 k.
+struct amx_a {
+  uint32_t bits;
+};
+struct amx_b {
+  uint32_t bits;
+};
+struct bf16_amx {};
+
+constexpr int kTileK = 32;
+constexpr int kTilePairs = kTileK / 2;
+
+// The tile registers of this thread: all eight are 16 rows of 64 bytes.
+struct AmxSession {
+  AmxSession() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  ~AmxSession() { _tile_release(); }
+  AmxSession(const AmxSession&) = delete;
+  AmxSession& operator=(const AmxSession&) = delete;
+};
+
+template <>
+struct Tile<bf16_amx> {
+  using Session = AmxSession;
+  using A = amx_a;
+  using B = amx_b;
+  using C = float;
+  static constexpr int mr = 32, nr = 32;
+  static constexpr int step = 2;
+  static constexpr int k_align = kTileK;
+  static constexpr bool readable = false;
+  static constexpr GemmBlocking blocking = {2048, 8192, 8 << 20, 4 << 20, 128, 128, 128};
+};
+
+template <>
+constexpr int kPanelAlign<amx_b> = kTileK;  // amx_a's packers pad by themselves
+
+template <>
+struct PackAs<amx_b, bf16_t> : PackAs<bf16_pair, bf16_t> {
+  using Base = PackAs<bf16_pair, bf16_t>;
+  static void store(Value v, amx_b* to) { Base::store(v, reinterpret_cast<bf16_pair*>(to)); }
+  static void store(Value v, amx_b* to, int count) { Base::store(v, reinterpret_cast<bf16_pair*>(to), count); }
+};
+template <>
+struct PackAs<amx_a, bf16_t> : PackAs<bf16_pair, bf16_t> {};
+template <>
+struct StageOf<amx_a, bf16_t> {
+  using type = bf16_t;
+};
+template <>
+struct StageOf<amx_b, bf16_t> {
+  using type = bf16_t;
+};
+
+// Rows of A are contiguous along k: copied 64 bytes at a time.
+template <>
+inline void pack_along_k<amx_a, bf16_t, 32>(const bf16_t* from, int64_t ls, int lanes, int64_t k, amx_a* to) {
+  using As = PackAs<amx_a, bf16_t>;
+  for (int64_t p = 0; p < k; p += kTileK, to += 32 * kTilePairs) {
+    const int count = static_cast<int>(smaller<int64_t>(k - p, kTileK));
+    for (int l = 0; l < lanes; ++l) {
+      const bf16_t* const at = from + l * ls + p;
+      _mm512_storeu_ps(to + l * kTilePairs, (count == kTileK ? As::load_along_k(at) : As::load_along_k(at, count)).v);
+    }
+    for (int l = lanes; l < 32; ++l) _mm512_storeu_ps(to + l * kTilePairs, _mm512_setzero_ps());
+  }
+}
+
+// Columns of A are contiguous: rows k and k + 1 are interleaved to pairs, then blocks of 16 x 16 pairs transposed.
+template <>
+inline void pack_along_lanes<amx_a, bf16_t, 32>(const bf16_t* from, int64_t ks, int64_t lanes, int64_t k, amx_a* to,
+                                                int64_t panel_stride) {
+  using As = PackAs<amx_a, bf16_t>;
+  for (int64_t p = 0; p < k; p += kTileK, to += 32 * kTilePairs)
+#pragma GCC unroll 1
+    for (int64_t l = 0; l < round_up(lanes, 32); l += 16) {
+      const int valid = static_cast<int>(smaller<int64_t>(larger<int64_t>(lanes - l, 0), 16));
+      Vec<float> r[16];
+      if (valid == 16 && k - p >= kTileK) {
+#pragma GCC unroll 16
+        for (int q = 0; q < 16; ++q) r[q] = As::load_along_lanes(from + (p + 2 * q) * ks + l, ks, 2, 16);
+      } else {
+        for (int q = 0; q < 16; ++q) {
+          const int64_t row = p + 2 * q;
+          const int rows = static_cast<int>(larger<int64_t>(0, smaller<int64_t>(k - row, 2)));
+          r[q] =
+              rows > 0 && valid > 0 ? As::load_along_lanes(from + row * ks + l, ks, rows, valid) : Vec<float>::zero();
+        }
+      }
+      transpose(r);
+      amx_a* const at = to + l / 32 * panel_stride + l % 32 * kTilePairs;
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) _mm512_storeu_ps(at + i * kTilePairs, r[i].v);
+    }
+}
+
+// The tile instructions are statements that the compiler does not connect with memory.
+inline void memory_fence_for_compiler() { __asm__ volatile("" : : : "memory"); }
+
+// sums[32][32] = A B over `chunks` times 32 k; only the upper or left half when there are no more rows or columns.
+__attribute__((noinline)) void multiply_tiles(int64_t chunks, const amx_a* a, const amx_b* b, bool two_rows,
+                                              bool two_cols, float* sums) {
+  constexpr int64_t kAStride = 64, kBStride = 128, kCStride = 128;
+  memory_fence_for_compiler();
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  if (two_rows && two_cols) {
+    for (int64_t p = 0; p < chunks; ++p, a += 32 * kTilePairs, b += 32 * kTilePairs) {
+      _tile_loadd(6, b, kBStride);
+      _tile_loadd(4, a, kAStride);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + 16, kBStride);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a + 16 * kTilePairs, kAStride);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  } else if (two_rows) {
+    for (int64_t p = 0; p < chunks; ++p, a += 32 * kTilePairs, b += 32 * kTilePairs) {
+      _tile_loadd(6, b, kBStride);
+      _tile_loadd(4, a, kAStride);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(5, a + 16 * kTilePairs, kAStride);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+  } else {
+    for (int64_t p = 0; p < chunks; ++p, a += 32 * kTilePairs, b += 32 * kTilePairs) {
+      _tile_loadd(6, b, kBStride);
+      _tile_loadd(4, a, kAStride);
+      _tile_dpbf16ps(0, 4, 6);
+      if (!two_cols) continue;
+      _tile_loadd(7, b + 16, kBStride);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+  }
+  _tile_stored(0, sums, kCStride);
+  if (two_cols) _tile_stored(1, sums + 16, kCStride);
+  if (two_rows) _tile_stored(2, sums + 16 * 32, kCStride);
+  if (two_rows && two_cols) _tile_stored(3, sums + 16 * 32 + 16, kCStride);
+  memory_fence_for_compiler();
+}
+
+inline void output_tile(bf16_amx, int64_t pairs, const PanelView<amx_a>& a, const amx_a* a_panel,
+                        const PanelView<amx_b>&, const amx_b* b_panel, int64_t i, int64_t j, int rows, int cols,
+                        bool first, bool last, const Output<bf16_t>& out, float* partial, int64_t partial_rs) {
+  (void)a;
+  alignas(64) float sums[32 * 32];  // what multiply_tiles leaves alone is read, and then masked out
+  multiply_tiles(ceil_div(pairs, kTilePairs), a_panel, b_panel, rows > 16, cols > 16, sums);
+  const bool simple = last && out.f == nullptr && out.z == nullptr;
+  for (int r = 0; r < rows; ++r) {
+    float* const row = sums + r * 32;
+    const int left = smaller(cols, 16), right = cols - left;
+    Vec<float> v[2] = {Vec<float>::load(row), Vec<float>::load(row + 16)};
+    if (!first) {
+      v[0] = v[0] + Vec<float>::load(partial + r * partial_rs, left);
+      v[1] = v[1] + Vec<float>::load(partial + r * partial_rs + 16, right);
+    }
+    if (!last) {
+      v[0].store(partial + r * partial_rs, left);
+      v[1].store(partial + r * partial_rs + 16, right);
+      continue;
+    }
+    if (out.bias != nullptr) {
+      v[0] = v[0] + Vec<float>::load(out.bias + j, left);
+      v[1] = v[1] + Vec<float>::load(out.bias + j + 16, right);
+    }
+    if (out.relu) {
+      v[0] = max(Vec<float>::zero(), v[0]);
+      v[1] = max(Vec<float>::zero(), v[1]);
+    }
+    if (simple) {
+      bf16_t* const y = out.y + (i + r) * out.rs + j;
+      constexpr int kDenormal = 0x20;  // which the instruction would flush
+      const unsigned denormal = static_cast<unsigned>(_mm512_fpclass_ps_mask(v[0].v, kDenormal)) |
+                                static_cast<unsigned>(_mm512_fpclass_ps_mask(v[1].v, kDenormal));
+      if (cols == 32 && denormal == 0) {
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(v[1].v, v[0].v);
+        if (out.stream)
+          _mm512_stream_si512(reinterpret_cast<__m512i*>(y), both);
+        else
+          _mm512_storeu_si512(y, both);
+      } else {
+        v[0].store(y, left);
+        v[1].store(y + 16, right);
+      }
+    } else {
+      v[0].store(row);
+      v[1].store(row + 16);
+    }
+  }
+  if (last && !simple) finish_rows(out, sums, 32, i, j, rows, cols);
+}
+
+#endif

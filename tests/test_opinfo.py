@@ -1,0 +1,77 @@
+"""PyTorch's own OpInfo database against fastops.functional: values, gradients and error inputs."""
+
+import pytest
+import torch
+from reference import ACTIVATIONS
+from torch.testing._internal.common_methods_invocations import op_db
+
+import fastops.functional as FF
+
+NAMES = ["linear", *dict.fromkeys(case.function for case in ACTIVATIONS), "prelu", "glu"]
+_PREFIX = "nn.functional."
+OPS = [op for op in op_db if op.name.removeprefix(_PREFIX) in NAMES and not op.variant_test_name]
+
+
+def ours(op):
+    return getattr(FF, op.name.removeprefix(_PREFIX))
+
+
+def test_every_function_has_its_opinfo():
+    assert {op.name.removeprefix(_PREFIX) for op in OPS} == set(NAMES)
+
+
+def _tensors(sample):
+    return [t for t in (sample.input, *sample.args, *sample.kwargs.values()) if isinstance(t, torch.Tensor)]
+
+
+def _tolerance(dtype):
+    table = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-5, torch.complex64: 1e-5}
+    tolerance = table.get(dtype, 1e-12)
+    return {"rtol": tolerance, "atol": tolerance}
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_values(op):
+    for dtype in sorted(op.supported_dtypes("cpu"), key=str):
+        for sample in op.sample_inputs("cpu", dtype):
+            expected = op(sample.input.clone(), *sample.args, **sample.kwargs)
+            actual = ours(op)(sample.input.clone(), *sample.args, **sample.kwargs)
+            torch.testing.assert_close(actual, expected, equal_nan=True, **_tolerance(dtype))
+            assert actual.stride() == expected.stride() or not sample.input.is_contiguous()
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_gradients(op):
+    for dtype in sorted(op.supported_backward_dtypes("cpu"), key=str):
+        if not dtype.is_floating_point:
+            continue
+        for sample in op.sample_inputs("cpu", dtype, requires_grad=True):
+            inputs = [t for t in _tensors(sample) if t.requires_grad]
+            results = []
+            for function in (ours(op), op):
+                # in place needs something that is not a leaf
+                output = function(sample.input * 1, *sample.args, **sample.kwargs)
+                grad = torch.linspace(-1, 1, output.numel()).to(dtype).reshape(output.shape)
+                results.append(torch.autograd.grad(output, inputs, grad))
+            tolerance = _tolerance(dtype)
+            if op.name == "nn.functional.hardsigmoid":  # PyTorch multiplies by 1 / 6 in float32, in float64 too
+                tolerance = {name: max(value, 1e-7) for name, value in tolerance.items()}
+            for actual, expected in zip(*results, strict=True):
+                torch.testing.assert_close(actual, expected, equal_nan=True, **tolerance)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_noncontiguous_samples(op):
+    for sample in op.sample_inputs("cpu", torch.float32):
+        noncontiguous = sample.noncontiguous()
+        expected = op(noncontiguous.input.clone(), *noncontiguous.args, **noncontiguous.kwargs)
+        actual = ours(op)(noncontiguous.input, *noncontiguous.args, **noncontiguous.kwargs)
+        torch.testing.assert_close(actual, expected, equal_nan=True, **_tolerance(torch.float32))
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.error_inputs_func], ids=lambda op: op.name)
+def test_errors(op):
+    for error in op.error_inputs("cpu"):
+        sample = error.sample_input
+        with pytest.raises(error.error_type, match=error.error_regex):
+            ours(op)(sample.input, *sample.args, **sample.kwargs)

@@ -1,0 +1,356 @@
+"""Everything that has to see the op: torch.func, forward mode, torch.compile, export, fake tensors, checkpoints."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import ACTIVATIONS
+from torch import nn
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils.checkpoint import checkpoint
+
+import fastops
+import fastops.functional as FF
+import fastops.nn as fnn
+
+PICKED = [case for case in ACTIVATIONS if not (case.kwargs and case.kind != "gelu_tanh" and case.kind != "threshold")]
+LINEARS = [None, *[case for case in PICKED if case.kind != "threshold"]]
+
+# PyTorch has no second derivative of these: ours are right, and compared with a formula that can be differentiated.
+COMPOSITE = {
+    "hardsigmoid": lambda x: (x + 3).clamp(0, 6) / 6,
+    "hardswish": lambda x: x * (x + 3).clamp(0, 6) / 6,
+    "glu": lambda x: x.chunk(2, -1)[0] * x.chunk(2, -1)[1].sigmoid(),
+}
+
+
+def linear_pair(case):
+    name = None if case is None else case.kind
+    function = (lambda z: z) if case is None else COMPOSITE.get(case.kind, case.theirs)
+    return (
+        lambda x, w, b: FF.linear(x, w, b, activation=name).square().sum(),
+        lambda x, w, b: function(F.linear(x, w, b)).square().sum(),
+    )
+
+
+def same(pair, transform):
+    torch.testing.assert_close(transform(pair[0]), transform(pair[1]))
+
+
+@pytest.mark.parametrize("case", LINEARS, ids=str)
+def test_func_linear(case):
+    pair, every = linear_pair(case), (0, 1, 2)
+    x, w, b = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 4), (5, 4), (5,)))
+    xs, ws, bs = (torch.stack([t, -t, 2 * t]) for t in (x, w, b))
+    same(pair, lambda f: grad(f, every)(x, w, b))
+    same(pair, lambda f: jvp(f, (x, w, b), (x, w, b)))
+    same(pair, lambda f: vjp(f, x, w, b)[1](torch.tensor(1.0, dtype=torch.float64)))
+    same(pair, lambda f: hessian(f, every)(x, w, b))
+    same(pair, lambda f: jacrev(jacrev(f, every), every)(x, w, b))
+    same(pair, lambda f: jacfwd(jacfwd(f, every), every)(x, w, b))
+    same(pair, lambda f: jacrev(jacfwd(f, every), every)(x, w, b))
+    same(pair, lambda f: vmap(grad(f, every), (0, None, None))(xs, w, b))
+    same(pair, lambda f: vmap(grad(f, every), (0, 0, 0))(xs, ws, bs))
+    same(pair, lambda f: vmap(grad(f, every), (None, 0, None))(x, ws, b))
+    same(pair, lambda f: vmap(grad(f, every), (None, None, 0))(x, w, bs))
+    same(pair, lambda f: vmap(f, (1, 2, 1))(xs.movedim(0, 1), ws.movedim(0, 2), bs.movedim(0, 1)))
+    same(pair, lambda f: vmap(vmap(grad(f), (0, None, None)), (None, 0, 0))(xs, ws, bs))
+    same(pair, lambda f: grad(lambda t: vmap(f, (0, None, None))(t, w, b).sum())(xs))
+    same(pair, lambda f: vmap(grad(f, every), (0, None, None))(xs[:, 0], w, b))  # vectors
+
+
+def functions():
+    for case in PICKED:
+        yield str(case), case.ours, COMPOSITE.get(case.kind, case.theirs), ()
+    yield "prelu", FF.prelu, F.prelu, (torch.rand(6, dtype=torch.float64),)
+    yield "prelu-1", FF.prelu, F.prelu, (torch.rand(1, dtype=torch.float64),)
+    yield "glu", FF.glu, COMPOSITE["glu"], ()
+
+
+@pytest.mark.parametrize(("ours", "theirs", "more"), [pytest.param(*rest, id=name) for name, *rest in functions()])
+def test_func_activation(ours, theirs, more):
+    pair = tuple(lambda *t, f=f: f(*t).square().sum() for f in (ours, theirs))
+    every = tuple(range(1 + len(more)))
+    rest = (None,) * len(more)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    xs = torch.randn(5, 4, 6, dtype=torch.float64)
+    same(pair, lambda f: grad(f, every)(x, *more))
+    same(pair, lambda f: jvp(f, (x, *more), (x, *more)))
+    same(pair, lambda f: hessian(f, every)(x, *more))
+    same(pair, lambda f: jacrev(jacrev(f, every), every)(x, *more))
+    same(pair, lambda f: jacfwd(jacfwd(f, every), every)(x, *more))
+    same(pair, lambda f: vmap(grad(f, every), (0, *rest))(xs, *more))
+    same(pair, lambda f: vmap(grad(f), (0, *rest))(xs[:, 0], *more) if not more else grad(f)(x, *more))
+    same(pair, lambda f: vmap(vmap(grad(f), (0, *rest)), (0, *rest))(torch.stack([xs, -xs]), *more))
+    for dim in range(3):
+        same((ours, theirs), lambda f, d=dim: vmap(f, (d, *rest), out_dims=1)(xs.movedim(0, d), *more))
+    if more:
+        ws = torch.stack([more[0] * i for i in range(5)])
+        same(pair, lambda f: vmap(grad(f, every), (0, 0))(xs, ws))
+        same(pair, lambda f: vmap(grad(f, every), (None, 0))(x, ws))
+
+
+def test_per_sample_gradients_of_a_model():
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+    x, y = torch.randn(5, 6), torch.randint(3, (5,))
+
+    def loss(parameters, x, y):
+        return F.cross_entropy(functional_call(model, parameters, (x[None],)), y[None])
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    expected = vmap(grad(loss), (None, 0, 0))(parameters, x, y)
+    with fastops.replaced(model):
+        actual = vmap(grad(loss), (None, 0, 0))(parameters, x, y)
+    torch.testing.assert_close(actual, expected)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 16), nn.GELU(), nn.Hardtanh(), nn.Tanh(), nn.PReLU(),
+        nn.LeakyReLU(0.2, inplace=True), nn.Sigmoid(), nn.GLU(), nn.Linear(8, 3, bias=False),
+    )  # fmt: skip
+
+
+def replaced_net():
+    model = net()
+    fastops.replace_(model)
+    return model
+
+
+def compare_models(ours, theirs, x, models=None):
+    parameters = [list(m.parameters()) for m in (models or (ours, theirs))]
+    outputs = [m(x) for m in (ours, theirs)]
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-4)
+    grads = [torch.autograd.grad(o.square().sum(), p) for o, p in zip(outputs, parameters, strict=True)]
+    torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(backend, dynamic):
+    torch._dynamo.reset()
+    ours, theirs = replaced_net(), net()
+    compiled = torch.compile(ours, fullgraph=True, backend=backend, dynamic=dynamic)
+    for rows in (5, 7) if dynamic else (5,):
+        compare_models(compiled, theirs, torch.randn(rows, 10), (ours, theirs))
+    with torch.no_grad():
+        x = torch.randn(5, 10)
+        torch.testing.assert_close(compiled(x), theirs(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", PICKED, ids=str)
+def test_compile_every_function(case):
+    torch._dynamo.reset()
+
+    def function(x, w, b):
+        fused = FF.linear(x, w, b) if case.kind == "threshold" else FF.linear(x, w, b, activation=case.kind)
+        return case.ours(fused)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    tensors = [torch.randn(shape, requires_grad=True) for shape in ((4, 6), (5, 6), (5,))]
+    outputs = compiled(*tensors), function(*tensors)
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(o.square().sum(), tensors) for o in outputs))
+
+
+def test_compiled_graph_holds_our_ops():
+    torch._dynamo.reset()
+    targets = []
+
+    def backend(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    layer = fnn.Linear(4, 3, activation=nn.LeakyReLU(0.2))
+    torch.compile(layer, fullgraph=True, backend=backend)(torch.randn(2, 4))
+    assert "fastops.linear_forward" in targets
+    assert not [name for name in targets if "leaky_relu" in name or "activation" in name]
+
+
+def test_compile_inplace_and_autocast():
+    torch._dynamo.reset()
+
+    def function(x):
+        y = x * 2
+        FF.relu_(y)
+        return FF.elu(y - 1, inplace=True)
+
+    x = torch.randn(4, 5)
+    torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x))
+
+    def mixed(x, w):
+        with torch.autocast("cpu", torch.bfloat16):
+            return FF.linear(x, w)
+
+    w = torch.randn(3, 5)
+    compiled = torch.compile(mixed, fullgraph=True, backend="aot_eager")(x, w)
+    assert compiled.dtype == torch.bfloat16
+    torch.testing.assert_close(compiled, mixed(x, w), rtol=0, atol=0)
+
+
+def test_compile_with_func_inside():
+    w = torch.randn(3, 6)
+    x = torch.randn(4, 6)
+    for transform in (
+        lambda f: grad(lambda t: f(t).sum()),
+        lambda f: vmap(f),
+        lambda f: vmap(grad(lambda t: f(t).sum())),
+        lambda f: lambda t: jvp(f, (t,), (t,)),
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            transform(lambda t: FF.relu(FF.linear(t, w, activation="gelu"))), fullgraph=True, backend="aot_eager"
+        )
+        torch.testing.assert_close(compiled(x), transform(lambda t: F.relu(F.gelu(F.linear(t, w))))(x))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_export(strict, dynamic):
+    ours, theirs = replaced_net(), net()
+    x = torch.randn(5, 10)
+    shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
+    program = torch.export.export(ours, (x,), strict=strict, dynamic_shapes=shapes)
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert "fastops.linear_forward.default" in targets
+    x = torch.randn(9 if dynamic else 5, 10)
+    torch.testing.assert_close(program.module()(x), theirs(x), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(program.run_decompositions().module()(x), theirs(x), atol=1e-5, rtol=1e-4)
+    exported = program.module()
+    loss = exported(x).square().sum()
+    gradients = torch.autograd.grad(loss, exported.parameters())
+    expected = torch.autograd.grad(theirs(x).square().sum(), theirs.parameters())
+    names = [[name for name, _ in module.named_parameters()] for module in (exported, theirs)]
+    actual, expected = (dict(zip(*pair, strict=True)) for pair in zip(names, (gradients, expected), strict=True))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_exported_program_round_trip(tmp_path):
+    x = torch.randn(5, 10)
+    model = replaced_net()
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "net.pt2")
+    loaded = torch.export.load(tmp_path / "net.pt2").module()
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_meta():
+    model = replaced_net().to("meta")
+    output = model(torch.randn(5, 10, device="meta"))
+    assert output.shape == (5, 3)
+    assert output.device.type == "meta"
+    output.sum().backward()
+    assert all(p.grad.shape == p.shape and p.grad.device.type == "meta" for p in model.parameters())
+
+
+def test_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with FakeTensorMode():
+        model = replaced_net()
+        output = model(torch.randn(5, 10))
+        output.sum().backward()
+        assert isinstance(output, FakeTensor)
+        assert all(isinstance(p.grad, FakeTensor) and p.grad.shape == p.shape for p in model.parameters())
+        layout = FF.gelu(torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last))
+        assert layout.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_make_fx():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    w = torch.randn(3, 6)
+    x = torch.randn(4, 6)
+    graph = make_fx(lambda t, v: FF.linear(t, v, activation="relu"), tracing_mode="symbolic")(x, w)
+    torch.testing.assert_close(graph(x[:3], w), F.relu(F.linear(x[:3], w)))
+    graph = make_fx(grad(lambda t: FF.gelu(t).sum()))(x)
+    torch.testing.assert_close(graph(x), grad(lambda t: F.gelu(t).sum())(x))
+
+
+def test_fx_symbolic_trace():
+    ours, theirs = replaced_net(), net()
+    traced = torch.fx.symbolic_trace(ours)
+    assert FF.linear in [node.target for node in traced.graph.nodes]
+    compare_models(traced, theirs, torch.randn(5, 10))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint(reentrant):
+    ours, theirs = replaced_net(), net()
+
+    def run(model):
+        return lambda x: checkpoint(model, x.clone().requires_grad_(), use_reentrant=reentrant)
+
+    compare_with_backward(run(ours), theirs, ours)
+
+
+def compare_with_backward(function, theirs, ours):
+    """For what torch.autograd.grad cannot do, as reentrant checkpoints."""
+    x = torch.randn(5, 10)
+    function(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_saved_tensors_hooks():
+    ours, theirs = replaced_net(), net()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy(force=True), lambda a: torch.from_numpy(a)):
+        loss = ours(torch.ones(5, 10)).square().sum()
+    grads = torch.autograd.grad(loss, ours.parameters())
+    expected = torch.autograd.grad(theirs(torch.ones(5, 10)).square().sum(), theirs.parameters())
+    torch.testing.assert_close(grads, expected, atol=1e-4, rtol=1e-4)
+    with torch.autograd.graph.save_on_cpu():
+        compare_models(ours, theirs, torch.ones(5, 10))
+
+
+def test_forward_mode_without_func():
+    import torch.autograd.forward_ad as forward_ad
+
+    x, w, tangent = torch.randn(4, 6), torch.randn(5, 6), torch.randn(4, 6)
+    with forward_ad.dual_level():
+        output = FF.linear(forward_ad.make_dual(x, tangent), w, activation="gelu")
+        actual = forward_ad.unpack_dual(output).tangent
+    torch.testing.assert_close(actual, jvp(lambda t: F.gelu(F.linear(t, w)), (x,), (tangent,))[1])
+
+
+def test_a_graph_from_the_fast_door_under_forward_mode():
+    """Gradients with a tangent: the second half of a Hessian-vector product."""
+    import torch.autograd.forward_ad as forward_ad
+
+    for function in (
+        FF.gelu,
+        FF.relu,
+        lambda t: FF.linear(t, t.detach()),
+        lambda t: FF.linear(t, t.detach(), activation="tanh"),
+        FF.glu,
+    ):
+        x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+        output = function(x)
+        primal, tangent = torch.randn_like(output), torch.randn_like(output)
+        expected = torch.autograd.grad(output, x, tangent, retain_graph=True)[0]  # linear in the incoming gradient
+        with forward_ad.dual_level():
+            (gradient,) = torch.autograd.grad(output, x, forward_ad.make_dual(primal, tangent), create_graph=True)
+            torch.testing.assert_close(forward_ad.unpack_dual(gradient).tangent, expected)
+
+
+def test_batched_gradients():
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    for ours, theirs in (
+        (lambda: FF.linear(x, w, activation="tanh"), lambda: torch.tanh(F.linear(x, w))),
+        (lambda: FF.gelu(x @ w.mT), lambda: F.gelu(x @ w.mT)),
+        (lambda: FF.relu(x @ w.mT), lambda: F.relu(x @ w.mT)),
+        (lambda: FF.glu(x, 1) @ w.mT[:2], lambda: F.glu(x, 1) @ w.mT[:2]),
+        (lambda: FF.prelu(x @ w.mT, w[:, 0]), lambda: F.prelu(x @ w.mT, w[:, 0])),
+    ):
+        vectors = torch.randn(6, 3, 5, dtype=torch.float64)
+        results = [torch.autograd.grad(f(), (x, w), vectors, is_grads_batched=True) for f in (ours, theirs)]
+        torch.testing.assert_close(*results)
+
+
+def test_deepcopy_of_a_compiled_model():
+    model = replaced_net()
+    x = torch.randn(5, 10)
+    torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
