@@ -49,6 +49,11 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         return self.function + "".join(f"-{value}" for value in self.kwargs.values())
 
+    @property
+    def from_input(self) -> bool:
+        """Whether the gradient can be formed from x; sigmoid's and tanh's is formed from y alone."""
+        return self.kind not in ("sigmoid", "tanh")
+
     def ours(self, x: Tensor, **more: Any) -> Tensor:
         return getattr(FF, self.function)(x, **self.kwargs, **more)
 

@@ -98,12 +98,9 @@ struct LinearOp : CompiledBackward<LinearOp> {
       if (g.defined() && activation.kind != ActivationKind::identity)
         g = differentiable_activation_backward(g, output, activation, saved_by_linear(activation));
       if (grad_z.defined()) g = g.defined() ? g + grad_z : grad_z;
-      const Tensor g2 = g.dim() == 1 ? g.unsqueeze(0) : g.flatten(0, -2);
+      const Tensor g2 = g.reshape({rows_of(g.sizes()), g.size(-1)});
       if (needs(0)) result[0] = product(g, weight);
-      if (needs(1)) {
-        const Tensor x2 = input.dim() == 1 ? input.unsqueeze(0) : input.flatten(0, -2);
-        result[1] = product(g2.t(), x2);
-      }
+      if (needs(1)) result[1] = product(g2.t(), input.reshape({rows_of(input.sizes()), input.size(-1)}));
       if (needs(2)) result[2] = g2.sum(0);
       return result;
     }
