@@ -48,22 +48,22 @@ enum class Saved : int {
   input,    // x
 };
 
-// The default choice for an activation of its own: a mask for the piecewise linear kinds (relu, relu6, leaky_relu, hardtanh,
-// hardsigmoid, hardshrink, softshrink, threshold), y for sigmoid and tanh, x for the others.
+// The default choice for an activation of its own: a mask for the piecewise linear kinds (relu, relu6, leaky_relu,
+// hardtanh, hardsigmoid, hardshrink, softshrink, threshold), y for sigmoid and tanh, x for the others.
 Saved saved_by_default(Activation activation);
 
-// What a fused linear saves: y where f'(x) follows exactly from y (relu, relu6, leaky_relu with a > 0, hardtanh, hardshrink
-// and softshrink with a >= 0, sigmoid, tanh), else x, the pre-activation. Never a mask.
+// What a fused linear saves: y where f'(x) follows exactly from y (relu, relu6, leaky_relu with a > 0, hardtanh,
+// hardshrink and softshrink with a >= 0, sigmoid, tanh), else x, the pre-activation. Never a mask.
 Saved saved_by_linear(Activation activation);
 
 // True where backward can also work from y, which an in-place call needs: the kinds of saved_by_linear's output, and
 // elu (a >= 0), selu, celu (a > 0) as torch does it.
 bool can_save_output(Activation activation);
 
-// y[r, c] = f(x[r, c]) for r < rows, c < cols. x has unit column stride and x_row_stride between rows; y is contiguous. x == y
-// (in place) is allowed when x is contiguous. A flat tensor is one row.
-// mask, when not null, gets bit c of row r at mask[r * mask_row_bytes(cols) + c / 8], bit c % 8; bits past cols are zero. It
-// is set where the derivative takes the value of the "inside" piece, with torch's own decision on NaN.
+// y[r, c] = f(x[r, c]) for r < rows, c < cols. x has unit column stride and x_row_stride between rows; y is contiguous.
+// x == y (in place) is allowed when x is contiguous. A flat tensor is one row. mask, when not null, gets bit c of row r
+// at mask[r * mask_row_bytes(cols) + c / 8], bit c % 8; bits past cols are zero. It is set where the derivative takes
+// the value of the "inside" piece, with torch's own decision on NaN.
 struct ActivationForward {
   DType dtype;
   Activation activation;
@@ -76,9 +76,10 @@ struct ActivationForward {
 
 inline int64_t mask_row_bytes(int64_t cols) { return (cols + 7) / 8; }
 
-// grad_x[r, c] = grad_y[r, c] * f'(x[r, c]), read from `saved` (a mask, y or x, as saved_kind says: x will do for every kind but
-// sigmoid and tanh, y where can_save_output allows, a mask where it is the default; dense rows for mask, row
-// strides for the others). grad_x is contiguous and may be the same memory as grad_y or saved only when those are contiguous.
+// grad_x[r, c] = grad_y[r, c] * f'(x[r, c]), read from `saved` (a mask, y or x, as saved_kind says: x will do for every
+// kind but sigmoid and tanh, y where can_save_output allows, a mask where it is the default; dense rows for mask, row
+// strides for the others). grad_x is contiguous and may be the same memory as grad_y or saved only when those are
+// contiguous.
 struct ActivationBackward {
   DType dtype;
   Activation activation;
@@ -91,8 +92,8 @@ struct ActivationBackward {
   void* grad_x;
 };
 
-// PReLU over x[outer, channels, inner], contiguous: y = x > 0 ? x : w[c] x. channels == 1 shares one weight. w_stride in
-// elements between weights.
+// PReLU over x[outer, channels, inner], contiguous: y = x > 0 ? x : w[c] x. channels == 1 shares one weight. w_stride
+// in elements between weights.
 struct PreluForward {
   DType dtype;
   int64_t outer, channels, inner;
@@ -102,8 +103,8 @@ struct PreluForward {
   void* y;
 };
 
-// grad_x and grad_w[channels] (contiguous), each nullable when not needed. grad_w[c] = sum of grad_y * x over x <= 0, summed in
-// float32 (float64 for float64) in an order that does not depend on the number of threads. workspace: see
+// grad_x and grad_w[channels] (contiguous), each nullable when not needed. grad_w[c] = sum of grad_y * x over x <= 0,
+// summed in float32 (float64 for float64) in an order that does not depend on the number of threads. workspace: see
 // KernelTable::prelu_backward_workspace.
 struct PreluBackward {
   DType dtype;

@@ -4,8 +4,8 @@
 namespace fastops {
 
 // run(threads, body, context) calls body(context, thread, actual) once for every thread in [0, actual), all of them at
-// the same time, and returns when all have returned; 1 <= actual <= threads. The calls run concurrently, so the body may
-// use a barrier among `actual` threads. A kernel must give bitwise the same result for every `actual`.
+// the same time, and returns when all have returned; 1 <= actual <= threads. The calls run concurrently, so the body
+// may use a barrier among `actual` threads. A kernel must give bitwise the same result for every `actual`.
 struct Team {
   int threads = 1;  // how many the caller is willing to give
   void (*run)(int threads, void (*body)(void* context, int thread, int actual), void* context) = nullptr;

@@ -16,12 +16,10 @@ struct f16_t {
   uint16_t bits;
 };
 
-inline constexpr size_t size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
+inline constexpr size_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-// A read-only matrix with arbitrary strides, counted in elements: (i, j) lies at data + i * row_stride + j * col_stride.
-// Strides may be zero (an expanded tensor) or negative.
+// A read-only matrix with arbitrary strides, counted in elements: (i, j) lies at data + i * row_stride + j *
+// col_stride. Strides may be zero (an expanded tensor) or negative.
 struct Matrix {
   const void* data = nullptr;
   int64_t row_stride = 0;

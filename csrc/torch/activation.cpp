@@ -16,9 +16,9 @@ namespace fastops {
 namespace {
 
 constexpr const char* kActivationNames[] = {
-    "identity", "relu",        "relu6",     "leaky_relu", "elu",      "selu",     "celu",       "gelu",
-    "gelu_tanh", "silu",       "mish",      "sigmoid",    "logsigmoid", "tanh",   "softplus",   "softsign",
-    "hardtanh", "hardsigmoid", "hardswish", "hardshrink", "softshrink", "tanhshrink", "threshold"};
+    "identity",  "relu",        "relu6",     "leaky_relu", "elu",        "selu",       "celu",     "gelu",
+    "gelu_tanh", "silu",        "mish",      "sigmoid",    "logsigmoid", "tanh",       "softplus", "softsign",
+    "hardtanh",  "hardsigmoid", "hardswish", "hardshrink", "softshrink", "tanhshrink", "threshold"};
 static_assert(sizeof kActivationNames / sizeof *kActivationNames == static_cast<size_t>(ActivationKind::count));
 constexpr const char* kSavedNames[] = {"nothing", "mask", "output", "input"};
 
@@ -29,8 +29,8 @@ struct Rows {
   int64_t rows, cols, stride;
 };
 
-// A tensor that is not dense but whose leading dimensions step evenly over contiguous rows (a slice of the last dimension), as
-// rows. Returns rows == 0 where it is neither.
+// A tensor that is not dense but whose leading dimensions step evenly over contiguous rows (a slice of the last
+// dimension), as rows. Returns rows == 0 where it is neither.
 Rows rows_of(const Tensor& tensor) {
   if (is_dense(tensor)) return {1, tensor.numel(), tensor.numel()};
   const int64_t dims = tensor.dim();
@@ -48,7 +48,8 @@ Rows rows_of(const Tensor& tensor) {
   return stride >= cols ? Rows{rows, cols, stride} : Rows{0, 0, 0};
 }
 
-// An uninitialised tensor for a result of this input: the same memory order where the input is dense, contiguous otherwise.
+// An uninitialised tensor for a result of this input: the same memory order where the input is dense, contiguous
+// otherwise.
 Tensor empty_result(const Tensor& input) {
   if (input.is_contiguous() || !is_dense(input)) return empty_output(input.sizes(), input.scalar_type());
   return empty_output_strided(input.sizes(), input.strides(), input.scalar_type());
@@ -114,7 +115,8 @@ struct ActivationOp : CompiledBackward<ActivationOp> {
   using Args = ActivationArgs;
   static c10::IValue pack(const Args& args) { return pack_activation(args); }
   static Args unpack(const c10::IValue& packed) { return unpack_activation(packed); }
-  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads, Needs needs) {
+  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
+                                 Needs needs) {
     if (!grads[0].defined() || !needs(0)) return {Tensor()};
     const bool direct = !at::GradMode::is_enabled() && fast_door::is_plain(grads[0]);
     const auto backward = direct ? activation_backward : differentiable_activation_backward;
@@ -127,7 +129,8 @@ struct ActivationBackwardOp : CompiledBackward<ActivationBackwardOp> {
   using Args = ActivationArgs;
   static c10::IValue pack(const Args& args) { return pack_activation(args); }
   static Args unpack(const c10::IValue& packed) { return unpack_activation(packed); }
-  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads, Needs needs) {
+  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
+                                 Needs needs) {
     variable_list result(2);
     if (!grads[0].defined()) return result;
     if (needs(0))
@@ -146,8 +149,8 @@ struct Channels {
 };
 
 bool is_channels_last(const Tensor& tensor) {
-  return !tensor.is_contiguous() &&
-         (tensor.is_contiguous(at::MemoryFormat::ChannelsLast) || tensor.is_contiguous(at::MemoryFormat::ChannelsLast3d));
+  return !tensor.is_contiguous() && (tensor.is_contiguous(at::MemoryFormat::ChannelsLast) ||
+                                     tensor.is_contiguous(at::MemoryFormat::ChannelsLast3d));
 }
 
 Channels channels_of(const Tensor& input, int64_t weights) {
@@ -229,7 +232,8 @@ struct GluOp : CompiledBackward<GluOp> {
   };
   static c10::IValue pack(const Args& args) { return args.dim; }
   static Args unpack(const c10::IValue& packed) { return {packed.toInt()}; }
-  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads, Needs needs) {
+  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
+                                 Needs needs) {
     const Tensor &input = saved[0], &g = grads[0];
     if (!g.defined() || !needs(0)) return {Tensor()};
     if (!at::GradMode::is_enabled() && fast_door::is_plain(g)) return {fastops::glu_backward(g, input, args.dim)};
@@ -253,7 +257,8 @@ const char* activation_name(ActivationKind kind) { return kActivationNames[stati
 Saved saved_kind(std::string_view name) {
   for (int i = 0; i < 4; ++i)
     if (name == kSavedNames[i]) return static_cast<Saved>(i);
-  TORCH_CHECK_VALUE(false, "saved_kind: expected 'nothing', 'mask', 'output' or 'input', got '", std::string(name), "'");
+  TORCH_CHECK_VALUE(false, "saved_kind: expected 'nothing', 'mask', 'output' or 'input', got '", std::string(name),
+                    "'");
 }
 
 const char* saved_name(Saved kind) { return kSavedNames[static_cast<int>(kind)]; }
@@ -304,9 +309,15 @@ Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, Activ
   }
   Tensor grad_input = empty_result(g);
   if (g.numel() == 0) return grad_input;
-  const ActivationBackward args{to_dtype(g.scalar_type()), activation,      kind,
-                                s_rows.rows,               s_rows.cols,     g.const_data_ptr(),
-                                g_rows.stride,             s.const_data_ptr(), s_rows.stride,
+  const ActivationBackward args{to_dtype(g.scalar_type()),
+                                activation,
+                                kind,
+                                s_rows.rows,
+                                s_rows.cols,
+                                g.const_data_ptr(),
+                                g_rows.stride,
+                                s.const_data_ptr(),
+                                s_rows.stride,
                                 grad_input.mutable_data_ptr()};
   const KernelTable& table = kernels();
   record::timed(
@@ -326,8 +337,7 @@ Tensor differentiable_activation_backward(const Tensor& grad_output, const Tenso
   }
   const Tensor grad_input = activation_backward(grad_output, saved, activation, kind, mask_strides);
   if (!at::GradMode::is_enabled() || !(needs_grad(grad_output) || needs_grad(saved))) return grad_input;
-  const auto node =
-      make_node<ActivationBackwardOp>({activation, kind, mask_strides.vec()}, grad_output, saved);
+  const auto node = make_node<ActivationBackwardOp>({activation, kind, mask_strides.vec()}, grad_output, saved);
   torch::autograd::set_history(grad_input, node);
   save(node, {grad_output, saved});
   return grad_input;
@@ -364,9 +374,9 @@ Tensor activation_(const Tensor& input, Activation activation) {
   const bool dense = is_dense(x);
   const bool ordered = kind == Saved::mask && dense && !x.is_contiguous();
   // The edges are those of the input as it was.
-  const auto node = records ? make_node<ActivationOp>(
-                                  {activation, kind, ordered ? x.strides().vec() : std::vector<int64_t>()}, input)
-                            : nullptr;
+  const auto node =
+      records ? make_node<ActivationOp>({activation, kind, ordered ? x.strides().vec() : std::vector<int64_t>()}, input)
+              : nullptr;
   if (x.numel() == 0) {
     if (kind == Saved::mask) mask = empty_output({0}, at::kByte);
   } else if (dense) {
@@ -459,13 +469,17 @@ Tensor prelu_forward(const Tensor& input, const Tensor& weight) {
   Tensor y = empty_result(x);
   if (x.numel() == 0) return y;
   const auto [outer, channels, inner] = channels_of(x, weight.numel());
-  const PreluForward args{to_dtype(x.scalar_type()), outer,           channels, inner, x.const_data_ptr(), weight.const_data_ptr(),
-                          weight.dim() ? weight.stride(0) : 0, y.mutable_data_ptr()};
+  const PreluForward args{to_dtype(x.scalar_type()),
+                          outer,
+                          channels,
+                          inner,
+                          x.const_data_ptr(),
+                          weight.const_data_ptr(),
+                          weight.dim() ? weight.stride(0) : 0,
+                          y.mutable_data_ptr()};
   const KernelTable& table = kernels();
   record::timed(
-      [&] {
-        return record::Row{"prelu", table.isa, record::shapes_of({x, weight}), dtype_name(x.scalar_type())};
-      },
+      [&] { return record::Row{"prelu", table.isa, record::shapes_of({x, weight}), dtype_name(x.scalar_type())}; },
       [&] { table.prelu_forward(args, torch_team()); });
   return y;
 }
@@ -500,8 +514,7 @@ std::array<Tensor, 2> prelu_backward(const Tensor& grad_output, const Tensor& in
   const Workspace workspace(table.prelu_backward_workspace(args));
   record::timed(
       [&] {
-        return record::Row{"prelu_backward", table.isa, record::shapes_of({g, x, weight}),
-                           dtype_name(x.scalar_type())};
+        return record::Row{"prelu_backward", table.isa, record::shapes_of({g, x, weight}), dtype_name(x.scalar_type())};
       },
       [&] { table.prelu_backward(args, workspace.get(), torch_team()); });
   return out;
@@ -531,9 +544,8 @@ Tensor glu_forward(const Tensor& input, int64_t dim) {
   const auto [outer, inner] = halves_of(x, axis);
   const GluForward args{to_dtype(x.scalar_type()), outer, inner, x.const_data_ptr(), y.mutable_data_ptr()};
   const KernelTable& table = kernels();
-  record::timed(
-      [&] { return record::Row{"glu", table.isa, record::shapes_of({x}), dtype_name(x.scalar_type())}; },
-      [&] { table.glu_forward(args, torch_team()); });
+  record::timed([&] { return record::Row{"glu", table.isa, record::shapes_of({x}), dtype_name(x.scalar_type())}; },
+                [&] { table.glu_forward(args, torch_team()); });
   return y;
 }
 
@@ -548,13 +560,11 @@ Tensor glu_backward(const Tensor& grad_output, const Tensor& input, int64_t dim)
   Tensor grad_input = empty_output(x.sizes(), x.scalar_type());
   if (x.numel() == 0) return grad_input;
   const auto [outer, inner] = halves_of(x, axis);
-  const GluBackward args{to_dtype(x.scalar_type()), outer,           inner, g.const_data_ptr(), x.const_data_ptr(),
+  const GluBackward args{to_dtype(x.scalar_type()),    outer, inner, g.const_data_ptr(), x.const_data_ptr(),
                          grad_input.mutable_data_ptr()};
   const KernelTable& table = kernels();
   record::timed(
-      [&] {
-        return record::Row{"glu_backward", table.isa, record::shapes_of({g, x}), dtype_name(x.scalar_type())};
-      },
+      [&] { return record::Row{"glu_backward", table.isa, record::shapes_of({g, x}), dtype_name(x.scalar_type())}; },
       [&] { table.glu_backward(args, torch_team()); });
   return grad_input;
 }

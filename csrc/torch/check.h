@@ -1,4 +1,5 @@
-// What every op of the torch layer asks of its tensors, and the small conversions between torch's types and the kernels'.
+// What every op of the torch layer asks of its tensors, and the small conversions between torch's types and the
+// kernels'.
 #pragma once
 
 #include <ATen/core/Tensor.h>

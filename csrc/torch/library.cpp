@@ -43,7 +43,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_op(const Tensor& grad_output,
   return {or_empty(x, type), or_empty(w, type), or_empty(bias, type)};
 }
 
-// A mask that crosses this door is in the logical order of its elements, whatever the strides: a compiler may change those.
+// A mask that crosses this door is in the logical order of its elements, whatever the strides: a compiler may change
+// those.
 std::tuple<Tensor, Tensor> activation_forward_op(const Tensor& input, c10::string_view activation, double a, double b,
                                                  bool need_mask) {
   const Activation f = make_activation(activation, a, b);
@@ -76,15 +77,17 @@ TORCH_LIBRARY(fastops, m) {
       "linear_forward(Tensor input, Tensor weight, Tensor? bias, str activation, float a, float b, bool need_saved) -> "
       "(Tensor output, Tensor pre_activation)");
   m.def(
-      "linear_backward(Tensor grad_output, Tensor? saved, Tensor input, Tensor weight, str activation, float a, float b, "
+      "linear_backward(Tensor grad_output, Tensor? saved, Tensor input, Tensor weight, str activation, float a, float "
+      "b, "
       "bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def(
-      "activation_forward(Tensor input, str activation, float a, float b, bool need_mask) -> (Tensor output, Tensor mask)");
+      "activation_forward(Tensor input, str activation, float a, float b, bool need_mask) -> (Tensor output, Tensor "
+      "mask)");
   m.def(
-      "activation_backward(Tensor grad_output, Tensor saved, str activation, float a, float b, str saved_kind) -> Tensor");
-  m.def(
-      "activation_second_derivative(Tensor saved, str activation, float a, float b, str saved_kind) -> Tensor",
-      activation_second_derivative_op);
+      "activation_backward(Tensor grad_output, Tensor saved, str activation, float a, float b, str saved_kind) -> "
+      "Tensor");
+  m.def("activation_second_derivative(Tensor saved, str activation, float a, float b, str saved_kind) -> Tensor",
+        activation_second_derivative_op);
   m.def("prelu_forward(Tensor input, Tensor weight) -> Tensor");
   m.def(
       "prelu_backward(Tensor grad_output, Tensor input, Tensor weight, bool[2] output_mask) -> "
@@ -104,8 +107,8 @@ TORCH_LIBRARY_IMPL(fastops, CPU, m) {
   m.impl("glu_backward", glu_backward);
 }
 
-// ---- the fast door: _C.<op> returns NotImplemented for every call that is not plain; Python then takes the general door or
-// explains what is wrong. Kernels run without the interpreter's lock, as PyTorch's own do.
+// ---- the fast door: _C.<op> returns NotImplemented for every call that is not plain; Python then takes the general
+// door or explains what is wrong. Kernels run without the interpreter's lock, as PyTorch's own do.
 
 py::object not_implemented() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
 
@@ -131,7 +134,8 @@ py::object linear_fast(py::handle input, py::handle weight, py::handle bias, int
   const Activation activation = make_activation(kind, a, b);
   if (at::autocast::is_autocast_enabled(at::kCPU)) {
     const auto type = at::autocast::get_autocast_dtype(at::kCPU);
-    const Tensor cast_x = at::autocast::cached_cast(type, x, at::kCPU), cast_w = at::autocast::cached_cast(type, w, at::kCPU);
+    const Tensor cast_x = at::autocast::cached_cast(type, x, at::kCPU),
+                 cast_w = at::autocast::cached_cast(type, w, at::kCPU);
     const auto cast_bias = at::autocast::cached_cast(type, bias_tensor, at::kCPU);
     if (!linear_accepts(cast_x, cast_w, cast_bias)) return not_implemented();
     return without_gil([&] { return fastops::linear(cast_x, cast_w, cast_bias, activation); });
@@ -149,7 +153,8 @@ py::object activation_fast(py::handle input, int kind, double a, double b, bool 
 }
 
 py::object prelu_fast(py::handle input, py::handle weight) {
-  if (at::autocast::is_autocast_enabled(at::kCPU)) return not_implemented();  // on its lower-precision list: cast in Python
+  if (at::autocast::is_autocast_enabled(at::kCPU))
+    return not_implemented();  // on its lower-precision list: cast in Python
   if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr()) || !fast_door::is_plain(weight.ptr()))
     return not_implemented();
   const Tensor &x = THPVariable_Unpack(input.ptr()), &w = THPVariable_Unpack(weight.ptr());
@@ -218,9 +223,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("record_enabled", &record::enabled);
   m.def("record_start", &record::start);
   m.def("record_stop", &record_stop);
-  m.def("record_add", [](std::string op, std::string kernel, std::string shapes, std::string dtype, double microseconds) {
-    record::add({std::move(op), std::move(kernel), std::move(shapes), std::move(dtype), microseconds});
-  });
+  m.def("record_add",
+        [](std::string op, std::string kernel, std::string shapes, std::string dtype, double microseconds) {
+          record::add({std::move(op), std::move(kernel), std::move(shapes), std::move(dtype), microseconds});
+        });
 
   m.def("memory_stats", &memory_stats);
   m.def("memory_set_limit", &memory::set_limit);

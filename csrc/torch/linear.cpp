@@ -13,8 +13,8 @@
 namespace fastops {
 namespace {
 
-// A tensor as a matrix of its last dimension, all others collapsed into rows. `tensor` is replaced by a contiguous copy only
-// when the leading dimensions do not collapse into one stride.
+// A tensor as a matrix of its last dimension, all others collapsed into rows. `tensor` is replaced by a contiguous copy
+// only when the leading dimensions do not collapse into one stride.
 Matrix as_matrix(Tensor& tensor) {
   const int64_t dims = tensor.dim();
   if (dims == 1) return {tensor.const_data_ptr(), 0, tensor.stride(0)};
@@ -83,16 +83,18 @@ struct LinearOp : CompiledBackward<LinearOp> {
             {values.begin() + 3, values.end()}};
   }
 
-  // saved: input (where weight needs a gradient), weight (where input does), y or z. grads: of y, and of z where there is one.
-  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads, Needs needs) {
+  // saved: input (where weight needs a gradient), weight (where input does), y or z. grads: of y, and of z where there
+  // is one.
+  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
+                                 Needs needs) {
     variable_list result(3);
     const Tensor &grad_y = grads[0], grad_z = grads.size() > 1 ? grads[1] : Tensor();
     if (!grad_y.defined() && !grad_z.defined()) return result;
     const Tensor &input = saved[0], &weight = saved[1], &output = saved[2];
     const Activation& activation = args.activation;
 
-    // A gradient that will itself be differentiated, or that is batched or dual (is_grads_batched, forward over reverse): one
-    // differentiable op a step.
+    // A gradient that will itself be differentiated, or that is batched or dual (is_grads_batched, forward over
+    // reverse): one differentiable op a step.
     if (at::GradMode::is_enabled() || grad_z.defined() || !fast_door::is_plain(grad_y)) {
       Tensor g = grad_y;
       if (g.defined() && activation.kind != ActivationKind::identity)
@@ -115,8 +117,8 @@ struct LinearOp : CompiledBackward<LinearOp> {
 
 }  // namespace
 
-LinearOutput linear_forward(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, Activation activation,
-                            bool need_saved) {
+LinearOutput linear_forward(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                            Activation activation, bool need_saved) {
   const Tensor b = bias.value_or(Tensor());
   check_linear(input, weight, b);
 
@@ -214,9 +216,10 @@ Tensor linear(const Tensor& input, const Tensor& weight, const optional<Tensor>&
   const bool records = at::GradMode::is_enabled() && (grad_x || grad_w || (bias && needs_grad(*bias)));
   auto [y, z] = linear_forward(input, weight, bias, activation, /*need_saved=*/records);
   if (!records) return y;
-  // z, the pre-activation, is an output of the node that nobody else sees: gradients of gradients reach the inputs through it.
-  const auto node = make_node<LinearOp>(
-      {activation, grad_w ? std::vector<int64_t>() : input.sizes().vec()}, input, weight, bias);
+  // z, the pre-activation, is an output of the node that nobody else sees: gradients of gradients reach the inputs
+  // through it.
+  const auto node =
+      make_node<LinearOp>({activation, grad_w ? std::vector<int64_t>() : input.sizes().vec()}, input, weight, bias);
   torch::autograd::set_history(y, node);
   if (z.defined()) torch::autograd::set_history(z, node);
   const bool identity = activation.kind == ActivationKind::identity;

@@ -1,9 +1,9 @@
 // How an op of the fast door records itself for autograd.
 //
-// torch::autograd::Function costs about as much as a small op itself: a string-keyed map for what is not a tensor, sets for dirty
-// and non-differentiable outputs, the shape of every input and output. An OpNode is the CppNode that Function would have
-// made, filled by hand as PyTorch's own generated code does it, with plain members in place of the map. What compiled autograd
-// wants to see besides (torch.compile over the backward pass) is put in place when it asks.
+// torch::autograd::Function costs about as much as a small op itself: a string-keyed map for what is not a tensor, sets
+// for dirty and non-differentiable outputs, the shape of every input and output. An OpNode is the CppNode that Function
+// would have made, filled by hand as PyTorch's own generated code does it, with plain members in place of the map. What
+// compiled autograd wants to see besides (torch.compile over the backward pass) is put in place when it asks.
 //
 // Op provides
 //   struct Args                                            everything but tensors
@@ -51,7 +51,8 @@ struct CompiledBackward {
   }
 };
 
-// The node of one call, its edges leading to where the inputs came from. Nodes are counted intrusively from torch 2.12 on.
+// The node of one call, its edges leading to where the inputs came from. Nodes are counted intrusively from torch 2.12
+// on.
 template <class Op, class... Inputs>
 auto make_node(typename Op::Args args, const Inputs&... inputs) {
   const auto fill = [&](auto node) {

@@ -29,8 +29,8 @@ struct LinearOutput {
   Tensor z;  // the pre-activation, undefined unless asked for and saved_by_linear says input
 };
 // input (*, k), weight (n, k), bias (n) or undefined -> y (*, n).
-LinearOutput linear_forward(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, Activation activation,
-                            bool need_saved);
+LinearOutput linear_forward(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                            Activation activation, bool need_saved);
 // Gradients of input, weight and bias; those not asked for stay undefined. What only they need may be undefined too.
 std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& saved, const Tensor& input,
                                       const Tensor& weight, Activation activation, std::array<bool, 3> output_mask,

@@ -15,9 +15,9 @@ struct Row {
   double microseconds = 0;
 };
 
-bool enabled();             // somebody listens; one relaxed load
-void start();               // begins a recording; recordings nest
-std::vector<Row> stop();    // ends the innermost one: its rows, in order of call
+bool enabled();           // somebody listens; one relaxed load
+void start();             // begins a recording; recordings nest
+std::vector<Row> stop();  // ends the innermost one: its rows, in order of call
 void add(Row row);
 
 std::string shapes_of(std::initializer_list<at::Tensor> tensors);  // "16x10, 5x10, 5"; undefined ones are left out

@@ -42,8 +42,10 @@ Isa detect() {
   const CpuidLeaf one(1, 0), seven(7, 0), seven_one(7, 1);
   if (!bit(one.c, 27)) return Isa::scalar;  // OSXSAVE
   const uint64_t state = xcr0();
-  const bool avx_state = (state & 0x6) == 0x6, avx512_state = (state & 0xe6) == 0xe6, amx_state = (state & 0x60000) == 0x60000;
-  const bool avx2 = avx_state && bit(one.c, 28) && bit(one.c, 12) && bit(one.c, 29) && bit(seven.b, 5);  // AVX FMA F16C AVX2
+  const bool avx_state = (state & 0x6) == 0x6, avx512_state = (state & 0xe6) == 0xe6,
+             amx_state = (state & 0x60000) == 0x60000;
+  const bool avx2 =
+      avx_state && bit(one.c, 28) && bit(one.c, 12) && bit(one.c, 29) && bit(seven.b, 5);  // AVX FMA F16C AVX2
   if (!avx2) return Isa::scalar;
   const bool avx512 =
       avx512_state && bit(seven.b, 16) && bit(seven.b, 17) && bit(seven.b, 30) && bit(seven.b, 31);  // F DQ BW VL

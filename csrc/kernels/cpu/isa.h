@@ -12,8 +12,8 @@ const char* isa_name(Isa isa);
 // The best tier that processor and operating system support (AMX: with permission granted by the kernel).
 Isa isa_found();
 
-// The best tier, lowered by FASTOPS_ISA or set_isa. A FASTOPS_ISA that names no tier or one above isa_found() is reported by
-// isa_problem() (null when fine) and leaves the tier at isa_found().
+// The best tier, lowered by FASTOPS_ISA or set_isa. A FASTOPS_ISA that names no tier or one above isa_found() is
+// reported by isa_problem() (null when fine) and leaves the tier at isa_found().
 Isa isa_used();
 const char* isa_problem();
 

@@ -9,8 +9,9 @@ namespace fastops {
 struct KernelTable {
   const char* isa;  // "scalar", "avx2", "avx512", "avx512_bf16", "amx"
 
-  // The workspace is `workspace(args, threads)` bytes of 64-byte aligned scratch whose contents mean nothing before or after
-  // the call; zero bytes means null is fine. *_name is the kernel that this call will take, for record() ("gemm_12x32").
+  // The workspace is `workspace(args, threads)` bytes of 64-byte aligned scratch whose contents mean nothing before or
+  // after the call; zero bytes means null is fine. *_name is the kernel that this call will take, for record()
+  // ("gemm_12x32").
   size_t (*linear_forward_workspace)(const LinearForward&, int threads);
   void (*linear_forward)(const LinearForward&, void* workspace, const Team&);
   const char* (*linear_forward_name)(const LinearForward&);
