@@ -91,8 +91,8 @@ void run_forward(const Tensor& input, const Rows& rows, Tensor& y, Tensor& mask,
       [&] { table.activation_forward(args, torch_team()); });
 }
 
-// A tensor this small is saved as PyTorch would: allocating its mask takes longer than the bits save (1K elements forward and
-// backward, leaky_relu: 0.94 of PyTorch's speed with a mask; Granite Rapids).
+// A tensor this small is saved as PyTorch would: allocating its mask takes longer than the bits save (1K elements
+// forward and backward, leaky_relu: 0.94 of PyTorch's speed with a mask; Granite Rapids).
 constexpr int64_t kMaskFrom = 4096;
 
 Saved saved_for(const Tensor& input, Activation activation) {
