@@ -474,3 +474,28 @@ def test_modules(name):
             assert rows[0].kernel != "aten"
         theirs.load_state_dict(ours.state_dict())
         ours.load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["relu", "hardtanh", "gelu", "tanh", "prelu", "glu"])
+def test_large_outputs_have_the_bits_of_small_ones(isa, kind):
+    """From 32 MB up a kernel writes past the caches, in pieces; the end is no whole piece, and no whole vector."""
+    length = (32 << 18) + 1037
+    shape = (2, length) if kind == "glu" else (length,)
+    x, grad = torch.randn(shape), torch.randn(length)
+
+    def run(x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x.clone().requires_grad_()
+        if kind == "prelu":
+            y = FF.prelu(x, torch.tensor([0.3]))
+        elif kind == "glu":
+            y = FF.glu(x, 0)[0]
+        else:
+            y = getattr(FF, kind)(x)
+        y.backward(grad)
+        return y.detach(), x.grad
+
+    whole = run(x, grad)
+    half = length // 128 * 64  # where a mask's byte ends
+    parts = [run(x[..., part], grad[part]) for part in (slice(half), slice(half, None))]
+    for actual, pieces in zip(whole, zip(*parts, strict=True), strict=True):
+        exact(actual, torch.cat(pieces, dim=-1))
