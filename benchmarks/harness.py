@@ -135,8 +135,8 @@ def compare(
     for reference, mine, other in zip(exact, ours, theirs, strict=True):
         scale = reference.abs().max().item() or 1.0
         error, torch_error = ((value.double() - reference).abs().max().item() / scale for value in (mine, other))
-        # float64 has no better reference here than PyTorch's own float64, which multiplies by a float32 1/6 in hardsigmoid; the
-        # tests hold float64 to roundings.
+        # float64 has no better reference here than PyTorch's own float64, which multiplies by a float32 1/6 in
+        # hardsigmoid; the tests hold float64 to roundings.
         allowed = 1e-7 if dtype == torch.float64 else 2 * torch_error + 4 * torch.finfo(dtype).eps
         if not error / allowed <= worst[0] / worst[2]:
             worst = (error, torch_error, allowed)

@@ -253,8 +253,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
             parameters) or an activation module such as nn.LeakyReLU(0.2).
 
     Returns:
-        (*, out_features), in the dtype of the arguments. As with torch.relu, the result of a fused activation must not be
-        changed in place before its backward.
+        (*, out_features), in the dtype of the arguments. As with torch.relu, the result of a fused activation must not
+        be changed in place before its backward.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit. TypeError: an argument is not a Tensor.
