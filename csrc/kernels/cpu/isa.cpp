@@ -113,15 +113,18 @@ bool set_isa(Isa isa) {
 
 const char* cpu_name() {
 #if defined(__x86_64__)
-  static char name[49] = {};
-  if (name[0] == '\0') {
-    for (unsigned i = 0; i < 3; ++i) {
-      const CpuidLeaf leaf(0x80000002u + i, 0);
-      const unsigned words[4] = {leaf.a, leaf.b, leaf.c, leaf.d};
-      std::memcpy(name + 16 * i, words, sizeof words);
+  struct Brand {
+    char text[49] = {};
+    Brand() {
+      for (unsigned i = 0; i < 3; ++i) {
+        const CpuidLeaf leaf(0x80000002u + i, 0);
+        const unsigned words[4] = {leaf.a, leaf.b, leaf.c, leaf.d};
+        std::memcpy(text + 16 * i, words, sizeof words);
+      }
     }
-  }
-  return name;
+  };
+  static const Brand brand;
+  return brand.text;
 #else
   return "unknown";
 #endif
