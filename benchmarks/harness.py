@@ -117,11 +117,15 @@ def functional_sides(case: Case, theirs: Callable, ours: Callable, inputs: Seque
             return [output.detach()]
         return [output.detach(), *torch.autograd.grad(output, operands, grad.to(dtype))]
 
-    exact = results(theirs, torch.float64)
+    exact = results(EXACT.get(case.op, theirs), torch.float64)
     error, torch_error, allowed = compare(
         exact, results(ours, leaves[0].dtype), results(theirs, leaves[0].dtype), leaves[0].dtype
     )
     return Sides(one(theirs), one(ours), error, torch_error, allowed)
+
+
+# The float64 references where PyTorch's own will not do: its hardsigmoid multiplies by a float32 1/6.
+EXACT: dict[str, Callable[..., Tensor]] = {"hardsigmoid": lambda x: (x + 3).clamp(0, 6) / 6}
 
 
 def compare(
@@ -135,9 +139,9 @@ def compare(
     for reference, mine, other in zip(exact, ours, theirs, strict=True):
         scale = reference.abs().max().item() or 1.0
         error, torch_error = ((value.double() - reference).abs().max().item() / scale for value in (mine, other))
-        # float64 has no better reference here than PyTorch's own float64, which multiplies by a float32 1/6 in
-        # hardsigmoid; the tests hold float64 to roundings.
-        allowed = 1e-7 if dtype == torch.float64 else 2 * torch_error + 4 * torch.finfo(dtype).eps
+        # In float64 the reference is PyTorch's own result, which rounds like any other: more roundings, not more error.
+        roundings = 32 if dtype == torch.float64 else 4
+        allowed = 2 * torch_error + roundings * torch.finfo(dtype).eps
         if not error / allowed <= worst[0] / worst[2]:
             worst = (error, torch_error, allowed)
     return worst
