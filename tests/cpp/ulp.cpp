@@ -6,9 +6,8 @@
 // Every tier of this machine (or the one named) is checked against one evaluation of the reference; --stride N takes
 // every Nth input. --backward checks the derivative instead, from x or from y as saved_by_default (or, for a mask, x)
 // says. An ulp is the spacing of float32 at the reference, denormals included. Exits 1 where a forward error exceeds
-// its bound, or where NaN or an infinity comes out wrong. The bound is 2.5 (3 on the scalar tier, whose multiply-adds
-// round twice) 2.55 for mish and 4 for gelu; tanhshrink near 0 and, below AVX-512, gelu have more, which is still less
-// than PyTorch's own error there.
+// its bound, or where NaN or an infinity comes out wrong. The bound is 2.5 (2.8 on the scalar tier, whose multiply-adds
+// round twice), 3.7 for gelu and 4.8 for tanhshrink, near 0: less than PyTorch's own error there.
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -56,7 +55,7 @@ struct Case {
   Activation activation;
   double (*value)(double x);
   double (*slope)(double saved);  // of x; of y for sigmoid and tanh
-  double bound = 2.5, bound_avx2 = 2.5, bound_scalar = 3;
+  double bound = 2.5, bound_scalar = 2.8;
 };
 
 const Case kCases[] = {
@@ -88,9 +87,8 @@ const Case kCases[] = {
      {ActivationKind::gelu},
      [](double x) { return times(x, normal_cdf(x)); },
      [](double x) { return normal_cdf(x) + times(x, normal_pdf(x)); },
-     4,
-     6,
-     9},
+     3.7,
+     3.7},
     {"gelu_tanh",
      {ActivationKind::gelu_tanh},
      [](double x) { return times(x, gelu_tanh_gate(x)); },
@@ -108,10 +106,7 @@ const Case kCases[] = {
      [](double x) {
        const double e = std::exp(std::fmin(x, 50)), d = e * (e + 2) + 2;
        return x > 40 ? 1 : e == 0 ? 0 : e * ((e + 2) * d + 4 * x * (1 + e)) / (d * d);
-     },
-     2.55,
-     2.55,
-     3},
+     }},
     {"sigmoid", {ActivationKind::sigmoid}, [](double x) { return sigmoid(x); }, [](double y) { return (1 - y) * y; }},
     {"logsigmoid",
      {ActivationKind::logsigmoid},
@@ -152,9 +147,8 @@ const Case kCases[] = {
      {ActivationKind::tanhshrink},
      [](double x) { return std::isinf(x) ? x : tanhshrink(x); },
      [](double x) { return std::tanh(x) * std::tanh(x); },
-     5,
-     5,
-     5},
+     4.8,
+     4.8},
     {"threshold",
      {ActivationKind::threshold, 0.1, 20},
      [](double x) { return x <= static_cast<double>(0.1f) ? 20 : x; },
@@ -284,7 +278,7 @@ int main(int argc, char** argv) {
     check(c, backward, isas, stride, threads, worst);
     for (int isa : isas) {
       const Worst& w = worst[isa];
-      const double bound = isa == 0 ? c.bound_scalar : isa == 1 ? c.bound_avx2 : c.bound;
+      const double bound = isa == 0 ? c.bound_scalar : c.bound;
       const bool over = !backward && w.error > bound;
       std::printf("%-12s %-12s %12.4f  x = %a (%.9g), got %.9g%s\n", c.name,
                   fastops::isa_name(static_cast<fastops::Isa>(isa)), w.error, static_cast<double>(w.x),

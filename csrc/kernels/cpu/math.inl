@@ -6,8 +6,8 @@
 // part counts little: x + x^3 P/Q, t + t^2 P. NaN goes in and comes out, provided that clamps keep the variable last
 // (see vec.h).
 //
-// S is the storage type of the result: where it has 8 or 11 bits, shorter polynomials do, whose error (about 2^-16 for
-// bf16_t, 2^-19 for f16_t) adds 0.02 ulp to the 0.5 of the rounding that follows.
+// S is the storage type of the result: where it has 8 or 11 bits, shorter polynomials do, whose error (2^-14 to 2^-16
+// for bf16_t, 2^-19 for f16_t) adds at most 0.03 ulp to the 0.5 of the rounding that follows.
 
 template <class S>
 struct ComputeType {
@@ -137,11 +137,11 @@ inline Vec<T> quotient_for(Vec<T> a, Vec<T> b) {
     return quotient(a, b);
 }
 
-// log(1 + t) for 0 <= t <= 1. Error 2^-27.5 (2^-60.4; f16_t 2^-19.4, bf16_t 2^-16.7).
+// log(1 + t) for 0 <= t <= 1. Error 2^-27.5 (2^-60.4; f16_t 2^-19.4, bf16_t 2^-14.1).
 template <class S, class T>
 inline Vec<T> log1p(Vec<T> t) {
   if constexpr (is_bf16<S>) {
-    return fma(t * t, horner(t, -0.499539465, 0.326226085, -0.212404191, 0.103592612, -0.0247345269), t);
+    return t * horner(t, 0.999943465, -0.496980459, 0.306306548, -0.157428958, 0.0413457721);
   } else if constexpr (is_half<S>) {
     return fma(t * t, horner(t, -0.499907464, 0.331404269, -0.236113474, 0.151027769, -0.0678512603, 0.0145883346), t);
   } else if constexpr (is_single<T>) {
@@ -162,9 +162,33 @@ inline Vec<T> log1p(Vec<T> t) {
 template <class T>
 constexpr double exp_limit = is_single<T> ? 110 : 755;
 
+#if defined(FASTOPS_VEC_AVX512)
+
+// (1 + 2^-15.1) 2^(j / 32), which times 1 + r is exp(r) 2^(j / 32) to 2^-15.1 for |r| <= ln(2) / 64.
+constexpr float kCoarsePowers[kTableColumns] = {
+    1.00002932f, 1.02192712f, 1.04430441f, 1.06717169f, 1.09053971f, 1.11441942f, 1.13882203f, 1.16375898f,
+    1.18924199f, 1.215283f,   1.24189423f, 1.26908817f, 1.29687758f, 1.32527551f, 1.35429526f, 1.38395046f,
+    1.41425503f, 1.44522319f, 1.47686945f, 1.50920868f, 1.54225605f, 1.57602706f, 1.61053756f, 1.64580374f,
+    1.68184215f, 1.7186697f,  1.75630366f, 1.7947617f,  1.83406187f, 1.87422259f, 1.91526272f, 1.95720152f,
+};
+
+// exp(-t) for 0 <= t <= exp_limit, error 2^-15.
+inline VecF coarse_exp_minus(VecF t) {
+  const VecF shifted = fma(t, set<float>(-1.4426950408889634), set<float>(0x1.8p18));  // rounds to 32nds
+  const VecF n = shifted - set<float>(0x1.8p18), minus_r = fma(n, set<float>(0.6931471805599453), t);
+  const VecF power = look_up(kCoarsePowers, columns_of(shifted, 0));
+  return scale(fnma(power, minus_r, power), n);  // 2^n by the largest integer below n
+}
+
+#endif
+
 template <class S, class T>
 inline Vec<T> exp_minus_abs(Vec<T> x) {
-  return exp<S>(-min(set<T>(exp_limit<T>), abs(x)));
+  const Vec<T> t = min(set<T>(exp_limit<T>), abs(x));
+#if defined(FASTOPS_VEC_AVX512)
+  if constexpr (is_bf16<S>) return coarse_exp_minus(t);
+#endif
+  return exp<S>(-t);
 }
 
 // 1 / (1 + exp(-x)); with e = exp(-|x|) it is 1 / (1 + e) or e / (1 + e), and neither cancels.
@@ -197,24 +221,20 @@ inline VecD tanh(VecD x) {
   return copysign(base + quotient(parts.numerator, parts.denominator), x);
 }
 
-#if defined(FASTOPS_VEC_AVX512)
-
-// A function on [0, 15) by 32 polynomials of degree 5, looked up in registers: 1 + t has a piece for each value of its
-// exponent and of the first three bits of its fraction. The rows are where a piece starts, and the coefficients of t
-// less that; the columns are in the order of the low five of those bits, so that the piece at 0 has column 24.
-inline VecF by_pieces(VecF t, const float (&table)[7][32]) {
-  const __m512i index = _mm512_srli_epi32(_mm512_castps_si512((t + set<float>(1)).v), 20);
-  const auto look_up = [&](int row) {
-    const __m512 low = _mm512_loadu_ps(table[row]), high = _mm512_loadu_ps(table[row] + 16);
-    return VecF{_mm512_permutex2var_ps(low, index, high)};
-  };
-  const VecF d = t - look_up(0);
-  VecF y = fma(look_up(6), d, look_up(5));
-  y = fma(y, d, look_up(4));
-  y = fma(y, d, look_up(3));
-  y = fma(y, d, look_up(2));
-  return fma(y, d, look_up(1));
+// A function on [0, 15) by polynomials, looked up: 1 + t has a piece for each value of its exponent and of the first
+// bits of its fraction, 32 or 8 of them (kTableColumns). The rows are a point of the piece, and the coefficients of t
+// less that; the columns are in the order of the low bits of that piece of 1 + t, so that the piece at 0 has column 3 /
+// 4 kTableColumns.
+template <int kRows>
+inline VecF by_pieces(VecF t, const float (&table)[kRows][kTableColumns]) {
+  const Columns column = columns_of(t + set<float>(1), kTableColumns == 32 ? 20 : 22);
+  const VecF d = t - look_up(table[0], column);
+  VecF y = look_up(table[kRows - 1], column);
+  for (int row = kRows - 2; row > 0; --row) y = fma(y, d, look_up(table[row], column));
+  return y;
 }
+
+#if defined(FASTOPS_VEC_AVX512)
 
 // tanh, error 2^-28.4; 1 from 9 on.
 // clang-format off
@@ -308,53 +328,75 @@ inline VecF tanhshrink(VecF x) {
   }
 }
 
-// Phi(-t) = exp(-t^2 / 2) g(t) for 0 <= t <= normal_limit, where t Phi(-t) is zero. normal_ratio is g: error 2^-26.2
-// (2^-62; 16 bits 2^-20.4).
+// Phi(-t) = exp(-t^2 / 2) g(t) for 0 <= t <= normal_limit, where t Phi(-t) is zero. normal_ratio is g: error 2^-62 in
+// float64, 2^-20.4 in 16 bits.
 template <class T>
 constexpr double normal_limit = is_single<T> ? 14.5 : 38.7;
 
-#if defined(FASTOPS_VEC_AVX512)
-
-// g in pieces, error 2^-29: as fast as the rational, and without its 3 ulp of rounding.
+// g in pieces for float32: a rational is as fast, and has 3 ulp of rounding. The points are near the middles, where g
+// is a float32 to 2^-30.
 // clang-format off
-constexpr float kNormalPieces[7][32] = {
-    {1, 1.25f, 1.5f, 1.75f, 2, 2.25f, 2.5f, 2.75f, 3, 3.5f, 4, 4.5f, 5, 5.5f, 6, 6.5f, 7, 8, 9, 10, 11, 12, 13, 14, 0,
-     0.125f, 0.25f, 0.375f, 0.5f, 0.625f, 0.75f, 0.875f},
-    {0.261578292f, 0.230760321f, 0.20578067f, 0.185231671f, 0.168101996f, 0.153651938f, 0.14133133f, 0.130724728f,
-     0.121513948f, 0.106345154f, 0.094410643f, 0.084803395f, 0.0769193023f, 0.0703426972f, 0.0647793114f, 0.0600156747f,
-     0.0558934808f, 0.0491225459f, 0.0437987894f, 0.0395066924f, 0.03597489f, 0.0330189727f, 0.0305094142f,
-     0.0283526611f, 0.5f, 0.453793228f, 0.414032102f, 0.379604429f, 0.349618822f, 0.323356181f, 0.30023247f,
-     0.279770583f},
-    {-0.137363955f, -0.110491864f, -0.0902712718f, -0.0747868642f, -0.062738277f, -0.0532254167f, -0.045613952f,
-     -0.0394492596f, -0.034400411f, -0.026734231f, -0.0212997086f, -0.0173270125f, -0.0143457539f, -0.0120574618f,
-     -0.0102663934f, -0.00884039048f, -0.00768789602f, -0.00596190756f, -0.00475317892f, -0.00387533847f,
-     -0.00321849412f, -0.00271462719f, -0.0023198917f, -0.00200503296f, -0.398942262f, -0.342218131f, -0.295434237f,
-     -0.256590605f, -0.224132866f, -0.196844667f, -0.173767939f, -0.154143035f},
-    {0.062105827f, 0.0463219397f, 0.0351863839f, 0.0271770172f, 0.0213125255f, 0.0169472415f, 0.0136481412f,
-     0.0111195752f, 0.00915577728f, 0.00638738228f, 0.00460574916f, 0.00341583323f, 0.00259521999f, 0.00201329729f,
-     0.00159045809f, 0.00127655815f, 0.00103899394f, 0.000713591697f, 0.000510063139f, 0.000376640382f, 0.000285719376f,
-     0.000221717652f, 0.00017540768f, 0.000141098019f, 0.249999076f, 0.205507308f, 0.170086265f, 0.141691104f,
-     0.118775927f, 0.100163914f, 0.0849530995f, 0.0724475905f},
-    {-0.0250628199f, -0.0175158009f, -0.0124885859f, -0.00907024555f, -0.00670090411f, -0.0050290795f, -0.00382966874f,
-     -0.00295577198f, -0.0023057838f, -0.00145682041f, -0.000957500888f, -0.000651142036f, -0.000456101261f,
-     -0.000327839516f, -0.000241048343f, -0.000180814633f, -0.00013774322f, -8.41219808e-05f, -5.40665351e-05f,
-     -3.62373758e-05f, -2.5151412e-05f, -1.79799554e-05f, -1.31817442e-05f, -9.87691783e-06f, -0.132949069f,
-     -0.105486706f, -0.0842871219f, -0.0678061172f, -0.0549054705f, -0.0447402596f, -0.0366789512f, -0.0302463304f},
-    {0.00907628052f, 0.00599524193f, 0.0040443805f, 0.00278243423f, 0.00194958842f, 0.00138950569f, 0.00100616179f,
-     0.000739420706f, 0.000537527376f, 0.0003109104f, 0.000187940575f, 0.000118071002f, 7.67274105e-05f,
-     5.13683917e-05f, 3.53094692e-05f, 2.48464548e-05f, 1.73248136e-05f, 9.49539935e-06f, 5.52654774e-06f,
-     3.38074369e-06f, 2.15635305e-06f, 1.42511203e-06f, 9.71008717e-07f, 6.79332913e-07f, 0.0620063096f, 0.0477188863f,
-     0.0369868875f, 0.0288677253f, 0.02268246f, 0.0179385599f, 0.014276227f, 0.0114308391f},
-    {-0.00250090472f, -0.00158175372f, -0.00102212979f, -0.000673938135f, -0.000452827575f, -0.000309689902f,
-     -0.000215335633f, -0.000152069872f, -9.29725502e-05f, -5.02924013e-05f, -2.84996149e-05f, -1.68259012e-05f,
-     -1.03006796e-05f, -6.51228447e-06f, -4.2369943e-06f, -2.82829728e-06f, -1.61570392e-06f, -8.15018268e-07f,
-     -4.38939793e-07f, -2.49678209e-07f, -1.48737755e-07f, -9.21746661e-08f, -5.9102689e-08f, -3.9039076e-08f,
-     -0.0229960922f, -0.0172692221f, -0.0130616939f, -0.00994825456f, -0.00762831466f, -0.00588788511f, -0.00457356917f,
-     -0.00357465213f},
+#if defined(FASTOPS_VEC_AVX2)
+// Error 2^-28.2.
+constexpr float kNormalPieces[10][8] = {
+    {1.500001f, 2.5000432f, 4.0000443f, 6.0000467f, 9.000083f, 12.755041f, 0.25000232f, 0.7500087f},
+    {0.20578058f, 0.14132936f, 0.0944097f, 0.064778835f, 0.043798395f, 0.031088416f, 0.41403142f, 0.30023095f},
+    {-0.09027121f, -0.045612775f, -0.021299304f, -0.010266245f, -0.004753095f, -0.0024082619f, -0.29543346f,
+     -0.17376645f},
+    {0.03518684f, 0.0136477295f, 0.0046057627f, 0.0015904399f, 0.0005100684f, 0.00018546838f, 0.17008618f,
+     0.084952295f},
+    {-0.012497026f, -0.0038309589f, -0.0009587042f, -0.00024117816f, -5.4147982e-05f, -1.42017225e-05f, -0.08430386f,
+     -0.036683835f},
+    {0.00411034f, 0.0010175455f, 0.00019274816f, 3.5841495e-05f, 5.6878025e-06f, 1.0813245e-06f, 0.0372525f,
+     0.014359776f},
+    {-0.0012655527f, -0.00025733327f, -3.746503e-05f, -5.221964e-06f, -5.895371e-07f, -8.1833534e-08f, -0.014996809f,
+     -0.0051824586f},
+    {0.00036838994f, 6.2324114e-05f, 7.088621e-06f, 7.4768155e-07f, 6.070826e-08f, 6.162626e-09f, 0.0055837594f,
+     0.001745412f},
+    {-0.00010586083f, -1.4913921e-05f, -1.4024223e-06f, -1.09843356e-07f, -6.8061343e-09f, -4.799304e-10f,
+     -0.0019712271f, -0.000560121f},
+    {2.7730975e-05f, 3.332514e-06f, 2.4949586e-07f, 1.5156624e-08f, 6.849985e-10f, 3.572797e-11f, 0.00064295944f,
+     0.00016769167f},
 };
-// clang-format on
-
+#else
+// Error 2^-29.
+constexpr float kNormalPieces[7][32] = {
+    {1.1250086f, 1.3750033f, 1.6250224f, 1.8750062f, 2.1250029f, 2.3750222f, 2.6250017f, 2.8750017f, 3.2500434f,
+     3.7500246f, 4.2500057f, 4.7500534f, 5.2500377f, 5.7500386f, 6.2500615f, 6.7500763f, 7.5000405f, 8.500071f,
+     9.500095f, 10.50005f, 11.500128f, 12.500044f, 13.500091f, 14.255129f, 0.062500015f, 0.18750182f, 0.3125013f,
+     0.43750238f, 0.56250036f, 0.6875009f, 0.8125067f, 0.93751025f},
+    {0.24533033f, 0.21763949f, 0.19502127f, 0.17629047f, 0.16057993f, 0.14725298f, 0.13583553f, 0.12596166f,
+     0.11345075f, 0.100038625f, 0.08935921f, 0.08067456f, 0.07348774f, 0.0674488f, 0.0623079f, 0.057882003f,
+     0.052292824f, 0.04630967f, 0.04154288f, 0.037658684f, 0.03443368f, 0.031714816f, 0.029391536f, 0.027850142f,
+     0.47601113f, 0.43318173f, 0.39621148f, 0.3641043f, 0.33606136f, 0.31143382f, 0.28969398f, 0.27041093f},
+    {-0.12294355f, -0.099687256f, -0.082028344f, -0.06839656f, -0.05770946f, -0.049213193f, -0.04237379f, -0.036802296f,
+     -0.030222418f, -0.023794979f, -0.01916513f, -0.015733818f, -0.013128896f, -0.0111090625f, -0.009514063f,
+     -0.008234341f, -0.0067439824f, -0.005306829f, -0.0042809565f, -0.0035242315f, -0.0029505424f, -0.0025056936f,
+     -0.0021538748f, -0.0019349209f, -0.3691916f, -0.3177199f, -0.27512568f, -0.23964578f, -0.20990765f, -0.18483125f,
+     -0.16356398f, -0.14542927f},
+    {0.053508785f, 0.040284526f, 0.030861648f, 0.02402322f, 0.018973567f, 0.015185263f, 0.01230212f, 0.010077498f,
+     0.0076132473f, 0.0054034134f, 0.0039536348f, 0.0029690373f, 0.0022802637f, 0.0017856307f, 0.0014222123f,
+     0.0011497865f, 0.00085633365f, 0.00060061883f, 0.00043669186f, 0.00032703887f, 0.00025103273f, 0.00019676815f,
+     0.0001570146f, 0.00013379706f, 0.22646825f, 0.18680428f, 0.15511712f, 0.12962931f, 0.1089941f, 0.09218107f,
+     0.07839856f, 0.06703474f},
+    {-0.020915188f, -0.014765263f, -0.010625798f, -0.0077842725f, -0.005796845f, -0.00438261f, -0.0033602284f,
+     -0.0026098182f, -0.0018262911f, -0.0011773184f, -0.0007873691f, -0.00054356654f, -0.00038580215f, -0.00028053462f,
+     -0.0002083796f, -0.00015772936f, -0.0001071307f, -6.716662e-05f, -4.41091e-05f, -3.0099538e-05f, -2.1209638e-05f,
+     -1.5359958e-05f, -1.1387186e-05f, -9.208855e-06f, -0.118345775f, -0.094231255f, -0.07555045f, -0.060977545f,
+     -0.049532805f, -0.040485557f, -0.033288207f, -0.027527833f},
+    {0.007513108f, 0.0050066193f, 0.003405435f, 0.002361202f, 0.0016665646f, 0.0011959152f, 0.0008715752f,
+     0.0006443758f, 0.00042129154f, 0.0002480387f, 0.00015231525f, 9.7034135e-05f, 6.384962e-05f, 4.322678e-05f,
+     3.0011925e-05f, 2.1310005e-05f, 1.3285226e-05f, 7.457566e-06f, 4.428989e-06f, 2.7564863e-06f, 1.7844137e-06f,
+     1.1946552e-06f, 8.2322526e-07f, 6.3119563e-07f, 0.05482003f, 0.0423221f, 0.032905024f, 0.025758777f, 0.020298598f,
+     0.01609857f, 0.012846834f, 0.010313577f},
+    {-0.00250091f, -0.0015817555f, -0.0010221301f, -0.0006739383f, -0.00045282766f, -0.00030968996f, -0.00021533566f,
+     -0.0001520699f, -9.297258e-05f, -5.0292416e-05f, -2.8499622e-05f, -1.6825907e-05f, -1.0300681e-05f, -6.512286e-06f,
+     -4.236995e-06f, -2.8282977e-06f, -1.6157045e-06f, -8.150185e-07f, -4.389399e-07f, -2.4967827e-07f, -1.4873778e-07f,
+     -9.217469e-08f, -5.9102703e-08f, -4.3050182e-08f, -0.022996126f, -0.017269239f, -0.013061702f, -0.009948258f,
+     -0.0076283156f, -0.005887886f, -0.0045735696f, -0.0035746526f},
+};
 #endif
+// clang-format on
 
 template <class S, class T>
 inline Vec<T> normal_ratio(Vec<T> t) {
@@ -363,13 +405,7 @@ inline Vec<T> normal_ratio(Vec<T> t) {
     const Vec<T> q = horner(t, 1, 1.528988, 0.963462651, 0.304797828, 0.0440483578);
     return quotient_for<S>(p, q);
   } else if constexpr (is_single<T>) {
-#if defined(FASTOPS_VEC_AVX512)
     return by_pieces(t, kNormalPieces);
-#else
-    const Vec<T> p = horner(t, 0.5, 0.434898257, 0.180620342, 0.0397232585, 0.00397304492);
-    const Vec<T> q = horner(t, 1, 1.66768122, 1.19185483, 0.462543458, 0.0995786041, 0.0099588111);
-    return quotient(p, q);
-#endif
   } else {
     const Vec<T> p =
         horner(t, 0.5, 0.88497154606563757, 0.777229788524521798, 0.439926946602924319, 0.176789340626990794,
@@ -383,15 +419,68 @@ inline Vec<T> normal_ratio(Vec<T> t) {
   }
 }
 
-// exp(-t^2 / 2); the part of t^2 that rounding loses would be hundreds of ulp of the result.
-template <class S, class T>
-inline ExpParts<T> normal_exp(Vec<T> t) {
-  const Vec<T> square = t * t;
-  if constexpr (is_half<S>)
-    return exp_parts<S>(set<T>(-0.5) * square);
-  else
-    return exp_parts<S>(set<T>(-0.5) * square, set<T>(0.5) * product_error(t, t, square));
+// w exp(-t^2 / 2) 2^normal_bias, so that the product is a normal number for all t <= normal_limit. What comes of it is
+// multiplied by unbias.
+template <class T>
+constexpr double normal_bias = is_single<T> ? 64 : 512;
+template <class T>
+constexpr double unbias = is_single<T> ? 0x1p-64 : 0x1p-512;
+
+template <class S>
+inline VecD times_normal_exp(VecD w, VecD t) {
+  // The part of t^2 that rounding loses would be hundreds of ulp of the result.
+  const VecD square = t * t;
+  const ExpParts<double> e = exp_parts<S>(set<double>(-0.5) * square, set<double>(0.5) * product_error(t, t, square));
+  return fma(w, e.p, w) * power_of_two(e.n + set<double>(normal_bias<double>));
 }
+
+#if defined(FASTOPS_VEC_SCALAR)
+
+template <class S>
+inline VecF times_normal_exp(VecF w, VecF t) {
+  const VecF square = t * t;
+  const ExpParts<float> e = exp_parts<S>(set<float>(-0.5) * square, set<float>(0.5) * product_error(t, t, square));
+  return fma(w, e.p, w) * power_of_two(e.n + set<float>(normal_bias<float>));
+}
+
+#else
+
+// 2^(64 + j / kTableColumns) for column j, less j where n is added below.
+constexpr uint32_t kPowers[kTableColumns] = {
+#if defined(FASTOPS_VEC_AVX512)
+    0x5f800000, 0x5f7ecd87, 0x5f7daac3, 0x5f7c980f, 0x5f7b95c2, 0x5f7aa43a, 0x5f79c3d3, 0x5f78f4f0,
+    0x5f7837f0, 0x5f778d3a, 0x5f76f532, 0x5f767043, 0x5f75fed7, 0x5f75a15b, 0x5f75583f, 0x5f7523f6,
+    0x5f7504f3, 0x5f74fbaf, 0x5f7508a4, 0x5f752c4d, 0x5f75672a, 0x5f75b9be, 0x5f76248c, 0x5f76a81e,
+    0x5f7744fd, 0x5f77fbb8, 0x5f78ccdf, 0x5f79b907, 0x5f7ac0c7, 0x5f7be4ba, 0x5f7d257d, 0x5f7e83b3,
+#else
+    0x5f800000, 0x5f7b95c2, 0x5f7837f0, 0x5f75fed7, 0x5f7504f3, 0x5f75672a, 0x5f7744fd, 0x5f7ac0c7,
+#endif
+};
+
+// t^2 = r - n step with integral n and |r| <= step / 2, step = 2 ln 2 / kTableColumns: exp(-t^2 / 2) is 2^(-n /
+// kTableColumns), looked up, times exp(-r / 2). All but the last step of r are exact, or as good: the first constant
+// has so few bits that n times it is a float32, and t^2 is not rounded before it is less than 0.1. exp(-r / 2) by a
+// polynomial: error 2^-33 of degree 3 with 32 columns, and of degree 4 with 8.
+template <class S>
+inline VecF times_normal_exp(VecF w, VecF t) {
+  constexpr bool wide = kTableColumns == 32;
+  constexpr double magic = 0x1.8p23, step = wide ? 0x1.63p-5 : 0x1.62ep-3;  // step: its first 9 (12) bits
+  const VecF square = t * t;
+  const VecF n = fma(square, set<float>(wide ? -23.083120654223414 : -5.7707801635558535), set<float>(magic));
+  const VecF whole = w * add_shifted(look_up(kPowers, columns_of(n, 0)), n, wide ? 18 : 20);
+  if constexpr (is_half<S>) {
+    const VecF r = fma(n - set<float>(magic), set<float>(wide ? 0.0433216987849966 : 0.173286795139986), square);
+    const VecF p = wide ? horner(r, -0.500007642, 0.125000312) : horner(r, -0.5, 0.125016521, -0.0208349854);
+    return fma(whole, r * p, whole);
+  }
+  const VecF part = fma(n, set<float>(step), set<float>(-magic * step));
+  const VecF r = fma(part, set<float>(wide ? -3.0603817833239883e-4 : 4.609072685311285e-5), fma(t, t, part));
+  const VecF p =
+      wide ? horner(r, -0.5, 0.125001033, -0.0208334366) : horner(r, -0.499999995, 0.125, -0.0208359188, 0.00260427868);
+  return fma(whole, r * p, whole);
+}
+
+#endif
 
 // exp(-(c1 t + c3 t^3)) for 0 <= t <= tanh_gelu_limit, c1 = 2 sqrt(2/pi) and c3 = 0.044715 c1: the argument in two
 // words, as its rounding would be hundreds of ulp of the result.
