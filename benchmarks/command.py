@@ -9,14 +9,17 @@ from pathlib import Path
 
 import torch
 
-from fastops.benchmarks import activation, figures, footprint, linear, report, training
+from fastops.benchmarks import activation, conv, figures, footprint, linear, pool, report, training
 from fastops.benchmarks.harness import DTYPES, FORWARD, MODES, Case, Row, WrongResult, measure
 
-STEMS = {"linear": linear, "activation": activation, "training": training}
+STEMS = {"linear": linear, "conv": conv, "pool": pool, "activation": activation, "training": training}
 OPS = {
     **{op: linear for op in linear.FUNCTIONS},
+    **{op: conv for op in conv.FUNCTIONS},
+    **{op: pool for op in pool.FUNCTIONS},
     **{op: activation for op in activation.FUNCTIONS},
     "training step": training,
+    "inference": training,
 }
 
 
@@ -27,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape",
         **several,
-        help="instead of the standard ones: MxKxN for linear, elements of the output for activations",
+        help="instead of the standard ones: MxKxN for linear, 8x64x56x56-64-k3-s1-p1-g1 for convolutions, "
+        "64x32x28x28-k3-s2-p1 for pools, 8x512x7x7-1 for adaptive ones, elements of the output for activations",
     )
     parser.add_argument("--dtype", **several, choices=list(DTYPES))
     parser.add_argument(
@@ -74,7 +78,9 @@ def choose(options: argparse.Namespace) -> list[Case]:
         except (ValueError, KeyError):
             raise SystemExit(
                 f"fastops bench: --shape {' '.join(options.shape)} does not fit --op {' '.join(options.op)}: "
-                "linear takes MxKxN, an activation the number of elements of its output, training one of "
+                "linear takes MxKxN, a convolution 8x64x56x56-64-k3-p1 (batch x channels x sizes - outputs - kernel - "
+                "stride - padding - groups), a pool 64x32x28x28-k3-s2-p1 or adaptive 8x512x7x7-1, an activation the "
+                "number of elements of its output, training one of "
                 f"{', '.join(training.MODELS)}"
             ) from None
     cases = [

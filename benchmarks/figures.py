@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fastops.benchmarks import activation, linear
+from fastops.benchmarks import activation, conv, linear, pool, training
 from fastops.benchmarks.harness import BOTH, FORWARD, Row
 
 FAST = ("tanh", "mish", "tanhshrink")
@@ -45,8 +45,16 @@ def _activation(ops: Sequence[str], dtype: str, sizes: Sequence[str], *modes: st
     return lambda row: row.op in ops and row.dtype == dtype and row.shape in sizes and row.mode in modes
 
 
+def _conv(dtype: str, shapes: Sequence[str], *modes: str, ops: Sequence[str] = ("conv2d",)) -> Callable[[Row], bool]:
+    return lambda row: row.op in ops and row.dtype == dtype and row.shape in shapes and row.mode in modes
+
+
 _SQUARES = _linear("linear", "f32", linear.SQUARES, FORWARD)
 _SMALL = (FORWARD, "record", BOTH)
+_IMAGE = ("conv2d", "conv2d+image")
+_LAST, _POOLED = ("conv2d+channels_last",), ("conv2d+relu+max_pool2d",)
+_EVERY = (*conv.ALL, *conv.OTHERS.values())
+_EVERY_OP = (*_IMAGE, *_LAST, *_POOLED, *conv.OTHERS)
 
 FIGURES = (
     Figure("linear f32 1024^3, 2048^3, forward, 1 and 2 threads", 2.15, _SQUARES),
@@ -88,6 +96,68 @@ FIGURES = (
         "any activation f32, 64 MB output, forward",
         4,
         lambda row: row.op in activation.FUNCTIONS and row.shape == str(activation.LARGE),
+    ),
+    Figure("conv f32 64x1x28x28 -> 32, 3x3, forward", 2.5, _conv("f32", (conv.FIRST,), FORWARD)),
+    Figure(
+        "conv f32 64x1x28x28 -> 32, 3x3, forward+backward, gradient of the image or not",
+        2.5,
+        _conv("f32", (conv.FIRST,), BOTH, ops=_IMAGE),
+    ),
+    Figure("the same with ReLU and 2x2 max pool, forward", 25, _conv("f32", (conv.FIRST,), FORWARD, ops=_POOLED)),
+    Figure("the same with ReLU and 2x2 max pool, forward+backward", 6, _conv("f32", (conv.FIRST,), BOTH, ops=_POOLED)),
+    Figure("conv f32 3x3, 64 to 512 channels, forward", 1.35, _conv("f32", conv.WINDOWS, FORWARD), "geomean"),
+    Figure("conv f32 3x3, 64 to 512 channels, forward+backward", 1.25, _conv("f32", conv.WINDOWS, BOTH), "geomean"),
+    Figure("conv f32 3x3, 64 to 512 channels, both", 1.0, _conv("f32", conv.WINDOWS, FORWARD, BOTH)),
+    Figure(
+        "the same in medium precision, forward",
+        1.7,
+        _conv("f32", conv.WINDOWS, FORWARD, ops=("conv2d+medium",)),
+        "geomean",
+    ),
+    Figure(
+        "the same channels_last, forward and forward+backward",
+        1.1,
+        _conv("f32", conv.WINDOWS, FORWARD, BOTH, ops=_LAST),
+        "geomean",
+    ),
+    Figure("the same channels_last, both", 1.0, _conv("f32", conv.WINDOWS, FORWARD, BOTH, ops=_LAST)),
+    Figure("conv f32 7x7 stride 2, 3 channels, forward", 4, _conv("f32", (conv.STEM,), FORWARD)),
+    Figure(
+        "conv f32 7x7 stride 2, 3 channels, forward+backward, gradient of the image or not",
+        1.8,
+        _conv("f32", (conv.STEM,), BOTH, ops=_IMAGE),
+    ),
+    Figure("conv f32 1x1, forward", 1.4, _conv("f32", conv.POINTWISE, FORWARD)),
+    Figure("conv f32 1x1, forward+backward", 1.6, _conv("f32", conv.POINTWISE, BOTH)),
+    Figure("depthwise conv f32, forward", 2, _conv("f32", conv.DEPTHWISE, FORWARD)),
+    Figure("depthwise conv f32, forward+backward", 2, _conv("f32", conv.DEPTHWISE, BOTH)),
+    Figure("depthwise conv f32 channels_last, both", 1.0, _conv("f32", conv.DEPTHWISE, FORWARD, BOTH, ops=_LAST)),
+    Figure(
+        "conv1d, conv3d, conv_transpose2d f32, forward+backward",
+        1.2,
+        _conv("f32", tuple(conv.OTHERS.values()), BOTH, ops=tuple(conv.OTHERS)),
+    ),
+    Figure(
+        "conv bf16, every shape above, both layouts, both", 1.0, _conv("bf16", _EVERY, FORWARD, BOTH, ops=_EVERY_OP)
+    ),
+    Figure("conv bf16, the same", 1.2, _conv("bf16", _EVERY, FORWARD, BOTH, ops=_EVERY_OP), "geomean"),
+    Figure(
+        "small conv and conv+relu f32, all three passes",
+        1.0,
+        _conv("f32", conv.SMALL, *_SMALL, ops=("conv2d", "conv2d+relu")),
+    ),
+    Figure("max_pool2d f32, forward", 8, _conv("f32", pool.FIGURES, FORWARD, ops=("max_pool2d",))),
+    Figure("max_pool2d f32, forward+backward", 4, _conv("f32", pool.FIGURES, BOTH, ops=("max_pool2d",))),
+    Figure(
+        "every pool, f32 and bf16, both layouts, both",
+        1.0,
+        lambda row: row.op in pool.FUNCTIONS and row.mode in (FORWARD, BOTH),
+    ),
+    Figure("ConvNet, batch 64, inference", 4.5, lambda row: row.op == "inference" and row.shape == training.CONVNET),
+    Figure(
+        "ConvNet, batch 64, training step",
+        2.8,
+        lambda row: row.op == "training step" and row.shape == training.CONVNET,
     ),
     Figure(
         "AVX2 tier, linear f32 1024^3, forward",

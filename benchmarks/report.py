@@ -155,7 +155,7 @@ def readme_block(content: dict) -> str:
     ]
     steps = [row for row in content["rows"] if row["op"] == "training step"]
     if steps:
-        lines += ["", "| training step of an MLP | PyTorch us | fastops us | ratio |", "|---|---|---|---|"]
+        lines += ["", "| training step | PyTorch us | fastops us | ratio |", "|---|---|---|---|"]
         lines += [
             f"| {row['shape']} | {row['torch_us']:.0f} | {row['fastops_us']:.0f} | {row['ratio']:.2f} |"
             for row in steps

@@ -1,20 +1,32 @@
-"""Training steps of small models (forward, loss, backward, SGD): PyTorch's modules against the same after replace_."""
+"""Training steps of small models (forward, loss, backward, SGD) and inference: PyTorch's modules against the same after
+replace_.
+"""
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 import fastops
-from fastops.benchmarks.harness import BOTH, DTYPES, Case, Sides, compare
+from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, compare
+from fastops.demo import ConvNet
 
-MODELS = {  # layer sizes, batch
-    "10-5-5-1": ((10, 5, 5, 1), 100),
-    "64-128-10": ((64, 128, 10), 64),
-    "784-128-10": ((784, 128, 10), 64),
-    "784-1024-1024-10": ((784, 1024, 1024, 10), 256),
-}
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained: the multiply-adds of one sample's forward pass, and those of the first layer, whose input needs
+    no gradient."""
+
+    build: Callable[[], nn.Module]
+    inputs: tuple[int, ...]
+    outputs: int
+    batch: int
+    products: int
+    first: int
+    activations: int  # elements of inputs and outputs of all layers, a sample
 
 
 def mlp(sizes: tuple[int, ...]) -> nn.Sequential:
@@ -23,6 +35,25 @@ def mlp(sizes: tuple[int, ...]) -> nn.Sequential:
     for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+def _mlp(sizes: tuple[int, ...], batch: int) -> Model:
+    products = sum(inputs * outputs for inputs, outputs in pairwise(sizes))
+    return Model(lambda: mlp(sizes), sizes[:1], sizes[-1], batch, products, sizes[0] * sizes[1], sum(sizes))
+
+
+_FIRST, _SECOND = 28 * 28 * 32 * 9, 14 * 14 * 64 * 32 * 9
+CONVNET = "ConvNet 28x28"
+MODELS = {
+    "10-5-5-1": _mlp((10, 5, 5, 1), 100),
+    "64-128-10": _mlp((64, 128, 10), 64),
+    "784-128-10": _mlp((784, 128, 10), 64),
+    "784-1024-1024-10": _mlp((784, 1024, 1024, 10), 256),
+    CONVNET: Model(
+        ConvNet, (1, 28, 28), 10, 64, _FIRST + _SECOND + 3136 * 128 + 1280, _FIRST,
+        28 * 28 * 33 + 14 * 14 * (32 + 64) + 3136 + 138,
+    ),
+}  # fmt: skip
 
 
 class _Step:
@@ -41,36 +72,51 @@ class _Step:
         return loss.detach()
 
 
+class _Inference:
+    """One pass through the model at each call."""
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        self._model, self._x = model.eval(), x
+
+    def __call__(self) -> Tensor:
+        return self._model(self._x)
+
+
 def prepare(case: Case) -> Sides:
-    sizes, batch = MODELS[case.shape]
+    chosen = MODELS[case.shape]
     torch.manual_seed(0)
-    model, x = mlp(sizes), torch.randn(batch, sizes[0])
-    target = torch.randn(batch, 1) if sizes[-1] == 1 else torch.randint(sizes[-1], (batch,))
+    model, x = chosen.build(), torch.randn(chosen.batch, *chosen.inputs)
+    outputs = chosen.outputs
+    target = torch.randn(chosen.batch, 1) if outputs == 1 else torch.randint(outputs, (chosen.batch,))
     dtype = DTYPES[case.dtype]
 
-    def step(dtype: torch.dtype, replace: bool) -> _Step:
+    def side(dtype: torch.dtype, replace: bool) -> _Step | _Inference:
         twin = copy.deepcopy(model).to(dtype)
         if replace:
             fastops.replace_(twin)
+        if case.mode == FORWARD:
+            return _Inference(twin, x.to(dtype))
         return _Step(twin, x.to(dtype), target.to(dtype) if target.is_floating_point() else target)
 
-    def losses(dtype: torch.dtype, replace: bool) -> list[Tensor]:
-        one = step(dtype, replace)
-        return [torch.stack([one() for _ in range(5)])]
+    def results(dtype: torch.dtype, replace: bool) -> list[Tensor]:
+        one = side(dtype, replace)
+        return [torch.stack([one() for _ in range(1 if case.mode == FORWARD else 5)])]
 
-    errors = compare(losses(torch.float64, False), losses(dtype, True), losses(dtype, False), dtype)
-    return Sides(step(dtype, False), step(dtype, True), *errors)
+    errors = compare(results(torch.float64, False), results(dtype, True), results(dtype, False), dtype)
+    return Sides(side(dtype, False), side(dtype, True), *errors)
 
 
 def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | None = None) -> Case:
     """`shape` is a key of MODELS."""
-    sizes, batch = MODELS[shape]
-    weights = sum(inputs * outputs for inputs, outputs in pairwise(sizes))
-    size = DTYPES[dtype].itemsize
-    flops = 6.0 * batch * weights - 2.0 * batch * sizes[0] * sizes[1]  # nobody needs the gradient of x
-    traffic = float(size * (4 * weights + 4 * batch * sum(sizes)))
+    model = MODELS[shape]
+    weights = sum(parameter.numel() for parameter in model.build().parameters())
+    size, batch = DTYPES[dtype].itemsize, model.batch
+    flops, traffic = 2.0 * batch * model.products, float(size * (weights + batch * model.activations))
+    if mode != FORWARD:
+        flops, traffic = 3 * flops - 2.0 * batch * model.first, 4 * traffic
     return Case(op, shape, dtype, mode, threads, flops, traffic, prepare, "flops", isa)
 
 
 def cases(threads: int) -> list[Case]:
-    return [make("training step", shape, "f32", BOTH, threads) for shape in MODELS]
+    result = [make("training step", shape, "f32", BOTH, threads) for shape in MODELS]
+    return [*result, make("inference", CONVNET, "f32", FORWARD, threads)]

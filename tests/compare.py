@@ -50,6 +50,36 @@ def close(
     )
 
 
+def close_rms(
+    actual: Tensor,
+    reference: Tensor,
+    theirs: Tensor,
+    what: str = "result",
+    terms: int = 1,
+    roundings: float = 1.0,
+    factor: float = 3.0,
+) -> None:
+    """The rule for algorithms that are no direct summation (Winograd's): the rms error may be `factor` times PyTorch's.
+
+    The arguments are those of `close`; roundings are of the rms value.
+    """
+    actual, reference, theirs = actual.detach(), reference.detach(), theirs.detach()
+    assert actual.shape == reference.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(reference.shape)}"
+    assert actual.dtype == theirs.dtype, f"{what}: dtype {actual.dtype}, PyTorch has {theirs.dtype}"
+    if reference.numel() == 0:
+        return
+
+    def rms(x: Tensor) -> float:
+        return float(x.square().mean().sqrt())
+
+    if actual.dtype == torch.float64:
+        roundings *= 8 + terms
+    bound = factor * rms(theirs.double() - reference)
+    bound += roundings * torch.finfo(actual.dtype).eps * max(rms(reference), 1e-3)
+    error = rms(actual.double() - reference)
+    assert error <= bound, f"{what}: rms error {error:.3e}, allowed {bound:.3e}"
+
+
 def exact(actual: Tensor, expected: Tensor, what: str = "result") -> None:
     """Asserts equal bits, but for the sign of zero and the payload of nan."""
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastops.benchmarks import activation, command, figures, footprint, harness, linear, report
+from fastops.benchmarks import activation, command, conv, figures, footprint, harness, linear, report
 from fastops.benchmarks.harness import Case, Row, Sides
 
 
@@ -54,7 +54,18 @@ def row_of(case: Case, ratio: float = 1.0, isa: str = "avx512") -> Row:
 
 @pytest.mark.parametrize("mode", harness.MODES)
 @pytest.mark.parametrize(
-    ("op", "shape"), [("linear", "7x5x3"), ("linear+relu", "7x5x3"), ("prelu", "100"), ("glu", "128")]
+    ("op", "shape"),
+    [
+        ("linear", "7x5x3"),
+        ("linear+relu", "7x5x3"),
+        ("prelu", "100"),
+        ("glu", "128"),
+        *[(op, "2x3x8x8-4-k3-p1") for op in conv.FUNCTIONS if op.startswith("conv2d")],
+        ("conv2d", "2x4x9x9-8-k3-s2-p1-g4"),
+        ("conv1d", "2x3x9-4-k3"),
+        ("conv3d", "1x2x4x5x6-3-k2"),
+        ("conv_transpose2d", "2x3x4x4-5-k4-s2-p1"),
+    ],
 )
 def test_measure(op: str, shape: str, mode: str) -> None:
     row = harness.measure(command.OPS[op].make(op, shape, "f32", mode, 1), quick=True)
@@ -122,7 +133,13 @@ def test_options_choose_the_cases() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--op", "conv9d"], ["--shape", "3x4x5"], ["--op", "linear", "--shape", "3"], ["--threads", "0"]],
+    [
+        ["--op", "conv9d"],
+        ["--shape", "3x4x5"],
+        ["--op", "linear", "--shape", "3"],
+        ["--op", "conv2d", "--shape", "3x4x5-6-k1"],
+        ["--threads", "0"],
+    ],
 )
 def test_options_are_checked(arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match="fastops bench: "):

@@ -26,20 +26,20 @@ def test_command(tmp_path: Path) -> None:
         assert sum(line.startswith(model) for line in lines) == 1
         assert f"{model}: step 12 of 12, loss " in result.stderr
     assert "speed-up" in result.stdout
-    for layer in ("conv1", "conv2"):
-        assert any(line.startswith(layer) and "skipped" in line for line in lines)
-    for layer in ("relu", "fc1", "fc2"):
+    for layer in ("conv1", "conv2", "relu", "fc1", "fc2"):
         assert any(line.startswith(layer) and "fastops" in line for line in lines)
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(5))
 def test_both_sides_learn_the_same(index: int) -> None:
     task = demo.tasks(seed=0)[index]
     outcome = demo.train(task, 100, seed=0, progress=lambda text: None)
     assert outcome.torch.losses[-1] < outcome.torch.losses[0]
     assert len(outcome.torch.losses) == len(outcome.fastops.losses) == 100
-    assert outcome.largest_difference < 1e-4
+    # Adam and the maxima of a ConvNet amplify roundings: PyTorch's own losses differ by 0.0032 from a float64 run when
+    # its initial weights are perturbed by one rounding (fastops' by 0.0031, in float64 by 4e-16).
+    assert outcome.largest_difference < (1e-2 if outcome.name.startswith("ConvNet") else 1e-4)
     assert abs(outcome.torch_score - outcome.fastops_score) < 0.02
 
 

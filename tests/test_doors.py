@@ -3,16 +3,19 @@
 import pytest
 import torch
 from compare import exact
-from reference import ACTIVATIONS, DTYPES
+from reference import ACTIVATIONS, CONVS, DTYPES, POOLS
 from torch.library import opcheck
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastops.functional as FF
 from fastops import _C
+from fastops.functional._conv import _geometry, _numbers
 from fastops.ops import KIND
 from fastops.ops import activation as activation_ops
+from fastops.ops import conv as conv_ops
 from fastops.ops import linear as linear_ops
+from fastops.ops import pool as pool_ops
 
 OPS = torch.ops.fastops
 
@@ -56,6 +59,39 @@ def test_linear(isa, case, dtype):
     )  # fmt: skip
 
 
+def geometry(conv, weight):
+    return _geometry(_numbers(tuple(conv.kwargs.values())), len(conv.size), conv.transposed, weight)
+
+
+@pytest.mark.parametrize("conv", CONVS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["identity", "relu", "gelu"])
+def test_conv(isa, conv, dtype, kind):
+    x, w, b = (torch.randn(shape).to(dtype) for shape in conv.shapes)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    for memory_format in {torch.contiguous_format, last} - {None}:
+        tensors = [t.contiguous(memory_format=memory_format) for t in (x, w)]
+        both(
+            lambda *t: getattr(_C, conv.name)(*t, *conv.kwargs.values(), KIND[kind], 0.0, 0.0),
+            lambda *t: conv_ops.conv(*t, geometry(conv, t[1]), kind, 0.0, 0.0),
+            *tensors, b,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pool(isa, pool, dtype):
+    def general(x):
+        with PassOn():  # a mode, which the fast door does not serve
+            return pool.ours(x)
+
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(pool.shape))
+    for memory_format in {torch.contiguous_format, last} - {None}:
+        if len(pool.shape) == pool.dims + 2 or memory_format is torch.contiguous_format:
+            x = torch.randn(pool.shape).to(dtype).contiguous(memory_format=memory_format)
+            both(pool.ours, general, x)
+
+
 @pytest.mark.parametrize("case", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_activation(isa, case, dtype):
@@ -76,6 +112,14 @@ def test_prelu_and_glu(isa, dtype):
     both(lambda t: _C.glu(t, 1), lambda t: activation_ops.glu(t, 1), x)
 
 
+def conv1d(x, w, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    return _C.conv1d(x, w, bias, stride, padding, dilation, groups, 0, 0.0, 0.0)
+
+
+def max_pool1d(x, kernel=2, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    return _C.max_pool1d(x, kernel, stride, padding, dilation, ceil_mode, return_indices)
+
+
 def test_plain_tensors_take_the_fast_door():
     x, w = torch.randn(4, 6), torch.randn(5, 6)
     for tensor in (
@@ -87,8 +131,12 @@ def test_plain_tensors_take_the_fast_door():
     ):
         assert _C.linear(tensor, w, None, 0, 0.0, 0.0) is not NotImplemented
         assert _C.activation(tensor, KIND["relu"], 0.0, 0.0, False) is not NotImplemented
+        assert conv1d(tensor, w[:, :4, None]) is not NotImplemented  # one sequence of four channels
+        assert max_pool1d(tensor) is not NotImplemented
     with torch.inference_mode():
         assert _C.linear(x, w, None, 0, 0.0, 0.0) is not NotImplemented
+        assert max_pool1d(x) is not NotImplemented
+        assert conv1d(x, w[:, :4, None]) is not NotImplemented
         assert torch.is_inference(FF.relu(x))
     with torch.autocast("cpu", torch.bfloat16):
         assert _C.linear(x, w, None, 0, 0.0, 0.0) is not NotImplemented
@@ -134,9 +182,13 @@ def test_the_fast_door_turns_away(what):
     x, w = NOT_PLAIN[what](), torch.ones(5, 6)
     assert _C.linear(x, w, None, 0, 0.0, 0.0) is NotImplemented
     assert _C.linear(w, x, None, 0, 0.0, 0.0) is NotImplemented
+    assert conv1d(x, torch.ones(5, 4, 1)) is NotImplemented
+    assert conv1d(torch.ones(5, 4, 1), x) is NotImplemented
     assert _C.activation(x, KIND["relu"], 0.0, 0.0, False) is NotImplemented
     assert _C.prelu(x, torch.ones(1)) is NotImplemented
     assert _C.glu(x, 1) is NotImplemented
+    assert max_pool1d(x) is NotImplemented
+    assert _C.adaptive_avg_pool1d(x, 2) is NotImplemented
 
 
 def test_the_fast_door_turns_away_what_does_not_fit():
@@ -144,6 +196,34 @@ def test_the_fast_door_turns_away_what_does_not_fit():
     for arguments in ((x, w[:, :5], b), (x, w, b[:4]), (x, w.double(), b), (x, w, b.double()), (x, w[0], None)):
         assert _C.linear(*arguments, 0, 0.0, 0.0) is NotImplemented
     assert _C.linear(x.sum(), w, b, 0, 0.0, 0.0) is NotImplemented
+    x, w = torch.ones(2, 4, 6), torch.ones(5, 4, 3)
+    for arguments in ((x, w[:, :3], b), (x, w, b[:4]), (x, w.double(), b), (x, w, b.double()), (x, w[0], None)):
+        assert conv1d(*arguments) is NotImplemented
+    for name, values in {
+        "stride": (0, -1, 1.0, True, (1, 1), "1", None, torch.tensor(1), 2**64),
+        "padding": (-1, 0.5, True, (1, 1), "full", None),
+        "dilation": (0, 3, False, (1, 1)),
+        "groups": (0, 2, -1, (1,), True, None),
+    }.items():
+        for value in values:
+            assert conv1d(x, w, b, **{name: value}) is NotImplemented
+    assert conv1d(x, w, b, stride=2, padding="same") is NotImplemented
+    x, w, b = torch.ones(4, 6), torch.ones(5, 6), torch.ones(5)
+    for name, values in {
+        "kernel": (0, -1, 7, 2.0, True, (2, 2), None, "2", torch.tensor(2)),
+        "stride": (0, -1, 1.0, (1, 1)),
+        "padding": (-1, 2, None, True),
+        "dilation": (0, 6, None),
+        "ceil_mode": (0, None, 1.0),
+        "return_indices": (1, None),
+    }.items():
+        for value in values:
+            assert max_pool1d(x, **{name: value}) is NotImplemented
+    for size in (-1, 2.0, True, (2, 2), (), "2"):
+        assert _C.adaptive_avg_pool1d(x, size) is NotImplemented
+        assert _C.adaptive_max_pool1d(x, size, False) is NotImplemented
+    assert _C.avg_pool2d(x, 2, None, 0, False, True, None) is NotImplemented
+    assert _C.avg_pool2d(x[None], 2, None, 0, False, True, 0) is NotImplemented
     assert _C.prelu(x, b) is NotImplemented
     assert _C.glu(x[:, :5], 1) is NotImplemented
     assert _C.glu(x, 2) is NotImplemented
@@ -154,7 +234,9 @@ def test_modes_and_transforms_take_the_general_door():
 
     def turned_away(tensor):
         assert _C.linear(tensor, w, None, 0, 0.0, 0.0) is NotImplemented
+        assert conv1d(tensor, w[:, :4, None]) is NotImplemented
         assert _C.activation(tensor, 1, 0.0, 0.0, False) is NotImplemented
+        assert max_pool1d(tensor) is NotImplemented
         return tensor.sum()
 
     assert _dual() == (NotImplemented, NotImplemented)
@@ -166,10 +248,16 @@ def test_modes_and_transforms_take_the_general_door():
     with Seen() as seen:
         turned_away(x)
         FF.linear(x, w, activation="relu")
+        FF.conv1d(x[None], w[:, :4, None], activation="relu")
         FF.gelu(x)
+        FF.max_pool1d(x, 2)
+        FF.adaptive_avg_pool1d(x, 2)
     assert [name for name in seen.names if "fastops" in name] == [
         "fastops.linear_forward.default",
+        "fastops.conv_forward.default",
         "fastops.activation_forward.default",
+        "fastops.max_pool_forward.default",
+        "fastops.avg_pool_forward.default",
     ]
 
 
@@ -191,10 +279,15 @@ def test_torch_function_modes_see_the_call():
     x = torch.randn(4, 6)
     with Log():
         FF.linear(x, x, activation="relu")
+        FF.conv1d(x, x[:, :4, None], activation="relu")
         FF.glu(x)
         FF.prelu(x, torch.ones(1))
         FF.leaky_relu(x, 0.3)
-    assert [f for f in (FF.linear, FF.glu, FF.prelu, FF.leaky_relu) if f not in seen] == []
+        FF.max_pool1d(x, 2)
+        FF.avg_pool1d(x, 2)
+        FF.adaptive_max_pool1d(x, 2)
+    pools = FF.max_pool1d, FF.avg_pool1d, FF.adaptive_max_pool1d
+    assert [f for f in (FF.linear, FF.conv1d, FF.glu, FF.prelu, FF.leaky_relu, *pools) if f not in seen] == []
     with torch.device("cpu"):  # a mode too
         torch.testing.assert_close(FF.leaky_relu(x, 0.3), torch.nn.functional.leaky_relu(x, 0.3))
 
@@ -204,6 +297,10 @@ def test_one_gradient_call_runs_one_backward_op():
     with Seen() as seen:
         FF.linear(x, w, activation="gelu").sum().backward()
     assert sum("fastops.linear_backward" in name for name in seen.names) == 1
+    x, w = torch.randn(2, 4, 6, requires_grad=True), torch.randn(5, 4, 3, requires_grad=True)
+    with Seen() as seen:
+        FF.conv1d(x, w, activation="gelu").sum().backward()
+    assert sum("fastops.conv_backward" in name for name in seen.names) == 1
 
 
 def _double(*shape):
@@ -218,6 +315,24 @@ def test_opcheck_linear(kind, mask):
         opcheck(OPS.linear_forward, (_double(3, 4), _double(5, 4), _double(5), kind, 0.0, 0.0, need_saved))
     opcheck(OPS.linear_forward, (_double(2, 3, 4), _double(5, 4), None, kind, 0.0, 0.0, True))
     opcheck(OPS.linear_backward, (_double(3, 5), saved, _double(3, 4), _double(5, 4), kind, 0.0, 0.0, mask))
+
+
+@pytest.mark.parametrize("kind", ["identity", "relu", "gelu", "tanh"])
+@pytest.mark.parametrize("mask", [[True, True, True], [False, True, False], [True, False, True]], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck_conv(kind, mask, transposed):
+    none = _C.saved_by_linear(KIND[kind], 0.0, 0.0) == "nothing"
+    for dims, last in ((1, None), (2, None), (2, torch.channels_last), (3, torch.channels_last_3d)):
+        x, w = _double(2, 4, *[5] * dims), _double(4, 2, *[3] * dims)
+        if last is not None:
+            x, w = (t.detach().contiguous(memory_format=last).requires_grad_() for t in (x, w))
+        args = [2] * dims, [1] * 2 * dims, [1] * dims, transposed, 2, kind, 0.0, 0.0
+        y, _ = OPS.conv_forward(x, w, None, *args, False)
+        grad = torch.randn_like(y).requires_grad_()
+        saved = None if none else torch.randn_like(y).requires_grad_()
+        for need_saved in (True, False):
+            opcheck(OPS.conv_forward, (x, w, _double(4), *args, need_saved))
+        opcheck(OPS.conv_backward, (grad, saved, x, w, *args, mask))
 
 
 @pytest.mark.parametrize("case", ACTIVATIONS, ids=str)
@@ -245,11 +360,36 @@ def test_opcheck_prelu_and_glu():
     opcheck(OPS.glu_backward, (_double(3, 3), _double(3, 6), 1))
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize(
+    ("dims", "last"), [(1, None), (2, None), (2, torch.channels_last), (3, None), (3, torch.channels_last_3d)], ids=str
+)
+def test_opcheck_pool(dims, last, adaptive):
+    x = torch.randn(2, 3, *[7] * dims, dtype=torch.float64)
+    x = (x if last is None else x.contiguous(memory_format=last)).requires_grad_()
+    windows = pool_ops.Windows((3,) * dims)
+    if not adaptive:
+        windows = pool_ops.windows((7,) * dims, (3,) * dims, (2,) * dims, (1,) * dims, (1,) * dims, True)
+    for kind in ("none", "compact", "plane"):
+        opcheck(OPS.max_pool_forward, (x.detach() if kind == "none" else x, *windows, kind))
+    rest = (x.shape, *windows[1:])
+    for kind in ("compact", "plane"):
+        y, indices = OPS.max_pool_forward(x, *windows, kind)
+        grad = torch.randn_like(y).requires_grad_()
+        opcheck(OPS.max_pool_backward, (grad, indices, *rest, dims, last is not None))
+        if kind == "compact":
+            opcheck(OPS.max_pool_positions, (indices, *rest, dims))
+    opcheck(OPS.avg_pool_forward, (x, *windows[:4], False, 0))
+    opcheck(OPS.avg_pool_backward, (grad, *rest[:4], False, 3, dims, last is not None))
+
+
 def test_every_op_has_been_opchecked():
     names = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("fastops::")}
     assert {name.removeprefix("fastops::") for name in names} == {
         "linear_forward", "linear_backward", "activation_forward", "activation_backward",
         "activation_second_derivative", "prelu_forward", "prelu_backward", "glu_forward", "glu_backward",
+        "conv_forward", "conv_backward", "max_pool_forward", "max_pool_backward", "max_pool_positions",
+        "avg_pool_forward", "avg_pool_backward",
     }  # fmt: skip
 
 

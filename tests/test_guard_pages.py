@@ -9,7 +9,7 @@ import mmap
 import pytest
 import torch
 from compare import exact
-from reference import ACTIVATIONS, DTYPES
+from reference import ACTIVATIONS, DTYPES, Conv, Pool
 
 from fastops import _C
 
@@ -25,7 +25,7 @@ LENGTHS = [*range(1, 70), 95, 96, 97, 127, 128, 129, 255, 256, 257]
 class Arena:
     """Memory between two guard pages. tensor() puts its data against one of them."""
 
-    def __init__(self, pages=16):
+    def __init__(self, pages=32):
         self.size = pages * _PAGE
         self.memory = mmap.mmap(-1, self.size + 2 * _PAGE)
         self.view = (ctypes.c_char * len(self.memory)).from_buffer(self.memory)
@@ -114,6 +114,60 @@ def test_linear_transposed_and_sliced(isa, dtype, at_end):
         )
 
 
+def _convs():
+    """Channels and widths over their sweep in every kind of convolution, small enough for the arenas."""
+    for size in (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 65):
+        yield Conv(1, 3, size, (4, 5), (1, 1))
+        yield Conv(2, size, 5, (3, 3), (1, 1), stride=2)
+        yield Conv(1, 2, 3, (3, size), (3, 3), padding=1)
+        yield Conv(1, size, 4, (4, 5), (3, 3), padding=1)
+        yield Conv(1, 3, size, (5, 4), (3, 3), stride=2, padding=1)
+        yield Conv(1, 1, size, (6, 5), (3, 3), padding=1)
+        yield Conv(1, size, size, (4, 6), (3, 3), padding=1, groups=size)
+        yield Conv(1, 2, 2, (5, size + 2), (3, 3), stride=2, groups=2)
+        yield Conv(1, size, 2 * size, (3, 4), (3, 3), padding=1, groups=size)
+        yield Conv(1, 2, 3, (size + 4,), (5,), dilation=1)
+        yield Conv(1, 3, 2, (3, 3, size), (2, 2, 2), padding=1)
+        yield Conv(1, size, 3, (3, 4), (4, 4), stride=2, padding=1, transposed=True)
+        yield Conv(1, 3, size, (4, 3), (3, 2), padding=(0, 1), dilation=2, transposed=True)
+    for channels in (32, 48):  # what Winograd's algorithms may take
+        yield Conv(1, channels, 32, (6, 7), (3, 3), padding=1)
+        yield Conv(1, 32, channels, (9, 8), (3, 3))
+
+
+@SIDES
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_conv(isa, dtype, last, at_end):
+    ops = torch.ops.fastops
+    for conv in _convs():
+        if last and len(conv.size) != 2:
+            continue
+
+        def place(arena, source, last=last):
+            """Against a guard, channels last where asked."""
+            if not last or source.dim() < 4:
+                return ARENAS[arena].tensor(source.contiguous(), at_end)
+            return ARENAS[arena].tensor(source.movedim(1, -1).contiguous(), at_end).movedim(-1, 1)
+
+        dims = len(conv.size)
+
+        def several(value, dims=dims):
+            return list(value) if isinstance(value, tuple) else [value] * dims
+
+        x, w, b = (place(i, torch.randint(-1, 2, s).to(dtype)) for i, s in enumerate(conv.shapes))
+        geometry = several(conv.stride), 2 * several(conv.padding), several(conv.dilation), conv.transposed, conv.groups
+        y, _ = ops.conv_forward(x, w, b, *geometry, "relu", 0.0, 0.0, False)
+        wide = [t.double().contiguous().requires_grad_() for t in (x, w, b)]
+        z = conv.theirs(*wide)
+        exact(y, z.relu().to(dtype), f"{conv}")
+        g, saved = place(3, torch.randint(-1, 2, y.shape).to(dtype)), place(4, y)
+        actual = ops.conv_backward(g, saved, x, w, *geometry, "relu", 0.0, 0.0, [True, True, True])
+        expected = torch.autograd.grad(z, wide, g.double() * (z > 0))
+        for name, one, two in zip("xwb", actual, expected, strict=True):
+            exact(one, two.to(dtype), f"{conv}, gradient of {name}")
+
+
 @SIDES
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ACTIVATIONS, ids=str)
@@ -164,3 +218,57 @@ def test_prelu_and_glu(isa, dtype, at_end):
             exact(y, ops.glu_forward(x.clone(), dim))
             g = ARENAS[1].tensor(torch.randn(y.shape).to(dtype), at_end)
             exact(ops.glu_backward(g, x, dim), ops.glu_backward(g.clone(), x.clone(), dim))
+
+
+def _pools():
+    """Widths, channels and windows over their sweep in every kind of pool, small enough for the arenas."""
+    for size in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 34, 47, 64, 65, 67):
+        for kind in ("max", "avg"):
+            yield Pool(f"{kind}_pool1d", (1, 2, size + 1), (2,), {})
+            yield Pool(f"{kind}_pool2d", (1, size, 5, 4), (3, 2, 1), {})
+            yield Pool(f"{kind}_pool2d", (2, size, 4, 4), (2,), {})
+            yield Pool(f"{kind}_pool2d", (1, 2, 4, size + 1), (2,), {"ceil_mode": True})
+            yield Pool(f"{kind}_pool2d", (1, 2, 5, size + 2), (3, 2), {})
+            yield Pool(f"{kind}_pool2d", (1, 2, 5, size + 2), (3, 1), {})
+            yield Pool(f"{kind}_pool2d", (1, 2, 5, size + 2), (3, 3), {})
+            yield Pool(f"{kind}_pool2d", (1, 2, 5, size + 3), (4, 2, 2), {})
+            yield Pool(f"{kind}_pool3d", (1, 2, 3, 2, size + 1), (2,), {})
+            yield Pool(f"adaptive_{kind}_pool2d", (1, 3, 3, size), (1,), {})
+            yield Pool(f"adaptive_{kind}_pool2d", (1, 3, size, 7), (3,), {})
+
+
+@SIDES
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_pool(isa, dtype, last, at_end):
+    def place(arena, source):
+        if not last:
+            return ARENAS[arena].tensor(source.contiguous(), at_end)
+        return ARENAS[arena].tensor(source.movedim(1, -1).contiguous(), at_end).movedim(-1, 1)
+
+    ops = torch.ops.fastops
+    for pool in _pools():
+        x = place(0, torch.randint(-4, 5, pool.shape).to(dtype))
+        spatial = pool.shape[2:]
+        wide = x.double().contiguous().requires_grad_()
+        expected = pool.theirs(wide)
+        output = expected.shape[2:]
+        windows = ((), (), (), ())
+        if not pool.name.startswith("adaptive"):
+            kernel, stride, padding = (*pool.args, *(pool.args[0], 0)[len(pool.args) - 1 :])
+            windows = [kernel] * len(spatial), [stride] * len(spatial), [padding] * len(spatial), [1] * len(spatial)
+        g = place(1, torch.randint(-4, 5, expected.shape).to(dtype))
+        (wanted,) = torch.autograd.grad(expected, wide, g.double())
+        if pool.is_max:
+            exact(ops.max_pool_forward(x, output, *windows, "none")[0], expected.to(dtype), f"{pool}")
+            for kind in ("compact", "plane"):
+                y, indices = ops.max_pool_forward(x, output, *windows, kind)
+                exact(y, expected.to(dtype), f"{pool}")
+                actual = ops.max_pool_backward(g, place(2, indices), x.shape, *windows, len(spatial), last)
+                exact(actual, wanted.to(dtype), f"gradient of {pool}")
+        else:
+            y = ops.avg_pool_forward(x, output, *windows[:3], True, 0)
+            exact(y, ops.avg_pool_forward(x.clone(), output, *windows[:3], True, 0))
+            torch.testing.assert_close(y.double(), expected, atol=1e-2, rtol=1e-2)
+            actual = ops.avg_pool_backward(g, x.shape, *windows[:3], True, 0, len(spatial), last)
+            torch.testing.assert_close(actual.double(), wanted, atol=2e-2, rtol=2e-2)

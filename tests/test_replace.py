@@ -89,6 +89,48 @@ def test_training_is_the_same():
     torch.testing.assert_close(losses[1], losses[0], atol=1e-4, rtol=1e-4)
 
 
+class ConvNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, groups=8, padding_mode="circular")
+        )
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.line, self.back = nn.Conv1d(4, 5, 3, bias=False), nn.ConvTranspose1d(5, 2, 3)
+        self.cube, self.last = nn.Conv3d(1, 3, 2), nn.ConvTranspose3d(3, 2, 2)
+
+    def forward(self, x):
+        x = self.up(self.body(x)).flatten(2)
+        return self.last(self.cube(self.back(self.line(x))[:, None, None, :, :].repeat(1, 1, 2, 1, 1)))
+
+
+def test_convolutions():
+    plain = ConvNet()
+    ours = copy.deepcopy(plain)
+    dicts = [set(vars(module)) for module in plain.modules()]
+    report = fastops.replace_(ours)
+    assert names(report.replaced) == ["body.0", "body.1", "body.2", "up", "line", "back", "cube", "last"]
+    assert report.replaced[3] == ("up", "torch.nn.ConvTranspose2d", "fastops.nn.ConvTranspose2d")
+    assert report.skipped == []
+    assert [set(vars(module)) for module in ours.modules()] == dicts
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    assert repr(ours) == repr(plain)
+    x = torch.randn(2, 1, 10, 12)
+    with fastops.record() as rows:
+        output = ours(x)
+    assert "aten" not in [row.kernel for row in rows]
+    torch.testing.assert_close(output, plain(x), atol=1e-5, rtol=1e-4)
+    for model in (plain, ours):
+        model(x).square().mean().backward()
+    for one, two in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(ours))(x), output)
+    fastops.restore_(ours)
+    assert [type(m) for m in ours.modules()] == [type(m) for m in plain.modules()]
+    model = nn.Sequential(fnn.Conv2d(3, 4, 3, activation="relu"))
+    assert names(fastops.restore_(model).skipped) == ["0"]
+
+
 def test_idempotent():
     model = Net()
     fastops.replace_(model)
@@ -203,7 +245,10 @@ def test_skips():
     assert skipped(nn.LazyLinear(4)).startswith("lazy")
     assert skipped(monkeypatched) == "its forward has been overridden on the instance"
     assert skipped(torch.ao.nn.quantized.dynamic.Linear(3, 4)) == "quantized"
-    for layer in (nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.ConvTranspose1d(1, 1, 1)):
+    assert skipped(torch.ao.nn.quantized.Conv2d(3, 4, 1)) == "quantized"
+    assert skipped(nn.LazyConv2d(4, 3)).startswith("lazy")
+    assert skipped(parametrizations.weight_norm(nn.Conv2d(3, 4, 1))).startswith("parametrized")
+    for layer in (nn.LPPool2d(2, 2), nn.FractionalMaxPool2d(2, 3)):
         assert skipped(layer) == "no fastops kernel in this version"
     assert skipped(torch.jit.script(nn.Linear(3, 4))) == "a TorchScript module"
     assert skipped(torch.jit.trace(nn.Linear(3, 4), (torch.randn(2, 3),))) == "a TorchScript module"
@@ -282,6 +327,12 @@ def test_jit_script_and_trace_of_a_replaced_model():
     torch.testing.assert_close(torch.jit.script(model)(x), expected)
     fused = fnn.Linear(10, 3, activation=nn.LeakyReLU(0.2))
     torch.testing.assert_close(torch.jit.script(fused)(x), fused(x))
+    image = torch.randn(2, 3, 8, 8)
+    for layer in (nn.Conv2d(3, 4, 3, padding="same"), nn.ConvTranspose2d(3, 4, 3)):
+        fastops.replace_(layer)
+        expected = layer(image)
+        for other in (torch.jit.script(layer), torch.jit.trace(layer, (image,))):
+            torch.testing.assert_close(other(image), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_compiled_model_may_be_replaced():

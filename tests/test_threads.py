@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from compare import exact
-from reference import DTYPES
+from reference import DTYPES, Conv
 
 import fastops
 import fastops.functional as FF
@@ -35,6 +35,47 @@ def test_linear_bits_for_1_and_2_threads_and_run_to_run(isa, dtype, shape, activ
         for count in (1, 2, 2):
             torch.set_num_threads(count)
             results.append(training_step(x, w, b, activation))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, one, two in zip(("output", "input", "weight", "bias"), results[0], other, strict=True):
+            assert torch.equal(one, two), name
+
+
+# The same of convolutions: every algorithm, with few and with many channels, images and positions.
+CONVS = [
+    Conv(8, 1, 32, (28, 28), (3, 3), padding=1),
+    Conv(2, 3, 40, (50, 52), (7, 7), stride=2, padding=3),
+    Conv(2, 48, 64, (20, 21), (3, 3), padding=1),
+    Conv(1, 130, 70, (9, 9), (3, 3), padding=1),
+    Conv(3, 64, 100, (15, 17), (1, 1)),
+    Conv(4, 33, 33, (23, 20), (3, 3), padding=1, groups=33),
+    Conv(2, 16, 16, (40, 41), (5, 5), stride=2, padding=2, groups=16),
+    Conv(4, 12, 20, (30, 31), (3, 3), stride=2, groups=2),
+    Conv(2, 20, 30, (700,), (5,), padding=2),
+    Conv(1, 6, 9, (9, 10, 30), (3, 3, 3), padding=1),
+    Conv(2, 24, 30, (13, 16), (4, 4), stride=2, padding=1, transposed=True),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("conv", CONVS, ids=str)
+def test_conv_bits_for_1_and_2_threads_and_run_to_run(isa, dtype, conv, last):
+    x, w, b = (torch.randn(shape).to(dtype) for shape in conv.shapes)
+    if last:
+        if x.dim() != 4:
+            pytest.skip("two dimensions are enough")
+        x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            tensors = [t.detach().clone().requires_grad_() for t in (x, w, b)]
+            output = conv.ours(*tensors, activation="relu")
+            grad = torch.linspace(-1, 1, output.numel()).view(output.shape).to(dtype)
+            results.append((output.detach(), *torch.autograd.grad(output, tensors, grad)))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -116,7 +157,8 @@ def _child(x, w, expected, queue):
     # them.
     output = FF.linear(x, w, activation="relu").numpy()
     large = FF.relu(torch.randn(3000, 3000)).numpy()  # from the pool of large outputs
-    queue.put(((output == expected.numpy()).all(), (large >= 0).all(), fastops.info() is not None))
+    convolved = FF.conv2d(x.view(1, 1, 300, 200), w.view(1, 100, 1, 200)[:, :1]).numpy()
+    queue.put(((output == expected.numpy()).all(), (large >= 0).all(), convolved.shape == (1, 1, 300, 1)))
 
 
 def run_child():

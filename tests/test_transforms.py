@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import ACTIVATIONS
+from reference import ACTIVATIONS, Conv
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
@@ -58,6 +58,180 @@ def test_func_linear(case):
     same(pair, lambda f: vmap(vmap(grad(f), (0, None, None)), (None, 0, 0))(xs, ws, bs))
     same(pair, lambda f: grad(lambda t: vmap(f, (0, None, None))(t, w, b).sum())(xs))
     same(pair, lambda f: vmap(grad(f, every), (0, None, None))(xs[:, 0], w, b))  # vectors
+
+
+CONVS = [
+    Conv(2, 2, 3, (5, 4), (3, 2), padding=1),
+    Conv(1, 4, 2, (6,), (2,), stride=2, groups=2),
+    Conv(1, 2, 2, (3, 4), (2, 3), padding="same"),
+    Conv(2, 2, 2, (2, 3), (3, 2), stride=2, padding=1, transposed=True, output_padding=1),
+    Conv(1, 2, 2, (2, 3, 2), (1, 2, 2), groups=2, transposed=True),
+]
+
+
+@pytest.mark.parametrize("conv", CONVS, ids=str)
+@pytest.mark.parametrize("case", [None, *[case for case in LINEARS if case and case.kind in ("gelu", "tanh")]], ids=str)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_func_conv(conv, case):
+    name = None if case is None else case.kind
+    function = (lambda z: z) if case is None else case.theirs
+    pair = (
+        lambda *t: conv.ours(*t, activation=name).square().sum(),
+        lambda *t: function(conv.theirs(*t)).square().sum(),
+    )
+    every = (0, 1, 2)
+    x, w, b = (torch.randn(shape, dtype=torch.float64) for shape in conv.shapes)
+    xs, ws, bs = (torch.stack([t, -t, 2 * t]) for t in (x, w, b))
+    same(pair, lambda f: grad(f, every)(x, w, b))
+    same(pair, lambda f: jvp(f, (x, w, b), (x, w, b)))
+    same(pair, lambda f: vjp(f, x, w, b)[1](torch.tensor(1.0, dtype=torch.float64)))
+    same(pair, lambda f: hessian(f, every)(x, w, b))
+    same(pair, lambda f: jacrev(jacrev(f, every), every)(x, w, b))
+    same(pair, lambda f: jacfwd(jacfwd(f, every), every)(x, w, b))
+    same(pair, lambda f: vmap(grad(f, every), (0, None, None))(xs, w, b))
+    same(pair, lambda f: vmap(grad(f, every), (0, 0, 0))(xs, ws, bs))
+    same(pair, lambda f: vmap(grad(f, every), (None, 0, None))(x, ws, b))
+    same(pair, lambda f: vmap(grad(f, every), (None, None, 0))(x, w, bs))
+    same(pair, lambda f: vmap(f, (1, 2, 1))(xs.movedim(0, 1), ws.movedim(0, 2), bs.movedim(0, 1)))
+    same(pair, lambda f: vmap(vmap(grad(f), (0, None, None)), (None, 0, 0))(xs, ws, bs))
+    same(pair, lambda f: grad(lambda t: vmap(f, (0, None, None))(t, w, b).sum())(xs))
+    same(pair, lambda f: vmap(grad(f, every), (0, None, None))(xs[:, 0], w, b))  # without batch
+
+
+def conv_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 4, padding="same", groups=6),
+        nn.Conv2d(6, 8, 3, stride=2, padding=1, padding_mode="circular"), nn.GELU(),
+        nn.ConvTranspose2d(8, 4, 3, stride=2, padding=1, output_padding=1), nn.Conv2d(4, 3, 1), nn.Flatten(2),
+        nn.Conv1d(3, 4, 5, dilation=2), nn.Tanh(), nn.ConvTranspose1d(4, 2, 1), nn.Unflatten(2, (2, 4, 5)),
+        nn.Conv3d(2, 3, 2), nn.ConvTranspose3d(3, 1, (1, 2, 1), bias=False),
+    )  # fmt: skip
+
+
+def conv_nets():
+    ours, theirs = conv_net(), conv_net()
+    assert len(fastops.replace_(ours).replaced) == 12
+    return ours, theirs
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_compile_conv(backend, last):
+    torch._dynamo.reset()
+    ours, theirs = conv_nets()
+    x = torch.randn(2, 2, 6, 7)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    compiled = torch.compile(ours, fullgraph=True, backend=backend)
+    compare_models(compiled, theirs, x, (ours, theirs))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), theirs(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_compile_conv_with_dynamic_shapes():
+    torch._dynamo.reset()
+    layers = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(6, 4, 3, stride=2))
+    twin = copy.deepcopy(layers)
+    fastops.replace_(layers)
+    compiled = torch.compile(layers, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((2, 2, 6, 7), (3, 2, 9, 5)):
+        compare_models(compiled, twin, torch.randn(shape), (layers, twin))
+
+
+def test_compiled_graph_holds_one_op_a_convolution():
+    torch._dynamo.reset()
+    targets = []
+
+    def backend(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    layer = fnn.Conv2d(4, 3, 4, padding="same", activation=nn.LeakyReLU(0.2))
+    torch.compile(layer, fullgraph=True, backend=backend)(torch.randn(2, 4, 5, 5))
+    assert "fastops.conv_forward" in targets
+    assert not [name for name in targets if "leaky_relu" in name or "pad" in name]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_export_conv(strict):
+    ours, theirs = conv_nets()
+    x = torch.randn(2, 2, 6, 7)
+    program = torch.export.export(ours, (x,), strict=strict)
+    assert "fastops.conv_forward.default" in {str(node.target) for node in program.graph.nodes}
+    torch.testing.assert_close(program.module()(x), theirs(x), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(program.run_decompositions().module()(x), theirs(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_meta_conv():
+    expected = conv_net()(torch.randn(2, 2, 6, 7))
+    model = conv_nets()[0].to("meta")
+    output = model(torch.randn(2, 2, 6, 7, device="meta"))
+    output.sum().backward()
+    assert output.shape == expected.shape
+    assert all(p.grad.shape == p.shape and p.grad.device.type == "meta" for p in model.parameters())
+
+
+@pytest.mark.parametrize("conv", CONVS, ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_fake_conv(conv, last):
+    """Fake tensors have the shapes and strides of real ones."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    memory_format = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d}[len(conv.size)]
+
+    def run():
+        x, w, b = (torch.randn(shape) for shape in conv.shapes)
+        if last:
+            x = x.contiguous(memory_format=memory_format)
+        tensors = [t.requires_grad_() for t in (x, w, b)]
+        output = conv.ours(*tensors, activation="gelu")
+        return output, *torch.autograd.grad(output.sum(), tensors)
+
+    with FakeTensorMode():
+        fake = run()
+    for one, two in zip(fake, run(), strict=True):
+        assert one.shape == two.shape
+        assert one.stride() == two.stride()
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_compiled_autograd(activation):
+    """torch.compile over the backward pass of eager calls: it packs and unpacks what nodes remember."""
+    from torch._dynamo import compiled_autograd
+
+    conv = Conv(2, 4, 6, (6, 5), (3, 2), stride=2, padding=1, groups=2, transposed=True, output_padding=1)
+    calls = (
+        (lambda x, w, b: FF.linear(x, w, b, activation=activation), ((4, 6), (5, 6), (5,))),
+        (lambda x, w, b: FF.conv1d(x, w, b, 2, "valid", activation=activation), ((2, 4, 9), (5, 4, 3), (5,))),
+        (lambda *t: conv.ours(*t, activation=activation), conv.shapes),
+    )
+    for function, shapes in calls:
+        torch._dynamo.reset()
+        tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        function(*tensors).square().sum().backward()
+        expected = [t.grad for t in tensors]
+        for t in tensors:
+            t.grad = None
+        with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            function(*tensors).square().sum().backward()
+        torch.testing.assert_close([t.grad for t in tensors], expected)
+
+
+def test_conv_under_checkpoint_and_saved_tensors_hooks():
+    ours, theirs = conv_nets()
+    ours, theirs = ours[:2], theirs[:2]
+    x = torch.ones(2, 2, 6, 7)
+
+    def run(x):
+        with torch.autograd.graph.save_on_cpu():
+            return checkpoint(ours, x, use_reentrant=False)
+
+    compare_models(run, theirs, x, (ours, theirs))
 
 
 def functions():
@@ -325,6 +499,8 @@ def test_a_graph_from_the_fast_door_under_forward_mode():
         lambda t: FF.linear(t, t.detach()),
         lambda t: FF.linear(t, t.detach(), activation="tanh"),
         FF.glu,
+        lambda t: FF.conv1d(t[None], t.detach()[None, :, :2], padding=1, activation="tanh"),
+        lambda t: FF.conv_transpose1d(t[None], t.detach()[:, None, :2], stride=2),
     ):
         x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
         output = function(x)

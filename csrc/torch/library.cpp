@@ -43,22 +43,68 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_op(const Tensor& grad_output,
   return {or_empty(x, type), or_empty(w, type), or_empty(bias, type)};
 }
 
+// padding: what lies before each dimension, then what lies after each.
+ConvPlan make_plan(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, at::IntArrayRef stride,
+                   at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed, int64_t groups) {
+  const size_t dims = stride.size();
+  TORCH_CHECK(dims >= 1 && dims <= 3 && padding.size() == 2 * dims && dilation.size() == dims,
+              "conv: stride, padding and dilation must have 1 to 3, twice as many and as many elements, got ", stride,
+              ", ", padding, " and ", dilation);
+  ConvParams params{static_cast<int>(dims), transposed, groups, {1, 1, 1}, {}, {}, {1, 1, 1}};
+  const size_t first = 3 - dims;
+  std::copy(stride.begin(), stride.end(), params.stride + first);
+  std::copy_n(padding.begin(), dims, params.before + first);
+  std::copy_n(padding.begin() + dims, dims, params.after + first);
+  std::copy(dilation.begin(), dilation.end(), params.dilation + first);
+  ConvPlan plan;
+  const std::string problem = plan_conv(input, weight, bias.value_or(Tensor()), params, plan);
+  TORCH_CHECK(problem.empty(), "conv: ", problem);
+  return plan;
+}
+
+std::tuple<Tensor, Tensor> conv_forward_op(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                                           at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                           bool transposed, int64_t groups, c10::string_view activation, double a,
+                                           double b, bool need_saved) {
+  const ConvPlan plan = make_plan(input, weight, bias, stride, padding, dilation, transposed, groups);
+  auto [y, z] = conv_forward(input, weight, bias, plan, make_activation(activation, a, b), need_saved);
+  return {y, or_empty(z, y.scalar_type())};
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_backward_op(const Tensor& grad_output, const optional<Tensor>& saved,
+                                                    const Tensor& input, const Tensor& weight, at::IntArrayRef stride,
+                                                    at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                                                    int64_t groups, c10::string_view activation, double a, double b,
+                                                    std::array<bool, 3> output_mask) {
+  const ConvPlan plan = make_plan(input, weight, {}, stride, padding, dilation, transposed, groups);
+  auto [x, w, bias] = conv_backward(grad_output, saved.value_or(Tensor()), input, weight, plan,
+                                    make_activation(activation, a, b), output_mask);
+  const auto type = grad_output.scalar_type();
+  return {or_empty(x, type), or_empty(w, type), or_empty(bias, type)};
+}
+
+// The result in the strides that at::empty_like gives this tensor, as the fake kernels promise.
+Tensor like(const Tensor& tensor, const Tensor& result) {
+  if (tensor.strides() == result.strides()) return result;
+  const Tensor ordered = at::empty_like(tensor);
+  return ordered.strides() == result.strides() ? result : ordered.copy_(result);
+}
+
 // A mask that crosses this door is in the logical order of its elements, whatever the strides: a compiler may change
 // those.
 std::tuple<Tensor, Tensor> activation_forward_op(const Tensor& input, c10::string_view activation, double a, double b,
                                                  bool need_mask) {
   const Activation f = make_activation(activation, a, b);
   if (!need_mask || saved_by_default(f) != Saved::mask)
-    return {activation_forward(input, f, false).y, at::detail::empty_cpu({0}, at::kByte)};
-  auto [y, mask] = activation_forward(input.contiguous(), f, true);
-  if (!input.is_contiguous()) y = at::empty_like(input).copy_(y);
-  return {y, mask};
+    return {like(input, activation_forward(input, f, false).y), at::detail::empty_cpu({0}, at::kByte)};
+  const auto [y, mask] = activation_forward(input.contiguous(), f, true);
+  return {like(input, y), mask};
 }
 
 Tensor activation_backward_op(const Tensor& grad_output, const Tensor& saved, c10::string_view activation, double a,
                               double b, c10::string_view kind) {
-  return activation_backward(grad_output, saved, make_activation(activation, a, b),
-                             saved_kind({kind.data(), kind.size()}));
+  return like(grad_output, activation_backward(grad_output, saved, make_activation(activation, a, b),
+                                               saved_kind({kind.data(), kind.size()})));
 }
 
 Tensor activation_second_derivative_op(const Tensor& saved, c10::string_view activation, double a, double b,
@@ -72,6 +118,94 @@ std::tuple<Tensor, Tensor> prelu_backward_op(const Tensor& grad_output, const Te
   return {or_empty(x, input.scalar_type()), or_empty(w, input.scalar_type())};
 }
 
+// output: the output's spatial sizes; kernel, stride, padding and dilation are empty for an adaptive pool. sizes: the
+// input's.
+PoolPlan make_pool_plan(at::IntArrayRef sizes, at::IntArrayRef output, at::IntArrayRef kernel, at::IntArrayRef stride,
+                        at::IntArrayRef padding, at::IntArrayRef dilation, Layout layout) {
+  const size_t dims = output.size();
+  const bool adaptive = kernel.empty();
+  TORCH_CHECK(dims >= 1 && dims <= 3 &&
+                  (adaptive || (kernel.size() == dims && stride.size() == dims && padding.size() == dims &&
+                                dilation.size() == dims)),
+              "pool: output_size, kernel_size, stride, padding and dilation must have as many elements, 1 to 3, got ",
+              output, ", ", kernel, ", ", stride, ", ", padding, " and ", dilation);
+  PoolParams params{static_cast<int>(dims), adaptive, false, {1, 1, 1}, {1, 1, 1}, {}, {1, 1, 1}, {1, 1, 1}};
+  const size_t first = 3 - dims;
+  if (!adaptive) {
+    std::copy(kernel.begin(), kernel.end(), params.kernel + first);
+    std::copy(stride.begin(), stride.end(), params.stride + first);
+    std::copy(padding.begin(), padding.end(), params.padding + first);
+    std::copy(dilation.begin(), dilation.end(), params.dilation + first);
+  }
+  std::copy(output.begin(), output.end(), params.output + first);
+  PoolPlan plan;
+  std::string problem = plan_pool(sizes, params, plan);
+  const auto fits = [&] { return std::equal(output.begin(), output.end(), plan.geometry.out + first); };
+  if (problem.empty() && !fits()) {
+    params.ceil_mode = true;
+    problem = plan_pool(sizes, params, plan);
+  }
+  TORCH_CHECK(problem.empty(), "pool: ", problem);
+  TORCH_CHECK(fits(), "pool: output_size ", output, " does not follow from input sizes ", sizes);
+  plan.layout = plan.batched ? layout : Layout::channels_first;
+  return plan;
+}
+
+at::IntArrayRef spatial_sizes(const Tensor& tensor, int64_t dims) {
+  TORCH_CHECK(tensor.dim() == dims + 1 || tensor.dim() == dims + 2, "pool: expected ", dims + 1, " or ", dims + 2,
+              " dimensions, got shape ", tensor.sizes());
+  return tensor.sizes().slice(static_cast<size_t>(tensor.dim() - dims));
+}
+
+std::tuple<Tensor, Tensor> max_pool_forward_op(const Tensor& input, at::IntArrayRef output_size, at::IntArrayRef kernel,
+                                               at::IntArrayRef stride, at::IntArrayRef padding,
+                                               at::IntArrayRef dilation, c10::string_view indices) {
+  const PoolPlan plan = make_pool_plan(input.sizes(), output_size, kernel, stride, padding, dilation,
+                                       pool_layout(input, static_cast<int>(output_size.size())));
+  TORCH_CHECK(indices == "none" || indices == "compact" || indices == "plane",
+              "max_pool: indices must be 'none', 'compact' or 'plane', got '", indices, "'");
+  auto [y, positions] = max_pool_forward(input, plan,
+                                         indices == "none"    ? PoolIndices::none
+                                         : indices == "plane" ? PoolIndices::plane
+                                                              : compact_indices(plan.geometry));
+  return {y, or_empty(positions, at::kLong)};
+}
+
+Tensor max_pool_backward_op(const Tensor& grad_output, const Tensor& indices, at::IntArrayRef input_size,
+                            at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                            at::IntArrayRef dilation, int64_t dims, bool channels_last) {
+  return max_pool_backward(grad_output, indices,
+                           make_pool_plan(input_size, spatial_sizes(grad_output, dims), kernel, stride, padding,
+                                          dilation, channels_last ? Layout::channels_last : Layout::channels_first));
+}
+
+Tensor max_pool_positions_op(const Tensor& indices, at::IntArrayRef input_size, at::IntArrayRef kernel,
+                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t dims) {
+  TORCH_CHECK(indices.scalar_type() == at::kByte, "max_pool_positions: indices must be uint8, got ",
+              indices.scalar_type());
+  return max_pool_positions(indices, make_pool_plan(input_size, spatial_sizes(indices, dims), kernel, stride, padding,
+                                                    dilation, Layout::channels_first));
+}
+
+Tensor avg_pool_forward_op(const Tensor& input, at::IntArrayRef output_size, at::IntArrayRef kernel,
+                           at::IntArrayRef stride, at::IntArrayRef padding, bool count_include_pad,
+                           int64_t divisor_override) {
+  const std::vector<int64_t> dilation(kernel.size(), 1);
+  const PoolPlan plan = make_pool_plan(input.sizes(), output_size, kernel, stride, padding, dilation,
+                                       pool_layout(input, static_cast<int>(output_size.size())));
+  return avg_pool_forward(input, plan, {count_include_pad, divisor_override});
+}
+
+Tensor avg_pool_backward_op(const Tensor& grad_output, at::IntArrayRef input_size, at::IntArrayRef kernel,
+                            at::IntArrayRef stride, at::IntArrayRef padding, bool count_include_pad,
+                            int64_t divisor_override, int64_t dims, bool channels_last) {
+  const std::vector<int64_t> dilation(kernel.size(), 1);
+  return avg_pool_backward(grad_output,
+                           make_pool_plan(input_size, spatial_sizes(grad_output, dims), kernel, stride, padding,
+                                          dilation, channels_last ? Layout::channels_last : Layout::channels_first),
+                           {count_include_pad, divisor_override});
+}
+
 TORCH_LIBRARY(fastops, m) {
   m.def(
       "linear_forward(Tensor input, Tensor weight, Tensor? bias, str activation, float a, float b, bool need_saved) -> "
@@ -80,6 +214,14 @@ TORCH_LIBRARY(fastops, m) {
       "linear_backward(Tensor grad_output, Tensor? saved, Tensor input, Tensor weight, str activation, float a, float "
       "b, "
       "bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "conv_forward(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
+      "bool transposed, int groups, str activation, float a, float b, bool need_saved) -> "
+      "(Tensor output, Tensor pre_activation)");
+  m.def(
+      "conv_backward(Tensor grad_output, Tensor? saved, Tensor input, Tensor weight, int[] stride, int[] padding, "
+      "int[] dilation, bool transposed, int groups, str activation, float a, float b, bool[3] output_mask) -> "
+      "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def(
       "activation_forward(Tensor input, str activation, float a, float b, bool need_mask) -> (Tensor output, Tensor "
       "mask)");
@@ -94,17 +236,39 @@ TORCH_LIBRARY(fastops, m) {
       "(Tensor grad_input, Tensor grad_weight)");
   m.def("glu_forward(Tensor input, int dim) -> Tensor");
   m.def("glu_backward(Tensor grad_output, Tensor input, int dim) -> Tensor");
+  m.def(
+      "max_pool_forward(Tensor input, SymInt[] output_size, int[] kernel_size, int[] stride, int[] padding, "
+      "int[] dilation, str indices) -> (Tensor output, Tensor indices)");
+  m.def(
+      "max_pool_backward(Tensor grad_output, Tensor indices, SymInt[] input_size, int[] kernel_size, int[] stride, "
+      "int[] padding, int[] dilation, int dims, bool channels_last) -> Tensor");
+  m.def(
+      "max_pool_positions(Tensor indices, int[] input_size, int[] kernel_size, int[] stride, int[] padding, "
+      "int[] dilation, int dims) -> Tensor",
+      max_pool_positions_op);
+  m.def(
+      "avg_pool_forward(Tensor input, SymInt[] output_size, int[] kernel_size, int[] stride, int[] padding, "
+      "bool count_include_pad, int divisor_override) -> Tensor");
+  m.def(
+      "avg_pool_backward(Tensor grad_output, SymInt[] input_size, int[] kernel_size, int[] stride, int[] padding, "
+      "bool count_include_pad, int divisor_override, int dims, bool channels_last) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(fastops, CPU, m) {
   m.impl("linear_forward", linear_forward_op);
   m.impl("linear_backward", linear_backward_op);
+  m.impl("conv_forward", conv_forward_op);
+  m.impl("conv_backward", conv_backward_op);
   m.impl("activation_forward", activation_forward_op);
   m.impl("activation_backward", activation_backward_op);
   m.impl("prelu_forward", prelu_forward);
   m.impl("prelu_backward", prelu_backward_op);
   m.impl("glu_forward", glu_forward);
   m.impl("glu_backward", glu_backward);
+  m.impl("max_pool_forward", max_pool_forward_op);
+  m.impl("max_pool_backward", max_pool_backward_op);
+  m.impl("avg_pool_forward", avg_pool_forward_op);
+  m.impl("avg_pool_backward", avg_pool_backward_op);
 }
 
 // ---- the fast door: _C.<op> returns NotImplemented for every call that is not plain; Python then takes the general
@@ -124,24 +288,132 @@ py::object without_gil(Call&& call) {
 
 Activation make_activation(int kind, double a, double b) { return {static_cast<ActivationKind>(kind), a, b}; }
 
-py::object linear_fast(py::handle input, py::handle weight, py::handle bias, int kind, double a, double b) {
+// call(input, weight, bias) for the operands of a layer, as autocast's lower-precision list casts them, if they are
+// plain and of one dtype that has kernels.
+template <class Call>
+py::object layer_fast(py::handle input, py::handle weight, py::handle bias, Call&& call) {
   const bool has_bias = !bias.is_none();
   if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr()) || !fast_door::is_plain(weight.ptr()) ||
       (has_bias && !fast_door::is_plain(bias.ptr())))
     return not_implemented();
+  const auto checked = [&](const Tensor& x, const Tensor& w, const optional<Tensor>& b) {
+    const auto type = x.scalar_type();
+    if (!is_supported(type) || w.scalar_type() != type || (b && b->scalar_type() != type)) return not_implemented();
+    return call(x, w, b);
+  };
   const Tensor &x = THPVariable_Unpack(input.ptr()), &w = THPVariable_Unpack(weight.ptr());
-  const optional<Tensor> bias_tensor = has_bias ? optional<Tensor>(THPVariable_Unpack(bias.ptr())) : std::nullopt;
+  const optional<Tensor> b = has_bias ? optional<Tensor>(THPVariable_Unpack(bias.ptr())) : std::nullopt;
+  if (!at::autocast::is_autocast_enabled(at::kCPU)) return checked(x, w, b);
+  const auto type = at::autocast::get_autocast_dtype(at::kCPU);
+  return checked(at::autocast::cached_cast(type, x, at::kCPU), at::autocast::cached_cast(type, w, at::kCPU),
+                 at::autocast::cached_cast(type, b, at::kCPU));
+}
+
+py::object linear_fast(py::handle input, py::handle weight, py::handle bias, int kind, double a, double b) {
   const Activation activation = make_activation(kind, a, b);
-  if (at::autocast::is_autocast_enabled(at::kCPU)) {
-    const auto type = at::autocast::get_autocast_dtype(at::kCPU);
-    const Tensor cast_x = at::autocast::cached_cast(type, x, at::kCPU),
-                 cast_w = at::autocast::cached_cast(type, w, at::kCPU);
-    const auto cast_bias = at::autocast::cached_cast(type, bias_tensor, at::kCPU);
-    if (!linear_accepts(cast_x, cast_w, cast_bias)) return not_implemented();
-    return without_gil([&] { return fastops::linear(cast_x, cast_w, cast_bias, activation); });
+  return layer_fast(input, weight, bias, [&](const Tensor& x, const Tensor& w, const optional<Tensor>& bias_tensor) {
+    if (!linear_accepts(x, w, bias_tensor)) return not_implemented();
+    return without_gil([&] { return fastops::linear(x, w, bias_tensor, activation); });
+  });
+}
+
+// An int, as a Python object that is exactly one.
+bool read_int(PyObject* object, int64_t& value) {
+  if (!PyLong_CheckExact(object)) return false;
+  int overflow = 0;
+  value = PyLong_AsLongLongAndOverflow(object, &overflow);
+  return overflow == 0;
+}
+
+// An int for all dimensions, or a tuple or list of one or `dims` of them, into the last `dims` of three.
+bool read_sizes(PyObject* object, int dims, int64_t (&values)[3]) {
+  int64_t* const first = values + 3 - dims;
+  const bool several = PyTuple_CheckExact(object) || PyList_CheckExact(object);
+  if (several && PySequence_Fast_GET_SIZE(object) == dims) {
+    for (int i = 0; i < dims; ++i)
+      if (!read_int(PySequence_Fast_GET_ITEM(object, i), first[i])) return false;
+    return true;
   }
-  if (!linear_accepts(x, w, bias_tensor)) return not_implemented();
-  return without_gil([&] { return fastops::linear(x, w, bias_tensor, activation); });
+  if (several && PySequence_Fast_GET_SIZE(object) == 1) object = PySequence_Fast_GET_ITEM(object, 0);
+  if (!read_int(object, *first)) return false;
+  std::fill(first, values + 3, *first);
+  return true;
+}
+
+// padding="valid", or "same": the output has the input's size, and an odd element goes behind.
+bool read_padding_mode(PyObject* object, const Tensor& weight, ConvParams& params) {
+  if (!PyUnicode_CheckExact(object)) return false;
+  if (PyUnicode_CompareWithASCIIString(object, "valid") == 0) return true;
+  if (PyUnicode_CompareWithASCIIString(object, "same") != 0 || weight.dim() != params.dims + 2) return false;
+  for (int i = 0; i < params.dims; ++i) {
+    const int at = 3 - params.dims + i;
+    if (params.stride[at] != 1) return false;
+    const int64_t total = params.dilation[at] * (weight.size(2 + i) - 1);
+    params.before[at] = total / 2;
+    params.after[at] = total - total / 2;
+  }
+  return true;
+}
+
+struct ConvArguments {
+  int dims;
+  bool transposed;
+  py::handle stride, padding, dilation, output_padding, groups;
+};
+
+bool read_params(const ConvArguments& arguments, const Tensor& weight, ConvParams& params) {
+  const int dims = params.dims;
+  if (!read_sizes(arguments.stride.ptr(), dims, params.stride) ||
+      !read_sizes(arguments.dilation.ptr(), dims, params.dilation) || !read_int(arguments.groups.ptr(), params.groups))
+    return false;
+  if (!read_sizes(arguments.padding.ptr(), dims, params.before))
+    return !params.transposed && read_padding_mode(arguments.padding.ptr(), weight, params);
+  std::copy_n(params.before, 3, params.after);
+  if (!params.transposed) return true;
+  int64_t output_padding[3]{};
+  if (!read_sizes(arguments.output_padding.ptr(), dims, output_padding)) return false;
+  for (int i = 0; i < 3; ++i) params.after[i] -= output_padding[i];
+  return true;
+}
+
+py::object conv_fast(const ConvArguments& arguments, py::handle input, py::handle weight, py::handle bias, int kind,
+                     double a, double b) {
+  const Activation activation = make_activation(kind, a, b);
+  return layer_fast(input, weight, bias, [&](const Tensor& x, const Tensor& w, const optional<Tensor>& bias_tensor) {
+    ConvParams params{arguments.dims, arguments.transposed, 1, {1, 1, 1}, {}, {}, {1, 1, 1}};
+    if (!read_params(arguments, w, params)) return not_implemented();
+    const bool batched = x.dim() != params.dims + 1;
+    const Tensor batch = batched ? x : x.unsqueeze(0);
+    ConvPlan plan;
+    if (!plan_conv(batch, w, bias_tensor.value_or(Tensor()), params, plan).empty()) return not_implemented();
+    return without_gil([&] {
+      const Tensor y = fastops::conv(batch, w, bias_tensor, plan, activation);
+      return batched ? y : y.squeeze(0);
+    });
+  });
+}
+
+template <int dims>
+py::object conv_fast(py::handle input, py::handle weight, py::handle bias, py::handle stride, py::handle padding,
+                     py::handle dilation, py::handle groups, int kind, double a, double b) {
+  return conv_fast({dims, false, stride, padding, dilation, {}, groups}, input, weight, bias, kind, a, b);
+}
+
+template <int dims>
+py::object conv_transpose_fast(py::handle input, py::handle weight, py::handle bias, py::handle stride,
+                               py::handle padding, py::handle output_padding, py::handle groups, py::handle dilation,
+                               int kind, double a, double b) {
+  return conv_fast({dims, true, stride, padding, dilation, output_padding, groups}, input, weight, bias, kind, a, b);
+}
+
+// What of these arguments does not fit, for the message of an error; "" where everything does.
+std::string conv_problem(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, py::handle stride,
+                         py::handle padding, py::handle dilation, py::handle groups, py::handle output_padding,
+                         int dims, bool transposed) {
+  ConvParams params{dims, transposed, 1, {1, 1, 1}, {}, {}, {1, 1, 1}};
+  if (!read_params({dims, transposed, stride, padding, dilation, output_padding, groups}, weight, params)) return {};
+  ConvPlan plan;
+  return plan_conv(input.dim() == dims + 1 ? input.unsqueeze(0) : input, weight, bias.value_or(Tensor()), params, plan);
 }
 
 py::object activation_fast(py::handle input, int kind, double a, double b, bool inplace) {
@@ -165,6 +437,128 @@ py::object glu_fast(py::handle input, int64_t dim) {
   if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr())) return not_implemented();
   const Tensor& x = THPVariable_Unpack(input.ptr());
   return glu_accepts(x, dim) ? without_gil([&] { return fastops::glu(x, dim); }) : not_implemented();
+}
+
+// A bool, as a Python object that is exactly one.
+bool read_bool(PyObject* object, bool& value) {
+  value = object == Py_True;
+  return value || object == Py_False;
+}
+
+bool read_windows(py::handle kernel, py::handle stride, py::handle padding, py::handle dilation, py::handle ceil_mode,
+                  PoolParams& params) {
+  const int dims = params.dims;
+  if (!read_sizes(kernel.ptr(), dims, params.kernel) || !read_sizes(padding.ptr(), dims, params.padding) ||
+      !read_sizes(dilation.ptr(), dims, params.dilation) || !read_bool(ceil_mode.ptr(), params.ceil_mode))
+    return false;
+  const bool own = stride.is_none() || (PySequence_Check(stride.ptr()) && PySequence_Size(stride.ptr()) == 0);
+  return read_sizes(own ? kernel.ptr() : stride.ptr(), dims, params.stride);
+}
+
+// A number, or a tuple or list of numbers and None, which stands for the input's size.
+bool read_output_size(PyObject* object, PoolParams& params) {
+  if (read_sizes(object, params.dims, params.output))
+    return !PyList_Check(object) || PyList_GET_SIZE(object) == params.dims;
+  if (!PyTuple_CheckExact(object) && !PyList_CheckExact(object)) return false;
+  if (PySequence_Fast_GET_SIZE(object) != params.dims) return false;
+  for (int i = 0; i < params.dims; ++i) {
+    int64_t& size = params.output[3 - params.dims + i];
+    PyObject* const item = PySequence_Fast_GET_ITEM(object, i);
+    if (item == Py_None)
+      size = PoolParams::kSameSize;
+    else if (!read_int(item, size) || size < 0)
+      return false;
+  }
+  return true;
+}
+
+PoolParams pool_params(int dims, bool adaptive) {
+  return {dims, adaptive, false, {1, 1, 1}, {1, 1, 1}, {}, {1, 1, 1}, {1, 1, 1}};
+}
+
+// call(input, plan) if the call is plain and its geometry good. Autocast computes in float32 what is three-dimensional.
+template <class Call>
+py::object pool_fast(py::handle input, const PoolParams& params, Call&& call) {
+  if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr())) return not_implemented();
+  const Tensor& x = THPVariable_Unpack(input.ptr());
+  if (!is_supported(x.scalar_type())) return not_implemented();
+  PoolPlan plan;
+  if (!plan_pool(x.sizes(), params, plan).empty()) return not_implemented();
+  plan.layout = pool_layout(x, params.dims);
+  if (params.dims == 3 && at::autocast::is_autocast_enabled(at::kCPU))
+    return call(at::autocast::cached_cast(at::kFloat, x, at::kCPU), plan);
+  return call(x, plan);
+}
+
+py::object max_pool_fast(py::handle input, const PoolParams& params, py::handle return_indices) {
+  bool with_indices;
+  if (!read_bool(return_indices.ptr(), with_indices)) return not_implemented();
+  return pool_fast(input, params, [&](const Tensor& x, const PoolPlan& plan) -> py::object {
+    if (!with_indices) return without_gil([&] { return max_pool(x, plan, false).y; });
+    MaxPoolOutput out;
+    {
+      const py::gil_scoped_release release;
+      out = max_pool(x, plan, true);
+    }
+    return py::make_tuple(py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(out.y))),
+                          py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(out.indices))));
+  });
+}
+
+template <int dims>
+py::object max_pool_fast(py::handle input, py::handle kernel, py::handle stride, py::handle padding,
+                         py::handle dilation, py::handle ceil_mode, py::handle return_indices) {
+  PoolParams params = pool_params(dims, false);
+  if (!read_windows(kernel, stride, padding, dilation, ceil_mode, params)) return not_implemented();
+  return max_pool_fast(input, params, return_indices);
+}
+
+template <int dims>
+py::object adaptive_max_pool_fast(py::handle input, py::handle output_size, py::handle return_indices) {
+  PoolParams params = pool_params(dims, true);
+  return read_output_size(output_size.ptr(), params) ? max_pool_fast(input, params, return_indices) : not_implemented();
+}
+
+template <int dims>
+py::object avg_pool_fast(py::handle input, py::handle kernel, py::handle stride, py::handle padding,
+                         py::handle ceil_mode, py::handle include_pad, py::handle divisor_override) {
+  PoolParams params = pool_params(dims, false);
+  AvgDivisor divisor{};
+  if (!read_windows(kernel, stride, padding, py::int_(1), ceil_mode, params) ||
+      !read_bool(include_pad.ptr(), divisor.include_pad))
+    return not_implemented();
+  if (!divisor_override.is_none() && (!read_int(divisor_override.ptr(), divisor.override) || divisor.override == 0))
+    return not_implemented();
+  return pool_fast(input, params, [&](const Tensor& x, const PoolPlan& plan) {
+    // PyTorch refuses windows larger than the input in three dimensions, padding or not.
+    for (int i = 0; i < 3 && dims == 3; ++i)
+      if (plan.geometry.kernel[i] > plan.geometry.in[i]) return not_implemented();
+    return without_gil([&] { return avg_pool(x, plan, divisor); });
+  });
+}
+
+py::object avg_pool1d_fast(py::handle input, py::handle kernel, py::handle stride, py::handle padding,
+                           py::handle ceil_mode, py::handle include_pad) {
+  return avg_pool_fast<1>(input, kernel, stride, padding, ceil_mode, include_pad, py::none());
+}
+
+template <int dims>
+py::object adaptive_avg_pool_fast(py::handle input, py::handle output_size) {
+  PoolParams params = pool_params(dims, true);
+  if (!read_output_size(output_size.ptr(), params)) return not_implemented();
+  return pool_fast(input, params, [&](const Tensor& x, const PoolPlan& plan) {
+    return without_gil([&] { return avg_pool(x, plan, {false, 0}); });
+  });
+}
+
+// What of these arguments does not fit, for the message of an error; "" where everything does. kernel None: adaptive.
+std::string pool_problem(const Tensor& input, int dims, py::handle kernel, py::handle stride, py::handle padding,
+                         py::handle dilation, py::handle output_size) {
+  PoolParams params = pool_params(dims, kernel.is_none());
+  const bool read = params.adaptive ? read_output_size(output_size.ptr(), params)
+                                    : read_windows(kernel, stride, padding, dilation, py::bool_(false), params);
+  PoolPlan plan;
+  return read ? plan_pool(input.sizes(), params, plan) : std::string();
 }
 
 // ---- what fastops.info(), fastops.record() and fastops.memory read
@@ -206,9 +600,31 @@ bool set_isa_by_name(const std::string& name) {
 
 PYBIND11_MODULE(_C, m) {
   m.def("linear", &linear_fast);
+  m.def("conv1d", &conv_fast<1>);
+  m.def("conv2d", &conv_fast<2>);
+  m.def("conv3d", &conv_fast<3>);
+  m.def("conv_transpose1d", &conv_transpose_fast<1>);
+  m.def("conv_transpose2d", &conv_transpose_fast<2>);
+  m.def("conv_transpose3d", &conv_transpose_fast<3>);
+  m.def("conv_problem", &conv_problem);
+  m.def("set_conv_precision", [](int precision) { set_conv_precision(static_cast<ConvPrecision>(precision)); });
+  m.def("conv_precision", [] { return static_cast<int>(conv_precision()); });
   m.def("activation", &activation_fast);
   m.def("prelu", &prelu_fast);
   m.def("glu", &glu_fast);
+  m.def("max_pool1d", &max_pool_fast<1>);
+  m.def("max_pool2d", &max_pool_fast<2>);
+  m.def("max_pool3d", &max_pool_fast<3>);
+  m.def("adaptive_max_pool1d", &adaptive_max_pool_fast<1>);
+  m.def("adaptive_max_pool2d", &adaptive_max_pool_fast<2>);
+  m.def("adaptive_max_pool3d", &adaptive_max_pool_fast<3>);
+  m.def("avg_pool1d", &avg_pool1d_fast);
+  m.def("avg_pool2d", &avg_pool_fast<2>);
+  m.def("avg_pool3d", &avg_pool_fast<3>);
+  m.def("adaptive_avg_pool1d", &adaptive_avg_pool_fast<1>);
+  m.def("adaptive_avg_pool2d", &adaptive_avg_pool_fast<2>);
+  m.def("adaptive_avg_pool3d", &adaptive_avg_pool_fast<3>);
+  m.def("pool_problem", &pool_problem);
 
   py::list kinds;
   for (int i = 0; i < static_cast<int>(ActivationKind::count); ++i)

@@ -228,10 +228,8 @@ Tensor linear(const Tensor& input, const Tensor& weight, const optional<Tensor>&
 }
 
 bool linear_accepts(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
-  const auto type = input.scalar_type();
-  if (!is_supported(type) || weight.scalar_type() != type) return false;
   if (input.dim() < 1 || weight.dim() != 2 || weight.size(1) != input.size(-1)) return false;
-  return !bias || (bias->scalar_type() == type && bias->dim() == 1 && bias->size(0) == weight.size(0));
+  return !bias || (bias->dim() == 1 && bias->size(0) == weight.size(0));
 }
 
 }  // namespace fastops

@@ -8,9 +8,12 @@
 
 #include <array>
 #include <optional>
+#include <string>
 #include <string_view>
 
 #include "../kernels/activation.h"
+#include "../kernels/conv.h"
+#include "../kernels/pool.h"
 
 namespace fastops {
 
@@ -36,8 +39,45 @@ std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& s
                                       const Tensor& weight, Activation activation, std::array<bool, 3> output_mask,
                                       at::IntArrayRef input_sizes, int64_t in_features);
 Tensor linear(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, Activation activation);
-// Whether linear() takes these arguments: same supported dtype, fitting shapes.
+// Whether the shapes of these arguments of linear() fit.
 bool linear_accepts(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias);
+
+// ---- conv.cpp
+// What a convolution is besides its tensors, in `dims` spatial dimensions; arrays as in ConvGeometry. before and after
+// are the padding on either side; of a transposed convolution they are what is cut off, `after` less output_padding.
+struct ConvParams {
+  int dims;
+  bool transposed;
+  int64_t groups;
+  int64_t stride[3], before[3], after[3], dilation[3];
+};
+// The same as the kernels see it. Of a transposed convolution, geometry is that of the convolution it transposes: its
+// input is that one's output.
+struct ConvPlan {
+  int dims;
+  bool transposed;
+  Layout layout, w_layout;
+  ConvGeometry geometry;
+};
+// Fills the plan for input (batch, channels, spatial), weight as in torch.nn and bias or undefined; returns what does
+// not fit, by torch.nn.functional's names of the arguments, or "". dtypes are not looked at.
+std::string plan_conv(const Tensor& input, const Tensor& weight, const Tensor& bias, const ConvParams& params,
+                      ConvPlan& plan);
+struct ConvOutput {
+  Tensor y;
+  Tensor z;  // the pre-activation, undefined unless asked for and saved_by_linear says input
+};
+ConvOutput conv_forward(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvPlan& plan,
+                        Activation activation, bool need_saved);
+// Gradients of input, weight and bias; those not asked for stay undefined. What only they need may be undefined too.
+std::array<Tensor, 3> conv_backward(const Tensor& grad_output, const Tensor& saved, const Tensor& input,
+                                    const Tensor& weight, const ConvPlan& plan, Activation activation,
+                                    std::array<bool, 3> output_mask);
+Tensor conv(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvPlan& plan,
+            Activation activation);
+// What convolutions may trade for speed, for the whole process.
+void set_conv_precision(ConvPrecision precision);
+ConvPrecision conv_precision();
 
 // ---- activation.cpp
 struct ActivationOutput {
@@ -67,5 +107,49 @@ Tensor glu_forward(const Tensor& input, int64_t dim);
 Tensor glu_backward(const Tensor& grad_output, const Tensor& input, int64_t dim);
 Tensor glu(const Tensor& input, int64_t dim);
 bool glu_accepts(const Tensor& input, int64_t dim);
+
+// ---- pool.cpp
+// What a pool is besides its input, in the last `dims` of three dimensions: windows, or for an adaptive one the sizes
+// of its output, kSameSize for the input's.
+struct PoolParams {
+  static constexpr int64_t kSameSize = INT64_MIN;
+  int dims;
+  bool adaptive, ceil_mode;
+  int64_t kernel[3], stride[3], padding[3], dilation[3], output[3];
+};
+// The same as the kernels see it.
+struct PoolPlan {
+  int dims;
+  bool batched;
+  Layout layout;
+  PoolGeometry geometry;
+};
+// The layout of a pool's output: the input's, as PyTorch finds it in two dimensions; in one and three likewise.
+Layout pool_layout(const Tensor& tensor, int dims);
+// Fills in the plan of an input of these sizes, (batch, channels, *spatial) or without batch, all but its layout. Says
+// what does not fit, "" if everything does.
+std::string plan_pool(at::IntArrayRef sizes, const PoolParams& params, PoolPlan& plan);
+
+struct MaxPoolOutput {
+  Tensor y;
+  Tensor indices;  // of y's shape; undefined unless asked for
+};
+// The indices that backward needs, in a byte where a window allows it.
+PoolIndices compact_indices(const PoolGeometry& geometry);
+MaxPoolOutput max_pool_forward(const Tensor& input, const PoolPlan& plan, PoolIndices kind);
+Tensor max_pool_backward(const Tensor& grad_output, const Tensor& indices, const PoolPlan& plan);
+// Positions in the input's planes (int64) from either kind of indices. A composite of torch ops, for second
+// derivatives.
+Tensor max_pool_positions(const Tensor& indices, const PoolPlan& plan);
+MaxPoolOutput max_pool(const Tensor& input, const PoolPlan& plan, bool return_indices);
+
+// What an average divides by; see AvgPoolForward.
+struct AvgDivisor {
+  bool include_pad;
+  int64_t override;  // 0: none
+};
+Tensor avg_pool_forward(const Tensor& input, const PoolPlan& plan, const AvgDivisor& divisor);
+Tensor avg_pool_backward(const Tensor& grad_output, const PoolPlan& plan, const AvgDivisor& divisor);
+Tensor avg_pool(const Tensor& input, const PoolPlan& plan, const AvgDivisor& divisor);
 
 }  // namespace fastops

@@ -1,4 +1,4 @@
-"""torch.nn's modules on fastops' kernels: torch.nn's names and signatures, Linear plus activation=."""
+"""torch.nn's modules on fastops' kernels: torch.nn's names and signatures; Linear and convolutions plus activation=."""
 
 from fastops.nn.activation import (
     CELU,
@@ -25,7 +25,22 @@ from fastops.nn.activation import (
     Tanhshrink,
     Threshold,
 )
+from fastops.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from fastops.nn.linear import Linear
+from fastops.nn.pool import (
+    AdaptiveAvgPool1d,
+    AdaptiveAvgPool2d,
+    AdaptiveAvgPool3d,
+    AdaptiveMaxPool1d,
+    AdaptiveMaxPool2d,
+    AdaptiveMaxPool3d,
+    AvgPool1d,
+    AvgPool2d,
+    AvgPool3d,
+    MaxPool1d,
+    MaxPool2d,
+    MaxPool3d,
+)
 
 __all__ = [
     "CELU",
@@ -33,6 +48,21 @@ __all__ = [
     "GELU",
     "GLU",
     "SELU",
+    "AdaptiveAvgPool1d",
+    "AdaptiveAvgPool2d",
+    "AdaptiveAvgPool3d",
+    "AdaptiveMaxPool1d",
+    "AdaptiveMaxPool2d",
+    "AdaptiveMaxPool3d",
+    "AvgPool1d",
+    "AvgPool2d",
+    "AvgPool3d",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
     "Hardshrink",
     "Hardsigmoid",
     "Hardswish",
@@ -40,6 +70,9 @@ __all__ = [
     "LeakyReLU",
     "Linear",
     "LogSigmoid",
+    "MaxPool1d",
+    "MaxPool2d",
+    "MaxPool3d",
     "Mish",
     "PReLU",
     "ReLU",

@@ -3,104 +3,12 @@
 // Integer-valued data must match exactly; other data within a bound of the form c k eps sum |a b|. Every buffer is
 // exactly as large as the contract says, so that AddressSanitizer sees the first byte read or written beyond it. Each
 // case runs with teams of 1, 2 and 3 threads, and of 3 that get 2, and must give the same bits.
-#include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
 #include <random>
-#include <thread>
-#include <vector>
 
-#include "../../csrc/kernels/cpu/isa.h"
-
-using namespace fastops;
+#include "products.h"
 
 namespace {
-
-// ----------------------------------------------------------------------------------------------------------------
-// values
-
-float float_of_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-uint32_t bits_of_float(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-double widen(float x) { return x; }
-double widen(double x) { return x; }
-double widen(bf16_t x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
-double widen(f16_t x) {
-  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
-  const double magnitude = exponent == 31  ? (fraction != 0 ? NAN : INFINITY)
-                           : exponent == 0 ? std::ldexp(fraction, -24)
-                                           : std::ldexp(1024 + fraction, exponent - 25);
-  return (x.bits & 0x8000) != 0 ? -magnitude : magnitude;
-}
-
-template <class T>
-T narrow(double x) {
-  return static_cast<T>(x);
-}
-template <>
-bf16_t narrow<bf16_t>(double x) {  // float32 first, as the kernels do
-  const uint32_t bits = bits_of_float(static_cast<float>(x));
-  if (x != x) return {0x7fc0};
-  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-template <>
-f16_t narrow<f16_t>(double x) {
-  if (x != x) return {0x7e00};
-  const double magnitude = std::fabs(x);
-  int exponent = 0;
-  std::frexp(magnitude, &exponent);
-  const double unit = std::ldexp(1.0, std::max(exponent - 11, -24));
-  const double rounded = std::nearbyint(magnitude / unit) * unit;
-  uint16_t bits;
-  if (rounded >= 65536) {
-    bits = 0x7c00;
-  } else if (rounded < std::ldexp(1.0, -14)) {
-    bits = static_cast<uint16_t>(rounded * 0x1p24);
-  } else {
-    std::frexp(rounded, &exponent);
-    bits =
-        static_cast<uint16_t>(((exponent + 14) << 10) + (static_cast<int>(std::ldexp(rounded, 11 - exponent)) - 1024));
-  }
-  return {static_cast<uint16_t>(bits | (std::signbit(x) ? 0x8000 : 0))};
-}
-
-template <class T>
-constexpr DType kDType = DType::f32;
-template <>
-constexpr DType kDType<double> = DType::f64;
-template <>
-constexpr DType kDType<bf16_t> = DType::bf16;
-template <>
-constexpr DType kDType<f16_t> = DType::f16;
-
-double unit_roundoff(DType dtype) {
-  return dtype == DType::f64 ? 0x1p-53 : dtype == DType::f32 ? 0x1p-24 : dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
-}
-
-// -----------------------------------------------------------------------------------------------------------------
-// teams
-
-void run_threads(int threads, void (*body)(void*, int, int), void* context) {
-  std::vector<std::thread> others;
-  for (int t = 1; t < threads; ++t) others.emplace_back(body, context, t, threads);
-  body(context, 0, threads);
-  for (std::thread& t : others) t.join();
-}
-void run_at_most_two(int threads, void (*body)(void*, int, int), void* context) {
-  run_threads(threads < 2 ? threads : 2, body, context);
-}
-
-const Team kTeams[] = {{1, nullptr}, {2, run_threads}, {3, run_threads}, {3, run_at_most_two}};
 
 // ---------------------------------------------------------------------------------------------------------------
 // operands
@@ -177,35 +85,6 @@ struct Operand {
   }
 };
 
-double activate(ActivationKind kind, double z) {
-  switch (kind) {
-    case ActivationKind::relu:
-      return z > 0 ? z : 0;
-    case ActivationKind::tanh:
-      return std::tanh(z);
-    case ActivationKind::silu:
-      return z / (1 + std::exp(-z));
-    default:
-      return z;
-  }
-}
-
-// From y for relu and tanh, from z for silu.
-double derivative(ActivationKind kind, double saved) {
-  switch (kind) {
-    case ActivationKind::relu:
-      return saved > 0 ? 1 : 0;
-    case ActivationKind::tanh:
-      return 1 - saved * saved;
-    case ActivationKind::silu: {
-      const double s = 1 / (1 + std::exp(-saved));
-      return s * (1 + saved * (1 - s));
-    }
-    default:
-      return 1;
-  }
-}
-
 // ------------------------------------------------------------------------------------------------------------------
 // cases
 
@@ -230,45 +109,6 @@ void fail(const Case& c, DType dtype, const char* what, int64_t i, int64_t j, do
       expected, static_cast<long long>(c.m), static_cast<long long>(c.n), static_cast<long long>(c.k),
       static_cast<int>(c.kind), c.x, c.w, c.grad_y, c.saved, c.bias, static_cast<long long>(c.bias_stride), c.z,
       c.integers, c.outputs, static_cast<int>(c.multiply));
-}
-
-struct FreeDeleter {
-  void operator()(void* p) const { std::free(p); }
-};
-using Workspace = std::unique_ptr<void, FreeDeleter>;
-
-// Aligned as an allocator of tensors aligns, which the stores that bypass the caches ask for.
-template <class T>
-using AlignedBuffer = std::unique_ptr<T[], FreeDeleter>;
-template <class T>
-AlignedBuffer<T> make_buffer(size_t size) {
-  void* p = nullptr;
-  if (posix_memalign(&p, 64, size * sizeof(T)) != 0) std::abort();
-  return AlignedBuffer<T>(static_cast<T*>(p));
-}
-
-Workspace make_workspace(size_t bytes) {
-  void* p = nullptr;
-  if (bytes > 0 && posix_memalign(&p, 64, bytes) != 0) std::abort();
-  if (p != nullptr) std::memset(p, 0xff, bytes);  // NaN, whatever the type
-  return Workspace(p);
-}
-
-// got against expected, where the sum of the products' magnitudes is `magnitude`.
-template <class T>
-bool close(T got, double expected, double magnitude, int64_t k, bool exact, double slack) {
-  const double value = widen(got);
-  if (exact) return value == widen(narrow<T>(expected));
-  const double eps = unit_roundoff(kDType<T>), compute = kDType<T> == DType::f64 ? 0x1p-53 : 0x1p-24;
-  const double bound =
-      2 * eps * std::fabs(expected) + static_cast<double>(k + 8) * compute * magnitude + slack * magnitude + 1e-30;
-  const double floor = kDType<T> == DType::f16 ? 0x1p-24 : 0;
-  return std::fabs(value - expected) <= bound + floor;
-}
-
-template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
 template <class T>

@@ -25,6 +25,8 @@ struct AmxSession {
       uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
+    // GCC takes the instruction to read 8 bytes, and may drop the stores to the others.
+    __asm__ volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   ~AmxSession() { _tile_release(); }

@@ -55,7 +55,7 @@ constexpr int kNrVectors = 2;
 template <class C>
 constexpr int kNr = kNrVectors * Vec<C>::size;
 
-// Where a tile goes: c = [relu](acc + prev + bias), prev and bias null where there is none. prev may be c.
+// Where a tile goes: c = [relu](acc + prev + bias + row_bias), each null where there is none. prev may be c.
 template <class C>
 struct TileOut {
   C* c;
@@ -64,7 +64,8 @@ struct TileOut {
   int64_t prev_rs;
   const C* bias;
   bool relu;
-  bool stream;  // past the caches: every row of c is aligned to its vectors, and no sum is read back
+  bool stream;        // past the caches: every row of c is aligned to its vectors, and no sum is read back
+  const C* row_bias;  // one a row
 };
 
 // Stores past the caches; p is aligned to a whole vector. finish_streams() orders them before what follows.
@@ -130,10 +131,18 @@ struct Tile<bf16_pair> {
 };
 #endif
 
+// Operands that come in pieces of k each: piece i of A begins a_at[i] elements behind the first one, and of B b_at[i],
+// or where b_at is null right behind the piece before.
+struct Pieces {
+  int64_t count;
+  const int64_t* a_at;  // null where there is one piece
+  const int64_t* b_at = nullptr;
+};
+
 // V vectors of B; the last one has cols - (V - 1) * size lanes when Tail.
 template <class P, int R, int V, bool Tail>
 __attribute__((noinline)) void micro(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const P* b, int64_t b_ks,
-                                     int cols, const TileOut<typename Panel<P>::Compute>& out) {
+                                     int cols, const TileOut<typename Panel<P>::Compute>& out, Pieces pieces) {
   using C = typename Panel<P>::Compute;
   using Lanes = Vec<C>;
   constexpr int S = Lanes::size;
@@ -146,22 +155,26 @@ __attribute__((noinline)) void micro(int64_t k, const P* a, int64_t a_rs, int64_
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[r][v] = Lanes::zero();
 
-  const P* rows[kGroups];
+  const P* const b_begin = b;
+  for (int64_t i = 0; i < pieces.count; ++i) {
+    const P* rows[kGroups];
 #pragma GCC unroll 4
-  for (int g = 0; g < kGroups; ++g) rows[g] = a + 3 * g * a_rs;
+    for (int g = 0; g < kGroups; ++g) rows[g] = a + (pieces.a_at != nullptr ? pieces.a_at[i] : 0) + 3 * g * a_rs;
+    if (pieces.b_at != nullptr) b = b_begin + pieces.b_at[i];
 
-  for (int64_t p = 0; p < k; ++p) {
-    typename Panel<P>::Row row[V];
+    for (int64_t p = 0; p < k; ++p) {
+      typename Panel<P>::Row row[V];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v)
-      row[v] = Tail && v == V - 1 ? Panel<P>::load(b + v * S, tail) : Panel<P>::load(b + v * S);
-    b += b_ks;
+      for (int v = 0; v < V; ++v)
+        row[v] = Tail && v == V - 1 ? Panel<P>::load(b + v * S, tail) : Panel<P>::load(b + v * S);
+      b += b_ks;
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) acc[r][v] = Panel<P>::multiply_add(rows[r / 3] + (r % 3) * a_rs, row[v], acc[r][v]);
+        for (int v = 0; v < V; ++v) acc[r][v] = Panel<P>::multiply_add(rows[r / 3] + (r % 3) * a_rs, row[v], acc[r][v]);
 #pragma GCC unroll 4
-    for (int g = 0; g < kGroups; ++g) rows[g] += a_ks;
+      for (int g = 0; g < kGroups; ++g) rows[g] += a_ks;
+    }
   }
 
   const auto load = [tail](const C* p, int v) {
@@ -179,6 +192,14 @@ __attribute__((noinline)) void micro(int64_t k, const P* a, int64_t a_rs, int64_
       const Lanes bias = load(out.bias, v);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) acc[r][v] = acc[r][v] + bias;
+    }
+  }
+  if (out.row_bias != nullptr) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Lanes bias = Lanes::set1(out.row_bias[r]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] = acc[r][v] + bias;
     }
   }
   if (out.relu) {
@@ -208,47 +229,47 @@ __attribute__((noinline)) void micro(int64_t k, const P* a, int64_t a_rs, int64_
 
 template <class P, int R>
 inline void micro_cols(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const P* b, int64_t b_ks, int cols,
-                       const TileOut<typename Panel<P>::Compute>& out) {
+                       const TileOut<typename Panel<P>::Compute>& out, Pieces pieces) {
   constexpr int S = Vec<typename Panel<P>::Compute>::size;
   if (cols == 2 * S)
-    micro<P, R, 2, false>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    micro<P, R, 2, false>(k, a, a_rs, a_ks, b, b_ks, cols, out, pieces);
   else if (cols > S)
-    micro<P, R, 2, true>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    micro<P, R, 2, true>(k, a, a_rs, a_ks, b, b_ks, cols, out, pieces);
   else
-    micro<P, R, 1, true>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+    micro<P, R, 1, true>(k, a, a_rs, a_ks, b, b_ks, cols, out, pieces);
 }
 
 // One tile of rows x cols.
 template <class P>
 inline void micro_tile(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const P* b, int64_t b_ks, int rows, int cols,
-                       const TileOut<typename Panel<P>::Compute>& out) {
+                       const TileOut<typename Panel<P>::Compute>& out, Pieces pieces = {1, nullptr}) {
   switch (rows) {
 #if defined(FASTOPS_VEC_AVX512)
     case 12:
-      return micro_cols<P, 12>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+      return micro_cols<P, 12>(k, a, a_rs, a_ks, b, b_ks, cols, out, pieces);
     case 11:
-      return micro_cols<P, 11>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+      return micro_cols<P, 11>(k, a, a_rs, a_ks, b, b_ks, cols, out, pieces);
     case 10:
-      return micro_cols<P, 10>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+      return micro_cols<P, 10>(k, a, a_rs, a_ks, b, b_ks, cols, out, pieces);
     case 9:
-      return micro_cols<P, 9>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+      return micro_cols<P, 9>(k, a, a_rs, a_ks, b, b_ks, cols, out, pieces);
     case 8:
-      return micro_cols<P, 8>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+      return micro_cols<P, 8>(k, a, a_rs, a_ks, b, b_ks, cols, out, pieces);
     case 7:
-      return micro_cols<P, 7>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+      return micro_cols<P, 7>(k, a, a_rs, a_ks, b, b_ks, cols, out, pieces);
 #endif
     case 6:
-      return micro_cols<P, 6>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+      return micro_cols<P, 6>(k, a, a_rs, a_ks, b, b_ks, cols, out, pieces);
     case 5:
-      return micro_cols<P, 5>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+      return micro_cols<P, 5>(k, a, a_rs, a_ks, b, b_ks, cols, out, pieces);
     case 4:
-      return micro_cols<P, 4>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+      return micro_cols<P, 4>(k, a, a_rs, a_ks, b, b_ks, cols, out, pieces);
     case 3:
-      return micro_cols<P, 3>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+      return micro_cols<P, 3>(k, a, a_rs, a_ks, b, b_ks, cols, out, pieces);
     case 2:
-      return micro_cols<P, 2>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+      return micro_cols<P, 2>(k, a, a_rs, a_ks, b, b_ks, cols, out, pieces);
     default:
-      return micro_cols<P, 1>(k, a, a_rs, a_ks, b, b_ks, cols, out);
+      return micro_cols<P, 1>(k, a, a_rs, a_ks, b, b_ks, cols, out, pieces);
   }
 }
 

@@ -2,7 +2,10 @@
 #pragma once
 
 #include "../activation.h"
+#include "../conv.h"
+#include "../conv_pool.h"
 #include "../linear.h"
+#include "../pool.h"
 
 namespace fastops {
 
@@ -19,6 +22,22 @@ struct KernelTable {
   void (*linear_backward)(const LinearBackward&, void* workspace, const Team&);
   const char* (*linear_backward_name)(const LinearBackward&);
 
+  size_t (*conv_forward_workspace)(const ConvForward&, int threads);
+  void (*conv_forward)(const ConvForward&, void* workspace, const Team&);
+  const char* (*conv_forward_name)(const ConvForward&);
+  size_t (*conv_backward_input_workspace)(const ConvBackwardInput&, int threads);
+  void (*conv_backward_input)(const ConvBackwardInput&, void* workspace, const Team&);
+  const char* (*conv_backward_input_name)(const ConvBackwardInput&);
+  size_t (*conv_backward_weight_workspace)(const ConvBackwardWeight&, int threads);
+  void (*conv_backward_weight)(const ConvBackwardWeight&, void* workspace, const Team&);
+  const char* (*conv_backward_weight_name)(const ConvBackwardWeight&);
+  size_t (*conv_pool_forward_workspace)(const ConvPoolForward&, int threads);
+  void (*conv_pool_forward)(const ConvPoolForward&, void* workspace, const Team&);
+  const char* (*conv_pool_forward_name)(const ConvPoolForward&);
+  size_t (*conv_pool_backward_workspace)(const ConvPoolBackward&, int threads);
+  void (*conv_pool_backward)(const ConvPoolBackward&, void* workspace, const Team&);
+  const char* (*conv_pool_backward_name)(const ConvPoolBackward&);
+
   void (*activation_forward)(const ActivationForward&, const Team&);
   void (*activation_backward)(const ActivationBackward&, const Team&);
   void (*prelu_forward)(const PreluForward&, const Team&);
@@ -26,6 +45,11 @@ struct KernelTable {
   void (*prelu_backward)(const PreluBackward&, void* workspace, const Team&);
   void (*glu_forward)(const GluForward&, const Team&);
   void (*glu_backward)(const GluBackward&, const Team&);
+
+  void (*max_pool_forward)(const MaxPoolForward&, const Team&);
+  void (*max_pool_backward)(const MaxPoolBackward&, const Team&);
+  void (*avg_pool_forward)(const AvgPoolForward&, const Team&);
+  void (*avg_pool_backward)(const AvgPoolBackward&, const Team&);
 
   // Peaks for benchmarks: GFLOP/s of independent float32 fused multiply-adds and of the 16-bit multiply this tier
   // uses, on the calling thread, over about `milliseconds`.

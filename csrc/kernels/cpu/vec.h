@@ -22,7 +22,10 @@
 // - quotient_14_bits(a, b): a / b to at least 14 bits, Vec<float> alone;
 // - product_error(a, b, p) = p - a b exactly, where p = a b rounded;
 // - lt le gt ge eq (a, b): false on NaN; unordered(a, b): whether either is NaN; masks combine with & | !;
-// - select(mask, a, b) = mask ? a : b.
+// - select(mask, a, b) = mask ? a : b;
+// - columns_of(x, shift): the bits of x shifted right; look_up(row, columns): row[columns mod kTableColumns], where a
+//   row of kTableColumns numbers is what the tier looks up fast;
+// - add_shifted(x, n, shift): the bits of x plus the bits of n shifted left (not on the scalar tier).
 // reduce_add(x) is the sum of the lanes, always in the same order.
 // Mask<T>: bits() has lane i in bit i; from_bits(bits) is its inverse and ignores bits >= size.
 
@@ -203,6 +206,21 @@ inline MaskF unordered(VecF a, VecF b) { return {_mm512_cmp_ps_mask(a.v, b.v, _C
 inline MaskD unordered(VecD a, VecD b) { return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_UNORD_Q)}; }
 inline VecF select(MaskF m, VecF a, VecF b) { return {_mm512_mask_blend_ps(m.m, b.v, a.v)}; }
 inline VecD select(MaskD m, VecD a, VecD b) { return {_mm512_mask_blend_pd(m.m, b.v, a.v)}; }
+
+constexpr int kTableColumns = 32;
+struct Columns {
+  __m512i v;
+};
+inline Columns columns_of(VecF x, int shift) { return {_mm512_srli_epi32(_mm512_castps_si512(x.v), shift)}; }
+template <class T>
+inline VecF look_up(const T (&row)[kTableColumns], Columns i) {
+  const __m512i low = _mm512_loadu_si512(row), high = _mm512_loadu_si512(row + 16);
+  return {_mm512_castsi512_ps(_mm512_permutex2var_epi32(low, i.v, high))};
+}
+inline VecF add_shifted(VecF x, VecF n, int shift) {
+  return {_mm512_castsi512_ps(
+      _mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_slli_epi32(_mm512_castps_si512(n.v), shift)))};
+}
 
 inline float reduce_add(VecF a) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
@@ -397,6 +415,20 @@ inline MaskF unordered(VecF a, VecF b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_UN
 inline MaskD unordered(VecD a, VecD b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_UNORD_Q)}; }
 inline VecF select(MaskF m, VecF a, VecF b) { return {_mm256_blendv_ps(b.v, a.v, m.m)}; }
 inline VecD select(MaskD m, VecD a, VecD b) { return {_mm256_blendv_pd(b.v, a.v, m.m)}; }
+
+constexpr int kTableColumns = 8;
+struct Columns {
+  __m256i v;
+};
+inline Columns columns_of(VecF x, int shift) { return {_mm256_srli_epi32(_mm256_castps_si256(x.v), shift)}; }
+template <class T>
+inline VecF look_up(const T (&row)[kTableColumns], Columns i) {
+  return {_mm256_permutevar8x32_ps(_mm256_castsi256_ps(_mm256_loadu_si256((const __m256i*)row)), i.v)};
+}
+inline VecF add_shifted(VecF x, VecF n, int shift) {
+  return {_mm256_castsi256_ps(
+      _mm256_add_epi32(_mm256_castps_si256(x.v), _mm256_slli_epi32(_mm256_castps_si256(n.v), shift)))};
+}
 
 inline float reduce_add(VecF a) {
   const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -653,6 +685,15 @@ inline VecD product_error(VecD a, VecD b, VecD p) {
   const double2 ah = (double2)((long2)a.v & ~0x7ffffff), al = a.v - ah, bh = (double2)((long2)b.v & ~0x7ffffff),
                 bl = b.v - bh;
   return {((p.v - ah * bh) - ah * bl - al * bh) - al * bl};
+}
+
+constexpr int kTableColumns = 32;
+struct Columns {
+  int4 v;
+};
+inline Columns columns_of(VecF x, int shift) { return {((int4)x.v >> shift) & (kTableColumns - 1)}; }
+inline VecF look_up(const float (&row)[kTableColumns], Columns i) {
+  return {float4{row[i.v[0]], row[i.v[1]], row[i.v[2]], row[i.v[3]]}};
 }
 
 inline float reduce_add(VecF a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }

@@ -1,39 +1,20 @@
-"""torch.nn.functional's linear and activations, to the letter, on fastops' kernels; linear also takes activation=.
-
-The choice between the doors is made here and nowhere else. For a plain eager tensor that is one call of the fast door
-(`fastops._C`), which does everything in C++ or answers NotImplemented. Then the general door (fastops/ops) is asked,
-for tensors and modes that have to see the op; and what fastops has no kernel for (complex, sparse, integers, other
-devices, tensor subclasses) goes to PyTorch's own op, recorded as kernel "aten". What PyTorch refuses is refused here
-with the same exception type.
-
-Formulas and parameters: torch.nn.functional. dtypes: float32, float64, bfloat16, float16; under CPU autocast linear and
-prelu compute in autocast's dtype, as in PyTorch.
-"""
+"""torch.nn.functional's activations on fastops' kernels, and what activation= means."""
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling as _is_compiling
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function
 
 from fastops import _C
+from fastops.functional._general import general, overrides, show, torch_op
 from fastops.ops import KIND, autocast, supported
 from fastops.ops import activation as _activation_ops
-from fastops.ops import linear as _linear_ops
-from fastops.record import aten as _aten
-
-__all__ = [
-    "celu", "celu_", "elu", "elu_", "gelu", "glu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "hardtanh_",
-    "leaky_relu", "leaky_relu_", "linear", "logsigmoid", "mish", "prelu", "relu", "relu6", "relu_", "selu", "selu_",
-    "sigmoid", "silu", "softplus", "softshrink", "softsign", "tanh", "tanhshrink", "threshold", "threshold_",
-]  # fmt: skip
 
 Activation = str | nn.Module | None
 
-_fast_linear = _C.linear
 _fast_activation = _C.activation
 _fast_prelu = _C.prelu
 _fast_glu = _C.glu
@@ -192,132 +173,10 @@ _TORCH: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 }
 
 
-# ---- past the fast door ----------------------------------------------------------------------------------------------
-
-
-_REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
-
-
-def _overrides(*tensors: Any) -> bool:
-    """Whether a torch-function mode is active, or an argument that is no tensor (an fx Proxy) wants to see this call.
-
-    A tensor subclass is not asked: it knows PyTorch's functions, and gets those.
-    """
-    return has_torch_function(tensors) and not any(
-        isinstance(t, Tensor) and type(t) not in (Tensor, nn.Parameter) for t in tensors
-    )
-
-
-def _general(*tensors: Any) -> bool:
-    """Whether the general door may be asked about these arguments; each door's own `supports` decides."""
-    if not all(isinstance(t, Tensor) for t in tensors if t is not None):
-        return False
-    if _is_compiling():
-        # An op with a gradient registered in Python does not work under torch.func inside a compiled function.
-        return not torch._C._are_functorch_transforms_active()
-    # torch.jit.trace writes a program that must run where fastops is not installed.
-    return not torch.jit.is_tracing()
-
-
-def _torch(name: str, explain: Callable[..., str], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """PyTorch's own op. What it refuses is refused with the same exception type, after a line that says why."""
-    if _is_compiling():
-        return function(*args, **kwargs)
-    try:
-        return _aten(name, function, *args, **kwargs)
-    except _REFUSALS as error:
-        why = explain(*args, **kwargs)
-        # A subclass of these may need more than a message to be built; it is passed on as it is.
-        if not why or type(error) not in _REFUSALS:
-            raise
-        raise type(error)(f"{name}: {why} (PyTorch: {error})") from error
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{value!r} of type {type(value).__name__}"
-
-
-# ---- linear ----------------------------------------------------------------------------------------------------------
-
-
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation = None) -> Tensor:
-    """y = f(x W^T + b), the activation fused into the kernel, forward and backward.
-
-    Args:
-        input: (*, in_features), any leading dimensions, any strides.
-        weight: (out_features, in_features), or (in_features).
-        bias: (out_features), or None.
-        activation: None, a name ("relu", "gelu", "gelu_tanh", "leaky_relu", ... with torch.nn.functional's default
-            parameters) or an activation module such as nn.LeakyReLU(0.2).
-
-    Returns:
-        (*, out_features), in the dtype of the arguments. As with torch.relu, the result of a fused activation must not
-        be changed in place before its backward.
-
-    Raises:
-        RuntimeError: shapes, dtypes or devices do not fit. TypeError: an argument is not a Tensor.
-        ValueError: an activation that does not exist or cannot be fused.
-
-    Source: torch.nn.functional.linear.
-    """
-    if not _is_compiling():
-        if activation is None:
-            result = _fast_linear(input, weight, bias, 0, 0.0, 0.0)
-        else:
-            kind, a, b = resolve_activation(activation)
-            # A name has good parameters; those of a module are its owner's.
-            good = type(activation) is str or _valid(kind, a, b)
-            result = _fast_linear(input, weight, bias, KIND[kind], a, b) if good else NotImplemented
-        if result is not NotImplemented:
-            return result
-    return _general_linear(input, weight, bias, activation)
-
-
-def _general_linear(input: Any, weight: Any, bias: Any, activation: Activation) -> Tensor:
-    kind, a, b = resolve_activation(activation)
-    tensors = (input, weight) if bias is None else (input, weight, bias)
-    if not _is_compiling() and _overrides(*tensors):
-        return handle_torch_function(linear, tensors, input, weight, bias, activation=activation)
-    if _general(*tensors):
-        cast = _linear_ops.cast(input, weight, bias)
-        if _linear_ops.supports(*cast) and _valid(kind, a, b):
-            return _linear_ops.linear(*cast, kind, float(a), float(b))
-    output = _torch("linear", _explain_linear, F.linear, input, weight, bias)
-    if kind == "identity":
-        return output
-    return _torch(kind, _EXPLAIN.get(kind, _explain_activation), _TORCH[kind], output, a, b)
-
-
-def _explain_linear(input: Any, weight: Any, bias: Any = None) -> str:
-    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
-            return f"{name} must be a Tensor, got {_show(tensor)}"
-    if input.dim() == 0:
-        return "input must have shape (*, in_features), got a scalar"
-    features = input.shape[-1]
-    if weight.dim() not in (1, 2) or weight.shape[-1] != features:
-        return (
-            f"weight must have shape (out_features, in_features) with in_features = {features} "
-            f"(input's last dimension), got {tuple(weight.shape)}"
-        )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.device != input.device:
-            return f"{name} must be on input's device {input.device}, got {_show(tensor)}"
-        if tensor.dtype != input.dtype:
-            return f"{name} must have input's dtype {input.dtype}, got {_show(tensor)}"
-    if bias is not None and bias.shape != weight.shape[:-1]:
-        return f"bias must have shape {tuple(weight.shape[:-1])} (weight's out_features), got {tuple(bias.shape)}"
-    return ""
-
-
 # ---- activations -----------------------------------------------------------------------------------------------------
 
 
-def _valid(kind: str, a: Any, b: Any) -> bool:
+def valid(kind: str, a: Any, b: Any) -> bool:
     """Whether the parameters are plain numbers in the kernels' range; PyTorch says what is wrong with the others."""
     if not (isinstance(a, (int, float)) and isinstance(b, (int, float))):
         return False
@@ -336,35 +195,42 @@ def _general_activation(
     **kwargs: Any,
 ) -> Tensor:
     """public(input, *args, **kwargs), which is theirs(input, *args, **kwargs) in PyTorch."""
-    if not _is_compiling() and _overrides(input):
+    if not _is_compiling() and overrides(input):
         return handle_torch_function(public, (input,), input, *args, **kwargs)
-    if _general(input) and supported(input) and _valid(kind, a, b):
+    if general(input) and supported(input) and valid(kind, a, b):
         output = _activation_ops.activation(input, kind, float(a), float(b))
         return input.copy_(output) if inplace else output
-    return _torch(kind, _EXPLAIN.get(kind, _explain_activation), theirs, input, *args, **kwargs)
+    return torch_op(kind, _EXPLAIN.get(kind, explain_activation), theirs, input, *args, **kwargs)
 
 
-def _explain_activation(input: Any, *args: Any, **kwargs: Any) -> str:
+def explain_activation(input: Any, *args: Any, **kwargs: Any) -> str:
     if not isinstance(input, Tensor):
-        return f"input must be a Tensor, got {_show(input)}"
+        return f"input must be a Tensor, got {show(input)}"
     if not input.is_floating_point():
-        return f"input must be a floating point tensor, got {_show(input)}"
+        return f"input must be a floating point tensor, got {show(input)}"
     for value in (*args, *kwargs.values()):
         if not isinstance(value, (int, float)):
-            return f"parameters must be numbers, got {_show(value)}"
+            return f"parameters must be numbers, got {show(value)}"
     return ""
 
 
 def _explain_celu(input: Any, alpha: Any = 1.0, *_: Any) -> str:
-    return "alpha must not be 0" if alpha == 0 else _explain_activation(input, alpha)
+    return "alpha must not be 0" if alpha == 0 else explain_activation(input, alpha)
 
 
 def _explain_softshrink(input: Any, lambd: Any = 0.5, *_: Any) -> str:
     bad = isinstance(lambd, (int, float)) and lambd < 0
-    return f"lambd must not be negative, got {lambd}" if bad else _explain_activation(input, lambd)
+    return f"lambd must not be negative, got {lambd}" if bad else explain_activation(input, lambd)
 
 
 _EXPLAIN = {"celu": _explain_celu, "softshrink": _explain_softshrink}
+
+
+def torch_activate(input: Tensor, kind: str, a: float, b: float) -> Tensor:
+    """A resolved activation by PyTorch's own op."""
+    if kind == "identity":
+        return input
+    return torch_op(kind, _EXPLAIN.get(kind, explain_activation), _TORCH[kind], input, a, b)
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -482,7 +348,7 @@ def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
         if result is not NotImplemented:
             return result
     if approximate not in ("none", "tanh"):
-        return _torch("gelu", _explain_gelu, F.gelu, input, approximate=approximate)
+        return torch_op("gelu", _explain_gelu, F.gelu, input, approximate=approximate)
     kind = "gelu" if approximate == "none" else "gelu_tanh"
     return _general_activation(gelu, F.gelu, kind, 0.0, 0.0, False, input, approximate=approximate)
 
@@ -655,24 +521,24 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
         result = _fast_prelu(input, weight)
         if result is not NotImplemented:
             return result
-        if _overrides(input, weight):
+        if overrides(input, weight):
             return handle_torch_function(prelu, (input, weight), input, weight)
-    if _general(input, weight):
+    if general(input, weight):
         cast = autocast(input, weight)  # prelu is on autocast's lower-precision list, as in PyTorch
         if _activation_ops.prelu_supports(*cast):
             return _activation_ops.prelu(*cast)
-    return _torch("prelu", _explain_prelu, F.prelu, input, weight)
+    return torch_op("prelu", _explain_prelu, F.prelu, input, weight)
 
 
 def _explain_prelu(input: Any, weight: Any) -> str:
     for name, tensor in (("input", input), ("weight", weight)):
         if not isinstance(tensor, Tensor):
-            return f"{name} must be a Tensor, got {_show(tensor)}"
+            return f"{name} must be a Tensor, got {show(tensor)}"
     channels = input.shape[1] if input.dim() >= 2 else 1
     if weight.numel() not in (1, channels) or weight.dim() > 1:
         return f"weight must have shape (1,) or ({channels},) (input's channels), got {tuple(weight.shape)}"
     if weight.dtype != input.dtype or weight.device != input.device:
-        return f"weight must have input's dtype and device, {input.dtype} on {input.device}, got {_show(weight)}"
+        return f"weight must have input's dtype and device, {input.dtype} on {input.device}, got {show(weight)}"
     return ""
 
 
@@ -686,22 +552,22 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
         result = _fast_glu(input, dim)
         if result is not NotImplemented:
             return result
-        if _overrides(input):
+        if overrides(input):
             return handle_torch_function(glu, (input,), input, dim)
-    if _general(input) and isinstance(dim, int) and _activation_ops.glu_supports(input, dim):
+    if general(input) and isinstance(dim, int) and _activation_ops.glu_supports(input, dim):
         return _activation_ops.glu(input, dim)
-    return _torch("glu", _explain_glu, F.glu, input, dim)
+    return torch_op("glu", _explain_glu, F.glu, input, dim)
 
 
 def _explain_glu(input: Any, dim: Any) -> str:
     if not isinstance(input, Tensor):
-        return f"input must be a Tensor, got {_show(input)}"
+        return f"input must be a Tensor, got {show(input)}"
     if not isinstance(dim, int):
-        return f"dim must be an integer, got {_show(dim)}"
+        return f"dim must be an integer, got {show(dim)}"
     if input.dim() == 0:
         return "input must have at least one dimension, got a scalar"
     if not -input.dim() <= dim < input.dim():
         return f"dim must be between {-input.dim()} and {input.dim() - 1} for {input.dim()} dimensions, got {dim}"
     if input.shape[dim] % 2:
         return f"input must have an even size along dim {dim}, got shape {tuple(input.shape)}"
-    return "" if input.is_floating_point() else f"input must be a floating point tensor, got {_show(input)}"
+    return "" if input.is_floating_point() else f"input must be a floating point tensor, got {show(input)}"

@@ -1,0 +1,81 @@
+// Convolution (csrc/kernels/conv.h is the contract): which algorithm takes a call, and the entry points.
+
+inline bool is_empty(const ConvForward& args) {
+  return args.geometry.batch * args.geometry.out_channels * volume(args.geometry.out) == 0;
+}
+inline bool is_empty(const ConvBackwardInput& args) {
+  return args.geometry.batch * args.geometry.in_channels * volume(args.geometry.in) == 0;
+}
+inline bool is_empty(const ConvBackwardWeight& args) {
+  return args.geometry.out_channels == 0 || (args.grad_w == nullptr && args.grad_bias == nullptr);
+}
+
+// visit(name, workspace, run) of the first algorithm that takes the call: each takes what it was measured to be the
+// best for on Granite Rapids (the figures stand with its own limits), and the matrix product takes all that is left.
+template <class T, class Args, class Visit>
+inline auto with_algorithm(const Args& args, Visit&& visit) {
+  if (depthwise_takes<T>(args))
+    return visit(
+        kDepthwiseName, [&](int threads) { return depthwise_workspace<T>(args, threads); },
+        [&](void* workspace, const Team& team) { depthwise<T>(args, workspace, team); });
+  if (depthwise_last_takes<T>(args))
+    return visit(
+        kDepthwiseLastName, [&](int threads) { return depthwise_last_workspace<T>(args, threads); },
+        [&](void* workspace, const Team& team) { depthwise_last<T>(args, workspace, team); });
+  if constexpr (same_type<Args, ConvForward>)
+    if (conv_first_takes<T>(args))
+      return visit(
+          kConvFirstName, [&](int threads) { return conv_first_workspace<T>(args, threads); },
+          [&](void* workspace, const Team& team) { conv_first<T>(args, workspace, team); });
+  if (winograd_takes<T>(args))
+    return visit(
+        winograd_name<T>(args), [&](int threads) { return winograd_workspace<T>(args, threads); },
+        [&](void* workspace, const Team& team) { winograd<T>(args, workspace, team); });
+  const char* const name = with_panel<T>(args.bf16_multiply, conv_work(args.geometry),
+                                         [](auto panel) { return conv_gemm_name<decltype(panel)>(); });
+  return visit(
+      name, [&](int threads) { return conv_gemm_workspace<T>(args, threads); },
+      [&](void* workspace, const Team& team) { conv_gemm<T>(args, workspace, team); });
+}
+
+template <class Args>
+const char* conv_name(const Args& args) {
+  return with_dtype(args.dtype, [&](auto t) {
+    return with_algorithm<decltype(t)>(args, [](const char* name, auto&&, auto&&) { return name; });
+  });
+}
+
+template <class Args>
+size_t conv_workspace(const Args& args, int threads) {
+  if (is_empty(args)) return 0;
+  return with_dtype(args.dtype, [&](auto t) {
+    return with_algorithm<decltype(t)>(
+        args, [&](const char*, auto&& workspace, auto&&) -> size_t { return workspace(threads); });
+  });
+}
+
+template <class Args>
+void conv(const Args& args, void* workspace, const Team& team) {
+  if (is_empty(args)) return;
+  with_dtype(args.dtype, [&](auto t) {
+    with_algorithm<decltype(t)>(args, [&](const char*, auto&&, auto&& run) { run(workspace, team); });
+  });
+}
+
+size_t conv_forward_workspace(const ConvForward& args, int threads) { return conv_workspace(args, threads); }
+void conv_forward(const ConvForward& args, void* workspace, const Team& team) { conv(args, workspace, team); }
+const char* conv_forward_name(const ConvForward& args) { return conv_name(args); }
+size_t conv_backward_input_workspace(const ConvBackwardInput& args, int threads) {
+  return conv_workspace(args, threads);
+}
+void conv_backward_input(const ConvBackwardInput& args, void* workspace, const Team& team) {
+  conv(args, workspace, team);
+}
+const char* conv_backward_input_name(const ConvBackwardInput& args) { return conv_name(args); }
+size_t conv_backward_weight_workspace(const ConvBackwardWeight& args, int threads) {
+  return conv_workspace(args, threads);
+}
+void conv_backward_weight(const ConvBackwardWeight& args, void* workspace, const Team& team) {
+  conv(args, workspace, team);
+}
+const char* conv_backward_weight_name(const ConvBackwardWeight& args) { return conv_name(args); }

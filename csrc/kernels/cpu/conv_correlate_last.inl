@@ -1,0 +1,244 @@
+// Correlation of the rows of a channels_last image with one filter a channel, and its weight gradient. Vectors run
+// along the channels, and a block of neighbouring positions shares every input it loads. Rows are read where they lie;
+// a position outside the image reads as zero.
+
+// One row of an image that a row of outputs reads, and the weights it meets: KW taps, or one where the taps are listed
+// one by one.
+template <class C>
+struct LastTap {
+  const C* row;
+  int64_t column;    // of the first tap, seen from the position times the step
+  const C* weights;  // the first vector of channels
+};
+
+// How rows are read: position i reads columns first + i * step + tap.
+struct LastRow {
+  int64_t first, step, width;  // width of the rows that are read
+  int64_t channels;
+  int64_t weight_pitch;  // elements of the weights of one vector of channels
+};
+
+// One row of outputs: its taps, and its distance from the first output.
+template <class C>
+struct LastJob {
+  const LastTap<C>* taps;
+  int count;
+  int64_t at;
+};
+
+// Positions of a block, and vectors of channels.
+#if defined(FASTOPS_VEC_AVX512)
+constexpr int kLastPositions = 7;
+constexpr int kLastVectors = 2;
+#else
+constexpr int kLastPositions = 4;
+constexpr int kLastVectors = 1;
+#endif
+
+// Loads V vectors of channels, `count` lanes of the last, or zeros outside the row.
+template <bool Inside, bool Whole, int V, class C>
+inline void load_channels(const C* row, int64_t column, const LastRow& at, int64_t c, int count, Vec<C> (&x)[V]) {
+  constexpr int S = Vec<C>::size;
+  if (!Inside && (column < 0 || column >= at.width)) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) x[v] = Vec<C>::zero();
+    return;
+  }
+  const C* const p = row + column * at.channels + c;
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) {
+    x[v] = Whole || v + 1 < V ? Vec<C>::load(p + v * S) : Vec<C>::load(p + v * S, count);
+    keep_loaded(x[v]);
+  }
+}
+
+// acc[i][v] += the taps of P positions from `position` on.
+template <int KW, int SW, int P, int V, bool Inside, bool Whole, class C>
+inline void correlate_last_block(const LastTap<C>* taps, int count, const LastRow& at, int64_t position, int64_t c,
+                                 int lanes, Vec<C> (&acc)[P][V]) {
+  using Lanes = Vec<C>;
+  constexpr int S = Lanes::size;
+  for (int t = 0; t < count; ++t) {
+    const C* const row = taps[t].row;
+    const C* const weights = taps[t].weights + c / S * at.weight_pitch;
+    const int64_t column = at.first + position * (KW == 1 ? at.step : SW) + taps[t].column;
+    if constexpr (KW == 1) {
+      Lanes w[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) w[v] = Lanes::load(weights + v * at.weight_pitch);
+#pragma GCC unroll 8
+      for (int i = 0; i < P; ++i) {
+        Lanes x[V];
+        load_channels<Inside, Whole>(row, column + i * at.step, at, c, lanes, x);
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) acc[i][v] = fma(x[v], w[v], acc[i][v]);
+      }
+    } else {
+      Lanes w[KW][V];
+#pragma GCC unroll 8
+      for (int j = 0; j < KW; ++j)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) w[j][v] = Lanes::load(weights + v * at.weight_pitch + j * S);
+#pragma GCC unroll 32
+      for (int i = 0; i < (P - 1) * SW + KW; ++i) {
+        Lanes x[V];
+        load_channels<Inside, Whole>(row, column + i, at, c, lanes, x);
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) {
+          const int tap = i - p * SW;
+          if (tap < 0 || tap >= KW) continue;
+#pragma GCC unroll 2
+          for (int v = 0; v < V; ++v) acc[p][v] = fma(x[v], w[tap][v], acc[p][v]);
+        }
+      }
+    }
+  }
+}
+
+// Where outputs go; `position` elements lie between two of them.
+template <class C>
+struct LastOutput {
+  PlaneOutput<C> out;
+  int64_t position;
+  const C* bias;  // padded to whole vectors
+};
+
+template <int KW, int SW, int P, int V, bool Inside, bool Whole, class C>
+inline void correlate_last_tile(const LastJob<C>& job, const LastRow& at, int64_t position, int64_t c, int lanes,
+                                const LastOutput<C>& to) {
+  using Lanes = Vec<C>;
+  constexpr int S = Lanes::size;
+  Lanes acc[P][V];
+#pragma GCC unroll 8
+  for (int i = 0; i < P; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[i][v] = Lanes::zero();
+  correlate_last_block<KW, SW, P, V, Inside, Whole>(job.taps, job.count, at, position, c, lanes, acc);
+#pragma GCC unroll 8
+  for (int i = 0; i < P; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      acc[i][v] = acc[i][v] + Lanes::load(to.bias + c + v * S);
+      if (to.out.relu) acc[i][v] = max(Lanes::zero(), acc[i][v]);
+    }
+  const int64_t first = job.at + position * to.position + c;
+  if (to.out.finish == nullptr) {
+#pragma GCC unroll 8
+    for (int i = 0; i < P; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        C* const y = to.out.y + first + i * to.position + v * S;
+        if (Whole || v + 1 < V)
+          acc[i][v].store(y);
+        else
+          acc[i][v].store(y, lanes);
+      }
+    return;
+  }
+  alignas(64) C sums[P * V * S];
+#pragma GCC unroll 8
+  for (int i = 0; i < P; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[i][v].store(sums + (i * V + v) * S);
+  for (int i = 0; i < P; ++i) to.out.finish(to.out, sums + i * V * S, first + i * to.position, (V - 1) * S + lanes);
+}
+
+// body(c, V, whole, lanes) over the channels, V vectors at a time.
+template <class C, class Body>
+inline void for_channels(int64_t channels, Body&& body) {
+  constexpr int S = Vec<C>::size, V = kLastVectors;
+  int64_t c = 0;
+  for (; c + V * S <= channels; c += V * S) body(c, Number<V>{}, Number<1>{}, S);
+  for (; c < channels; c += S) body(c, Number<1>{}, Number<0>{}, static_cast<int>(smaller<int64_t>(S, channels - c)));
+}
+
+// Whether P positions from `position` on read nothing outside the row.
+template <int KW, int SW, int P, class C>
+inline bool reads_inside(const LastTap<C>* taps, int count, const LastRow& at, int64_t position) {
+  const int64_t step = KW == 1 ? at.step : SW;
+  bool inside = true;
+  for (int t = 0; t < count; ++t) {
+    const int64_t low = at.first + position * step + taps[t].column, high = low + (P - 1) * step + KW - 1;
+    inside = inside && low >= 0 && high < at.width;
+  }
+  return inside;
+}
+
+// Rows of `positions` outputs, a few channels of all of them at a time: what several rows read stays in L1.
+template <int KW, int SW, class C>
+void correlate_last(const LastJob<C>* jobs, int64_t rows, const LastRow& at, int64_t positions,
+                    const LastOutput<C>& to) {
+  constexpr int P = kLastPositions;
+  for_channels<C>(at.channels, [&](int64_t c, auto vectors, auto whole, int lanes) {
+    constexpr int V = decltype(vectors)::value;
+    constexpr bool kWhole = decltype(whole)::value == 1;
+    for (int64_t r = 0; r < rows; ++r) {
+      const LastJob<C>& job = jobs[r];
+      for (int64_t i = 0; i < positions && positions < P; ++i)
+        correlate_last_tile<KW, SW, 1, V, false, kWhole>(job, at, i, c, lanes, to);
+      for (int64_t i = 0; i < positions && positions >= P; i += P) {
+        const int64_t p = smaller(i, positions - P);  // the last block computes some positions twice, to the same bits
+        if (reads_inside<KW, SW, P>(job.taps, job.count, at, p))
+          correlate_last_tile<KW, SW, P, V, true, kWhole>(job, at, p, c, lanes, to);
+        else
+          correlate_last_tile<KW, SW, P, V, false, kWhole>(job, at, p, c, lanes, to);
+      }
+    }
+  });
+}
+
+// The weights of a job's taps are sums: sums[tap] += x g over rows of positions. grad[at] is a job's first gradient.
+template <int KW, int SW, class C>
+void weight_sums_last(const LastJob<C>* jobs, int64_t rows, const C* grads, const LastRow& at, int64_t positions) {
+  using Lanes = Vec<C>;
+  constexpr int S = Lanes::size;
+  const int64_t step = KW == 1 ? at.step : SW;
+  LastRow grad_row = at;
+  grad_row.width = positions;
+  const auto add = [&](const LastTap<C>& tap, const C* grad, int64_t c, auto vectors, auto whole, int lanes) {
+    constexpr int V = decltype(vectors)::value;
+    constexpr bool kWhole = decltype(whole)::value == 1;
+    C* const to = const_cast<C*>(tap.weights) + c / S * at.weight_pitch;
+    Lanes acc[KW][V];
+#pragma GCC unroll 8
+    for (int j = 0; j < KW; ++j)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[j][v] = Lanes::load(to + v * at.weight_pitch + j * S);
+    const auto block = [&](int64_t position, auto size, auto inside) {
+      constexpr int P = decltype(size)::value;
+      constexpr bool kInside = decltype(inside)::value == 1;
+      const int64_t column = at.first + position * step + tap.column;
+      Lanes g[P][V];
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) load_channels<true, kWhole>(grad, position + p, grad_row, c, lanes, g[p]);
+#pragma GCC unroll 32
+      for (int i = 0; i < (KW == 1 ? P : (P - 1) * SW + KW); ++i) {
+        Lanes x[V];
+        load_channels<kInside, kWhole>(tap.row, column + i * (KW == 1 ? step : 1), at, c, lanes, x);
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) {
+          const int j = KW == 1 ? i - p : i - p * SW;
+          if (j < 0 || j >= KW) continue;
+#pragma GCC unroll 2
+          for (int v = 0; v < V; ++v) acc[j][v] = fma(x[v], g[p][v], acc[j][v]);
+        }
+      }
+    };
+    int64_t p = 0;
+    for (; p + kLastPositions <= positions; p += kLastPositions) {
+      if (reads_inside<KW, SW, kLastPositions>(&tap, 1, at, p))
+        block(p, Number<kLastPositions>{}, Number<1>{});
+      else
+        block(p, Number<kLastPositions>{}, Number<0>{});
+    }
+    for (; p < positions; ++p) block(p, Number<1>{}, Number<0>{});
+#pragma GCC unroll 8
+    for (int j = 0; j < KW; ++j)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[j][v].store(to + v * at.weight_pitch + j * S);
+  };
+  for_channels<C>(at.channels, [&](int64_t c, auto vectors, auto whole, int lanes) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int t = 0; t < jobs[r].count; ++t) add(jobs[r].taps[t], grads + jobs[r].at, c, vectors, whole, lanes);
+  });
+}

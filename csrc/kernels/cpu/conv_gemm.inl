@@ -1,0 +1,447 @@
+// Convolution as an implicit matrix product: the forward pass and the gradient of the input.
+//
+// Both are sums over channels and taps, outputs[o, n] = sum_f weights[o, f] patches[n, f]. The gradient of the input is
+// one such product for every phase of the stride: the elements q with the same q mod stride meet the same subset of
+// taps, at distance 1 in grad_y, and lie stride apart in grad_x. Channels first, outputs are rows of C and positions
+// columns; channels last the other way round: C lies as y does.
+//
+// The weights are packed by the team together, then a barrier; positions are cut into strips that threads draw, pack
+// and multiply with all weights of the group, a block of features at a time. Every element of C is one chain of
+// multiply-adds a block, and blocks are added in order.
+
+// The weights of as many groups, or of as many outputs of one group, as fit in this are packed at a time.
+constexpr int64_t kConvWeightBytes = 16 << 20;
+
+// Outputs whose weights one unit of work packs.
+constexpr int64_t kWeightLanes = 96;
+
+struct ConvPlan {
+  int threads;
+  int64_t kc, k_padded;
+  int64_t groups_at_once, outputs_at_once, strip, strips, parts;
+  RowsPlan rows;             // where the image is not packed
+  int64_t w_panel, x_panel;  // elements between panels
+  int64_t sums_rs;
+  size_t shared_at, private_at, panel_bytes, private_bytes, total;
+};
+
+inline size_t round_bytes(int64_t bytes) { return static_cast<size_t>(round_up(bytes, 64)); }
+
+inline int conv_threads(double flop, int threads) {
+  return static_cast<int>(smaller(static_cast<double>(threads), larger(1.0, flop / kFlopPerThread)));
+}
+
+template <class P, class T>
+ConvPlan plan_conv(const ConvProduct<T>& g, int threads) {
+  using Kind = Tile<P>;
+  constexpr int64_t kElement = sizeof(typename Kind::B), step = Kind::step;
+  constexpr GemmBlocking kBlocking = Kind::blocking;
+  const bool rows = g.positions_are_rows();
+  const int64_t sw = rows ? Kind::nr : Kind::mr, pw = rows ? Kind::mr : Kind::nr;
+  ConvPlan plan{};
+  const int64_t k = larger<int64_t>(g.features, 1);
+  plan.kc = round_up(ceil_div(k, ceil_div(k, kBlocking.kc)), larger(16, Kind::k_align));
+  plan.k_padded = round_up(k, plan.kc);
+  const int64_t group_bytes = round_up(g.outputs, sw) * plan.k_padded / step * kElement;
+  plan.groups_at_once = smaller(g.groups, larger<int64_t>(1, kConvWeightBytes / group_bytes));
+  const int64_t most = larger<int64_t>(sw, kConvWeightBytes / (sw * plan.k_padded / step * kElement) * sw);
+  plan.outputs_at_once = round_up(ceil_div(g.outputs, ceil_div(g.outputs, most)), sw);
+
+  plan.threads = conv_threads(
+      2.0 * static_cast<double>(g.groups * g.outputs) * static_cast<double>(g.positions) * static_cast<double>(k),
+      threads);
+  const int64_t wanted = plan.threads == 1 ? 1 : ceil_div(4 * plan.threads, plan.groups_at_once);
+  plan.strip = smaller(rows ? kBlocking.strip_a : kBlocking.strip_b, round_up(ceil_div(g.positions, wanted), pw));
+  plan.strips = ceil_div(g.positions, plan.strip);
+  plan.rows = plan_rows<P>(g, plan.threads);
+  if (plan.rows.taken)
+    plan.strips = g.positions / (g.patches.grid[1] * g.patches.grid[2]) * plan.rows.row_blocks * plan.rows.col_blocks;
+  const int64_t jobs = plan.strips * plan.groups_at_once;
+  plan.parts = 1;
+  if (jobs < plan.threads)
+    plan.parts = larger<int64_t>(1, smaller(ceil_div(2 * plan.threads, jobs), ceil_div(plan.outputs_at_once, sw)));
+
+  plan.w_panel = sw * plan.k_padded / step;
+  plan.x_panel = pw * plan.kc / step;
+  const bool sums = plan.kc < k;
+  plan.sums_rs = (rows ? plan.outputs_at_once : plan.strip) + 16;
+  const int64_t sum_rows = rows ? plan.strip : plan.outputs_at_once;
+  plan.shared_at = 256;  // after the team's counters
+  plan.private_at = plan.shared_at + round_bytes(plan.groups_at_once * round_up(plan.outputs_at_once, sw) *
+                                                 plan.k_padded / step * kElement);
+  plan.panel_bytes = round_bytes(plan.strip * plan.kc / step * kElement);
+  const int64_t sum_bytes = sums ? sum_rows * plan.sums_rs * static_cast<int64_t>(sizeof(Compute<T>)) : 0;
+  plan.private_bytes = plan.rows.taken ? round_bytes(plan.rows.bytes) : plan.panel_bytes + round_bytes(sum_bytes);
+  plan.total = plan.private_at + plan.private_bytes * static_cast<size_t>(plan.threads);
+  return plan;
+}
+
+template <class T>
+inline ConvProduct<T> of_group(const ConvProduct<T>& g, int64_t group) {
+  ConvProduct<T> one = g;
+  one.patches.x += group * g.x_group;
+  if (one.patches.saved != nullptr) one.patches.saved += group * g.x_group;
+  one.weights.w += group * g.w_group;
+  const int64_t y_group = g.outputs * g.out.channel_stride;
+  one.out.y += group * y_group;
+  if (one.out.z != nullptr) one.out.z += group * y_group;
+  if (one.out.bias != nullptr) one.out.bias += group * g.outputs;
+  return one;
+}
+
+// A strip of positions [n0, n1) times the outputs [o0, o1), whose weights' panels start at w_panels.
+template <class P, class T>
+void conv_strip(const ConvProduct<T>& g, const ConvPlan& plan, const void* w_panels, int64_t o0, int64_t o1, int64_t n0,
+                int64_t n1, void* x_panels, Compute<T>* sums) {
+  using Kind = Tile<P>;
+  using A = typename Kind::A;
+  using B = typename Kind::B;
+  constexpr int mr = Kind::mr, nr = Kind::nr, step = Kind::step;
+  constexpr GemmBlocking kBlocking = Kind::blocking;
+  const bool rows = g.positions_are_rows();
+  for (int64_t kk = 0; kk == 0 || kk < g.features; kk += plan.kc) {
+    const int64_t length = smaller(plan.kc, g.features - kk), k = ceil_div(length, step);
+    const bool first = kk == 0, last = kk + length >= g.features;
+    if (rows) {
+      pack_patches<A, T, mr>(g.patches, true, n0, n1 - n0, kk, length, static_cast<A*>(x_panels), plan.x_panel,
+                             nullptr);
+      const B* const w = static_cast<const B*>(w_panels) + kk / step * nr;
+      for (int64_t o = o0; o < o1; o += nr)
+        for (int64_t n = n0; n < n1; n += mr)
+          conv_tile<P>(g, k, static_cast<const A*>(x_panels) + (n - n0) / mr * plan.x_panel,
+                       w + (o - o0) / nr * plan.w_panel, o, static_cast<int>(smaller<int64_t>(nr, o1 - o)), n,
+                       static_cast<int>(smaller<int64_t>(mr, n1 - n)), first, last,
+                       sums + (n - n0) * plan.sums_rs + (o - o0), plan.sums_rs);
+    } else {
+      pack_patches<B, T, nr>(g.patches, true, n0, n1 - n0, kk, length, static_cast<B*>(x_panels), plan.x_panel,
+                             nullptr);
+      const A* const w = static_cast<const A*>(w_panels) + kk / step * mr;
+      for (int64_t oc = o0; oc < o1; oc += kBlocking.mc) {
+        const int64_t oe = smaller(oc + kBlocking.mc, o1);
+        for (int64_t n = n0; n < n1; n += nr)
+          for (int64_t o = oc; o < oe; o += mr)
+            conv_tile<P>(
+                g, k, w + (o - o0) / mr * plan.w_panel, static_cast<const B*>(x_panels) + (n - n0) / nr * plan.x_panel,
+                o, static_cast<int>(smaller<int64_t>(mr, oe - o)), n, static_cast<int>(smaller<int64_t>(nr, n1 - n)),
+                first, last, sums + (o - o0) * plan.sums_rs + (n - n0), plan.sums_rs);
+      }
+    }
+  }
+}
+
+template <class P, class T>
+void conv_member(const ConvProduct<T>& g, const ConvPlan& plan, unsigned char* workspace, int thread, int actual) {
+  using Kind = Tile<P>;
+  using A = typename Kind::A;
+  using B = typename Kind::B;
+  using C = Compute<T>;
+  constexpr int mr = Kind::mr, nr = Kind::nr, step = Kind::step;
+  const typename Kind::Session session;
+  Crew crew(reinterpret_cast<Crew::Counters*>(workspace), actual);
+  unsigned char* const shared = workspace + plan.shared_at;
+  unsigned char* const mine = workspace + plan.private_at + static_cast<size_t>(thread) * plan.private_bytes;
+  C* const sums = reinterpret_cast<C*>(mine + plan.panel_bytes);
+  const bool rows = g.positions_are_rows();
+  const int sw = rows ? nr : mr;
+  const int64_t panels = ceil_div(plan.outputs_at_once, sw);
+
+  for (int64_t g0 = 0; g0 < g.groups; g0 += plan.groups_at_once) {
+    const int64_t groups = smaller(plan.groups_at_once, g.groups - g0);
+    for (int64_t o0 = 0; o0 < g.outputs; o0 += plan.outputs_at_once) {
+      const int64_t outputs = smaller(plan.outputs_at_once, g.outputs - o0);
+      const int64_t unit_lanes = kWeightLanes / sw * sw, used = ceil_div(outputs, unit_lanes);
+      const int64_t k_units = ceil_div(g.features, plan.kc);
+      crew.share(groups * used * k_units, [&](int64_t unit) {
+        const int64_t group = unit / k_units / used, lane = unit / k_units % used * unit_lanes;
+        const int64_t kk = unit % k_units * plan.kc;
+        ConvWeights<T> weights = g.weights;
+        weights.w += (g0 + group) * g.w_group;
+        if (plan.rows.taken && !rows) weights.set_channels_inner();
+        const int64_t lanes = smaller(unit_lanes, outputs - lane), length = smaller(plan.kc, g.features - kk);
+        const int64_t at = (group * panels + lane / sw) * plan.w_panel + kk / step * sw;
+        if (rows)
+          pack_weights<B, T, nr>(weights, o0 + lane, lanes, kk, length, reinterpret_cast<B*>(shared) + at,
+                                 plan.w_panel);
+        else
+          pack_weights<A, T, mr>(weights, o0 + lane, lanes, kk, length, reinterpret_cast<A*>(shared) + at,
+                                 plan.w_panel);
+      });
+
+      const int64_t part = round_up(ceil_div(outputs, plan.parts), sw);
+      crew.share(groups * plan.strips * plan.parts, [&](int64_t job) {
+        const int64_t group = job / plan.parts / plan.strips, strip = job / plan.parts % plan.strips;
+        const int64_t t0 = smaller(job % plan.parts * part, outputs), t1 = smaller(t0 + part, outputs);
+        if (t0 == t1) return;
+        const int64_t at = (group * panels + t0 / sw) * plan.w_panel, n0 = strip * plan.strip;
+        const ConvProduct<T> one = of_group(g, g0 + group);
+        const void* const w = rows ? static_cast<const void*>(reinterpret_cast<const B*>(shared) + at)
+                                   : reinterpret_cast<const A*>(shared) + at;
+        if (plan.rows.taken)
+          conv_rows<P>(one, plan.rows, w, plan.w_panel, o0 + t0, o0 + t1, strip, mine);
+        else
+          conv_strip<P>(one, plan, w, o0 + t0, o0 + t1, n0, smaller(n0 + plan.strip, g.positions), mine, sums);
+      });
+    }
+  }
+}
+
+template <class P, class T>
+void conv_product(const ConvProduct<T>& g, void* workspace, const Team& team) {
+  const ConvPlan plan = plan_conv<P>(g, team.threads);
+  unsigned char* const bytes = static_cast<unsigned char*>(workspace);
+  Crew::Counters* const counters = reinterpret_cast<Crew::Counters*>(bytes);
+  counters->next = 0;
+  counters->arrived = 0;
+  team.parallel(plan.threads, [&](int thread, int actual) { conv_member<P>(g, plan, bytes, thread, actual); });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The products of the contract.
+
+inline int64_t volume(const int64_t* size) { return size[0] * size[1] * size[2]; }
+
+// The strides of a dense image of `channels` channels.
+struct ImageStrides {
+  int64_t batch, channel, position[3];
+  ImageStrides(Layout layout, int64_t channels, const int64_t* size) {
+    const int64_t inner = layout == Layout::channels_last ? channels : 1;
+    batch = channels * volume(size);
+    channel = layout == Layout::channels_last ? 1 : volume(size);
+    position[2] = inner;
+    position[1] = inner * size[2];
+    position[0] = inner * size[2] * size[1];
+  }
+};
+
+template <class T>
+inline void set_plain(Patches<T>& s) {
+  s.plain = s.tap_count == 1;
+  for (int d = 0; d < 3; ++d)
+    s.plain = s.plain && s.taps[d].offset == 0 && s.grid[d] == s.size[d] && (s.step[d] == 1 || s.size[d] == 1);
+  if (!s.plain || s.channels_inner) return;
+  s.size[2] = s.grid[2] = volume(s.grid);
+  s.size[0] = s.size[1] = s.grid[0] = s.grid[1] = 1;
+  s.step[2] = 1;
+}
+
+// The image x as the operand of its forward pass; also of the weight gradient.
+template <class T>
+inline Patches<T> image_patches(const ConvGeometry& geometry, Layout layout, const void* x) {
+  const ImageStrides strides(layout, geometry.in_channels, geometry.in);
+  Patches<T> s{};
+  s.x = static_cast<const T*>(x);
+  s.channels_inner = layout == Layout::channels_last;
+  s.channels = geometry.in_channels / geometry.groups;
+  s.batch_stride = strides.batch;
+  s.channel_stride = strides.channel;
+  for (int d = 0; d < 3; ++d) {
+    s.size[d] = geometry.in[d];
+    s.stride[d] = strides.position[d];
+    s.grid[d] = geometry.out[d];
+    s.step[d] = geometry.stride[d];
+    s.taps[d] = {geometry.kernel[d], -geometry.padding[d], geometry.dilation[d], 0, 1};
+  }
+  s.tap_count = volume(geometry.kernel);
+  return s;
+}
+
+// grad_y with the activation's derivative, one tap that reads the position itself.
+template <class T>
+inline Patches<T> gradient_patches(const ConvGeometry& geometry, Layout layout, const void* grad_y,
+                                   const Activation& activation, const void* saved) {
+  const ImageStrides strides(layout, geometry.out_channels, geometry.out);
+  Patches<T> s{};
+  s.x = static_cast<const T*>(grad_y);
+  if (activation.kind != ActivationKind::identity) {
+    s.saved = static_cast<const T*>(saved);
+    s.derivative = row_derivative<T>(activation.kind);
+    s.activation = activation;
+  }
+  s.channels_inner = layout == Layout::channels_last;
+  s.channels = geometry.out_channels / geometry.groups;
+  s.batch_stride = strides.batch;
+  s.channel_stride = strides.channel;
+  for (int d = 0; d < 3; ++d) {
+    s.size[d] = s.grid[d] = geometry.out[d];
+    s.stride[d] = strides.position[d];
+    s.step[d] = 1;
+    s.taps[d] = {1, 0, 0, 0, 0};
+  }
+  s.tap_count = 1;
+  return s;
+}
+
+template <class T>
+inline ConvOutput<T> image_output(void* y, void* z, const void* bias, const Activation& activation,
+                                  const ImageStrides& strides) {
+  ConvOutput<T> out{};
+  out.y = static_cast<T*>(y);
+  out.z = static_cast<T*>(z);
+  out.bias = static_cast<const T*>(bias);
+  out.relu = activation.kind == ActivationKind::relu && z == nullptr;
+  if (!out.relu && activation.kind != ActivationKind::identity) out.f = row_forward<T>(activation.kind);
+  out.activation = activation;
+  out.batch_stride = strides.batch;
+  out.channel_stride = strides.channel;
+  for (int d = 0; d < 3; ++d) out.stride[d] = strides.position[d];
+  out.dense = true;
+  return out;
+}
+
+// w as a matrix of lanes (out channels of a group, or in channels where `transposed`) by features.
+template <class T>
+inline ConvWeights<T> conv_weights(const ConvGeometry& geometry, Layout layout, Layout w_layout, const void* w,
+                                   bool transposed) {
+  const int64_t channels = geometry.in_channels / geometry.groups, taps = volume(geometry.kernel);
+  const int64_t in_stride = w_layout == Layout::channels_last ? 1 : taps, out_stride = channels * taps;
+  ConvWeights<T> s{};
+  s.w = static_cast<const T*>(w);
+  s.channels_inner = layout == Layout::channels_last;
+  s.channels = transposed ? geometry.out_channels / geometry.groups : channels;
+  s.lane_stride = transposed ? in_stride : out_stride;
+  s.channel_stride = transposed ? out_stride : in_stride;
+  s.tap_stride = w_layout == Layout::channels_last ? channels : 1;
+  for (int d = 0; d < 3; ++d) {
+    s.kernel[d] = geometry.kernel[d];
+    s.taps[d] = {geometry.kernel[d], 0, 0, 0, 1};
+  }
+  s.tap_count = taps;
+  if (taps == 1)
+    s.feature_stride = s.channel_stride;
+  else if (!transposed && (layout == w_layout || channels == 1))
+    s.feature_stride = 1;
+  return s;
+}
+
+template <class T>
+inline ConvProduct<T> forward_product(const ConvForward& args) {
+  const ConvGeometry& geometry = args.geometry;
+  ConvProduct<T> g{};
+  g.groups = geometry.groups;
+  g.outputs = geometry.out_channels / geometry.groups;
+  g.patches = image_patches<T>(geometry, args.layout, args.x);
+  set_plain(g.patches);
+  g.features = g.patches.channels * g.patches.tap_count;
+  g.image_positions = volume(geometry.out);
+  g.positions = geometry.batch * g.image_positions;
+  g.weights = conv_weights<T>(geometry, args.layout, args.w_layout, args.w, false);
+  g.out = image_output<T>(args.y, args.z, args.bias, args.activation,
+                          ImageStrides(args.layout, geometry.out_channels, geometry.out));
+  g.x_group = g.patches.channels * g.patches.channel_stride;
+  g.w_group = g.outputs * g.patches.channels * g.patches.tap_count;
+  return g;
+}
+
+inline int64_t greatest_common_divisor(int64_t a, int64_t b) {
+  while (b != 0) {
+    const int64_t rest = a % b;
+    a = b;
+    b = rest;
+  }
+  return a;
+}
+
+// The phase of grad_x whose first element is `phase`, phase[d] < stride[d]. Position j of the phase is q = phase + j
+// stride, and tap r reads grad_y at (q + padding - r dilation) / stride where that is an integer.
+template <class T>
+inline ConvProduct<T> input_product(const ConvBackwardInput& args, const int64_t* phase) {
+  const ConvGeometry& geometry = args.geometry;
+  ConvProduct<T> g{};
+  g.groups = geometry.groups;
+  g.outputs = geometry.in_channels / geometry.groups;
+  g.patches = gradient_patches<T>(geometry, args.layout, args.grad_y, args.activation, args.saved);
+  g.weights = conv_weights<T>(geometry, args.layout, args.w_layout, args.w, true);
+  g.out = image_output<T>(args.grad_x, args.z, args.bias, args.epilogue,
+                          ImageStrides(args.layout, geometry.in_channels, geometry.in));
+  int64_t start = 0;
+  for (int d = 0; d < 3; ++d) {
+    const int64_t stride = geometry.stride[d], dilation = geometry.dilation[d], kernel = geometry.kernel[d];
+    const int64_t period = stride / greatest_common_divisor(stride, dilation);
+    const int64_t at = phase[d] + geometry.padding[d];
+    int64_t first = 0;
+    while (first < smaller(period, kernel) && (at - first * dilation) % stride != 0) ++first;
+    const bool any = first < kernel && first < period;
+    const TapRange taps = {any ? (kernel - first + period - 1) / period : 0, any ? (at - first * dilation) / stride : 0,
+                           -(period * dilation / stride), first, period};
+    g.patches.taps[d] = g.weights.taps[d] = taps;
+    g.patches.grid[d] = ceil_div(geometry.in[d] - phase[d], stride);
+    start += phase[d] * g.out.stride[d];
+    if (stride > 1 && geometry.in[d] > 1) {
+      g.out.stride[d] *= stride;
+      g.out.dense = false;
+    }
+  }
+  const auto& taps = g.patches.taps;
+  g.patches.tap_count = g.weights.tap_count = taps[0].count * taps[1].count * taps[2].count;
+  g.out.y += start;
+  if (g.out.z != nullptr) g.out.z += start;
+  if (g.out.dense) set_plain(g.patches);
+  g.features = g.patches.channels * g.patches.tap_count;
+  g.image_positions = volume(g.patches.grid);
+  g.positions = geometry.batch * g.image_positions;
+  g.x_group = g.patches.channels * g.patches.channel_stride;
+  g.w_group = g.patches.channels * g.outputs * volume(geometry.kernel);
+  return g;
+}
+
+// body(product) for every phase that has elements.
+template <class T, class Body>
+inline void for_phases(const ConvBackwardInput& args, Body&& body) {
+  const ConvGeometry& geometry = args.geometry;
+  int64_t phases[3], phase[3];
+  for (int d = 0; d < 3; ++d) phases[d] = smaller(geometry.stride[d], geometry.in[d]);
+  for (phase[0] = 0; phase[0] < phases[0]; ++phase[0])
+    for (phase[1] = 0; phase[1] < phases[1]; ++phase[1])
+      for (phase[2] = 0; phase[2] < phases[2]; ++phase[2]) body(input_product<T>(args, phase));
+}
+
+// Multiply-adds, for the choice of panels.
+inline int64_t conv_work(const ConvGeometry& geometry) {
+  return geometry.batch * volume(geometry.out) * geometry.out_channels * (geometry.in_channels / geometry.groups) *
+         volume(geometry.kernel);
+}
+
+template <class P>
+constexpr const char* conv_gemm_name() {
+#if defined(FASTOPS_HAS_AMX)
+  if constexpr (same_type<P, bf16_amx>) return "conv_gemm_amx_32x32";
+#endif
+#if defined(FASTOPS_HAS_AVX512_BF16)
+  if constexpr (same_type<P, bf16_pair>) return "conv_gemm_bf16_12x32";
+#endif
+  return Tile<P>::mr == 12   ? (Tile<P>::nr == 32 ? "conv_gemm_12x32" : "conv_gemm_12x16")
+         : Tile<P>::nr == 16 ? "conv_gemm_6x16"
+         : Tile<P>::nr == 8  ? "conv_gemm_6x8"
+                             : "conv_gemm_6x4";
+}
+
+template <class T>
+size_t conv_gemm_workspace(const ConvForward& args, int threads) {
+  const ConvProduct<T> g = forward_product<T>(args);
+  return with_panel<T>(args.bf16_multiply, conv_work(args.geometry),
+                       [&](auto panel) { return plan_conv<decltype(panel)>(g, threads).total; });
+}
+
+template <class T>
+void conv_gemm(const ConvForward& args, void* workspace, const Team& team) {
+  const ConvProduct<T> g = forward_product<T>(args);
+  with_panel<T>(args.bf16_multiply, conv_work(args.geometry),
+                [&](auto panel) { conv_product<decltype(panel)>(g, workspace, team); });
+}
+
+template <class T>
+size_t conv_gemm_workspace(const ConvBackwardInput& args, int threads) {
+  return with_panel<T>(args.bf16_multiply, conv_work(args.geometry), [&](auto panel) {
+    size_t bytes = 0;
+    for_phases<T>(
+        args, [&](const ConvProduct<T>& g) { bytes = larger(bytes, plan_conv<decltype(panel)>(g, threads).total); });
+    return bytes;
+  });
+}
+
+template <class T>
+void conv_gemm(const ConvBackwardInput& args, void* workspace, const Team& team) {
+  with_panel<T>(args.bf16_multiply, conv_work(args.geometry), [&](auto panel) {
+    for_phases<T>(args, [&](const ConvProduct<T>& g) { conv_product<decltype(panel)>(g, workspace, team); });
+  });
+}

@@ -1,0 +1,80 @@
+// max_pool_*, avg_pool_*: the entry points of pooling. Every output belongs to one thread, and what it is computed from
+// and in which order depends on the shape alone.
+
+template <class S, class Op>
+void pool_forward(const Pool& pool, Layout layout, const void* x, const Op& op, const Team& team) {
+  if (layout == Layout::channels_first)
+    pool_first(pool, static_cast<const S*>(x), op, team);
+  else
+    pool_last(pool, static_cast<const S*>(x), op, team);
+}
+
+template <class S, class Route>
+void pool_backward(const Pool& pool, Layout layout, const void* grad_y, void* grad_x, const Route& op,
+                   const Team& team) {
+  if (layout == Layout::channels_first)
+    pool_backward_first(pool, static_cast<const S*>(grad_y), static_cast<S*>(grad_x), op, team);
+  else
+    pool_backward_last(pool, static_cast<const S*>(grad_y), static_cast<S*>(grad_x), op, team);
+}
+
+inline int64_t elements(const PoolGeometry& g, const int64_t (&spatial)[3]) {
+  return g.batch * g.channels * spatial[0] * spatial[1] * spatial[2];
+}
+
+void max_pool_forward(const MaxPoolForward& args, const Team& team) {
+  if (elements(args.geometry, args.geometry.out) == 0) return;
+  const Pool pool = make_pool(args.geometry, args.layout);
+  for_dtype(args.dtype, [&](auto* type) {
+    using S = decltype(pointee(type));
+    S* const y = static_cast<S*>(args.y);
+    const auto run = [&](auto* indices, const TapOffsets* offsets) {
+      using I = decltype(pointee(indices));
+      pool_forward<S>(pool, args.layout, args.x, MaxPool<S, I>{y, indices, offsets}, team);
+    };
+    if (args.kind == PoolIndices::none) {
+      run(static_cast<NoIndices*>(nullptr), nullptr);
+    } else if (args.kind == PoolIndices::window) {
+      run(static_cast<uint8_t*>(args.indices), nullptr);
+    } else {
+      const TapOffsets offsets(pool);
+      run(static_cast<int64_t*>(args.indices), &offsets);
+    }
+  });
+}
+
+void max_pool_backward(const MaxPoolBackward& args, const Team& team) {
+  if (elements(args.geometry, args.geometry.in) == 0) return;
+  const Pool pool = make_pool(args.geometry, args.layout);
+  for_dtype(args.dtype, [&](auto* type) {
+    using S = decltype(pointee(type));
+    if (args.kind == PoolIndices::window) {
+      const TapOffsets offsets(pool);
+      pool_backward<S>(pool, args.layout, args.grad_y, args.grad_x,
+                       MaxRoute<S, uint8_t>{static_cast<const uint8_t*>(args.indices), &offsets}, team);
+    } else {
+      pool_backward<S>(pool, args.layout, args.grad_y, args.grad_x,
+                       MaxRoute<S, int64_t>{static_cast<const int64_t*>(args.indices), nullptr}, team);
+    }
+  });
+}
+
+void avg_pool_forward(const AvgPoolForward& args, const Team& team) {
+  if (elements(args.geometry, args.geometry.out) == 0) return;
+  const Pool pool = make_pool(args.geometry, args.layout);
+  for_dtype(args.dtype, [&](auto* type) {
+    using S = decltype(pointee(type));
+    const AvgPool<S> op = {static_cast<S*>(args.y), args.count_include_pad, args.divisor_override};
+    pool_forward<S>(pool, args.layout, args.x, op, team);
+  });
+}
+
+void avg_pool_backward(const AvgPoolBackward& args, const Team& team) {
+  if (elements(args.geometry, args.geometry.in) == 0) return;
+  const Pool pool = make_pool(args.geometry, args.layout);
+  for_dtype(args.dtype, [&](auto* type) {
+    using S = decltype(pointee(type));
+    pool_backward<S>(pool, args.layout, args.grad_y, args.grad_x,
+                     AvgRoute<S>{args.count_include_pad, args.divisor_override}, team);
+  });
+}

@@ -1,0 +1,507 @@
+#include "../kernels/conv.h"
+
+#include <ATen/ATen.h>
+
+#include <atomic>
+#include <cstring>
+
+#include "../kernels/cpu/isa.h"
+#include "check.h"
+#include "fast_door.h"
+#include "memory.h"
+#include "node.h"
+#include "ops.h"
+#include "record.h"
+#include "team.h"
+
+namespace fastops {
+namespace {
+
+std::atomic<ConvPrecision> precision_setting{ConvPrecision::highest};
+
+at::MemoryFormat format_of(Layout layout, int dims) {
+  if (layout == Layout::channels_first) return at::MemoryFormat::Contiguous;
+  return dims == 2 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
+}
+
+bool suggests_channels_last(const Tensor& tensor) {
+  return tensor.suggest_memory_format() != at::MemoryFormat::Contiguous;
+}
+
+// What the kernels read: the tensor where it lies if that is the plan's layout, else a copy.
+Tensor in_layout(const Tensor& tensor, const ConvPlan& plan) {
+  return tensor.contiguous(format_of(plan.layout, plan.dims));
+}
+
+Tensor weight_in_layout(const Tensor& weight, const ConvPlan& plan) {
+  return weight.contiguous(format_of(plan.w_layout, plan.dims));
+}
+
+using Sizes = c10::SmallVector<int64_t, 5>;
+
+Sizes sizes_of(int64_t first, int64_t second, const int64_t (&spatial)[3], int dims) {
+  Sizes sizes{first, second};
+  sizes.append(spatial + 3 - dims, spatial + 3);
+  return sizes;
+}
+
+// The sizes of the underlying convolution's operands: x (in), y (out) and w.
+Sizes in_sizes(const ConvPlan& plan) {
+  return sizes_of(plan.geometry.batch, plan.geometry.in_channels, plan.geometry.in, plan.dims);
+}
+Sizes out_sizes(const ConvPlan& plan) {
+  return sizes_of(plan.geometry.batch, plan.geometry.out_channels, plan.geometry.out, plan.dims);
+}
+Sizes weight_sizes(const ConvPlan& plan) {
+  const ConvGeometry& g = plan.geometry;
+  return sizes_of(g.out_channels, g.in_channels / g.groups, g.kernel, plan.dims);
+}
+
+Tensor empty_in(at::IntArrayRef sizes, Layout layout, at::ScalarType type) {
+  if (layout == Layout::channels_first) return empty_output(sizes, type);
+  const auto strides =
+      sizes.size() == 4 ? c10::get_channels_last_strides_2d(sizes) : c10::get_channels_last_strides_3d(sizes);
+  return empty_output_strided(sizes, strides, type);
+}
+
+std::string op_name(const ConvPlan& plan, const char* suffix = "") {
+  return c10::str(plan.transposed ? "conv_transpose" : "conv", plan.dims, "d", suffix);
+}
+
+const void* data_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
+void* mutable_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
+
+// ---- one kernel call each, in terms of the underlying convolution; operands lie as the plan says
+
+void run_forward(const ConvPlan& plan, const Tensor& x, const Tensor& w, const Tensor& bias, Activation activation,
+                 const Tensor& y, const Tensor& z, const char* suffix) {
+  const ConvForward args{to_dtype(x.scalar_type()), plan.layout,        plan.w_layout,      plan.geometry,
+                         x.const_data_ptr(),        w.const_data_ptr(), data_or_null(bias), activation,
+                         y.mutable_data_ptr(),      mutable_or_null(z), conv_precision()};
+  const KernelTable& table = kernels();
+  const Team team = torch_team();
+  const Workspace workspace(table.conv_forward_workspace(args, team.threads));
+  record::timed(
+      [&] {
+        return record::Row{op_name(plan, suffix), table.conv_forward_name(args), record::shapes_of({x, w, bias}),
+                           dtype_name(x.scalar_type())};
+      },
+      [&] { table.conv_forward(args, workspace.get(), team); });
+}
+
+void run_backward_input(const ConvPlan& plan, const Tensor& g, Activation activation, const Tensor& saved,
+                        const Tensor& w, const Tensor& bias, Activation epilogue, const Tensor& x, const Tensor& z,
+                        const char* suffix) {
+  const ConvBackwardInput args{to_dtype(g.scalar_type()), plan.layout, plan.w_layout,        plan.geometry,
+                               g.const_data_ptr(),        activation,  data_or_null(saved),  w.const_data_ptr(),
+                               data_or_null(bias),        epilogue,    x.mutable_data_ptr(), mutable_or_null(z),
+                               conv_precision()};
+  const KernelTable& table = kernels();
+  const Team team = torch_team();
+  const Workspace workspace(table.conv_backward_input_workspace(args, team.threads));
+  record::timed(
+      [&] {
+        return record::Row{op_name(plan, suffix), table.conv_backward_input_name(args), record::shapes_of({g, w, bias}),
+                           dtype_name(g.scalar_type())};
+      },
+      [&] { table.conv_backward_input(args, workspace.get(), team); });
+}
+
+void run_backward_weight(const ConvPlan& plan, const ConvGeometry& geometry, const Tensor& g, Activation activation,
+                         const Tensor& saved, const Tensor& x, const Tensor& grad_w, const Tensor& grad_bias) {
+  const ConvBackwardWeight args{to_dtype(g.scalar_type()),
+                                plan.layout,
+                                plan.w_layout,
+                                geometry,
+                                g.const_data_ptr(),
+                                activation,
+                                data_or_null(saved),
+                                data_or_null(x),
+                                mutable_or_null(grad_w),
+                                mutable_or_null(grad_bias)};
+  const KernelTable& table = kernels();
+  const Team team = torch_team();
+  const Workspace workspace(table.conv_backward_weight_workspace(args, team.threads));
+  record::timed(
+      [&] {
+        return record::Row{op_name(plan, "_backward_weight"), table.conv_backward_weight_name(args),
+                           record::shapes_of({g, x}), dtype_name(g.scalar_type())};
+      },
+      [&] { table.conv_backward_weight(args, workspace.get(), team); });
+}
+
+void check_operand(const Tensor& tensor, at::ScalarType type, at::IntArrayRef sizes, const char* name) {
+  check_tensor(tensor, "conv", name);
+  check_dtype(tensor, type, "conv", name);
+  TORCH_CHECK(tensor.sizes() == sizes, "conv: ", name, " must have shape ", sizes, ", got ", tensor.sizes());
+}
+
+// The gradients of w and of the bias over g, which is [batch, out_channels, out].
+void weight_gradients(const ConvPlan& plan, const Tensor& g, Activation activation, const Tensor& saved,
+                      const Tensor& x, const Tensor& grad_w, const Tensor& grad_bias) {
+  if (!grad_w.defined() && !grad_bias.defined()) return;
+  run_backward_weight(plan, plan.geometry, g, activation, saved, x, grad_w, grad_bias);
+}
+
+// The sum of a transposed convolution's gradient over all but its channels: the bias's gradient of a 1x1 convolution
+// whose output it would be.
+void sum_over_channels(const ConvPlan& plan, const Tensor& g, const Tensor& grad_bias) {
+  ConvGeometry geometry = plan.geometry;
+  geometry.out_channels = geometry.in_channels;
+  geometry.groups = 1;
+  for (int i = 0; i < 3; ++i) {
+    geometry.out[i] = geometry.in[i];
+    geometry.kernel[i] = geometry.stride[i] = geometry.dilation[i] = 1;
+    geometry.padding[i] = 0;
+  }
+  run_backward_weight(plan, geometry, g, {}, {}, {}, {}, grad_bias);
+}
+
+// Whether g = grad_y f'(saved) is worth a tensor of its own. The input's gradient reads g at every tap, and forms it
+// each time. Measured on Granite Rapids, one thread, 28x28, 4 to 128 channels to 32, silu: with g formed once, the
+// input's gradient of a 5x5 takes 0.25 to 0.63 of the time; of a 3x3, 0.3 with 4 channels and no less from 8 on.
+// Depthwise kernels copy a plane once themselves.
+bool formed_once(const ConvPlan& plan, const std::array<bool, 3>& output_mask) {
+  const auto& kernel = plan.geometry.kernel;
+  const int64_t taps = kernel[0] * kernel[1] * kernel[2], channels = plan.geometry.in_channels / plan.geometry.groups;
+  return output_mask[0] && taps > 1 && channels > 1 && (taps > 9 || channels < 8);
+}
+
+// ---- gradients that are themselves differentiated: each of y, grad_x and grad_w is linear in two of the others
+
+ConvPlan flipped(ConvPlan plan) {
+  plan.transposed = !plan.transposed;
+  return plan;
+}
+
+// How far the underlying convolution's input reaches past its last element, as padding; negative where the last
+// elements are not read.
+int64_t padding_after(const ConvGeometry& g, int i) {
+  return (g.out[i] - 1) * g.stride[i] + g.dilation[i] * (g.kernel[i] - 1) + 1 - g.padding[i] - g.in[i];
+}
+
+// at::constant_pad_nd's argument: the padding on either side, or that much cut off, the last dimension first.
+std::vector<int64_t> padding_pairs(const ConvPlan& plan, int64_t sign) {
+  std::vector<int64_t> pairs;
+  for (int i = 2; i >= 3 - plan.dims; --i) {
+    pairs.push_back(sign * plan.geometry.padding[i]);
+    pairs.push_back(sign * padding_after(plan.geometry, i));
+  }
+  return pairs;
+}
+
+at::IntArrayRef last(const int64_t (&values)[3], int dims) { return {values + 3 - dims, static_cast<size_t>(dims)}; }
+
+// conv without bias and activation for tensors that are batched or dual, in torch's ops.
+Tensor torch_conv(const Tensor& input, const Tensor& weight, const ConvPlan& plan) {
+  const ConvGeometry& g = plan.geometry;
+  const std::vector<int64_t> none(static_cast<size_t>(plan.dims), 0);
+  const auto run = [&](const Tensor& x) {
+    return at::convolution(x, weight, {}, last(g.stride, plan.dims), none, last(g.dilation, plan.dims), plan.transposed,
+                           none, g.groups);
+  };
+  if (plan.transposed) return at::constant_pad_nd(run(input), padding_pairs(plan, -1));
+  return run(at::constant_pad_nd(input, padding_pairs(plan, 1)));
+}
+
+// The gradient of the weight for such tensors: the convolution of x with g, batch and channels having changed places.
+Tensor torch_conv_weight(const Tensor& g, const Tensor& x, const ConvPlan& plan) {
+  const ConvGeometry& geometry = plan.geometry;
+  const std::vector<int64_t> none(static_cast<size_t>(plan.dims), 0);
+  const Tensor padded = at::constant_pad_nd(x, padding_pairs(plan, 1));
+  const auto spatial = padded.sizes().slice(2);
+  const auto reshaped = [&](const Tensor& tensor, std::vector<int64_t> sizes) {
+    sizes.insert(sizes.end(), spatial.begin(), spatial.end());
+    return tensor.reshape(sizes);
+  };
+  const int64_t groups = geometry.groups, channels = geometry.in_channels / groups;
+  const Tensor by_group = reshaped(padded, {geometry.batch, groups, channels}).transpose(0, 2);
+  const Tensor by_channel = reshaped(by_group, {channels, groups * geometry.batch});
+  return at::convolution(by_channel, g.transpose(0, 1), {}, last(geometry.dilation, plan.dims), none,
+                         last(geometry.stride, plan.dims), false, none, groups)
+      .transpose(0, 1);
+}
+
+Tensor product(const Tensor& input, const Tensor& weight, const ConvPlan& plan) {
+  if (fast_door::is_plain(input) && fast_door::is_plain(weight)) return conv(input, weight, {}, plan, {});
+  return torch_conv(input, weight, plan);
+}
+
+Tensor conv_weight(const Tensor& g, const Tensor& x, const ConvPlan& plan);
+
+// grad_w from g and x, all of the underlying convolution; saved: g (where x needs a gradient), x (where g does).
+struct ConvWeightOp : CompiledBackward<ConvWeightOp> {
+  using Args = ConvPlan;
+  static c10::IValue pack(const Args& plan) { return pack_plan(plan); }
+  static Args unpack(const c10::IValue& packed) { return unpack_plan(packed.toIntVector()); }
+
+  static std::vector<int64_t> pack_plan(const ConvPlan& plan) {
+    static_assert(sizeof(ConvGeometry) % sizeof(int64_t) == 0);
+    std::vector<int64_t> values{plan.dims, plan.transposed, static_cast<int64_t>(plan.layout),
+                                static_cast<int64_t>(plan.w_layout)};
+    values.resize(values.size() + sizeof(ConvGeometry) / sizeof(int64_t));
+    std::memcpy(values.data() + 4, &plan.geometry, sizeof(ConvGeometry));
+    return values;
+  }
+  static ConvPlan unpack_plan(const std::vector<int64_t>& values) {
+    ConvPlan plan{static_cast<int>(values[0]),
+                  values[1] != 0,
+                  static_cast<Layout>(values[2]),
+                  static_cast<Layout>(values[3]),
+                  {}};
+    std::memcpy(&plan.geometry, values.data() + 4, sizeof(ConvGeometry));
+    return plan;
+  }
+
+  static variable_list gradients(const Args& plan, const variable_list& saved, const variable_list& grads,
+                                 Needs needs) {
+    variable_list result(2);
+    if (!grads[0].defined()) return result;
+    if (needs(0)) result[0] = product(saved[1], grads[0], plan);
+    if (needs(1)) result[1] = product(saved[0], grads[0], flipped(plan));
+    return result;
+  }
+};
+
+Tensor conv_weight(const Tensor& g, const Tensor& x, const ConvPlan& plan) {
+  if (!fast_door::is_plain(g) || !fast_door::is_plain(x)) return torch_conv_weight(g, x, plan);
+  check_operand(g, x.scalar_type(), out_sizes(plan), "grad_output");
+  check_operand(x, x.scalar_type(), in_sizes(plan), "input");
+  const Tensor grad_w = empty_in(weight_sizes(plan), plan.w_layout, g.scalar_type());
+  if (plan.geometry.batch == 0)
+    grad_w.zero_();
+  else
+    weight_gradients(plan, in_layout(g, plan), {}, {}, in_layout(x, plan), grad_w, {});
+  const bool grad_g = needs_grad(g), grad_x = needs_grad(x);
+  if (!at::GradMode::is_enabled() || !(grad_g || grad_x)) return grad_w;
+  const auto node = make_node<ConvWeightOp>(plan, g, x);
+  torch::autograd::set_history(grad_w, node);
+  save(node, {grad_x ? g : Tensor(), grad_g ? x : Tensor()});
+  return grad_w;
+}
+
+struct ConvOp : CompiledBackward<ConvOp> {
+  struct Args {
+    ConvPlan plan;
+    Activation activation;
+  };
+  static c10::IValue pack(const Args& args) {
+    std::vector<double> values{static_cast<double>(args.activation.kind), args.activation.a, args.activation.b};
+    const std::vector<int64_t> plan = ConvWeightOp::pack_plan(args.plan);
+    values.insert(values.end(), plan.begin(), plan.end());
+    return values;
+  }
+  static Args unpack(const c10::IValue& packed) {
+    const auto values = packed.toDoubleVector();
+    return {ConvWeightOp::unpack_plan({values.begin() + 3, values.end()}),
+            {static_cast<ActivationKind>(static_cast<int>(values[0])), values[1], values[2]}};
+  }
+
+  // saved: input (where weight needs a gradient), weight (where input does), y or z. grads: of y, and of z where there
+  // is one.
+  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
+                                 Needs needs) {
+    variable_list result(3);
+    const Tensor &grad_y = grads[0], grad_z = grads.size() > 1 ? grads[1] : Tensor();
+    if (!grad_y.defined() && !grad_z.defined()) return result;
+    const Tensor &input = saved[0], &weight = saved[1], &output = saved[2];
+    const auto& [plan, activation] = args;
+
+    // A gradient that will itself be differentiated, or that is batched or dual (is_grads_batched, forward over
+    // reverse): one differentiable op a step.
+    if (at::GradMode::is_enabled() || grad_z.defined() || !fast_door::is_plain(grad_y)) {
+      Tensor g = grad_y;
+      if (g.defined() && activation.kind != ActivationKind::identity)
+        g = differentiable_activation_backward(g, output, activation, saved_by_linear(activation));
+      if (grad_z.defined()) g = g.defined() ? g + grad_z : grad_z;
+      if (needs(0)) result[0] = product(g, weight, flipped(plan));
+      if (needs(1)) {
+        ConvPlan underlying = plan;
+        underlying.transposed = false;
+        result[1] = plan.transposed ? conv_weight(input, g, underlying) : conv_weight(g, input, underlying);
+      }
+      if (needs(2)) {
+        std::vector<int64_t> summed{0};
+        for (int i = 0; i < plan.dims; ++i) summed.push_back(2 + i);
+        result[2] = g.sum(summed);
+      }
+      return result;
+    }
+
+    auto gradients = conv_backward(grad_y, output, input, weight, plan, activation, {needs(0), needs(1), needs(2)});
+    std::move(gradients.begin(), gradients.end(), result.begin());
+    return result;
+  }
+};
+
+}  // namespace
+
+void set_conv_precision(ConvPrecision precision) { precision_setting.store(precision, std::memory_order_relaxed); }
+
+ConvPrecision conv_precision() { return precision_setting.load(std::memory_order_relaxed); }
+
+std::string plan_conv(const Tensor& input, const Tensor& weight, const Tensor& bias, const ConvParams& params,
+                      ConvPlan& plan) {
+  constexpr const char* kSpatial[] = {"", "length", "height, width", "depth, height, width"};
+  const int dims = params.dims;
+  const int64_t groups = params.groups;
+  const auto input_shape = [&] { return c10::str("(batch, channels, ", kSpatial[dims], ")"); };
+  if (input.dim() != dims + 2)
+    return c10::str("input must have shape ", input_shape(), " or that without batch, got ", input.sizes());
+  if (weight.dim() != dims + 2)
+    return c10::str("weight must have ", dims + 2, " dimensions, (",
+                    params.transposed ? "in_channels, out_channels / groups, " : "out_channels, in_channels / groups, ",
+                    kSpatial[dims], "), got ", weight.sizes());
+  if (groups < 1) return c10::str("groups must be at least 1, got ", groups);
+  if (weight.size(0) < 1 || weight.size(0) % groups != 0)
+    return c10::str("weight's first dimension must be a positive multiple of groups = ", groups, ", got ",
+                    weight.sizes());
+  const int64_t channels = params.transposed ? weight.size(0) : weight.size(1) * groups;
+  if (input.size(1) != channels)
+    return c10::str("input must have ", channels, " channels (weight ", weight.sizes(), ", groups ", groups, "), got ",
+                    input.size(1), " in ", input.sizes());
+  if (weight.size(1) < 1) return c10::str("weight must have at least one channel a group, got ", weight.sizes());
+  const int64_t outputs = params.transposed ? weight.size(1) * groups : weight.size(0);
+  if (bias.defined() && (bias.dim() != 1 || bias.size(0) != outputs))
+    return c10::str("bias must have shape (", outputs, ",), got ", bias.sizes());
+
+  ConvGeometry& g = plan.geometry;
+  g.batch = input.size(0);
+  g.in_channels = params.transposed ? outputs : channels;
+  g.out_channels = params.transposed ? channels : outputs;
+  g.groups = groups;
+  for (int i = 0; i < 3; ++i) {
+    const int axis = i - (3 - dims);
+    const int64_t size = axis < 0 ? 1 : input.size(2 + axis), kernel = axis < 0 ? 1 : weight.size(2 + axis);
+    const int64_t stride = params.stride[i], dilation = params.dilation[i];
+    const int64_t before = params.before[i], after = params.after[i];
+    if (kernel < 1) return c10::str("weight's kernel must have at least one element a dimension, got ", weight.sizes());
+    if (stride < 1) return c10::str("stride must be at least 1, got ", stride);
+    if (dilation < 1) return c10::str("dilation must be at least 1, got ", dilation);
+    if (before < 0) return c10::str("padding must not be negative, got ", before);
+    if (size < 1 && g.batch > 0) return c10::str("input's spatial dimensions must not be empty, got ", input.sizes());
+    const int64_t window = dilation * (kernel - 1) + 1;
+    int64_t result = 0;
+    if (params.transposed) {
+      const int64_t output_padding = before - after;
+      if (output_padding < 0 || output_padding >= std::max(stride, dilation))
+        return c10::str("output_padding must not be negative and smaller than stride or dilation (", stride, ", ",
+                        dilation, "), got ", output_padding);
+      result = (size - 1) * stride + window - before - after;
+      if (result < 1)
+        return c10::str("padding takes more than there is: the output would have ", result, " elements in dimension ",
+                        2 + axis, " (input ", input.sizes(), ", kernel ", kernel, ", stride ", stride, ", padding ",
+                        before, ")");
+    } else {
+      if (after < 0) return c10::str("padding must not be negative, got ", after);
+      if (size + before + after < window)
+        return c10::str("the kernel must fit into the padded input: in dimension ", 2 + axis, " it spans ", window,
+                        " (", kernel, " with dilation ", dilation, "), and there are ", size + before + after, " (",
+                        size, " with padding ", before, " and ", after, ")");
+      result = (size + before + after - window) / stride + 1;
+    }
+    g.in[i] = params.transposed ? result : size;
+    g.out[i] = params.transposed ? size : result;
+    g.kernel[i] = kernel;
+    g.stride[i] = stride;
+    g.padding[i] = before;
+    g.dilation[i] = dilation;
+  }
+
+  plan.dims = dims;
+  plan.transposed = params.transposed;
+  // As PyTorch: channels_last out where either operand is; one dimension is always channels first.
+  const bool channels_last = dims > 1 && (suggests_channels_last(input) || suggests_channels_last(weight));
+  plan.layout = channels_last ? Layout::channels_last : Layout::channels_first;
+  const bool weight_last =
+      dims > 1 && !weight.is_contiguous() && weight.is_contiguous(format_of(Layout::channels_last, dims));
+  plan.w_layout = weight_last ? Layout::channels_last : Layout::channels_first;
+  return {};
+}
+
+ConvOutput conv_forward(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvPlan& plan,
+                        Activation activation, bool need_saved) {
+  const auto type = input.scalar_type();
+  check_operand(input, type, plan.transposed ? out_sizes(plan) : in_sizes(plan), "input");
+  check_operand(weight, type, weight_sizes(plan), "weight");
+  Tensor b = bias.value_or(Tensor());
+  if (b.defined()) {
+    check_tensor(b, "conv", "bias");
+    check_dtype(b, type, "conv", "bias");
+    b = b.contiguous();
+  }
+  const Sizes sizes = plan.transposed ? in_sizes(plan) : out_sizes(plan);
+  ConvOutput out;
+  out.y = empty_in(sizes, plan.layout, type);
+  if (need_saved && saved_by_linear(activation) == Saved::input) out.z = empty_in(sizes, plan.layout, type);
+  if (out.y.numel() == 0) return out;
+  const Tensor x = in_layout(input, plan), w = weight_in_layout(weight, plan);
+  if (plan.transposed)
+    run_backward_input(plan, x, {}, {}, w, b, activation, out.y, out.z, "");
+  else
+    run_forward(plan, x, w, b, activation, out.y, out.z, "");
+  return out;
+}
+
+std::array<Tensor, 3> conv_backward(const Tensor& grad_output, const Tensor& saved, const Tensor& input,
+                                    const Tensor& weight, const ConvPlan& plan, Activation activation,
+                                    std::array<bool, 3> output_mask) {
+  const auto type = grad_output.scalar_type();
+  const bool identity = activation.kind == ActivationKind::identity;
+  const Sizes input_sizes = plan.transposed ? out_sizes(plan) : in_sizes(plan);
+  const Sizes output_sizes = plan.transposed ? in_sizes(plan) : out_sizes(plan);
+  check_operand(grad_output, type, output_sizes, "grad_output");
+  if (!identity) {
+    TORCH_CHECK(saved.defined(), "conv: saved must be what the forward pass saved for ",
+                activation_name(activation.kind), ", got nothing");
+    check_operand(saved, type, output_sizes, "saved");
+  }
+  if (output_mask[0]) check_operand(weight, type, weight_sizes(plan), "weight");
+  if (output_mask[1]) check_operand(input, type, input_sizes, "input");
+
+  std::array<Tensor, 3> out;
+  if (output_mask[0]) out[0] = empty_in(input_sizes, plan.layout, type);
+  if (output_mask[1]) out[1] = empty_in(weight_sizes(plan), plan.w_layout, type);
+  if (output_mask[2]) out[2] = empty_output({output_sizes[1]}, type);
+  if (plan.geometry.batch == 0) {  // sums of nothing
+    for (Tensor& gradient : out)
+      if (gradient.defined()) gradient.zero_();
+    return out;
+  }
+
+  Tensor g = in_layout(grad_output, plan), s = identity ? Tensor() : in_layout(saved, plan);
+  const Tensor x = output_mask[1] ? in_layout(input, plan) : Tensor();
+  const Tensor w = output_mask[0] ? weight_in_layout(weight, plan) : Tensor();
+  if (!identity && (plan.transposed || formed_once(plan, output_mask))) {
+    g = activation_backward(g, s, activation, saved_by_linear(activation));
+    s = Tensor();
+    activation = {};
+  }
+  if (plan.transposed) {
+    if (out[0].defined()) run_forward(plan, g, w, {}, {}, out[0], {}, "_backward_input");
+    weight_gradients(plan, x, {}, {}, g, out[1], {});
+    if (out[2].defined()) sum_over_channels(plan, g, out[2]);
+  } else {
+    if (out[0].defined()) run_backward_input(plan, g, activation, s, w, {}, {}, out[0], {}, "_backward_input");
+    weight_gradients(plan, g, activation, s, x, out[1], out[2]);
+  }
+  return out;
+}
+
+Tensor conv(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvPlan& plan,
+            Activation activation) {
+  const bool grad_x = needs_grad(input), grad_w = needs_grad(weight);
+  const bool records = at::GradMode::is_enabled() && (grad_x || grad_w || (bias && needs_grad(*bias)));
+  auto [y, z] = conv_forward(input, weight, bias, plan, activation, /*need_saved=*/records);
+  if (!records) return y;
+  // z, the pre-activation, is an output of the node that nobody else sees: gradients of gradients reach the inputs
+  // through it.
+  const auto node = make_node<ConvOp>({plan, activation}, input, weight, bias);
+  torch::autograd::set_history(y, node);
+  if (z.defined()) torch::autograd::set_history(z, node);
+  const bool identity = activation.kind == ActivationKind::identity;
+  save(node, {grad_w ? input : Tensor(), grad_x ? weight : Tensor(), identity ? Tensor() : z.defined() ? z : y});
+  return y;
+}
+
+}  // namespace fastops

@@ -1,0 +1,422 @@
+#include "../kernels/pool.h"
+
+#include <ATen/ATen.h>
+
+#include "../kernels/cpu/isa.h"
+#include "check.h"
+#include "fast_door.h"
+#include "memory.h"
+#include "node.h"
+#include "ops.h"
+#include "record.h"
+#include "team.h"
+
+namespace fastops {
+namespace {
+
+using Sizes = c10::SmallVector<int64_t, 5>;
+
+// ---- layouts
+
+// The strides of a dense tensor of these sizes, (batch, channels, spatial) or without batch.
+Sizes strides_in(at::IntArrayRef sizes, Layout layout) {
+  const size_t dims = sizes.size();
+  Sizes strides(dims);
+  int64_t step = 1;
+  const auto take = [&](size_t i) {
+    strides[i] = step;
+    step *= sizes[i];
+  };
+  if (layout == Layout::channels_last) take(1);
+  for (size_t i = dims; i-- > 0;)
+    if (layout == Layout::channels_first || i != 1) take(i);
+  return strides;
+}
+
+bool lies_in(const Tensor& tensor, Layout layout) {
+  if (layout == Layout::channels_first) return tensor.is_contiguous();
+  const Sizes strides = strides_in(tensor.sizes(), layout);
+  for (int64_t i = 0; i < tensor.dim(); ++i)
+    if (tensor.size(i) != 1 && tensor.stride(i) != strides[static_cast<size_t>(i)]) return false;
+  return true;
+}
+
+Tensor empty_in(at::IntArrayRef sizes, Layout layout, at::ScalarType type) {
+  if (layout == Layout::channels_first) return empty_output(sizes, type);
+  return empty_output_strided(sizes, strides_in(sizes, layout), type);
+}
+
+Tensor in_layout(const Tensor& tensor, Layout layout) {
+  if (lies_in(tensor, layout)) return tensor;
+  const Tensor copy = empty_in(tensor.sizes(), layout, tensor.scalar_type());
+  copy.copy_(tensor);
+  return copy;
+}
+
+Sizes sizes_of(const PoolPlan& plan, const int64_t (&spatial)[3]) {
+  Sizes sizes;
+  if (plan.batched) sizes.push_back(plan.geometry.batch);
+  sizes.push_back(plan.geometry.channels);
+  sizes.append(spatial + 3 - plan.dims, spatial + 3);
+  return sizes;
+}
+
+bool is_empty(const PoolPlan& plan, const int64_t (&spatial)[3]) {
+  return plan.geometry.batch * plan.geometry.channels * spatial[0] * spatial[1] * spatial[2] == 0;
+}
+
+// ---- geometry
+
+// PyTorch's pooling_output_shape.
+int64_t output_size(int64_t in, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
+  const int64_t room = in + 2 * padding - dilation * (kernel - 1) - 1 + (ceil_mode ? stride - 1 : 0);
+  int64_t out = (room >= 0 ? room / stride : -((-room + stride - 1) / stride)) + 1;
+  if (ceil_mode && (out - 1) * stride >= in + padding) --out;  // the last window has to start inside
+  return out;
+}
+
+// Whether the windows over one element are so many that channels_last, where each compares its index with the element,
+// loses against copies to channels_first and back, where a window adds to one element (a comparison for 16 channels
+// takes about 4 cycles, the copies 15 an element; Granite Rapids).
+bool overlaps_widely(const PoolGeometry& g) {
+  int64_t windows = 1;
+  for (int i = 0; i < 3 && !g.adaptive; ++i) windows *= (g.kernel[i] + g.stride[i] - 1) / g.stride[i];
+  return windows > 64;
+}
+
+std::string op_name(const PoolPlan& plan, const char* kind, const char* suffix = "") {
+  return c10::str(plan.geometry.adaptive ? "adaptive_" : "", kind, "_pool", plan.dims, "d", suffix);
+}
+
+template <class Call>
+void recorded(const PoolPlan& plan, const char* kind, const char* suffix, const Tensor& tensor, Call&& call) {
+  const KernelTable& table = kernels();
+  record::timed(
+      [&] {
+        return record::Row{op_name(plan, kind, suffix), table.isa, record::shapes_of({tensor}),
+                           dtype_name(tensor.scalar_type())};
+      },
+      [&] { call(table); });
+}
+
+void check_operand(const Tensor& tensor, const PoolPlan& plan, const int64_t (&spatial)[3], const char* op,
+                   const char* name) {
+  TORCH_CHECK(tensor.sizes() == at::IntArrayRef(sizes_of(plan, spatial)), op, ": ", name, " must have shape ",
+              at::IntArrayRef(sizes_of(plan, spatial)), ", got ", tensor.sizes());
+}
+
+// ---- autograd
+
+// What a pool's nodes remember besides tensors.
+struct PoolArgs {
+  PoolPlan plan;
+  AvgDivisor divisor;
+};
+
+c10::IValue pack_pool(const PoolArgs& args) {
+  const PoolGeometry& g = args.plan.geometry;
+  std::vector<int64_t> values{args.plan.dims,
+                              args.plan.batched,
+                              static_cast<int64_t>(args.plan.layout),
+                              args.divisor.include_pad,
+                              args.divisor.override,
+                              g.batch,
+                              g.channels,
+                              g.adaptive};
+  for (const int64_t (*array)[3] : {&g.in, &g.out, &g.kernel, &g.stride, &g.padding, &g.dilation})
+    values.insert(values.end(), *array, *array + 3);
+  return values;
+}
+
+PoolArgs unpack_pool(const c10::IValue& packed) {
+  const auto values = packed.toIntVector();
+  PoolArgs args{};
+  args.plan.dims = static_cast<int>(values[0]);
+  args.plan.batched = values[1] != 0;
+  args.plan.layout = static_cast<Layout>(values[2]);
+  args.divisor = {values[3] != 0, values[4]};
+  PoolGeometry& g = args.plan.geometry;
+  g.batch = values[5];
+  g.channels = values[6];
+  g.adaptive = values[7] != 0;
+  auto from = values.begin() + 8;
+  for (int64_t (*array)[3] : {&g.in, &g.out, &g.kernel, &g.stride, &g.padding, &g.dilation}) {
+    std::copy_n(from, 3, *array);
+    from += 3;
+  }
+  return args;
+}
+
+bool direct(const Tensor& grad) { return !at::GradMode::is_enabled() && fast_door::is_plain(grad); }
+
+// grad_x = scatter(grad_y, indices); saved: the indices.
+struct MaxPoolOp : CompiledBackward<MaxPoolOp> {
+  using Args = PoolArgs;
+  static c10::IValue pack(const Args& args) { return pack_pool(args); }
+  static Args unpack(const c10::IValue& packed) { return unpack_pool(packed); }
+  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
+                                 Needs needs) {
+    const Tensor& g = grads[0];
+    if (!g.defined() || !needs(0)) return {Tensor()};
+    if (direct(g)) return {max_pool_backward(g, saved[0], args.plan)};
+    // Somebody will differentiate this gradient, or it is batched or dual: write it in torch's own differentiable ops.
+    const PoolGeometry& geometry = args.plan.geometry;
+    const std::array<int64_t, 2> rows = {geometry.batch * geometry.channels, -1};
+    const Sizes sizes = sizes_of(args.plan, geometry.in);
+    if (g.numel() == 0) return {at::zeros(sizes, g.options())};
+    const Tensor positions = max_pool_positions(saved[0], args.plan).reshape(rows);
+    return {at::zeros(sizes, g.options()).reshape(rows).scatter_add(-1, positions, g.reshape(rows)).reshape(sizes)};
+  }
+};
+
+Tensor differentiable_avg_pool_backward(const Tensor& grad_output, const PoolArgs& args);
+
+// Averaging is linear, and its gradient's gradient averages again.
+struct AvgPoolBackwardOp : CompiledBackward<AvgPoolBackwardOp> {
+  using Args = PoolArgs;
+  static c10::IValue pack(const Args& args) { return pack_pool(args); }
+  static Args unpack(const c10::IValue& packed) { return unpack_pool(packed); }
+  static variable_list gradients(const Args& args, const variable_list&, const variable_list& grads, Needs needs);
+};
+
+struct AvgPoolOp : CompiledBackward<AvgPoolOp> {
+  using Args = PoolArgs;
+  static c10::IValue pack(const Args& args) { return pack_pool(args); }
+  static Args unpack(const c10::IValue& packed) { return unpack_pool(packed); }
+  static variable_list gradients(const Args& args, const variable_list&, const variable_list& grads, Needs needs) {
+    if (!grads[0].defined() || !needs(0)) return {Tensor()};
+    if (direct(grads[0])) return {avg_pool_backward(grads[0], args.plan, args.divisor)};
+    return {differentiable_avg_pool_backward(grads[0], args)};
+  }
+};
+
+// Batched or dual tensors go to torch's own averages; one dimension is two with a height of one.
+struct TorchAvgPool {
+  const PoolGeometry& g;
+  int dims, spatial;  // 2 or 3
+  bool ceil_mode = false, include_pad;
+  optional<int64_t> divisor;
+
+  explicit TorchAvgPool(const PoolArgs& args)
+      : g(args.plan.geometry),
+        dims(args.plan.dims),
+        spatial(dims == 3 ? 3 : 2),
+        include_pad(args.divisor.include_pad),
+        divisor(args.divisor.override != 0 ? optional<int64_t>(args.divisor.override) : std::nullopt) {
+    for (int i = 0; i < 3 && !g.adaptive; ++i)
+      ceil_mode |= output_size(g.in[i], g.kernel[i], g.stride[i], g.padding[i], 1, false) != g.out[i];
+  }
+  Tensor raise(const Tensor& tensor) const { return dims == 1 ? tensor.unsqueeze(-2) : tensor; }
+  Tensor lower(const Tensor& tensor) const { return dims == 1 ? tensor.squeeze(-2) : tensor; }
+  at::IntArrayRef last(const int64_t (&values)[3]) const {
+    return {values + 3 - spatial, static_cast<size_t>(spatial)};
+  }
+
+  Tensor forward(const Tensor& input) const {
+    const auto kernel = last(g.kernel), stride = last(g.stride), padding = last(g.padding);
+    const Tensor x = raise(input);
+    if (g.adaptive)
+      return lower(spatial == 3 ? at::adaptive_avg_pool3d(x, g.out) : at::adaptive_avg_pool2d(x, last(g.out)));
+    return lower(spatial == 3 ? at::avg_pool3d(x, kernel, stride, padding, ceil_mode, include_pad, divisor)
+                              : at::avg_pool2d(x, kernel, stride, padding, ceil_mode, include_pad, divisor));
+  }
+  Tensor backward(const Tensor& grad_output, at::IntArrayRef input_sizes) const {
+    const auto kernel = last(g.kernel), stride = last(g.stride), padding = last(g.padding);
+    const Tensor grad = raise(grad_output), x = raise(at::zeros(input_sizes, grad_output.options()));
+    if (g.adaptive)
+      return lower(spatial == 3 ? at::_adaptive_avg_pool3d_backward(grad, x)
+                                : at::_adaptive_avg_pool2d_backward(grad, x));
+    return lower(spatial == 3
+                     ? at::avg_pool3d_backward(grad, x, kernel, stride, padding, ceil_mode, include_pad, divisor)
+                     : at::avg_pool2d_backward(grad, x, kernel, stride, padding, ceil_mode, include_pad, divisor));
+  }
+};
+
+}  // namespace
+
+Layout pool_layout(const Tensor& tensor, int dims) {
+  if (tensor.dim() != dims + 2 || tensor.is_contiguous()) return Layout::channels_first;
+  if (dims == 1) return lies_in(tensor, Layout::channels_last) ? Layout::channels_last : Layout::channels_first;
+  const bool first = tensor.suggest_memory_format() == at::MemoryFormat::Contiguous;
+  return first ? Layout::channels_first : Layout::channels_last;
+}
+
+std::string plan_pool(at::IntArrayRef sizes, const PoolParams& params, PoolPlan& plan) {
+  const int dims = params.dims;
+  plan.dims = dims;
+  const auto rank = static_cast<int>(sizes.size());
+  plan.batched = rank == dims + 2;
+  if (!plan.batched && rank != dims + 1)
+    return c10::str("input must have ", dims + 1, " or ", dims + 2, " dimensions, got shape ", sizes);
+  PoolGeometry& g = plan.geometry;
+  const auto spatial = sizes.slice(sizes.size() - static_cast<size_t>(dims));
+  const int64_t channels = sizes[plan.batched ? 1 : 0];
+  g = {plan.batched ? sizes[0] : 1, channels, {1, 1, 1}, {1, 1, 1}, {}, {}, {}, {}, params.adaptive};
+  if (g.channels == 0 && !params.adaptive) return c10::str("input must have channels, got shape ", sizes);
+  for (int i = 3 - dims; i < 3; ++i) {
+    g.in[i] = spatial[static_cast<size_t>(i - 3 + dims)];
+    if (g.in[i] == 0) return c10::str("input's spatial sizes must not be 0, got shape ", sizes);
+  }
+  if (params.adaptive) {
+    for (int i = 3 - dims; i < 3; ++i) {
+      g.out[i] = params.output[i] == PoolParams::kSameSize ? g.in[i] : params.output[i];
+      if (g.out[i] < 0) return c10::str("output_size must not be negative, got ", g.out[i]);
+    }
+    return {};
+  }
+  for (int i = 0; i < 3; ++i) {
+    g.kernel[i] = params.kernel[i];
+    g.stride[i] = params.stride[i];
+    g.padding[i] = params.padding[i];
+    g.dilation[i] = params.dilation[i];
+    if (g.kernel[i] <= 0) return c10::str("kernel_size must be positive, got ", g.kernel[i]);
+    if (g.stride[i] <= 0) return c10::str("stride must be positive, got ", g.stride[i]);
+    if (g.dilation[i] <= 0) return c10::str("dilation must be positive, got ", g.dilation[i]);
+    if (g.padding[i] < 0) return c10::str("padding must not be negative, got ", g.padding[i]);
+    if (g.padding[i] > g.kernel[i] / 2 && g.padding[i] > ((g.kernel[i] - 1) * g.dilation[i] + 1) / 2)
+      return c10::str("padding must be at most half of the window, got ", g.padding[i], " with kernel_size ",
+                      g.kernel[i], " and dilation ", g.dilation[i]);
+    g.out[i] = output_size(g.in[i], g.kernel[i], g.stride[i], g.padding[i], g.dilation[i], params.ceil_mode);
+    if (g.out[i] < 1)
+      return c10::str("kernel_size ", g.kernel[i], " with dilation ", g.dilation[i], " is larger than the input of ",
+                      g.in[i], " with its padding of ", g.padding[i]);
+  }
+  return {};
+}
+
+PoolIndices compact_indices(const PoolGeometry& g) {
+  return pool_box(g, 0) * pool_box(g, 1) * pool_box(g, 2) <= 256 ? PoolIndices::window : PoolIndices::plane;
+}
+
+MaxPoolOutput max_pool_forward(const Tensor& input, const PoolPlan& plan, PoolIndices kind) {
+  check_tensor(input, "max_pool", "input");
+  const Tensor x = in_layout(input, plan.layout);
+  const Sizes sizes = sizes_of(plan, plan.geometry.out);
+  MaxPoolOutput out{empty_in(sizes, plan.layout, x.scalar_type()), {}};
+  if (kind != PoolIndices::none)
+    out.indices = empty_in(sizes, plan.layout, kind == PoolIndices::plane ? at::kLong : at::kByte);
+  if (is_empty(plan, plan.geometry.out)) return out;
+  const MaxPoolForward args{to_dtype(x.scalar_type()),
+                            plan.layout,
+                            plan.geometry,
+                            x.const_data_ptr(),
+                            out.y.mutable_data_ptr(),
+                            kind,
+                            out.indices.defined() ? out.indices.mutable_data_ptr() : nullptr};
+  recorded(plan, "max", "", x, [&](const KernelTable& table) { table.max_pool_forward(args, torch_team()); });
+  return out;
+}
+
+Tensor max_pool_backward(const Tensor& grad_output, const Tensor& indices, const PoolPlan& plan) {
+  check_tensor(grad_output, "max_pool_backward", "grad_output");
+  check_operand(grad_output, plan, plan.geometry.out, "max_pool_backward", "grad_output");
+  check_operand(indices, plan, plan.geometry.out, "max_pool_backward", "indices");
+  const bool window = indices.scalar_type() == at::kByte;
+  TORCH_CHECK(window ? compact_indices(plan.geometry) == PoolIndices::window : indices.scalar_type() == at::kLong,
+              "max_pool_backward: indices must be int64, or uint8 for windows of up to 256 elements, got ",
+              indices.scalar_type());
+  if (plan.layout == Layout::channels_last && overlaps_widely(plan.geometry)) {
+    PoolPlan detour = plan;
+    detour.layout = Layout::channels_first;
+    return in_layout(max_pool_backward(grad_output, indices, detour), plan.layout);
+  }
+  const Tensor g = in_layout(grad_output, plan.layout), i = in_layout(indices, plan.layout);
+  Tensor grad_input = empty_in(sizes_of(plan, plan.geometry.in), plan.layout, g.scalar_type());
+  if (is_empty(plan, plan.geometry.in)) return grad_input;
+  const MaxPoolBackward args{to_dtype(g.scalar_type()),
+                             plan.layout,
+                             plan.geometry,
+                             g.const_data_ptr(),
+                             window ? PoolIndices::window : PoolIndices::plane,
+                             i.const_data_ptr(),
+                             grad_input.mutable_data_ptr()};
+  recorded(plan, "max", "_backward", g, [&](const KernelTable& table) { table.max_pool_backward(args, torch_team()); });
+  return grad_input;
+}
+
+Tensor max_pool_positions(const Tensor& indices, const PoolPlan& plan) {
+  if (indices.scalar_type() == at::kLong) return indices;
+  const PoolGeometry& g = plan.geometry;
+  const Tensor tap = indices.to(at::kLong);
+  const int64_t height = pool_box(g, 1), width = pool_box(g, 2);
+  const Tensor taps[3] = {tap.floor_divide(height * width), tap.floor_divide(width).remainder(height),
+                          tap.remainder(width)};
+  Tensor position = at::zeros({}, tap.options());
+  for (int i = 3 - plan.dims; i < 3; ++i) {
+    const Tensor outputs = at::arange(g.out[i], tap.options());
+    const Tensor first = g.adaptive ? (outputs * g.in[i]).floor_divide(g.out[i]) : outputs * g.stride[i] - g.padding[i];
+    Sizes shape(static_cast<size_t>(plan.dims), 1);
+    shape[static_cast<size_t>(i - 3 + plan.dims)] = g.out[i];
+    position = position * g.in[i] + first.reshape(shape) + taps[i] * (g.adaptive ? 1 : g.dilation[i]);
+  }
+  return position;
+}
+
+MaxPoolOutput max_pool(const Tensor& input, const PoolPlan& plan, bool return_indices) {
+  const bool records = at::GradMode::is_enabled() && input.requires_grad();
+  const PoolIndices kind = return_indices ? PoolIndices::plane
+                           : records      ? compact_indices(plan.geometry)
+                                          : PoolIndices::none;
+  MaxPoolOutput out = max_pool_forward(input, plan, kind);
+  if (!records) return out;
+  const auto node = make_node<MaxPoolOp>({plan, {}}, input);
+  torch::autograd::set_history(out.y, node);
+  save(node, {out.indices});
+  return out;
+}
+
+Tensor avg_pool_forward(const Tensor& input, const PoolPlan& plan, const AvgDivisor& divisor) {
+  check_tensor(input, "avg_pool", "input");
+  const Tensor x = in_layout(input, plan.layout);
+  Tensor y = empty_in(sizes_of(plan, plan.geometry.out), plan.layout, x.scalar_type());
+  if (is_empty(plan, plan.geometry.out)) return y;
+  const AvgPoolForward args{to_dtype(x.scalar_type()), plan.layout,        plan.geometry,       divisor.include_pad,
+                            divisor.override,          x.const_data_ptr(), y.mutable_data_ptr()};
+  recorded(plan, "avg", "", x, [&](const KernelTable& table) { table.avg_pool_forward(args, torch_team()); });
+  return y;
+}
+
+Tensor avg_pool_backward(const Tensor& grad_output, const PoolPlan& plan, const AvgDivisor& divisor) {
+  check_tensor(grad_output, "avg_pool_backward", "grad_output");
+  check_operand(grad_output, plan, plan.geometry.out, "avg_pool_backward", "grad_output");
+  const Tensor g = in_layout(grad_output, plan.layout);
+  Tensor grad_input = empty_in(sizes_of(plan, plan.geometry.in), plan.layout, g.scalar_type());
+  if (is_empty(plan, plan.geometry.in)) return grad_input;
+  const AvgPoolBackward args{to_dtype(g.scalar_type()),    plan.layout,      plan.geometry,
+                             divisor.include_pad,          divisor.override, g.const_data_ptr(),
+                             grad_input.mutable_data_ptr()};
+  recorded(plan, "avg", "_backward", g, [&](const KernelTable& table) { table.avg_pool_backward(args, torch_team()); });
+  return grad_input;
+}
+
+Tensor avg_pool(const Tensor& input, const PoolPlan& plan, const AvgDivisor& divisor) {
+  const Tensor y = avg_pool_forward(input, plan, divisor);
+  if (!at::GradMode::is_enabled() || !input.requires_grad()) return y;
+  const auto node = make_node<AvgPoolOp>({plan, divisor}, input);
+  torch::autograd::set_history(y, node);
+  node->save_variables_to_ctx();
+  return y;
+}
+
+namespace {
+
+Tensor differentiable_avg_pool_backward(const Tensor& grad_output, const PoolArgs& args) {
+  if (!fast_door::is_plain(grad_output))
+    return TorchAvgPool(args).backward(grad_output, sizes_of(args.plan, args.plan.geometry.in));
+  const Tensor grad_input = avg_pool_backward(grad_output, args.plan, args.divisor);
+  if (!at::GradMode::is_enabled() || !grad_output.requires_grad()) return grad_input;
+  const auto node = make_node<AvgPoolBackwardOp>(args, grad_output);
+  torch::autograd::set_history(grad_input, node);
+  node->save_variables_to_ctx();
+  return grad_input;
+}
+
+variable_list AvgPoolBackwardOp::gradients(const Args& args, const variable_list&, const variable_list& grads,
+                                           Needs needs) {
+  if (!grads[0].defined() || !needs(0)) return {Tensor()};
+  if (!fast_door::is_plain(grads[0])) return {TorchAvgPool(args).forward(grads[0])};
+  return {avg_pool(grads[0], args.plan, args.divisor)};
+}
+
+}  // namespace
+}  // namespace fastops

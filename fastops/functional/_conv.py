@@ -1,0 +1,284 @@
+"""torch.nn.functional's convolutions on fastops' kernels, with activation= fused into them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling as _is_compiling
+from torch.overrides import handle_torch_function
+
+from fastops import _C
+from fastops.functional._activation import Activation, resolve_activation, torch_activate, valid
+from fastops.functional._general import general, overrides, show, torch_op
+from fastops.ops import KIND, supported
+from fastops.ops import conv as _conv_ops
+
+Sizes = int | Sequence[int]
+
+
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    activation: Activation = None,
+) -> Tensor:
+    """conv2d in one dimension: input (batch, in_channels, length) or (in_channels, length)."""
+    args = input, weight, bias, stride, padding, dilation, groups
+    if not _is_compiling():
+        result = _fast(_C.conv1d, args, activation)
+        if result is not NotImplemented:
+            return result
+    return _general(conv1d, args, activation)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    activation: Activation = None,
+) -> Tensor:
+    """y = f(conv(x, w) + b), the activation fused into the kernel, forward and backward.
+
+    Args:
+        input: (batch, in_channels, height, width) or (in_channels, height, width), any strides.
+        weight: (out_channels, in_channels / groups, kernel_height, kernel_width).
+        bias: (out_channels), or None.
+        stride, padding, dilation: a number, or one for each dimension. padding also "valid" (none) and "same" (as much
+            as keeps the size; where that is odd, one more behind than before).
+        groups: how many parts the channels fall into, each with filters of its own.
+        activation: None, a name ("relu", "gelu", "gelu_tanh", "leaky_relu", ... with torch.nn.functional's default
+            parameters) or an activation module such as nn.LeakyReLU(0.2).
+
+    Returns:
+        The output in the arguments' dtype; channels_last where input or weight is. As with torch.relu, the result of a
+        fused activation must not be changed in place before its backward.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit. TypeError: an argument is of the wrong type.
+        ValueError: an activation that does not exist or cannot be fused.
+
+    Source: torch.nn.functional.conv2d. See also fastops.set_conv_precision.
+    """
+    args = input, weight, bias, stride, padding, dilation, groups
+    if not _is_compiling():
+        result = _fast(_C.conv2d, args, activation)
+        if result is not NotImplemented:
+            return result
+    return _general(conv2d, args, activation)
+
+
+def conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    activation: Activation = None,
+) -> Tensor:
+    """conv2d in three dimensions: input (batch, in_channels, depth, height, width) or without batch."""
+    args = input, weight, bias, stride, padding, dilation, groups
+    if not _is_compiling():
+        result = _fast(_C.conv3d, args, activation)
+        if result is not NotImplemented:
+            return result
+    return _general(conv3d, args, activation)
+
+
+def conv_transpose1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+    activation: Activation = None,
+) -> Tensor:
+    """conv_transpose2d in one dimension: input (batch, in_channels, length) or (in_channels, length)."""
+    args = input, weight, bias, stride, padding, output_padding, groups, dilation
+    if not _is_compiling():
+        result = _fast(_C.conv_transpose1d, args, activation)
+        if result is not NotImplemented:
+            return result
+    return _general(conv_transpose1d, args, activation)
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+    activation: Activation = None,
+) -> Tensor:
+    """y = f(z + b), z what conv2d's backward pass would give its input from a gradient x of its output.
+
+    Args:
+        input: (batch, in_channels, height, width) or (in_channels, height, width), any strides.
+        weight: (in_channels, out_channels / groups, kernel_height, kernel_width).
+        stride, padding, dilation, groups: of that convolution; padding is cut off on either side.
+        output_padding: rows and columns more on the far side, fewer than stride or dilation.
+        bias, activation: as in conv2d.
+
+    Returns, Raises: see conv2d. Source: torch.nn.functional.conv_transpose2d.
+    """
+    args = input, weight, bias, stride, padding, output_padding, groups, dilation
+    if not _is_compiling():
+        result = _fast(_C.conv_transpose2d, args, activation)
+        if result is not NotImplemented:
+            return result
+    return _general(conv_transpose2d, args, activation)
+
+
+def conv_transpose3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+    activation: Activation = None,
+) -> Tensor:
+    """conv_transpose2d in three dimensions: input (batch, in_channels, depth, height, width) or without batch."""
+    args = input, weight, bias, stride, padding, output_padding, groups, dilation
+    if not _is_compiling():
+        result = _fast(_C.conv_transpose3d, args, activation)
+        if result is not NotImplemented:
+            return result
+    return _general(conv_transpose3d, args, activation)
+
+
+def _fast(door: Callable[..., Any], args: tuple[Any, ...], activation: Activation) -> Any:
+    if activation is None:
+        return door(*args, 0, 0.0, 0.0)
+    kind, a, b = resolve_activation(activation)
+    # A name has good parameters; those of a module are its owner's.
+    if type(activation) is not str and not valid(kind, a, b):
+        return NotImplemented
+    return door(*args, KIND[kind], a, b)
+
+
+class _Numbers(NamedTuple):
+    """A call's arguments that are no tensors."""
+
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: Any
+    output_padding: Any
+
+
+def _numbers(args: tuple[Any, ...]) -> _Numbers:
+    if len(args) == 4:
+        return _Numbers(*args, 0)
+    stride, padding, output_padding, groups, dilation = args
+    return _Numbers(stride, padding, dilation, groups, output_padding)
+
+
+# ours -> theirs, dimensions, transposed
+_KINDS: dict[Callable[..., Tensor], tuple[Callable[..., Tensor], int, bool]] = {
+    conv1d: (F.conv1d, 1, False),
+    conv2d: (F.conv2d, 2, False),
+    conv3d: (F.conv3d, 3, False),
+    conv_transpose1d: (F.conv_transpose1d, 1, True),
+    conv_transpose2d: (F.conv_transpose2d, 2, True),
+    conv_transpose3d: (F.conv_transpose3d, 3, True),
+}
+
+
+def _general(ours: Callable[..., Tensor], args: tuple[Any, ...], activation: Activation) -> Tensor:
+    theirs, dims, transposed = _KINDS[ours]
+    input, weight, bias, *rest = args
+    kind, a, b = resolve_activation(activation)
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    if not _is_compiling() and overrides(*tensors):
+        return handle_torch_function(ours, tensors, *args, activation=activation)
+    if general(*tensors) and input is not None and weight is not None:
+        x, w, v = _conv_ops.cast(input, weight, bias)
+        geometry = _geometry(_numbers(tuple(rest)), dims, transposed, w)
+        if geometry is not None and supported(x) and valid(kind, a, b):
+            batched = x.dim() != dims + 1
+            if not batched:
+                x = x.unsqueeze(0)
+            if _conv_ops.supports(x, w, v, geometry):
+                y = _conv_ops.conv(x, w, v, geometry, kind, float(a), float(b))
+                return y if batched else y.squeeze(0)
+
+    def explain(*args: Any) -> str:
+        return _explain(dims, transposed, args)
+
+    return torch_activate(torch_op(ours.__name__, explain, theirs, *args), kind, a, b)
+
+
+def _sizes(value: Any, dims: int) -> tuple[int, ...] | None:
+    """A number for every dimension; None where it is not for fastops to say what was meant."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if len(values) == 1:
+        values *= dims
+    return values if len(values) == dims and all(type(v) is int for v in values) else None
+
+
+def _geometry(numbers: _Numbers, dims: int, transposed: bool, weight: Tensor) -> _conv_ops.Geometry | None:
+    stride, dilation, extra = (_sizes(v, dims) for v in (numbers.stride, numbers.dilation, numbers.output_padding))
+    if stride is None or dilation is None or extra is None or type(numbers.groups) is not int:
+        return None
+    if isinstance(numbers.padding, str):
+        if transposed or numbers.padding not in ("same", "valid"):
+            return None
+        around = [0] * dims
+        if numbers.padding == "same":
+            if weight.dim() != dims + 2 or stride != (1,) * dims:
+                return None
+            around = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        before = tuple(n // 2 for n in around)
+        after = tuple(n - n // 2 for n in around)
+    else:
+        before = _sizes(numbers.padding, dims)
+        if before is None:
+            return None
+        after = tuple(n - e for n, e in zip(before, extra, strict=True))
+    return _conv_ops.Geometry(stride, before + after, dilation, transposed, numbers.groups)
+
+
+def _explain(dims: int, transposed: bool, args: tuple[Any, ...]) -> str:
+    input, weight, bias, *rest = args
+    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
+            return f"{name} must be a Tensor, got {show(tensor)}"
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != input.device:
+            return f"{name} must be on input's device {input.device}, got {show(tensor)}"
+        if tensor.dtype != input.dtype:
+            return f"{name} must have input's dtype {input.dtype}, got {show(tensor)}"
+    numbers = _numbers(tuple(rest))
+    for name, value in numbers._asdict().items():
+        if name == "padding" and isinstance(value, str):
+            if transposed:
+                return f"padding must be a number or one for each dimension, got {value!r}"
+            if value not in ("same", "valid"):
+                return f"padding must be 'same', 'valid', a number or one for each dimension, got {value!r}"
+            if value == "same" and _sizes(numbers.stride, dims) != (1,) * dims:
+                return f"padding='same' needs stride 1, got {numbers.stride!r}"
+        elif _sizes(value, 1 if name == "groups" else dims) is None:
+            wanted = "a number" if name == "groups" else f"a number or {dims}, one for each dimension"
+            return f"{name} must be {wanted}, got {show(value)}"
+    return _C.conv_problem(*args[:3], *numbers, dims, transposed)

@@ -1,0 +1,54 @@
+"""Past the fast door: what the functions of fastops.functional share to choose between the general door and PyTorch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling as _is_compiling
+from torch.overrides import has_torch_function
+
+from fastops.record import aten as _aten
+
+_REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
+
+
+def overrides(*tensors: Any) -> bool:
+    """Whether a torch-function mode is active, or an argument that is no tensor (an fx Proxy) wants to see this call.
+
+    A tensor subclass is not asked: it knows PyTorch's functions, and gets those.
+    """
+    return has_torch_function(tensors) and not any(
+        isinstance(t, Tensor) and type(t) not in (Tensor, nn.Parameter) for t in tensors
+    )
+
+
+def general(*tensors: Any) -> bool:
+    """Whether the general door may be asked about these arguments; each door's own `supports` decides."""
+    if not all(isinstance(t, Tensor) for t in tensors if t is not None):
+        return False
+    if _is_compiling():
+        # An op with a gradient registered in Python does not work under torch.func inside a compiled function.
+        return not torch._C._are_functorch_transforms_active()
+    # torch.jit.trace writes a program that must run where fastops is not installed.
+    return not torch.jit.is_tracing()
+
+
+def torch_op(name: str, explain: Callable[..., str], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """PyTorch's own op. What it refuses is refused with the same exception type, after a line that says why."""
+    if _is_compiling():
+        return function(*args, **kwargs)
+    try:
+        return _aten(name, function, *args, **kwargs)
+    except _REFUSALS as error:
+        why = explain(*args, **kwargs)
+        # A subclass of these may need more than a message to be built; it is passed on as it is.
+        if not why or type(error) not in _REFUSALS:
+            raise
+        raise type(error)(f"{name}: {why} (PyTorch: {error})") from error
+
+
+def show(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"{value!r} of type {type(value).__name__}"

@@ -1,0 +1,85 @@
+"""torch.nn.functional.linear on fastops' kernels, with activation= fused into it."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling as _is_compiling
+from torch.overrides import handle_torch_function
+
+from fastops import _C
+from fastops.functional._activation import Activation, resolve_activation, torch_activate, valid
+from fastops.functional._general import general, overrides, show, torch_op
+from fastops.ops import KIND
+from fastops.ops import linear as _linear_ops
+
+_fast_linear = _C.linear
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation = None) -> Tensor:
+    """y = f(x W^T + b), the activation fused into the kernel, forward and backward.
+
+    Args:
+        input: (*, in_features), any leading dimensions, any strides.
+        weight: (out_features, in_features), or (in_features).
+        bias: (out_features), or None.
+        activation: None, a name ("relu", "gelu", "gelu_tanh", "leaky_relu", ... with torch.nn.functional's default
+            parameters) or an activation module such as nn.LeakyReLU(0.2).
+
+    Returns:
+        (*, out_features), in the dtype of the arguments. As with torch.relu, the result of a fused activation must not
+        be changed in place before its backward.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit. TypeError: an argument is not a Tensor.
+        ValueError: an activation that does not exist or cannot be fused.
+
+    Source: torch.nn.functional.linear.
+    """
+    if not _is_compiling():
+        if activation is None:
+            result = _fast_linear(input, weight, bias, 0, 0.0, 0.0)
+        else:
+            kind, a, b = resolve_activation(activation)
+            # A name has good parameters; those of a module are its owner's.
+            good = type(activation) is str or valid(kind, a, b)
+            result = _fast_linear(input, weight, bias, KIND[kind], a, b) if good else NotImplemented
+        if result is not NotImplemented:
+            return result
+    return _general_linear(input, weight, bias, activation)
+
+
+def _general_linear(input: Any, weight: Any, bias: Any, activation: Activation) -> Tensor:
+    kind, a, b = resolve_activation(activation)
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    if not _is_compiling() and overrides(*tensors):
+        return handle_torch_function(linear, tensors, input, weight, bias, activation=activation)
+    if general(*tensors):
+        cast = _linear_ops.cast(input, weight, bias)
+        if _linear_ops.supports(*cast) and valid(kind, a, b):
+            return _linear_ops.linear(*cast, kind, float(a), float(b))
+    return torch_activate(torch_op("linear", _explain_linear, F.linear, input, weight, bias), kind, a, b)
+
+
+def _explain_linear(input: Any, weight: Any, bias: Any = None) -> str:
+    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
+            return f"{name} must be a Tensor, got {show(tensor)}"
+    if input.dim() == 0:
+        return "input must have shape (*, in_features), got a scalar"
+    features = input.shape[-1]
+    if weight.dim() not in (1, 2) or weight.shape[-1] != features:
+        return (
+            f"weight must have shape (out_features, in_features) with in_features = {features} "
+            f"(input's last dimension), got {tuple(weight.shape)}"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != input.device:
+            return f"{name} must be on input's device {input.device}, got {show(tensor)}"
+        if tensor.dtype != input.dtype:
+            return f"{name} must have input's dtype {input.dtype}, got {show(tensor)}"
+    if bias is not None and bias.shape != weight.shape[:-1]:
+        return f"bias must have shape {tuple(weight.shape[:-1])} (weight's out_features), got {tuple(bias.shape)}"
+    return ""

@@ -1,0 +1,374 @@
+"""torch.nn.functional's pooling on fastops' kernels."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling as _is_compiling
+from torch.overrides import handle_torch_function
+
+from fastops import _C
+from fastops.functional._conv import Sizes, _sizes
+from fastops.functional._general import general, overrides, show, torch_op
+from fastops.ops import pool as _pool_ops
+from fastops.ops import supported
+
+OutputSizes = int | None | Sequence[int | None]
+
+_fast_max_pool1d = _C.max_pool1d
+_fast_max_pool2d = _C.max_pool2d
+_fast_max_pool3d = _C.max_pool3d
+_fast_avg_pool1d = _C.avg_pool1d
+_fast_avg_pool2d = _C.avg_pool2d
+_fast_avg_pool3d = _C.avg_pool3d
+_fast_adaptive_max_pool1d = _C.adaptive_max_pool1d
+_fast_adaptive_max_pool2d = _C.adaptive_max_pool2d
+_fast_adaptive_max_pool3d = _C.adaptive_max_pool3d
+_fast_adaptive_avg_pool1d = _C.adaptive_avg_pool1d
+_fast_adaptive_avg_pool2d = _C.adaptive_avg_pool2d
+_fast_adaptive_avg_pool3d = _C.adaptive_avg_pool3d
+
+
+def max_pool1d(
+    input: Tensor,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    dilation: Sizes = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """max_pool2d in one dimension: input (batch, channels, length) or without batch."""
+    if not _is_compiling():
+        result = _fast_max_pool1d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        if result is not NotImplemented:
+            return result
+    return _general_max(max_pool1d, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    dilation: Sizes = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """The maximum of every window, NaN greater than all others.
+
+    Args:
+        input: (batch, channels, height, width) or (channels, height, width), any strides.
+        kernel_size, stride, padding, dilation: a number, or one for each dimension. stride: kernel_size by default.
+            padding takes no part in a maximum, and may be at most half of the window.
+        ceil_mode: also windows that reach beyond the padded input, as long as they start inside.
+        return_indices: also where the maxima are (the first of equal ones): int64 positions in the input's planes.
+
+    Returns:
+        The maxima, or with return_indices maxima and indices; channels_last where input is.
+
+    Raises:
+        RuntimeError: shapes and windows do not fit. TypeError: an argument is of the wrong type.
+
+    Source: torch.nn.functional.max_pool2d. Without return_indices, backward keeps a byte an output and not the input.
+    """
+    if not _is_compiling():
+        result = _fast_max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        if result is not NotImplemented:
+            return result
+    return _general_max(max_pool2d, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+
+
+def max_pool3d(
+    input: Tensor,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    dilation: Sizes = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """max_pool2d in three dimensions: input (batch, channels, depth, height, width) or without batch."""
+    if not _is_compiling():
+        result = _fast_max_pool3d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        if result is not NotImplemented:
+            return result
+    return _general_max(max_pool3d, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+
+
+def avg_pool1d(
+    input: Tensor,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Tensor:
+    """avg_pool2d in one dimension: input (batch, channels, length) or without batch."""
+    if not _is_compiling():
+        result = _fast_avg_pool1d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
+        if result is not NotImplemented:
+            return result
+    return _general_avg(avg_pool1d, input, kernel_size, stride, padding, ceil_mode, count_include_pad)
+
+
+def avg_pool2d(
+    input: Tensor,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """The average of every window.
+
+    Args:
+        input: (batch, channels, height, width) or (channels, height, width), any strides.
+        kernel_size, stride, padding: a number, or one for each dimension. stride: kernel_size by default.
+        ceil_mode: also windows that reach beyond the padded input, as long as they start inside.
+        count_include_pad: whether a window's zeros of padding count in what its sum is divided by.
+        divisor_override: what to divide by instead.
+
+    Returns, Raises: see max_pool2d. Source: torch.nn.functional.avg_pool2d.
+    """
+    if not _is_compiling():
+        result = _fast_avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+        if result is not NotImplemented:
+            return result
+    return _general_avg(avg_pool2d, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+
+
+def avg_pool3d(
+    input: Tensor,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """avg_pool2d in three dimensions: input (batch, channels, depth, height, width) or without batch."""
+    if not _is_compiling():
+        result = _fast_avg_pool3d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+        if result is not NotImplemented:
+            return result
+    return _general_avg(avg_pool3d, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+
+
+def adaptive_max_pool1d(input: Tensor, output_size: OutputSizes, return_indices: bool = False) -> Any:
+    """adaptive_max_pool2d in one dimension: input (batch, channels, length) or without batch."""
+    if not _is_compiling():
+        result = _fast_adaptive_max_pool1d(input, output_size, return_indices)
+        if result is not NotImplemented:
+            return result
+    return _general_adaptive(adaptive_max_pool1d, input, output_size, return_indices)
+
+
+def adaptive_max_pool2d(input: Tensor, output_size: OutputSizes, return_indices: bool = False) -> Any:
+    """The maximum of as many windows as asked for: of n elements, window i of m is [i n // m, ceil((i + 1) n / m)).
+
+    Args:
+        input: (batch, channels, height, width) or (channels, height, width), any strides.
+        output_size: a number, or one for each dimension, None for the input's.
+        return_indices: as in max_pool2d.
+
+    Returns, Raises: see max_pool2d. Source: torch.nn.functional.adaptive_max_pool2d.
+    """
+    if not _is_compiling():
+        result = _fast_adaptive_max_pool2d(input, output_size, return_indices)
+        if result is not NotImplemented:
+            return result
+    return _general_adaptive(adaptive_max_pool2d, input, output_size, return_indices)
+
+
+def adaptive_max_pool3d(input: Tensor, output_size: OutputSizes, return_indices: bool = False) -> Any:
+    """adaptive_max_pool2d in three dimensions: input (batch, channels, depth, height, width) or without batch."""
+    if not _is_compiling():
+        result = _fast_adaptive_max_pool3d(input, output_size, return_indices)
+        if result is not NotImplemented:
+            return result
+    return _general_adaptive(adaptive_max_pool3d, input, output_size, return_indices)
+
+
+def adaptive_avg_pool1d(input: Tensor, output_size: OutputSizes) -> Tensor:
+    """adaptive_avg_pool2d in one dimension: input (batch, channels, length) or without batch."""
+    if not _is_compiling():
+        result = _fast_adaptive_avg_pool1d(input, output_size)
+        if result is not NotImplemented:
+            return result
+    return _general_adaptive(adaptive_avg_pool1d, input, output_size)
+
+
+def adaptive_avg_pool2d(input: Tensor, output_size: OutputSizes) -> Tensor:
+    """The average of as many windows as asked for: of n elements, window i of m is [i n // m, ceil((i + 1) n / m)).
+
+    Args:
+        input: (batch, channels, height, width) or (channels, height, width), any strides.
+        output_size: a number, or one for each dimension, None for the input's.
+
+    Returns, Raises: see max_pool2d. Source: torch.nn.functional.adaptive_avg_pool2d.
+    """
+    if not _is_compiling():
+        result = _fast_adaptive_avg_pool2d(input, output_size)
+        if result is not NotImplemented:
+            return result
+    return _general_adaptive(adaptive_avg_pool2d, input, output_size)
+
+
+def adaptive_avg_pool3d(input: Tensor, output_size: OutputSizes) -> Tensor:
+    """adaptive_avg_pool2d in three dimensions: input (batch, channels, depth, height, width) or without batch."""
+    if not _is_compiling():
+        result = _fast_adaptive_avg_pool3d(input, output_size)
+        if result is not NotImplemented:
+            return result
+    return _general_adaptive(adaptive_avg_pool3d, input, output_size)
+
+
+# ours -> theirs, dimensions
+_KINDS: dict[Callable[..., Any], tuple[Callable[..., Any], int]] = {
+    max_pool1d: (F.max_pool1d, 1),
+    max_pool2d: (F.max_pool2d, 2),
+    max_pool3d: (F.max_pool3d, 3),
+    avg_pool1d: (F.avg_pool1d, 1),
+    avg_pool2d: (F.avg_pool2d, 2),
+    avg_pool3d: (F.avg_pool3d, 3),
+    adaptive_max_pool1d: (F.adaptive_max_pool1d, 1),
+    adaptive_max_pool2d: (F.adaptive_max_pool2d, 2),
+    adaptive_max_pool3d: (F.adaptive_max_pool3d, 3),
+    adaptive_avg_pool1d: (F.adaptive_avg_pool1d, 1),
+    adaptive_avg_pool2d: (F.adaptive_avg_pool2d, 2),
+    adaptive_avg_pool3d: (F.adaptive_avg_pool3d, 3),
+}
+
+
+def _general_max(
+    ours: Callable[..., Any],
+    input: Any,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil_mode: Any,
+    return_indices: Any,
+) -> Any:
+    theirs, dims = _KINDS[ours]
+    args = kernel_size, stride, padding, dilation, ceil_mode, return_indices
+    if not _is_compiling() and overrides(input):
+        return handle_torch_function(ours, (input,), input, *args)
+    if _takes(input) and type(return_indices) is bool:
+        windows = _windows(input, dims, kernel_size, stride, padding, dilation, ceil_mode)
+        if windows is not None:
+            return _maxima(input, windows, return_indices)
+    return torch_op(ours.__name__, _explain(dims, "dilation"), theirs, input, *args)
+
+
+def _general_avg(
+    ours: Callable[..., Any],
+    input: Any,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    ceil_mode: Any,
+    count_include_pad: Any,
+    divisor_override: Any = None,
+) -> Any:
+    theirs, dims = _KINDS[ours]
+    args = kernel_size, kernel_size if stride is None else stride, padding, ceil_mode, count_include_pad
+    if dims > 1:
+        args = *args, divisor_override
+    if not _is_compiling() and overrides(input):
+        return handle_torch_function(ours, (input,), input, *args)
+    good = divisor_override is None or (type(divisor_override) is int and divisor_override != 0)
+    if _takes(input) and type(count_include_pad) is bool and good:
+        windows = _windows(input, dims, kernel_size, stride, padding, 1, ceil_mode)
+        # PyTorch refuses windows larger than the input in three dimensions, padding or not.
+        if windows is not None and (
+            dims < 3 or all(k <= n for k, n in zip(windows.kernel, input.shape[-3:], strict=True))
+        ):
+            return _pool_ops.avg_pool(_cast(input, dims), windows, count_include_pad, divisor_override or 0)
+    return torch_op(ours.__name__, _explain(dims, "ceil_mode"), theirs, input, *args)
+
+
+def _general_adaptive(ours: Callable[..., Any], input: Any, output_size: Any, *return_indices: Any) -> Any:
+    theirs, dims = _KINDS[ours]
+    if not _is_compiling() and overrides(input):
+        return handle_torch_function(ours, (input,), input, output_size, *return_indices)
+    if _takes(input) and input.dim() in (dims + 1, dims + 2) and all(type(b) is bool for b in return_indices):
+        spatial = input.shape[input.dim() - dims :]
+        several = isinstance(output_size, (tuple, list)) and len(output_size) == dims
+        if several:
+            output_size = [n if o is None else o for o, n in zip(output_size, spatial, strict=True)]
+        # A symbolic size of the input's is no int, and good.
+        output = tuple(output_size) if several else _sizes(output_size, dims)
+        if output is not None and min(spatial) > 0 and all(isinstance(o, (int, torch.SymInt)) for o in output):
+            windows = _pool_ops.Windows(output)
+            if min(output) >= 0 and not any(type(o) is bool for o in output):
+                if return_indices:
+                    return _maxima(input, windows, return_indices[0])
+                return _pool_ops.avg_pool(_cast(input, dims), windows, False, 0)
+    return torch_op(ours.__name__, _explain_adaptive(dims), theirs, input, output_size, *return_indices)
+
+
+def _takes(input: Any) -> bool:
+    return general(input) and supported(input)
+
+
+def _cast(input: Tensor, dims: int) -> Tensor:
+    """What is three-dimensional is on autocast's float32 list, as in PyTorch."""
+    low = input.dtype in (torch.bfloat16, torch.float16)
+    return input.float() if dims == 3 and low and torch.is_autocast_enabled("cpu") else input
+
+
+def _maxima(input: Tensor, windows: _pool_ops.Windows, return_indices: bool) -> Any:
+    output, indices = _pool_ops.max_pool(_cast(input, len(windows.output)), windows, return_indices)
+    return (output, indices) if return_indices else output
+
+
+def _windows(
+    input: Tensor, dims: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: Any
+) -> _pool_ops.Windows | None:
+    if input.dim() not in (dims + 1, dims + 2) or input.shape[-dims - 1] == 0 or type(ceil_mode) is not bool:
+        return None
+    if stride is None or (isinstance(stride, (tuple, list)) and len(stride) == 0):
+        stride = kernel_size
+    numbers = [_sizes(value, dims) for value in (kernel_size, stride, padding, dilation)]
+    if any(n is None for n in numbers):
+        return None
+    return _pool_ops.windows(input.shape[-dims:], *numbers, ceil_mode)
+
+
+def _explain(dims: int, fourth: str) -> Callable[..., str]:
+    """fourth: what comes after padding, dilation or not."""
+
+    def explain(
+        input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, after_padding: Any = 1, *rest: Any
+    ) -> str:
+        if not isinstance(input, Tensor):
+            return f"input must be a Tensor, got {show(input)}"
+        values = {"kernel_size": kernel_size, "padding": padding}
+        if stride is not None:
+            values["stride"] = stride
+        dilation = after_padding if fourth == "dilation" else 1
+        for name, value in {**values, "dilation": dilation}.items():
+            if _sizes(value, dims) is None:
+                return f"{name} must be a number or {dims}, one for each dimension, got {show(value)}"
+        divisor = rest[1] if fourth != "dilation" and len(rest) > 1 else None
+        if divisor is not None and (type(divisor) is not int or divisor == 0):
+            return f"divisor_override must be a number other than 0, or None, got {show(divisor)}"
+        return _C.pool_problem(input, dims, kernel_size, stride, padding, dilation, None)
+
+    return explain
+
+
+def _explain_adaptive(dims: int) -> Callable[..., str]:
+    def explain(input: Any, output_size: Any, *_: Any) -> str:
+        if not isinstance(input, Tensor):
+            return f"input must be a Tensor, got {show(input)}"
+        return _C.pool_problem(input, dims, None, None, None, None, output_size) or (
+            f"output_size must be a number or {dims}, each a number or None, got {show(output_size)}"
+        )
+
+    return explain

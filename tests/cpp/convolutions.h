@@ -1,0 +1,330 @@
+// What the C++ tests of the convolutions share: a case with all its operands, run forward, for both gradients and as a
+// transposed convolution, against plain loops in float64.
+//
+// Integer-valued data must match exactly; other data within a bound of the form c k eps sum |a b|. Every operand lies
+// against a page that must not be touched, before it or behind it (AddressSanitizer does not see masked vector
+// accesses). Each case runs with teams of 1, 2 and 3 threads, and of 3 that get 2, and must give the same bits.
+#pragma once
+
+#include <cstdio>
+#include <random>
+
+#include "products.h"
+
+namespace {
+
+struct Case {
+  ConvGeometry geometry;
+  Layout layout = Layout::channels_first, w_layout = Layout::channels_first;
+  ActivationKind kind = ActivationKind::identity;
+  bool bias = true, z = false, integers = true, at_end = true;
+  unsigned outputs = 3;  // of the weight gradient: 1 grad_w, 2 grad_bias
+  Bf16Multiply multiply = Bf16Multiply::automatic;
+};
+
+inline int failures = 0;
+
+inline void fail(const Case& c, DType dtype, const char* what, int64_t at, double got, double expected) {
+  if (++failures > 20) return;
+  const ConvGeometry& g = c.geometry;
+  std::printf("%s dtype %d: %s[%lld] = %.9g, expected %.9g (batch %lld channels %lld -> %lld groups %lld",
+              isa_name(isa_used()), static_cast<int>(dtype), what, static_cast<long long>(at), got, expected,
+              static_cast<long long>(g.batch), static_cast<long long>(g.in_channels),
+              static_cast<long long>(g.out_channels), static_cast<long long>(g.groups));
+  const char* const names[6] = {"in", "out", "kernel", "stride", "padding", "dilation"};
+  const int64_t* const sizes[6] = {g.in, g.out, g.kernel, g.stride, g.padding, g.dilation};
+  for (int i = 0; i < 6; ++i)
+    std::printf(", %s %lld %lld %lld", names[i], static_cast<long long>(sizes[i][0]),
+                static_cast<long long>(sizes[i][1]), static_cast<long long>(sizes[i][2]));
+  std::printf(", layouts %d %d, activation %d, bias %d, z %d, integers %d, outputs %u, multiply %d)\n",
+              static_cast<int>(c.layout), static_cast<int>(c.w_layout), static_cast<int>(c.kind), c.bias, c.z,
+              c.integers, c.outputs, static_cast<int>(c.multiply));
+}
+
+inline int64_t volume(const int64_t* size) { return size[0] * size[1] * size[2]; }
+
+// Where element (b, c, position) of a dense image lies.
+inline int64_t image_at(Layout layout, int64_t channels, int64_t volume, int64_t b, int64_t c, int64_t position) {
+  return layout == Layout::channels_last ? (b * volume + position) * channels + c
+                                         : (b * channels + c) * volume + position;
+}
+
+// body(b, k, c, output position, input position, x index, w index, y index) for every product of the convolution.
+template <class Body>
+void for_products(const Case& test, Body&& body) {
+  const ConvGeometry& g = test.geometry;
+  const int64_t channels = g.in_channels / g.groups, outputs = g.out_channels / g.groups;
+  const int64_t in_volume = volume(g.in), out_volume = volume(g.out), taps = volume(g.kernel);
+  for (int64_t p = 0; p < out_volume; ++p)
+    for (int64_t r = 0; r < taps; ++r) {
+      const int64_t position[3] = {p / g.out[2] / g.out[1], p / g.out[2] % g.out[1], p % g.out[2]};
+      const int64_t tap[3] = {r / g.kernel[2] / g.kernel[1], r / g.kernel[2] % g.kernel[1], r % g.kernel[2]};
+      int64_t q = 0;
+      bool inside = true;
+      for (int d = 0; d < 3; ++d) {
+        const int64_t at = position[d] * g.stride[d] - g.padding[d] + tap[d] * g.dilation[d];
+        inside = inside && at >= 0 && at < g.in[d];
+        q = q * g.in[d] + at;
+      }
+      if (!inside) continue;
+      for (int64_t b = 0; b < g.batch; ++b)
+        for (int64_t k = 0; k < g.out_channels; ++k)
+          for (int64_t c = 0; c < channels; ++c) {
+            const int64_t in_channel = k / outputs * channels + c;
+            const int64_t w =
+                test.w_layout == Layout::channels_last ? (k * taps + r) * channels + c : (k * channels + c) * taps + r;
+            body(image_at(test.layout, g.in_channels, in_volume, b, in_channel, q), w,
+                 image_at(test.layout, g.out_channels, out_volume, b, k, p));
+          }
+    }
+}
+
+// A sum and the sum of its terms' magnitudes.
+struct Sum {
+  double value = 0, magnitude = 0;
+  void add(double a, double b, double scale) {
+    value += a * b;
+    magnitude += scale * std::fabs(b);
+  }
+};
+
+template <class T>
+class Test {
+ public:
+  Test(const Case& test, unsigned seed)
+      : c(test),
+        g(test.geometry),
+        x_size(g.batch * g.in_channels * volume(g.in)),
+        w_size(g.out_channels * (g.in_channels / g.groups) * volume(g.kernel)),
+        y_size(g.batch * g.out_channels * volume(g.out)),
+        x(x_size, c.at_end),
+        w(w_size, c.at_end),
+        grad_y(y_size, c.at_end),
+        saved(y_size, c.at_end),
+        bias(g.out_channels, c.at_end),
+        in_bias(g.in_channels, c.at_end) {
+    std::mt19937 random(seed);
+    std::uniform_int_distribution<int> integer(-3, 3);
+    std::normal_distribution<double> normal(0, 1);
+    const auto draw = [&] { return c.integers ? integer(random) : normal(random); };
+    x.fill(draw);
+    w.fill(draw);
+    grad_y.fill(draw);
+    saved.fill([&] { return c.kind == ActivationKind::tanh ? std::tanh(draw()) : draw(); });
+    bias.fill(draw);
+    in_bias.fill(draw);
+  }
+
+  void forward() const {
+    std::vector<Sum> expected(static_cast<size_t>(y_size));
+    for_products(c, [&](int64_t x_at, int64_t w_at, int64_t y_at) {
+      expected[static_cast<size_t>(y_at)].add(x(x_at), w(w_at), std::fabs(x(x_at)));
+    });
+    ConvForward args{};
+    args.dtype = kDType<T>;
+    args.layout = c.layout, args.w_layout = c.w_layout, args.geometry = g;
+    args.x = x.data(), args.w = w.data(), args.bias = c.bias ? bias.data() : nullptr;
+    args.activation = {c.kind, 0, 0};
+    args.bf16_multiply = c.multiply;
+    images(expected, g.out_channels, volume(g.out), c.bias ? &bias : nullptr, "y", 0,
+           [&](T* y, T* z, const Team& team) {
+             args.y = y, args.z = z;
+             const Workspace workspace = make_workspace(kernels().conv_forward_workspace(args, team.threads));
+             kernels().conv_forward(args, workspace.get(), team);
+             return kernels().conv_forward_name(args);
+           });
+  }
+
+  // As the gradient of x and as a transposed convolution with bias and an activation.
+  void backward_input(bool transposed_convolution) const {
+    const ActivationKind before = transposed_convolution ? ActivationKind::identity : c.kind;
+    std::vector<Sum> expected(static_cast<size_t>(x_size));
+    for_products(c, [&](int64_t x_at, int64_t w_at, int64_t y_at) {
+      double scale;
+      const double value = gradient(before, y_at, &scale);
+      expected[static_cast<size_t>(x_at)].add(value, w(w_at), scale);
+    });
+    ConvBackwardInput args{};
+    args.dtype = kDType<T>;
+    args.layout = c.layout, args.w_layout = c.w_layout, args.geometry = g;
+    args.grad_y = grad_y.data(), args.w = w.data();
+    args.activation = {before, 0, 0};
+    args.saved = before == ActivationKind::identity ? nullptr : saved.data();
+    args.bias = transposed_convolution && c.bias ? in_bias.data() : nullptr;
+    args.epilogue = {transposed_convolution ? c.kind : ActivationKind::identity, 0, 0};
+    args.bf16_multiply = c.multiply;
+    images(
+        expected, g.in_channels, volume(g.in), args.bias != nullptr ? &in_bias : nullptr, "grad_x", slack(before),
+        [&](T* y, T* z, const Team& team) {
+          args.grad_x = y, args.z = z;
+          const Workspace workspace = make_workspace(kernels().conv_backward_input_workspace(args, team.threads));
+          kernels().conv_backward_input(args, workspace.get(), team);
+          return kernels().conv_backward_input_name(args);
+        },
+        args.epilogue.kind, exact(before));
+  }
+
+  void backward_weight() const {
+    std::vector<Sum> w_expected(static_cast<size_t>(w_size)), bias_expected(static_cast<size_t>(g.out_channels));
+    for_products(c, [&](int64_t x_at, int64_t w_at, int64_t y_at) {
+      double scale;
+      const double value = gradient(c.kind, y_at, &scale);
+      w_expected[static_cast<size_t>(w_at)].add(value, x(x_at), scale);
+    });
+    const int64_t positions = volume(g.out);
+    for (int64_t b = 0; b < g.batch; ++b)
+      for (int64_t k = 0; k < g.out_channels; ++k)
+        for (int64_t p = 0; p < positions; ++p) {
+          double scale;
+          const double value = gradient(c.kind, image_at(c.layout, g.out_channels, positions, b, k, p), &scale);
+          bias_expected[static_cast<size_t>(k)].add(value, 1, scale);
+        }
+    std::vector<T> first_w, first_bias;
+    for (const Team& team : kTeams) {
+      const Guarded<T> grad_w((c.outputs & 1) != 0 ? w_size : 0, c.at_end);
+      const Guarded<T> grad_bias((c.outputs & 2) != 0 ? g.out_channels : 0, c.at_end);
+      ConvBackwardWeight args{};
+      args.dtype = kDType<T>;
+      args.layout = c.layout, args.w_layout = c.w_layout, args.geometry = g;
+      args.grad_y = grad_y.data(), args.x = x.data();
+      args.activation = {c.kind, 0, 0};
+      args.saved = c.kind == ActivationKind::identity ? nullptr : saved.data();
+      args.grad_w = (c.outputs & 1) != 0 ? grad_w.data() : nullptr;
+      args.grad_bias = (c.outputs & 2) != 0 ? grad_bias.data() : nullptr;
+      args.bf16_multiply = c.multiply;
+      const Workspace workspace = make_workspace(kernels().conv_backward_weight_workspace(args, team.threads));
+      kernels().conv_backward_weight(args, workspace.get(), team);
+      if (kernels().conv_backward_weight_name(args) == nullptr) fail(c, kDType<T>, "name", 0, 0, 0);
+      if (&team != kTeams) {
+        if (!same_bits(grad_w.values(), first_w) || !same_bits(grad_bias.values(), first_bias))
+          fail(c, kDType<T>, "weight gradient with another team", team.threads, 0, 0);
+        continue;
+      }
+      first_w = grad_w.values();
+      first_bias = grad_bias.values();
+      const int64_t length = g.batch * positions;
+      for (int64_t i = 0; args.grad_w != nullptr && i < w_size; ++i) {
+        const Sum& sum = w_expected[static_cast<size_t>(i)];
+        if (!close(grad_w[i], sum.value, sum.magnitude, length, exact(c.kind), slack(c.kind)))
+          fail(c, kDType<T>, "grad_w", i, grad_w(i), sum.value);
+      }
+      for (int64_t i = 0; args.grad_bias != nullptr && i < g.out_channels; ++i) {
+        const Sum& sum = bias_expected[static_cast<size_t>(i)];
+        if (!close(grad_bias[i], sum.value, sum.magnitude, length, exact(c.kind), slack(c.kind)))
+          fail(c, kDType<T>, "grad_bias", i, grad_bias(i), sum.value);
+      }
+    }
+  }
+
+ private:
+  static constexpr double kCompute = kDType<T> == DType::f64 ? 0x1p-53 : 0x1p-24;
+
+  bool exact(ActivationKind kind) const {
+    return c.integers && (kind == ActivationKind::identity || kind == ActivationKind::relu);
+  }
+  // What the derivative rounds; a 16-bit product may round g once more.
+  static double slack(ActivationKind kind) {
+    return kind == ActivationKind::identity ? 0 : 16 * kCompute + (kDType<T> == DType::bf16 ? 0x1p-8 : 0);
+  }
+
+  // g, and what its rounding error is relative to: 1 - y^2 cancels, so that is grad_y itself.
+  double gradient(ActivationKind kind, int64_t at, double* scale) const {
+    const double factor = kind == ActivationKind::identity ? 1 : derivative(kind, saved(at));
+    *scale = std::fabs(grad_y(at)) * std::max(1.0, std::fabs(factor));
+    return grad_y(at) * factor;
+  }
+
+  // Runs call(y, z, team) with every team; y = kind(expected + bias).
+  template <class Call>
+  void images(const std::vector<Sum>& expected, int64_t channels, int64_t positions, const Guarded<T>* added,
+              const char* what, double more_slack, Call&& call, ActivationKind kind, bool exact_sums) const {
+    const int64_t size = g.batch * channels * positions;
+    std::vector<T> first_y, first_z;
+    for (const Team& team : kTeams) {
+      const Guarded<T> y(size, c.at_end), z(c.z ? size : 0, c.at_end);
+      const char* const name = call(y.data(), c.z ? z.data() : nullptr, team);
+      if (name == nullptr) fail(c, kDType<T>, "name", 0, 0, 0);
+      if (&team != kTeams) {
+        if (!same_bits(y.values(), first_y) || !same_bits(z.values(), first_z))
+          fail(c, kDType<T>, what, -1, team.threads, 0);
+        continue;
+      }
+      first_y = y.values();
+      first_z = z.values();
+      const bool linear = kind == ActivationKind::identity || kind == ActivationKind::relu;
+      for (int64_t i = 0; i < size; ++i) {
+        Sum sum = expected[static_cast<size_t>(i)];
+        const int64_t channel = c.layout == Layout::channels_last ? i % channels : i / positions % channels;
+        if (added != nullptr) sum.add(1, (*added)(channel), 1);
+        const int64_t length = w_size + 1;
+        if (c.z && !close(z[i], sum.value, sum.magnitude, length, exact_sums, more_slack))
+          fail(c, kDType<T>, "z", i, z(i), sum.value);
+        const double value = activate(kind, sum.value);
+        if (!close(y[i], value, 1.2 * sum.magnitude, length, exact_sums && linear,
+                   more_slack + (linear ? 0 : 8 * kCompute)))
+          fail(c, kDType<T>, what, i, y(i), value);
+      }
+    }
+  }
+  template <class Call>
+  void images(const std::vector<Sum>& expected, int64_t channels, int64_t positions, const Guarded<T>* added,
+              const char* what, double more_slack, Call&& call) const {
+    images(expected, channels, positions, added, what, more_slack, call, c.kind, c.integers);
+  }
+
+  const Case& c;
+  const ConvGeometry& g;
+  const int64_t x_size, w_size, y_size;
+  Guarded<T> x, w, grad_y, saved, bias, in_bias;
+};
+
+template <class T>
+void test(const Case& c, unsigned seed) {
+  const Test<T> one(c, seed);
+  one.forward();
+  one.backward_input(false);
+  one.backward_input(true);
+  if (c.outputs != 0) one.backward_weight();
+}
+
+// The geometry with `after` elements of padding behind; out follows.
+inline ConvGeometry make(int64_t batch, int64_t in_channels, int64_t out_channels, int64_t groups,
+                         const std::vector<int64_t>& in, const std::vector<int64_t>& kernel,
+                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                         const std::vector<int64_t>& dilation, const std::vector<int64_t>& after) {
+  ConvGeometry g{batch, in_channels, out_channels, groups, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {}, {1, 1, 1}};
+  const size_t dims = in.size();
+  for (size_t i = 0; i < dims; ++i) {
+    const size_t d = 3 - dims + i;
+    g.in[d] = in[i], g.kernel[d] = kernel[i], g.stride[d] = stride[i], g.padding[d] = padding[i];
+    g.dilation[d] = dilation[i];
+    const int64_t room = in[i] + padding[i] + after[i] - dilation[i] * (kernel[i] - 1) - 1;
+    g.out[d] = room < 0 ? 0 : room / stride[i] + 1;
+  }
+  return g;
+}
+
+// What a test's main does. Arguments: "quick" for fewer cases, and the name of a tier to run that one alone.
+// dtypes(quick) runs the cases of every dtype on the tier that is set.
+template <class Dtypes>
+int run_tiers(int argc, char** argv, Dtypes&& dtypes) {
+  bool quick = false;
+  const char* only = nullptr;
+  for (int i = 1; i < argc; ++i) {
+    if (std::strcmp(argv[i], "quick") == 0)
+      quick = true;
+    else
+      only = argv[i];
+  }
+  for (int isa = 0; isa <= static_cast<int>(isa_found()); ++isa) {
+    const char* const name = isa_name(static_cast<Isa>(isa));
+    if ((only != nullptr && std::strcmp(only, name) != 0) || !set_isa(static_cast<Isa>(isa))) continue;
+    dtypes(quick);
+    std::printf("%s: %s\n", name, failures == 0 ? "ok" : "FAILED");
+    std::fflush(stdout);
+  }
+  if (failures == 0) std::printf("ok\n");
+  return failures == 0 ? 0 : 1;
+}
+
+}  // namespace
