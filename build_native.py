@@ -66,7 +66,7 @@ def common_flags(version: str) -> list[str]:
 def kernel_sources() -> list[Path]:
     """The kernels for this kind of processor, slowest to compile first."""
     x86 = platform.machine() in ("x86_64", "AMD64")
-    tiers = [KERNELS / name for name in reversed(TIERS) if x86 or name == "isa_scalar.cpp"]
+    tiers = [KERNELS / name for name in TIERS if x86 or name == "isa_scalar.cpp"]
     return tiers + sorted(path for path in KERNELS.glob("*.cpp") if path.name not in TIERS)
 
 
@@ -191,12 +191,10 @@ def build_extension(
         "FASTOPS_COMPILER": cxx_version,
         "FASTOPS_FLAGS": " ".join([*common, *KERNEL_FLAGS]),
     }
-    objects = []
+    objects = [build.compile(source, [*common, *kernel_flags(source)]) for source in kernel_sources()]
     for source in sorted(TORCH_LAYER.glob("*.cpp")):
         macros = [f'-D{name}="{value}"' for name, value in described.items()] if source.name == "library.cpp" else []
         objects.append(build.compile(source, [*torch_layer, *macros]))
-    for source in kernel_sources():
-        objects.append(build.compile(source, [*common, *kernel_flags(source)]))
     libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"]
     build.link(objects, result, ["-shared", *libraries])
     build.run()

@@ -82,7 +82,7 @@ void run_forward(const Tensor& input, const Rows& rows, Tensor& y, Tensor& mask,
                                rows.stride,
                                y.mutable_data_ptr(),
                                mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr};
-  const KernelTable& table = kernels();
+  const KernelTable& table = kernels(args.dtype);
   record::timed(
       [&] {
         return record::Row{activation_name(activation.kind), table.isa, record::shapes_of({input}),
@@ -329,7 +329,7 @@ Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, Activ
                                 s.const_data_ptr(),
                                 s_rows.stride,
                                 grad_input.mutable_data_ptr()};
-  const KernelTable& table = kernels();
+  const KernelTable& table = kernels(args.dtype);
   record::timed(
       [&] {
         return record::Row{std::string(activation_name(activation.kind)) + "_backward", table.isa,
@@ -487,7 +487,7 @@ Tensor prelu_forward(const Tensor& input, const Tensor& weight) {
                           weight.const_data_ptr(),
                           weight.dim() ? weight.stride(0) : 0,
                           y.mutable_data_ptr()};
-  const KernelTable& table = kernels();
+  const KernelTable& table = kernels(args.dtype);
   record::timed(
       [&] { return record::Row{"prelu", table.isa, record::shapes_of({x, weight}), dtype_name(x.scalar_type())}; },
       [&] { table.prelu_forward(args, torch_team()); });
@@ -520,7 +520,7 @@ std::array<Tensor, 2> prelu_backward(const Tensor& grad_output, const Tensor& in
                            weight.dim() ? weight.stride(0) : 0,
                            out[0].defined() ? out[0].mutable_data_ptr() : nullptr,
                            out[1].defined() ? out[1].mutable_data_ptr() : nullptr};
-  const KernelTable& table = kernels();
+  const KernelTable& table = kernels(args.dtype);
   const Workspace workspace(table.prelu_backward_workspace(args));
   record::timed(
       [&] {
@@ -553,7 +553,7 @@ Tensor glu_forward(const Tensor& input, int64_t dim) {
   if (y.numel() == 0) return y;
   const auto [outer, inner] = halves_of(x, axis);
   const GluForward args{to_dtype(x.scalar_type()), outer, inner, x.const_data_ptr(), y.mutable_data_ptr()};
-  const KernelTable& table = kernels();
+  const KernelTable& table = kernels(args.dtype);
   record::timed([&] { return record::Row{"glu", table.isa, record::shapes_of({x}), dtype_name(x.scalar_type())}; },
                 [&] { table.glu_forward(args, torch_team()); });
   return y;
@@ -572,7 +572,7 @@ Tensor glu_backward(const Tensor& grad_output, const Tensor& input, int64_t dim)
   const auto [outer, inner] = halves_of(x, axis);
   const GluBackward args{to_dtype(x.scalar_type()),    outer, inner, g.const_data_ptr(), x.const_data_ptr(),
                          grad_input.mutable_data_ptr()};
-  const KernelTable& table = kernels();
+  const KernelTable& table = kernels(args.dtype);
   record::timed(
       [&] { return record::Row{"glu_backward", table.isa, record::shapes_of({g, x}), dtype_name(x.scalar_type())}; },
       [&] { table.glu_backward(args, torch_team()); });

@@ -78,7 +78,7 @@ void run_forward(const ConvPlan& plan, const Tensor& x, const Tensor& w, const T
   const ConvForward args{to_dtype(x.scalar_type()), plan.layout,        plan.w_layout,      plan.geometry,
                          x.const_data_ptr(),        w.const_data_ptr(), data_or_null(bias), activation,
                          y.mutable_data_ptr(),      mutable_or_null(z), conv_precision()};
-  const KernelTable& table = kernels();
+  const KernelTable& table = kernels(args.dtype);
   const Team team = torch_team();
   const Workspace workspace(table.conv_forward_workspace(args, team.threads));
   record::timed(
@@ -96,7 +96,7 @@ void run_backward_input(const ConvPlan& plan, const Tensor& g, Activation activa
                                g.const_data_ptr(),        activation,  data_or_null(saved),  w.const_data_ptr(),
                                data_or_null(bias),        epilogue,    x.mutable_data_ptr(), mutable_or_null(z),
                                conv_precision()};
-  const KernelTable& table = kernels();
+  const KernelTable& table = kernels(args.dtype);
   const Team team = torch_team();
   const Workspace workspace(table.conv_backward_input_workspace(args, team.threads));
   record::timed(
@@ -119,7 +119,7 @@ void run_backward_weight(const ConvPlan& plan, const ConvGeometry& geometry, con
                                 data_or_null(x),
                                 mutable_or_null(grad_w),
                                 mutable_or_null(grad_bias)};
-  const KernelTable& table = kernels();
+  const KernelTable& table = kernels(args.dtype);
   const Team team = torch_team();
   const Workspace workspace(table.conv_backward_weight_workspace(args, team.threads));
   record::timed(

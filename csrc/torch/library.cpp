@@ -656,8 +656,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_name", &cpu_name);
   // One thread each, so that a benchmark can start one on every core at once.
   using NoGil = py::call_guard<py::gil_scoped_release>;
-  m.def("peak_f32", [](double milliseconds) { return kernels().peak_f32(milliseconds); }, NoGil());
-  m.def("peak_bf16", [](double milliseconds) { return kernels().peak_bf16(milliseconds); }, NoGil());
+  m.def("peak_f32", [](double milliseconds) { return kernels(DType::f32).peak_f32(milliseconds); }, NoGil());
+  m.def("peak_bf16", [](double milliseconds) { return kernels(DType::bf16).peak_bf16(milliseconds); }, NoGil());
 }
 
 }  // namespace

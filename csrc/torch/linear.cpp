@@ -144,7 +144,7 @@ LinearOutput linear_forward(const Tensor& input, const Tensor& weight, const opt
                            out.y.mutable_data_ptr(),
                            n,
                            out.z.defined() ? out.z.mutable_data_ptr() : nullptr};
-  const KernelTable& table = kernels();
+  const KernelTable& table = kernels(args.dtype);
   const Team team = torch_team();
   const Workspace workspace(table.linear_forward_workspace(args, team.threads));
   record::timed(
@@ -199,7 +199,7 @@ std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& s
       data(out[1]),
       data(out[2])};
   if (args.grad_x == nullptr && args.grad_w == nullptr && args.grad_b == nullptr) return out;
-  const KernelTable& table = kernels();
+  const KernelTable& table = kernels(args.dtype);
   const Team team = torch_team();
   const Workspace workspace(table.linear_backward_workspace(args, team.threads));
   record::timed(

@@ -90,7 +90,7 @@ std::string op_name(const PoolPlan& plan, const char* kind, const char* suffix =
 
 template <class Call>
 void recorded(const PoolPlan& plan, const char* kind, const char* suffix, const Tensor& tensor, Call&& call) {
-  const KernelTable& table = kernels();
+  const KernelTable& table = kernels(to_dtype(tensor.scalar_type()));
   record::timed(
       [&] {
         return record::Row{op_name(plan, kind, suffix), table.isa, record::shapes_of({tensor}),

@@ -22,8 +22,6 @@ struct Case {
   Bf16Multiply multiply = Bf16Multiply::automatic;
 };
 
-inline int failures = 0;
-
 inline void fail(const Case& c, DType dtype, const char* what, int64_t at, double got, double expected) {
   if (++failures > 20) return;
   const ConvGeometry& g = c.geometry;
@@ -129,9 +127,9 @@ class Test {
     images(expected, g.out_channels, volume(g.out), c.bias ? &bias : nullptr, "y", 0,
            [&](T* y, T* z, const Team& team) {
              args.y = y, args.z = z;
-             const Workspace workspace = make_workspace(kernels().conv_forward_workspace(args, team.threads));
-             kernels().conv_forward(args, workspace.get(), team);
-             return kernels().conv_forward_name(args);
+             const Workspace workspace = make_workspace(kernels(kDType<T>).conv_forward_workspace(args, team.threads));
+             kernels(kDType<T>).conv_forward(args, workspace.get(), team);
+             return kernels(kDType<T>).conv_forward_name(args);
            });
   }
 
@@ -157,9 +155,10 @@ class Test {
         expected, g.in_channels, volume(g.in), args.bias != nullptr ? &in_bias : nullptr, "grad_x", slack(before),
         [&](T* y, T* z, const Team& team) {
           args.grad_x = y, args.z = z;
-          const Workspace workspace = make_workspace(kernels().conv_backward_input_workspace(args, team.threads));
-          kernels().conv_backward_input(args, workspace.get(), team);
-          return kernels().conv_backward_input_name(args);
+          const Workspace workspace =
+              make_workspace(kernels(kDType<T>).conv_backward_input_workspace(args, team.threads));
+          kernels(kDType<T>).conv_backward_input(args, workspace.get(), team);
+          return kernels(kDType<T>).conv_backward_input_name(args);
         },
         args.epilogue.kind, exact(before));
   }
@@ -192,9 +191,9 @@ class Test {
       args.grad_w = (c.outputs & 1) != 0 ? grad_w.data() : nullptr;
       args.grad_bias = (c.outputs & 2) != 0 ? grad_bias.data() : nullptr;
       args.bf16_multiply = c.multiply;
-      const Workspace workspace = make_workspace(kernels().conv_backward_weight_workspace(args, team.threads));
-      kernels().conv_backward_weight(args, workspace.get(), team);
-      if (kernels().conv_backward_weight_name(args) == nullptr) fail(c, kDType<T>, "name", 0, 0, 0);
+      const Workspace workspace = make_workspace(kernels(kDType<T>).conv_backward_weight_workspace(args, team.threads));
+      kernels(kDType<T>).conv_backward_weight(args, workspace.get(), team);
+      if (kernels(kDType<T>).conv_backward_weight_name(args) == nullptr) fail(c, kDType<T>, "name", 0, 0, 0);
       if (&team != kTeams) {
         if (!same_bits(grad_w.values(), first_w) || !same_bits(grad_bias.values(), first_bias))
           fail(c, kDType<T>, "weight gradient with another team", team.threads, 0, 0);
@@ -302,29 +301,6 @@ inline ConvGeometry make(int64_t batch, int64_t in_channels, int64_t out_channel
     g.out[d] = room < 0 ? 0 : room / stride[i] + 1;
   }
   return g;
-}
-
-// What a test's main does. Arguments: "quick" for fewer cases, and the name of a tier to run that one alone.
-// dtypes(quick) runs the cases of every dtype on the tier that is set.
-template <class Dtypes>
-int run_tiers(int argc, char** argv, Dtypes&& dtypes) {
-  bool quick = false;
-  const char* only = nullptr;
-  for (int i = 1; i < argc; ++i) {
-    if (std::strcmp(argv[i], "quick") == 0)
-      quick = true;
-    else
-      only = argv[i];
-  }
-  for (int isa = 0; isa <= static_cast<int>(isa_found()); ++isa) {
-    const char* const name = isa_name(static_cast<Isa>(isa));
-    if ((only != nullptr && std::strcmp(only, name) != 0) || !set_isa(static_cast<Isa>(isa))) continue;
-    dtypes(quick);
-    std::printf("%s: %s\n", name, failures == 0 ? "ok" : "FAILED");
-    std::fflush(stdout);
-  }
-  if (failures == 0) std::printf("ok\n");
-  return failures == 0 ? 0 : 1;
 }
 
 }  // namespace

@@ -13,9 +13,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/kernels/cpu/isa.h"
-
-using namespace fastops;
+#include "tiers.h"
 
 namespace {
 
@@ -74,15 +72,6 @@ inline f16_t narrow<f16_t>(double x) {
   }
   return {static_cast<uint16_t>(bits | (std::signbit(x) ? 0x8000 : 0))};
 }
-
-template <class T>
-constexpr DType kDType = DType::f32;
-template <>
-constexpr DType kDType<double> = DType::f64;
-template <>
-constexpr DType kDType<bf16_t> = DType::bf16;
-template <>
-constexpr DType kDType<f16_t> = DType::f16;
 
 inline double unit_roundoff(DType dtype) {
   return dtype == DType::f64 ? 0x1p-53 : dtype == DType::f32 ? 0x1p-24 : dtype == DType::f16 ? 0x1p-11 : 0x1p-8;

@@ -13,14 +13,12 @@
 #include <type_traits>
 #include <vector>
 
-#include "../../csrc/kernels/cpu/isa.h"
+#include "tiers.h"
 
 namespace {
 
 using namespace fastops;
 using Real = long double;
-
-int failures = 0;
 
 void fail(const char* isa, const std::string& what, int64_t n, int64_t at, double x, double got, double wanted) {
   if (++failures > 40) return;
@@ -270,11 +268,6 @@ void run_threads(int threads, void (*body)(void*, int, int), void* context) {
 }
 Team team_of(int threads) { return {threads, run_threads}; }
 
-template <class S>
-constexpr DType kDType = std::is_same_v<S, float>    ? DType::f32
-                         : std::is_same_v<S, double> ? DType::f64
-                         : std::is_same_v<S, bf16_t> ? DType::bf16
-                                                     : DType::f16;
 const char* dtype_name(DType dtype) {
   const char* const names[] = {"f32", "f64", "bf16", "f16"};
   return names[static_cast<int>(dtype)];
@@ -551,17 +544,10 @@ void check_conversion(const KernelTable& table) {
 
 }  // namespace
 
-int main() {
-  for (int isa = 0; isa <= static_cast<int>(isa_found()); ++isa) {
-    set_isa(static_cast<Isa>(isa));
-    const KernelTable& table = kernels();
-    check_conversion<bf16_t>(table);
-    check_conversion<f16_t>(table);
-    check_dtype<float>(table);
-    check_dtype<double>(table);
-    check_dtype<bf16_t>(table);
-    check_dtype<f16_t>(table);
-    std::printf("%-12s %s\n", table.isa, failures ? "FAILED" : "ok");
-  }
-  return failures != 0;
+int main(int argc, char** argv) {
+  return run_tiers(argc, argv, []<class S>(bool) {
+    const KernelTable& table = kernels(kDType<S>);
+    if constexpr (sizeof(S) == 2) check_conversion<S>(table);
+    check_dtype<S>(table);
+  });
 }

@@ -98,8 +98,6 @@ struct Case {
   Bf16Multiply multiply = Bf16Multiply::automatic;
 };
 
-int failures = 0;
-
 void fail(const Case& c, DType dtype, const char* what, int64_t i, int64_t j, double got, double expected) {
   if (++failures > 20) return;
   std::printf(
@@ -126,9 +124,9 @@ void test_forward(const Case& c, const Operand<T>& x, const Operand<T>& w, const
     LinearForward args{kDType<T>, c.m, c.n, c.k, x.matrix, w.matrix, nullptr, 0, {c.kind, 0, 0}, y.get(), rs, z.get()};
     if (c.bias) args.b = bias.matrix.data, args.b_stride = bias.matrix.col_stride;
     args.bf16_multiply = c.multiply;
-    const Workspace workspace = make_workspace(kernels().linear_forward_workspace(args, team.threads));
-    kernels().linear_forward(args, workspace.get(), team);
-    if (kernels().linear_forward_name(args) == nullptr) fail(c, kDType<T>, "name", 0, 0, 0, 0);
+    const Workspace workspace = make_workspace(kernels(kDType<T>).linear_forward_workspace(args, team.threads));
+    kernels(kDType<T>).linear_forward(args, workspace.get(), team);
+    if (kernels(kDType<T>).linear_forward_name(args) == nullptr) fail(c, kDType<T>, "name", 0, 0, 0, 0);
     const std::vector<T> got_y(y.get(), y.get() + size), got_z(z.get(), z.get() + (c.z ? size : 0));
     if (&team != kTeams) {
       if (!same_bits(got_y, first_y) || !same_bits(got_z, first_z))
@@ -187,9 +185,9 @@ void test_backward(const Case& c, const Operand<T>& x, const Operand<T>& w, cons
     LinearBackward args{kDType<T>,    c.m,      c.n,      c.k,          grad_y.matrix, {c.kind, 0, 0},
                         saved.matrix, x.matrix, w.matrix, out[0].get(), out[1].get(),  out[2].get()};
     args.bf16_multiply = c.multiply;
-    const Workspace workspace = make_workspace(kernels().linear_backward_workspace(args, team.threads));
-    kernels().linear_backward(args, workspace.get(), team);
-    if (kernels().linear_backward_name(args) == nullptr) fail(c, kDType<T>, "name", 0, 0, 0, 0);
+    const Workspace workspace = make_workspace(kernels(kDType<T>).linear_backward_workspace(args, team.threads));
+    kernels(kDType<T>).linear_backward(args, workspace.get(), team);
+    if (kernels(kDType<T>).linear_backward_name(args) == nullptr) fail(c, kDType<T>, "name", 0, 0, 0, 0);
 
     for (int o = 0; o < 3; ++o) {
       if (!out[o]) continue;
@@ -310,8 +308,8 @@ void test_dtype(bool quick) {
     x.at(2, 0) = narrow<T>(INFINITY);
     LinearForward args{kDType<T>,      3, n,      40, x.matrix, w.matrix, nullptr, 0, {ActivationKind::relu, 0, 0},
                        y.buffer.get(), n, nullptr};
-    const Workspace workspace = make_workspace(kernels().linear_forward_workspace(args, 1));
-    kernels().linear_forward(args, workspace.get(), kTeams[0]);
+    const Workspace workspace = make_workspace(kernels(kDType<T>).linear_forward_workspace(args, 1));
+    kernels(kDType<T>).linear_forward(args, workspace.get(), kTeams[0]);
     for (int64_t j = 0; j < n; ++j)
       if (y(0, j) != 40 || y(1, j) == y(1, j) || y(2, j) != INFINITY)
         fail({3, n, 40}, kDType<T>, "special y", 0, j, y(1, j), 0);
@@ -322,24 +320,5 @@ void test_dtype(bool quick) {
 
 // Arguments: "quick" for fewer random cases, and the name of a tier to run that one alone.
 int main(int argc, char** argv) {
-  bool quick = false;
-  const char* only = nullptr;
-  for (int i = 1; i < argc; ++i) {
-    if (std::strcmp(argv[i], "quick") == 0)
-      quick = true;
-    else
-      only = argv[i];
-  }
-  for (int isa = 0; isa <= static_cast<int>(isa_found()); ++isa) {
-    const char* const name = isa_name(static_cast<Isa>(isa));
-    if ((only != nullptr && std::strcmp(only, name) != 0) || !set_isa(static_cast<Isa>(isa))) continue;
-    test_dtype<float>(quick);
-    test_dtype<double>(quick);
-    test_dtype<bf16_t>(quick);
-    test_dtype<f16_t>(quick);
-    std::printf("%s: %s\n", name, failures == 0 ? "ok" : "FAILED");
-    std::fflush(stdout);
-  }
-  if (failures == 0) std::printf("ok\n");
-  return failures == 0 ? 0 : 1;
+  return run_tiers(argc, argv, []<class T>(bool quick) { test_dtype<T>(quick); });
 }

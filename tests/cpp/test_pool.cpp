@@ -10,8 +10,6 @@
 
 namespace {
 
-int failures = 0;
-
 template <class T>
 std::unique_ptr<T[]> make_exact(int64_t n) {
   return std::unique_ptr<T[]>(new T[static_cast<size_t>(n)]);
@@ -341,15 +339,6 @@ void check_dtype(const KernelTable& table) {
 
 }  // namespace
 
-int main() {
-  for (int isa = 0; isa <= static_cast<int>(isa_found()); ++isa) {
-    set_isa(static_cast<Isa>(isa));
-    const KernelTable& table = kernels();
-    check_dtype<float>(table);
-    check_dtype<double>(table);
-    check_dtype<bf16_t>(table);
-    check_dtype<f16_t>(table);
-    std::printf("%-12s %s\n", table.isa, failures ? "FAILED" : "ok");
-  }
-  return failures != 0;
+int main(int argc, char** argv) {
+  return run_tiers(argc, argv, []<class T>(bool) { check_dtype<T>(kernels(kDType<T>)); });
 }

@@ -32,8 +32,6 @@ struct Case {
   bool bias = true, z = false, integers = false, at_end = true;
 };
 
-int failures = 0;
-
 void fail(const Case& c, const char* what, double got, double bound) {
   if (++failures > 20) return;
   std::printf(

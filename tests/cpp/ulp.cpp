@@ -159,7 +159,8 @@ const fastops::KernelTable* table_of(int isa) {
   static const fastops::KernelTable* const tables[] = {
       &fastops::kernels_scalar,
 #if defined(__x86_64__)
-      &fastops::kernels_avx2,   &fastops::kernels_avx512, &fastops::kernels_avx512_bf16, &fastops::kernels_amx,
+      &fastops::kernels_avx2,
+      &fastops::kernels_avx512,
 #endif
   };
   return tables[isa];
@@ -182,7 +183,7 @@ struct Worst {
   float x = 0, got = 0;
 };
 
-constexpr int kIsas = static_cast<int>(fastops::Isa::count);
+constexpr int kIsas = 3;  // those that have float32 kernels of their own
 constexpr int kChunk = 1 << 14;
 
 void check(const Case& c, bool backward, const std::vector<int>& isas, int64_t stride, int threads, Worst* worst) {
@@ -241,6 +242,7 @@ int main(int argc, char** argv) {
   bool backward = false;
   std::vector<std::string> names;
   std::vector<int> isas;
+  const int found = std::min(kIsas, static_cast<int>(fastops::isa_found()) + 1);
   for (int i = 1; i < argc; ++i) {
     const std::string arg = argv[i];
     if (arg == "--backward") {
@@ -251,10 +253,10 @@ int main(int argc, char** argv) {
       threads = std::atoi(argv[++i]);
     } else if (arg == "--isa" && i + 1 < argc) {
       const std::string wanted = argv[++i];
-      for (int isa = 0; isa <= static_cast<int>(fastops::isa_found()); ++isa)
+      for (int isa = 0; isa < found; ++isa)
         if (wanted == fastops::isa_name(static_cast<fastops::Isa>(isa))) isas.push_back(isa);
       if (isas.empty()) {
-        std::fprintf(stderr, "ulp: this machine has no tier '%s'\n", wanted.c_str());
+        std::fprintf(stderr, "ulp: this machine has no float32 tier '%s'\n", wanted.c_str());
         return 2;
       }
     } else if (arg[0] != '-') {
@@ -266,7 +268,7 @@ int main(int argc, char** argv) {
   }
   if (stride < 1) stride = 1;
   if (isas.empty())
-    for (int isa = 0; isa <= static_cast<int>(fastops::isa_found()); ++isa) isas.push_back(isa);
+    for (int isa = 0; isa < found; ++isa) isas.push_back(isa);
 
   bool fine = true;
   std::printf("%-12s %-12s %12s  %s\n", backward ? "derivative" : "activation", "tier", "max ulp", "at");

@@ -274,30 +274,12 @@ void activation_backward_of(const ActivationBackward& args, const Team& team) {
   }
 }
 
-// Calls body with a null pointer of the storage type.
-template <class Body>
-void for_dtype(DType dtype, Body body) {
-  switch (dtype) {
-    case DType::f32:
-      return body(static_cast<float*>(nullptr));
-    case DType::f64:
-      return body(static_cast<double*>(nullptr));
-    case DType::bf16:
-      return body(static_cast<bf16_t*>(nullptr));
-    case DType::f16:
-      return body(static_cast<f16_t*>(nullptr));
-  }
-}
-
-template <class S>
-S pointee(S*);  // never defined: the storage type of for_dtype's pointer
-
 void activation_forward(const ActivationForward& args, const Team& team) {
-  for_dtype(args.dtype, [&](auto* type) { activation_forward_of<decltype(pointee(type))>(args, team); });
+  with_dtype(args.dtype, [&](auto type) { activation_forward_of<decltype(type)>(args, team); });
 }
 
 void activation_backward(const ActivationBackward& args, const Team& team) {
-  for_dtype(args.dtype, [&](auto* type) { activation_backward_of<decltype(pointee(type))>(args, team); });
+  with_dtype(args.dtype, [&](auto type) { activation_backward_of<decltype(type)>(args, team); });
 }
 
 // ---- PReLU. x[outer, channels, inner] is two shapes of loop: one weight a row where inner > 1 (or one channel: a
@@ -489,11 +471,11 @@ void prelu_backward_of(const PreluBackward& args, void* workspace, const Team& t
 }
 
 void prelu_forward(const PreluForward& args, const Team& team) {
-  for_dtype(args.dtype, [&](auto* type) { prelu_forward_of<decltype(pointee(type))>(args, team); });
+  with_dtype(args.dtype, [&](auto type) { prelu_forward_of<decltype(type)>(args, team); });
 }
 
 void prelu_backward(const PreluBackward& args, void* workspace, const Team& team) {
-  for_dtype(args.dtype, [&](auto* type) { prelu_backward_of<decltype(pointee(type))>(args, workspace, team); });
+  with_dtype(args.dtype, [&](auto type) { prelu_backward_of<decltype(type)>(args, workspace, team); });
 }
 
 // ---- GLU
@@ -546,9 +528,9 @@ void glu_backward_of(const GluBackward& args, const Team& team) {
 }
 
 void glu_forward(const GluForward& args, const Team& team) {
-  for_dtype(args.dtype, [&](auto* type) { glu_forward_of<decltype(pointee(type))>(args, team); });
+  with_dtype(args.dtype, [&](auto type) { glu_forward_of<decltype(type)>(args, team); });
 }
 
 void glu_backward(const GluBackward& args, const Team& team) {
-  for_dtype(args.dtype, [&](auto* type) { glu_backward_of<decltype(pointee(type))>(args, team); });
+  with_dtype(args.dtype, [&](auto type) { glu_backward_of<decltype(type)>(args, team); });
 }

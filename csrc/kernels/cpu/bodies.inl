@@ -1,6 +1,7 @@
 // Every kernel body of the library, in the namespace of the tier that includes this page.
 // clang-format off
 #include "vec.h"
+#include "dtype.inl"
 #include "math.inl"
 #include "activation_math.inl"
 #include "activation.inl"

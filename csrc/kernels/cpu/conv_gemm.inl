@@ -183,11 +183,15 @@ void conv_member(const ConvProduct<T>& g, const ConvPlan& plan, unsigned char* w
       });
     }
   }
+  if (g.out.stream) finish_streams();
 }
 
 template <class P, class T>
-void conv_product(const ConvProduct<T>& g, void* workspace, const Team& team) {
-  const ConvPlan plan = plan_conv<P>(g, team.threads);
+void conv_product(const ConvProduct<T>& product, void* workspace, const Team& team) {
+  const ConvPlan plan = plan_conv<P>(product, team.threads);
+  ConvProduct<T> g = product;
+  const int64_t bytes_out = g.groups * g.outputs * g.positions * static_cast<int64_t>(sizeof(T));
+  g.out.stream = g.out.dense && g.features <= smaller(kStreamK, plan.kc) && bytes_out >= kStreamBytes;
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
   Crew::Counters* const counters = reinterpret_cast<Crew::Counters*>(bytes);
   counters->next = 0;

@@ -15,7 +15,8 @@ struct ConvOutput {
   RowForward<T> f;  // null for identity and relu
   Activation activation;
   int64_t batch_stride, channel_stride, stride[3];
-  bool dense;  // neighbouring positions are stride[2] apart, also across rows of the grid
+  bool dense;   // neighbouring positions are stride[2] apart, also across rows of the grid
+  bool stream;  // past the caches, where a tile is aligned
 };
 
 template <class T>
@@ -173,13 +174,15 @@ inline bool dense_tile(const ConvProduct<T>& g, int64_t o, int64_t n, int positi
       tile->c = out.y + n * out.stride[2] + o;
       tile->c_rs = out.stride[2];
       if (out.bias != nullptr) tile->bias = out.bias + o;
-      return true;
+    } else {
+      const int64_t image = n / g.image_positions, within = n - image * g.image_positions;
+      if (within + positions > g.image_positions) return false;
+      tile->c = out.y + image * out.batch_stride + o * out.channel_stride + within;
+      tile->c_rs = out.channel_stride;
+      if (out.bias != nullptr) tile->row_bias = out.bias + o;
     }
-    const int64_t image = n / g.image_positions, within = n - image * g.image_positions;
-    if (within + positions > g.image_positions) return false;
-    tile->c = out.y + image * out.batch_stride + o * out.channel_stride + within;
-    tile->c_rs = out.channel_stride;
-    if (out.bias != nullptr) tile->row_bias = out.bias + o;
+    tile->stream = out.stream && reinterpret_cast<uintptr_t>(tile->c) % 64 == 0 &&
+                   tile->c_rs * static_cast<int64_t>(sizeof(T)) % 64 == 0;
     return true;
   } else {
     return false;

@@ -22,7 +22,7 @@ bool set_isa(Isa isa);
 
 const char* cpu_name();  // the processor's brand string
 
-// The table of isa_used().
-const KernelTable& kernels();
+// The kernels of isa_used(), or of the best tier below it that has any for this dtype.
+const KernelTable& kernels(DType dtype);
 
 }  // namespace fastops

@@ -1,4 +1,5 @@
 // One KernelTable per instruction set: every CPU entry point of the library, and nothing else is called from outside.
+// Those of avx512_bf16 and amx take bfloat16 only.
 #pragma once
 
 #include "../activation.h"

@@ -295,20 +295,6 @@ const char* backward_name(const LinearBackward& args) {
   });
 }
 
-template <class Body>
-inline auto with_dtype(DType dtype, Body&& body) {
-  switch (dtype) {
-    case DType::f64:
-      return body(double{});
-    case DType::bf16:
-      return body(bf16_t{});
-    case DType::f16:
-      return body(f16_t{});
-    default:
-      return body(float{});
-  }
-}
-
 size_t linear_forward_workspace(const LinearForward& args, int threads) {
   return with_dtype(args.dtype, [&](auto t) { return forward_workspace<decltype(t)>(args, threads); });
 }

@@ -25,11 +25,10 @@ inline int64_t elements(const PoolGeometry& g, const int64_t (&spatial)[3]) {
 void max_pool_forward(const MaxPoolForward& args, const Team& team) {
   if (elements(args.geometry, args.geometry.out) == 0) return;
   const Pool pool = make_pool(args.geometry, args.layout);
-  for_dtype(args.dtype, [&](auto* type) {
-    using S = decltype(pointee(type));
+  with_dtype(args.dtype, [&](auto type) {
+    using S = decltype(type);
     S* const y = static_cast<S*>(args.y);
-    const auto run = [&](auto* indices, const TapOffsets* offsets) {
-      using I = decltype(pointee(indices));
+    const auto run = [&]<class I>(I* indices, const TapOffsets* offsets) {
       pool_forward<S>(pool, args.layout, args.x, MaxPool<S, I>{y, indices, offsets}, team);
     };
     if (args.kind == PoolIndices::none) {
@@ -46,8 +45,8 @@ void max_pool_forward(const MaxPoolForward& args, const Team& team) {
 void max_pool_backward(const MaxPoolBackward& args, const Team& team) {
   if (elements(args.geometry, args.geometry.in) == 0) return;
   const Pool pool = make_pool(args.geometry, args.layout);
-  for_dtype(args.dtype, [&](auto* type) {
-    using S = decltype(pointee(type));
+  with_dtype(args.dtype, [&](auto type) {
+    using S = decltype(type);
     if (args.kind == PoolIndices::window) {
       const TapOffsets offsets(pool);
       pool_backward<S>(pool, args.layout, args.grad_y, args.grad_x,
@@ -62,8 +61,8 @@ void max_pool_backward(const MaxPoolBackward& args, const Team& team) {
 void avg_pool_forward(const AvgPoolForward& args, const Team& team) {
   if (elements(args.geometry, args.geometry.out) == 0) return;
   const Pool pool = make_pool(args.geometry, args.layout);
-  for_dtype(args.dtype, [&](auto* type) {
-    using S = decltype(pointee(type));
+  with_dtype(args.dtype, [&](auto type) {
+    using S = decltype(type);
     const AvgPool<S> op = {static_cast<S*>(args.y), args.count_include_pad, args.divisor_override};
     pool_forward<S>(pool, args.layout, args.x, op, team);
   });
@@ -72,8 +71,8 @@ void avg_pool_forward(const AvgPoolForward& args, const Team& team) {
 void avg_pool_backward(const AvgPoolBackward& args, const Team& team) {
   if (elements(args.geometry, args.geometry.in) == 0) return;
   const Pool pool = make_pool(args.geometry, args.layout);
-  for_dtype(args.dtype, [&](auto* type) {
-    using S = decltype(pointee(type));
+  with_dtype(args.dtype, [&](auto type) {
+    using S = decltype(type);
     pool_backward<S>(pool, args.layout, args.grad_y, args.grad_x,
                      AvgRoute<S>{args.count_include_pad, args.divisor_override}, team);
   });

@@ -1,0 +1,22 @@
+// What a kernel's arguments say at run time, as a type: body(T{}) with the storage type of `dtype`.
+//
+// A tier that only has another product of 16-bit numbers (avx512_bf16, amx) is compiled for bfloat16 alone:
+// dispatch.cpp sends every other dtype to avx512, whose code would be the same.
+template <class Body>
+inline auto with_dtype(DType dtype, Body&& body) {
+#if defined(FASTOPS_HAS_AVX512_BF16)
+  (void)dtype;
+  return body(bf16_t{});
+#else
+  switch (dtype) {
+    case DType::f64:
+      return body(double{});
+    case DType::bf16:
+      return body(bf16_t{});
+    case DType::f16:
+      return body(f16_t{});
+    default:
+      return body(float{});
+  }
+#endif
+}
