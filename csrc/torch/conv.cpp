@@ -3,10 +3,10 @@
 #include <ATen/ATen.h>
 
 #include <atomic>
-#include <cstring>
 
 #include "../kernels/cpu/isa.h"
 #include "check.h"
+#include "conv_plan.h"
 #include "fast_door.h"
 #include "memory.h"
 #include "node.h"
@@ -19,57 +19,9 @@ namespace {
 
 std::atomic<ConvPrecision> precision_setting{ConvPrecision::highest};
 
-at::MemoryFormat format_of(Layout layout, int dims) {
-  if (layout == Layout::channels_first) return at::MemoryFormat::Contiguous;
-  return dims == 2 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
-}
-
-bool suggests_channels_last(const Tensor& tensor) {
-  return tensor.suggest_memory_format() != at::MemoryFormat::Contiguous;
-}
-
-// What the kernels read: the tensor where it lies if that is the plan's layout, else a copy.
-Tensor in_layout(const Tensor& tensor, const ConvPlan& plan) {
-  return tensor.contiguous(format_of(plan.layout, plan.dims));
-}
-
-Tensor weight_in_layout(const Tensor& weight, const ConvPlan& plan) {
-  return weight.contiguous(format_of(plan.w_layout, plan.dims));
-}
-
-using Sizes = c10::SmallVector<int64_t, 5>;
-
-Sizes sizes_of(int64_t first, int64_t second, const int64_t (&spatial)[3], int dims) {
-  Sizes sizes{first, second};
-  sizes.append(spatial + 3 - dims, spatial + 3);
-  return sizes;
-}
-
-// The sizes of the underlying convolution's operands: x (in), y (out) and w.
-Sizes in_sizes(const ConvPlan& plan) {
-  return sizes_of(plan.geometry.batch, plan.geometry.in_channels, plan.geometry.in, plan.dims);
-}
-Sizes out_sizes(const ConvPlan& plan) {
-  return sizes_of(plan.geometry.batch, plan.geometry.out_channels, plan.geometry.out, plan.dims);
-}
-Sizes weight_sizes(const ConvPlan& plan) {
-  const ConvGeometry& g = plan.geometry;
-  return sizes_of(g.out_channels, g.in_channels / g.groups, g.kernel, plan.dims);
-}
-
-Tensor empty_in(at::IntArrayRef sizes, Layout layout, at::ScalarType type) {
-  if (layout == Layout::channels_first) return empty_output(sizes, type);
-  const auto strides =
-      sizes.size() == 4 ? c10::get_channels_last_strides_2d(sizes) : c10::get_channels_last_strides_3d(sizes);
-  return empty_output_strided(sizes, strides, type);
-}
-
 std::string op_name(const ConvPlan& plan, const char* suffix = "") {
   return c10::str(plan.transposed ? "conv_transpose" : "conv", plan.dims, "d", suffix);
 }
-
-const void* data_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
-void* mutable_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
 
 // ---- one kernel call each, in terms of the underlying convolution; operands lie as the plan says
 
@@ -128,12 +80,6 @@ void run_backward_weight(const ConvPlan& plan, const ConvGeometry& geometry, con
                            record::shapes_of({g, x}), dtype_name(g.scalar_type())};
       },
       [&] { table.conv_backward_weight(args, workspace.get(), team); });
-}
-
-void check_operand(const Tensor& tensor, at::ScalarType type, at::IntArrayRef sizes, const char* name) {
-  check_tensor(tensor, "conv", name);
-  check_dtype(tensor, type, "conv", name);
-  TORCH_CHECK(tensor.sizes() == sizes, "conv: ", name, " must have shape ", sizes, ", got ", tensor.sizes());
 }
 
 // The gradients of w and of the bias over g, which is [batch, out_channels, out].
@@ -235,24 +181,6 @@ struct ConvWeightOp : CompiledBackward<ConvWeightOp> {
   static c10::IValue pack(const Args& plan) { return pack_plan(plan); }
   static Args unpack(const c10::IValue& packed) { return unpack_plan(packed.toIntVector()); }
 
-  static std::vector<int64_t> pack_plan(const ConvPlan& plan) {
-    static_assert(sizeof(ConvGeometry) % sizeof(int64_t) == 0);
-    std::vector<int64_t> values{plan.dims, plan.transposed, static_cast<int64_t>(plan.layout),
-                                static_cast<int64_t>(plan.w_layout)};
-    values.resize(values.size() + sizeof(ConvGeometry) / sizeof(int64_t));
-    std::memcpy(values.data() + 4, &plan.geometry, sizeof(ConvGeometry));
-    return values;
-  }
-  static ConvPlan unpack_plan(const std::vector<int64_t>& values) {
-    ConvPlan plan{static_cast<int>(values[0]),
-                  values[1] != 0,
-                  static_cast<Layout>(values[2]),
-                  static_cast<Layout>(values[3]),
-                  {}};
-    std::memcpy(&plan.geometry, values.data() + 4, sizeof(ConvGeometry));
-    return plan;
-  }
-
   static variable_list gradients(const Args& plan, const variable_list& saved, const variable_list& grads,
                                  Needs needs) {
     variable_list result(2);
@@ -287,13 +215,13 @@ struct ConvOp : CompiledBackward<ConvOp> {
   };
   static c10::IValue pack(const Args& args) {
     std::vector<double> values{static_cast<double>(args.activation.kind), args.activation.a, args.activation.b};
-    const std::vector<int64_t> plan = ConvWeightOp::pack_plan(args.plan);
+    const std::vector<int64_t> plan = pack_plan(args.plan);
     values.insert(values.end(), plan.begin(), plan.end());
     return values;
   }
   static Args unpack(const c10::IValue& packed) {
     const auto values = packed.toDoubleVector();
-    return {ConvWeightOp::unpack_plan({values.begin() + 3, values.end()}),
+    return {unpack_plan({values.begin() + 3, values.end()}),
             {static_cast<ActivationKind>(static_cast<int>(values[0])), values[1], values[2]}};
   }
 
@@ -314,17 +242,8 @@ struct ConvOp : CompiledBackward<ConvOp> {
       if (g.defined() && activation.kind != ActivationKind::identity)
         g = differentiable_activation_backward(g, output, activation, saved_by_linear(activation));
       if (grad_z.defined()) g = g.defined() ? g + grad_z : grad_z;
-      if (needs(0)) result[0] = product(g, weight, flipped(plan));
-      if (needs(1)) {
-        ConvPlan underlying = plan;
-        underlying.transposed = false;
-        result[1] = plan.transposed ? conv_weight(input, g, underlying) : conv_weight(g, input, underlying);
-      }
-      if (needs(2)) {
-        std::vector<int64_t> summed{0};
-        for (int i = 0; i < plan.dims; ++i) summed.push_back(2 + i);
-        result[2] = g.sum(summed);
-      }
+      auto gradients = differentiable_conv_backward(g, input, weight, plan, {needs(0), needs(1), needs(2)});
+      std::move(gradients.begin(), gradients.end(), result.begin());
       return result;
     }
 
@@ -335,6 +254,24 @@ struct ConvOp : CompiledBackward<ConvOp> {
 };
 
 }  // namespace
+
+std::array<Tensor, 3> differentiable_conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                                   const ConvPlan& plan, std::array<bool, 3> output_mask) {
+  std::array<Tensor, 3> out;
+  if (output_mask[0]) out[0] = product(grad_output, weight, flipped(plan));
+  if (output_mask[1]) {
+    ConvPlan underlying = plan;
+    underlying.transposed = false;
+    out[1] =
+        plan.transposed ? conv_weight(input, grad_output, underlying) : conv_weight(grad_output, input, underlying);
+  }
+  if (output_mask[2]) {
+    std::vector<int64_t> summed{0};
+    for (int i = 0; i < plan.dims; ++i) summed.push_back(2 + i);
+    out[2] = grad_output.sum(summed);
+  }
+  return out;
+}
 
 void set_conv_precision(ConvPrecision precision) { precision_setting.store(precision, std::memory_order_relaxed); }
 
@@ -424,13 +361,8 @@ ConvOutput conv_forward(const Tensor& input, const Tensor& weight, const optiona
   const auto type = input.scalar_type();
   check_operand(input, type, plan.transposed ? out_sizes(plan) : in_sizes(plan), "input");
   check_operand(weight, type, weight_sizes(plan), "weight");
-  Tensor b = bias.value_or(Tensor());
-  if (b.defined()) {
-    check_tensor(b, "conv", "bias");
-    check_dtype(b, type, "conv", "bias");
-    b = b.contiguous();
-  }
-  const Sizes sizes = plan.transposed ? in_sizes(plan) : out_sizes(plan);
+  const Tensor b = checked_bias(bias, type);
+  const ConvSizes sizes = plan.transposed ? in_sizes(plan) : out_sizes(plan);
   ConvOutput out;
   out.y = empty_in(sizes, plan.layout, type);
   if (need_saved && saved_by_linear(activation) == Saved::input) out.z = empty_in(sizes, plan.layout, type);
@@ -448,8 +380,8 @@ std::array<Tensor, 3> conv_backward(const Tensor& grad_output, const Tensor& sav
                                     std::array<bool, 3> output_mask) {
   const auto type = grad_output.scalar_type();
   const bool identity = activation.kind == ActivationKind::identity;
-  const Sizes input_sizes = plan.transposed ? out_sizes(plan) : in_sizes(plan);
-  const Sizes output_sizes = plan.transposed ? in_sizes(plan) : out_sizes(plan);
+  const ConvSizes input_sizes = plan.transposed ? out_sizes(plan) : in_sizes(plan);
+  const ConvSizes output_sizes = plan.transposed ? in_sizes(plan) : out_sizes(plan);
   check_operand(grad_output, type, output_sizes, "grad_output");
   if (!identity) {
     TORCH_CHECK(saved.defined(), "conv: saved must be what the forward pass saved for ",

@@ -376,9 +376,10 @@ bool read_params(const ConvArguments& arguments, const Tensor& weight, ConvParam
   return true;
 }
 
-py::object conv_fast(const ConvArguments& arguments, py::handle input, py::handle weight, py::handle bias, int kind,
-                     double a, double b) {
-  const Activation activation = make_activation(kind, a, b);
+// call(input with a batch, weight, bias, plan) if the call is plain and its geometry good. It may refuse, too.
+template <class Call>
+py::object conv_call(const ConvArguments& arguments, py::handle input, py::handle weight, py::handle bias,
+                     Call&& call) {
   return layer_fast(input, weight, bias, [&](const Tensor& x, const Tensor& w, const optional<Tensor>& bias_tensor) {
     ConvParams params{arguments.dims, arguments.transposed, 1, {1, 1, 1}, {}, {}, {1, 1, 1}};
     if (!read_params(arguments, w, params)) return not_implemented();
@@ -386,11 +387,18 @@ py::object conv_fast(const ConvArguments& arguments, py::handle input, py::handl
     const Tensor batch = batched ? x : x.unsqueeze(0);
     ConvPlan plan;
     if (!plan_conv(batch, w, bias_tensor.value_or(Tensor()), params, plan).empty()) return not_implemented();
-    return without_gil([&] {
-      const Tensor y = fastops::conv(batch, w, bias_tensor, plan, activation);
-      return batched ? y : y.squeeze(0);
-    });
+    return call(batch, w, bias_tensor, plan, [&](const Tensor& y) { return batched ? y : y.squeeze(0); });
   });
+}
+
+py::object conv_fast(const ConvArguments& arguments, py::handle input, py::handle weight, py::handle bias, int kind,
+                     double a, double b) {
+  const Activation activation = make_activation(kind, a, b);
+  return conv_call(arguments, input, weight, bias,
+                   [&](const Tensor& x, const Tensor& w, const optional<Tensor>& bias_tensor, const ConvPlan& plan,
+                       auto&& finished) {
+                     return without_gil([&] { return finished(fastops::conv(x, w, bias_tensor, plan, activation)); });
+                   });
 }
 
 template <int dims>
@@ -404,6 +412,25 @@ py::object conv_transpose_fast(py::handle input, py::handle weight, py::handle b
                                py::handle padding, py::handle output_padding, py::handle groups, py::handle dilation,
                                int kind, double a, double b) {
   return conv_fast({dims, true, stride, padding, dilation, output_padding, groups}, input, weight, bias, kind, a, b);
+}
+
+template <int dims>
+py::object conv_max_pool_fast(py::handle input, py::handle weight, py::handle bias, py::handle stride,
+                              py::handle padding, py::handle dilation, py::handle groups, py::handle pool_size,
+                              int kind, double a, double b) {
+  const Activation activation = make_activation(kind, a, b);
+  return conv_call(
+      {dims, false, stride, padding, dilation, {}, groups}, input, weight, bias,
+      [&](const Tensor& x, const Tensor& w, const optional<Tensor>& bias_tensor, const ConvPlan& plan,
+          auto&& finished) {
+        int64_t pool[3]{1, 1, 1};
+        if (!read_sizes(pool_size.ptr(), dims, pool)) return not_implemented();
+        for (int i = 0; i < 3; ++i)
+          if (pool[i] < 1 || pool[i] > plan.geometry.out[i]) return not_implemented();
+        return without_gil([&] {
+          return finished(fastops::conv_max_pool(x, w, bias_tensor, plan, activation, {pool[0], pool[1], pool[2]}));
+        });
+      });
 }
 
 // What of these arguments does not fit, for the message of an error; "" where everything does.
@@ -606,6 +633,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_transpose1d", &conv_transpose_fast<1>);
   m.def("conv_transpose2d", &conv_transpose_fast<2>);
   m.def("conv_transpose3d", &conv_transpose_fast<3>);
+  m.def("conv_max_pool1d", &conv_max_pool_fast<1>);
+  m.def("conv_max_pool2d", &conv_max_pool_fast<2>);
+  m.def("conv_max_pool3d", &conv_max_pool_fast<3>);
   m.def("conv_problem", &conv_problem);
   m.def("set_conv_precision", [](int precision) { set_conv_precision(static_cast<ConvPrecision>(precision)); });
   m.def("conv_precision", [] { return static_cast<int>(conv_precision()); });

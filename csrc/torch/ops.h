@@ -75,6 +75,10 @@ std::array<Tensor, 3> conv_backward(const Tensor& grad_output, const Tensor& sav
                                     std::array<bool, 3> output_mask);
 Tensor conv(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvPlan& plan,
             Activation activation);
+// The gradients of conv without activation, differentiable themselves; those not asked for stay undefined. input is
+// needed for the weight's, weight for the input's.
+std::array<Tensor, 3> differentiable_conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                                   const ConvPlan& plan, std::array<bool, 3> output_mask);
 // What convolutions may trade for speed, for the whole process.
 void set_conv_precision(ConvPrecision precision);
 ConvPrecision conv_precision();
@@ -141,6 +145,8 @@ Tensor max_pool_backward(const Tensor& grad_output, const Tensor& indices, const
 // Positions in the input's planes (int64) from either kind of indices. A composite of torch ops, for second
 // derivatives.
 Tensor max_pool_positions(const Tensor& indices, const PoolPlan& plan);
+// max_pool_backward for a gradient that somebody will differentiate, or that is batched or dual, in torch's own ops.
+Tensor differentiable_max_pool_backward(const Tensor& grad_output, const Tensor& indices, const PoolPlan& plan);
 MaxPoolOutput max_pool(const Tensor& input, const PoolPlan& plan, bool return_indices);
 
 // What an average divides by; see AvgPoolForward.
@@ -151,5 +157,11 @@ struct AvgDivisor {
 Tensor avg_pool_forward(const Tensor& input, const PoolPlan& plan, const AvgDivisor& divisor);
 Tensor avg_pool_backward(const Tensor& grad_output, const PoolPlan& plan, const AvgDivisor& divisor);
 Tensor avg_pool(const Tensor& input, const PoolPlan& plan, const AvgDivisor& divisor);
+
+// ---- conv_pool.cpp
+// max_pool(conv(input, weight, bias, activation)) with windows of `pool` elements that do not overlap, in the last
+// `dims` of three dimensions: in one kernel where that has been written, otherwise one after the other.
+Tensor conv_max_pool(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvPlan& plan,
+                     Activation activation, const std::array<int64_t, 3>& pool);
 
 }  // namespace fastops

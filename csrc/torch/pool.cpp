@@ -159,13 +159,7 @@ struct MaxPoolOp : CompiledBackward<MaxPoolOp> {
     const Tensor& g = grads[0];
     if (!g.defined() || !needs(0)) return {Tensor()};
     if (direct(g)) return {max_pool_backward(g, saved[0], args.plan)};
-    // Somebody will differentiate this gradient, or it is batched or dual: write it in torch's own differentiable ops.
-    const PoolGeometry& geometry = args.plan.geometry;
-    const std::array<int64_t, 2> rows = {geometry.batch * geometry.channels, -1};
-    const Sizes sizes = sizes_of(args.plan, geometry.in);
-    if (g.numel() == 0) return {at::zeros(sizes, g.options())};
-    const Tensor positions = max_pool_positions(saved[0], args.plan).reshape(rows);
-    return {at::zeros(sizes, g.options()).reshape(rows).scatter_add(-1, positions, g.reshape(rows)).reshape(sizes)};
+    return {differentiable_max_pool_backward(g, saved[0], args.plan)};
   }
 };
 
@@ -350,6 +344,16 @@ Tensor max_pool_positions(const Tensor& indices, const PoolPlan& plan) {
     position = position * g.in[i] + first.reshape(shape) + taps[i] * (g.adaptive ? 1 : g.dilation[i]);
   }
   return position;
+}
+
+Tensor differentiable_max_pool_backward(const Tensor& grad_output, const Tensor& indices, const PoolPlan& plan) {
+  const PoolGeometry& geometry = plan.geometry;
+  const std::array<int64_t, 2> rows = {geometry.batch * geometry.channels, -1};
+  const Sizes sizes = sizes_of(plan, geometry.in);
+  const Tensor zeros = at::zeros(sizes, grad_output.options());
+  if (grad_output.numel() == 0) return zeros;
+  const Tensor positions = max_pool_positions(indices, plan).reshape(rows);
+  return zeros.reshape(rows).scatter_add(-1, positions, grad_output.reshape(rows)).reshape(sizes);
 }
 
 MaxPoolOutput max_pool(const Tensor& input, const PoolPlan& plan, bool return_indices) {

@@ -107,7 +107,8 @@ class PoolTest {
         args.layout = c.layout, args.w_layout = c.w_layout, args.geometry = g;
         for (int d = 0; d < 3; ++d) args.pool[d] = pool[d];
         args.grad_y = grad_y.data(), args.indices = indices.data();
-        args.x = x.data(), args.w = w.data();
+        args.x = (outputs & 2) != 0 ? x.data() : nullptr;
+        args.w = (outputs & 1) != 0 ? w.data() : nullptr;
         args.grad_x = (outputs & 1) != 0 ? out[0].data() : nullptr;
         args.grad_w = (outputs & 2) != 0 ? out[1].data() : nullptr;
         args.grad_bias = (outputs & 4) != 0 ? out[2].data() : nullptr;

@@ -8,14 +8,25 @@
 
 constexpr const char* kDepthwiseName = "depthwise";
 
-inline bool is_depthwise(const ConvGeometry& g) {
+// Two-dimensional, and not empty.
+inline bool is_flat(const ConvGeometry& g) {
   const bool flat = g.in[0] == 1 && g.out[0] == 1 && g.kernel[0] == 1 && g.padding[0] == 0;
-  const bool empty = g.batch * g.in[1] * g.in[2] * g.out[1] * g.out[2] * g.kernel[1] * g.kernel[2] == 0;
-  return g.groups > 1 && g.groups == g.in_channels && flat && !empty;
+  return flat && g.batch * g.in[1] * g.in[2] * g.out[1] * g.out[2] * g.kernel[1] * g.kernel[2] > 0;
+}
+inline bool is_depthwise(const ConvGeometry& g) { return g.groups > 1 && g.groups == g.in_channels && is_flat(g); }
+
+// The gradient of a first layer's input: too few rows for a matrix product, while every plane of the gradient, once
+// copied, serves all of them.
+constexpr const char* kInputPlanesName = "conv_input_planes";
+constexpr int64_t kInputPlanes = 4, kGradientPlanes = 256;
+inline bool has_input_planes(const ConvGeometry& g) {
+  return g.groups == 1 && g.in_channels <= kInputPlanes && g.out_channels <= kGradientPlanes && is_flat(g);
 }
 
 // The copy of a band, measured on Granite Rapids (48 KB L1d).
 constexpr int64_t kBandBytes = 32 * 1024;
+// The bands of several planes that one output sums over may take as much as this many of one: they are read once.
+constexpr int64_t kPlanesInL2 = 16;
 
 // Filters of one input channel whose gradients are summed side by side.
 constexpr int64_t kFilterBlock = 8;
@@ -88,7 +99,8 @@ DepthwisePlan plan_depthwise_input(const ConvGeometry& g, int threads) {
   const int64_t multiplier = g.out_channels / g.groups, sh = g.stride[1], sw = g.stride[2];
   const GradientSpan cols = gradient_span(g, 2, 0, g.in[2]);
   plan.row = padded_row<C>(g.out[2], -cols.first, cols.count, 1);
-  const int64_t rows = kBandBytes / (multiplier * plan.row.elements() * static_cast<int64_t>(sizeof(C)));
+  const int64_t band_bytes = kBandBytes * smaller<int64_t>(multiplier, kPlanesInL2);
+  const int64_t rows = band_bytes / (multiplier * plan.row.elements() * static_cast<int64_t>(sizeof(C)));
   const int64_t reach = ceil_div(g.dilation[1] * (g.kernel[1] - 1), sh) + 1, least = kPlaneRows * sh;
   plan.band = smaller(larger(rows - reach, int64_t{1}) * sh / least * least, round_up(g.in[1], sh));
   plan.band = larger(plan.band, smaller(least, round_up(g.in[1], sh)));
@@ -97,7 +109,7 @@ DepthwisePlan plan_depthwise_input(const ConvGeometry& g, int threads) {
   const int64_t residues = sw > 1 ? sw * ceil_div(plan.band, sh) * plan.phase_pitch + round_up(g.in[2], S) : 0;
   const int64_t taps = multiplier * g.kernel[1] * g.kernel[2];
   place_depthwise<C>(plan, multiplier, taps, taps, residues);
-  plan.threads = depthwise_threads(g, g.batch * g.in_channels, threads);
+  plan.threads = depthwise_threads(g, g.batch * g.groups * ceil_div(g.in[1], plan.band), threads);
   return plan;
 }
 
@@ -187,7 +199,9 @@ void depthwise(const ConvForward& args, void* workspace, const Team& team) {
 
 template <class T>
 bool depthwise_takes(const ConvBackwardInput& args) {
-  return args.layout == Layout::channels_first && is_depthwise(args.geometry);
+  return args.layout == Layout::channels_first &&
+         (is_depthwise(args.geometry) || (has_input_planes(args.geometry) &&
+                                          (args.w_layout == Layout::channels_first || args.geometry.in_channels == 1)));
 }
 template <class T>
 size_t depthwise_workspace(const ConvBackwardInput& args, int threads) {
@@ -205,42 +219,48 @@ inline Residue residue_of(const ConvGeometry& g, int d, int64_t q0, int64_t q1, 
   const int64_t count = q1 - q0 > residue ? ceil_div(q1 - q0 - residue, g.stride[d]) : 0;
   return {q0 + residue + g.padding[d], count};
 }
-inline bool reaches(const ConvGeometry& g, int d, int64_t u, int64_t tap) {
-  return (u - tap * g.dilation[d]) % g.stride[d] == 0;
+// The taps of a dimension that read the gradient for position u, counted down from the last: tap `last` reads at `at`,
+// the one `period` before it `step` further on.
+struct ReachingTaps {
+  int64_t count, last, period, at, step;
+};
+inline ReachingTaps reaching_taps(const ConvGeometry& g, int d, int64_t u) {
+  const int64_t stride = g.stride[d], dilation = g.dilation[d];
+  const int64_t period = stride / greatest_common_divisor(stride, dilation);
+  int64_t last = g.kernel[d] - 1;
+  while (last >= 0 && (u - last * dilation) % stride != 0) --last;
+  if (last < 0) return {};
+  return {last / period + 1, last, period, (u - last * dilation) / stride, period * dilation / stride};
 }
 
-// Fills `taps` for one pair of residues; w is channel c's first filter. Returns the height of the columns.
+// Fills `taps` for one pair of residues; w is channel c's first filter, and the next is w_step elements on. Returns the
+// height of the columns.
 template <class T>
-int64_t input_taps(const ConvGeometry& g, const DepthwisePlan& plan, const T* w, int64_t u_h, int64_t u_w,
-                   int64_t first_row, int64_t first_col, TapColumns<Compute<T>>& taps) {
-  const int64_t multiplier = g.out_channels / g.groups, kh = g.kernel[1], kw = g.kernel[2];
+int64_t input_taps(const ConvGeometry& g, const DepthwisePlan& plan, const T* w, int64_t w_step, int64_t u_h,
+                   int64_t u_w, int64_t first_row, int64_t first_col, TapColumns<Compute<T>>& taps) {
+  const int64_t multiplier = g.out_channels / g.groups, kw = g.kernel[2];
+  const ReachingTaps high = reaching_taps(g, 1, u_h), wide = reaching_taps(g, 2, u_w);
   taps.step = taps.row_step = plan.row.elements();
-  int64_t height = 0;
-  for (int64_t rh = 0; rh < kh; ++rh) height += reaches(g, 1, u_h, rh) ? 1 : 0;
-  const bool columns = height > 0 && has_column(height, 1, g.dilation[1]);
+  const bool columns = high.count > 0 && has_column(high.count, 1, g.dilation[1]);
   taps.columns = 0;
   int64_t n = 0;
   for (int64_t m = 0; m < multiplier; ++m)
-    for (int64_t rw = kw - 1; rw >= 0; --rw) {
-      if (!reaches(g, 2, u_w, rw)) continue;
-      bool started = false;
-      for (int64_t rh = kh - 1; rh >= 0; --rh) {
-        if (!reaches(g, 1, u_h, rh)) continue;
-        if (!columns || !started) {
-          const int64_t row = (u_h - rh * g.dilation[1]) / g.stride[1] - first_row;
-          const int64_t col = (u_w - rw * g.dilation[2]) / g.stride[2] - first_col;
-          taps.offsets[taps.columns++] = m * plan.plane + row * plan.row.elements() + plan.row.at(col);
-          started = true;
-        }
-        taps.weights[n++] = widen_one(w + (m * kh + rh) * kw + rw);
+    for (int64_t j = 0; j < wide.count; ++j) {
+      const T* from = w + m * w_step + high.last * kw + wide.last - j * wide.period;
+      int64_t at = m * plan.plane + (high.at - first_row) * plan.row.elements() +
+                   plan.row.at(wide.at + j * wide.step - first_col);
+      for (int64_t i = 0; i < high.count; ++i, from -= high.period * kw) {
+        if (!columns || i == 0) taps.offsets[taps.columns++] = at;
+        at += high.step * plan.row.elements();
+        taps.weights[n++] = widen_one(from);
       }
     }
-  return columns ? height : 1;
+  return columns ? high.count : 1;
 }
 
 // One band [q0, q1) of rows of a plane of the input's gradient.
 template <class T>
-void depthwise_input_band(const ConvGeometry& g, const DepthwisePlan& plan, const T* w,
+void depthwise_input_band(const ConvGeometry& g, const DepthwisePlan& plan, const T* w, int64_t w_step,
                           const PlaneOutput<Compute<T>>& out, int64_t q0, int64_t q1, int64_t first_row,
                           DepthwiseScratch<Compute<T>>& scratch) {
   using C = Compute<T>;
@@ -255,7 +275,7 @@ void depthwise_input_band(const ConvGeometry& g, const DepthwisePlan& plan, cons
     to.rs = sh * width;
     for (int64_t b = 0; b < sw && b < width; ++b) {
       const Residue wide = residue_of(g, 2, 0, width, b);
-      const int64_t height = input_taps(g, plan, w, high.u, wide.u, first_row, first_col, scratch.taps);
+      const int64_t height = input_taps(g, plan, w, w_step, high.u, wide.u, first_row, first_col, scratch.taps);
       with_column(height, 1, 1, [&](auto kh, auto sh1) {
         constexpr int KH = decltype(kh)::value;
         if constexpr (decltype(sh1)::value == 1) {
@@ -290,24 +310,25 @@ void depthwise(const ConvBackwardInput& args, void* workspace, const Team& team)
   using C = Compute<T>;
   const ConvGeometry& g = args.geometry;
   const DepthwisePlan plan = plan_depthwise_input<C>(g, team.threads);
-  const int64_t planes = g.batch * g.in_channels, multiplier = g.out_channels / g.groups;
+  const int64_t channels = g.in_channels / g.groups, multiplier = g.out_channels / g.groups;
   const int64_t in = g.in[1] * g.in[2], out = g.out[1] * g.out[2], window = g.kernel[1] * g.kernel[2];
+  const int64_t bands = ceil_div(g.in[1], plan.band), units = g.batch * g.groups * bands;
   const Plane<T> grad_y = gradient_plane<T>(args.grad_y, args.saved, args.activation, g.out[2]);
   const PlaneOutput<C> output = plane_output<T>(args.grad_x, args.z, g.in[2], args.epilogue);
   team.parallel(plan.threads, [&](int thread, int actual) {
     DepthwiseScratch<C> scratch = depthwise_scratch<C>(plan, multiplier, multiplier * window, workspace, thread);
-    for (int64_t plane = planes * thread / actual; plane < planes * (thread + 1) / actual; ++plane) {
-      const int64_t c = plane % g.in_channels;
-      PlaneOutput<C> to = offset<T>(output, plane * in);
-      to.bias = args.bias == nullptr ? 0 : widen_one(static_cast<const T*>(args.bias) + c);
-      for (int64_t q0 = 0; q0 < g.in[1]; q0 += plan.band) {
-        const int64_t q1 = smaller(q0 + plan.band, g.in[1]);
-        const GradientSpan rows = gradient_span(g, 1, q0, q1);
-        for (int64_t m = 0; m < multiplier; ++m)
-          copy_rows(offset(grad_y, (plane * multiplier + m) * out), g.out[1], rows.first, rows.count,
-                    plan.band >= g.in[1], plan.row, scratch.copy + m * plan.plane);
-        depthwise_input_band(g, plan, static_cast<const T*>(args.w) + c * multiplier * window, to, q0, q1, rows.first,
-                             scratch);
+    for (int64_t unit = units * thread / actual; unit < units * (thread + 1) / actual; ++unit) {
+      const int64_t slice = unit / bands, group = slice % g.groups;  // slice: (image, group)
+      const int64_t q0 = unit % bands * plan.band, q1 = smaller(q0 + plan.band, g.in[1]);
+      const GradientSpan rows = gradient_span(g, 1, q0, q1);
+      for (int64_t m = 0; m < multiplier; ++m)
+        copy_rows(offset(grad_y, (slice * multiplier + m) * out), g.out[1], rows.first, rows.count, bands == 1,
+                  plan.row, scratch.copy + m * plan.plane);
+      for (int64_t c = 0; c < channels; ++c) {
+        PlaneOutput<C> to = offset<T>(output, (slice * channels + c) * in);
+        to.bias = args.bias == nullptr ? 0 : widen_one(static_cast<const T*>(args.bias) + group * channels + c);
+        const T* const w = static_cast<const T*>(args.w) + (group * multiplier * channels + c) * window;
+        depthwise_input_band(g, plan, w, channels * window, to, q0, q1, rows.first, scratch);
       }
     }
   });

@@ -220,6 +220,11 @@ size_t depthwise_last_workspace(const ConvBackwardInput& args, int threads) {
   return static_cast<size_t>(plan.per_thread * plan.threads);
 }
 
+// Whether tap `tap` reads the gradient for position u.
+inline bool reaches(const ConvGeometry& g, int d, int64_t u, int64_t tap) {
+  return (u - tap * g.dilation[d]) % g.stride[d] == 0;
+}
+
 // The jobs of rows [q0, q1) of grad_x, positions `residue` modulo the stride, which read rows of the gradient from
 // `first` on. Returns how many neighbouring taps each entry has.
 template <class C>

@@ -225,7 +225,7 @@ UnpoolPlan plan_unpool(const ConvPoolBackward& args, int threads) {
   const ConvGeometry& g = args.geometry;
   UnpoolPlan plan{};
   const bool weights = args.grad_w != nullptr || args.grad_bias != nullptr;
-  plan.first = weights && pools_first_layer(args.dtype, args.layout, g, args.pool);
+  plan.first = args.grad_w != nullptr && pools_first_layer(args.dtype, args.layout, g, args.pool);
   if constexpr (same_type<T, Compute<T>>)
     if (plan.first) plan.conv_bytes = static_cast<size_t>(plan_pooled<T>(g, true, threads).total);
   plan.weight_elements = g.out_channels * (g.in_channels / g.groups) * spatial_elements(g.kernel);
@@ -332,7 +332,7 @@ void conv_pool_backward(const ConvPoolBackward& args, void* workspace, const Tea
   with_dtype(args.dtype, [&](auto t) { conv_pool<decltype(t)>(args, workspace, team); });
 }
 const char* conv_pool_backward_name(const ConvPoolBackward& args) {
-  if (args.grad_x == nullptr && pools_first_layer(args.dtype, args.layout, args.geometry, args.pool))
+  if (args.grad_x == nullptr && args.grad_w != nullptr && pools_first_layer(args.dtype, args.layout, args.geometry, args.pool))
     return "conv_pool_first";
   return "conv_pool_blocks";
 }

@@ -1,0 +1,92 @@
+// What the ops on convolutions share: a plan's layouts and sizes, and what is checked of its operands.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstring>
+
+#include "check.h"
+#include "memory.h"
+#include "ops.h"
+
+namespace fastops {
+
+inline at::MemoryFormat format_of(Layout layout, int dims) {
+  if (layout == Layout::channels_first) return at::MemoryFormat::Contiguous;
+  return dims == 2 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
+}
+
+inline bool suggests_channels_last(const Tensor& tensor) {
+  return tensor.suggest_memory_format() != at::MemoryFormat::Contiguous;
+}
+
+// What the kernels read: the tensor where it lies if that is the plan's layout, else a copy.
+inline Tensor in_layout(const Tensor& tensor, const ConvPlan& plan) {
+  return tensor.contiguous(format_of(plan.layout, plan.dims));
+}
+
+inline Tensor weight_in_layout(const Tensor& weight, const ConvPlan& plan) {
+  return weight.contiguous(format_of(plan.w_layout, plan.dims));
+}
+
+using ConvSizes = c10::SmallVector<int64_t, 5>;
+
+inline ConvSizes conv_sizes(int64_t first, int64_t second, const int64_t (&spatial)[3], int dims) {
+  ConvSizes sizes{first, second};
+  sizes.append(spatial + 3 - dims, spatial + 3);
+  return sizes;
+}
+
+// The sizes of the underlying convolution's operands: x (in), y (out) and w.
+inline ConvSizes in_sizes(const ConvPlan& plan) {
+  return conv_sizes(plan.geometry.batch, plan.geometry.in_channels, plan.geometry.in, plan.dims);
+}
+inline ConvSizes out_sizes(const ConvPlan& plan) {
+  return conv_sizes(plan.geometry.batch, plan.geometry.out_channels, plan.geometry.out, plan.dims);
+}
+inline ConvSizes weight_sizes(const ConvPlan& plan) {
+  const ConvGeometry& g = plan.geometry;
+  return conv_sizes(g.out_channels, g.in_channels / g.groups, g.kernel, plan.dims);
+}
+
+inline Tensor empty_in(at::IntArrayRef sizes, Layout layout, at::ScalarType type) {
+  if (layout == Layout::channels_first) return empty_output(sizes, type);
+  const auto strides =
+      sizes.size() == 4 ? c10::get_channels_last_strides_2d(sizes) : c10::get_channels_last_strides_3d(sizes);
+  return empty_output_strided(sizes, strides, type);
+}
+
+inline const void* data_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
+inline void* mutable_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
+
+inline void check_operand(const Tensor& tensor, at::ScalarType type, at::IntArrayRef sizes, const char* name) {
+  check_tensor(tensor, "conv", name);
+  check_dtype(tensor, type, "conv", name);
+  TORCH_CHECK(tensor.sizes() == sizes, "conv: ", name, " must have shape ", sizes, ", got ", tensor.sizes());
+}
+
+inline Tensor checked_bias(const optional<Tensor>& bias, at::ScalarType type) {
+  const Tensor b = bias.value_or(Tensor());
+  if (!b.defined()) return b;
+  check_tensor(b, "conv", "bias");
+  check_dtype(b, type, "conv", "bias");
+  return b.contiguous();
+}
+
+// A plan as numbers, for the nodes that compiled autograd packs.
+inline std::vector<int64_t> pack_plan(const ConvPlan& plan) {
+  static_assert(sizeof(ConvGeometry) % sizeof(int64_t) == 0);
+  std::vector<int64_t> values{plan.dims, plan.transposed, static_cast<int64_t>(plan.layout),
+                              static_cast<int64_t>(plan.w_layout)};
+  values.resize(values.size() + sizeof(ConvGeometry) / sizeof(int64_t));
+  std::memcpy(values.data() + 4, &plan.geometry, sizeof(ConvGeometry));
+  return values;
+}
+inline ConvPlan unpack_plan(const std::vector<int64_t>& values) {
+  ConvPlan plan{
+      static_cast<int>(values[0]), values[1] != 0, static_cast<Layout>(values[2]), static_cast<Layout>(values[3]), {}};
+  std::memcpy(&plan.geometry, values.data() + 4, sizeof(ConvGeometry));
+  return plan;
+}
+
+}  // namespace fastops

@@ -1,0 +1,183 @@
+#include "../kernels/conv_pool.h"
+
+#include <ATen/ATen.h>
+
+#include "../kernels/cpu/isa.h"
+#include "conv_plan.h"
+#include "fast_door.h"
+#include "node.h"
+#include "record.h"
+#include "team.h"
+
+namespace fastops {
+namespace {
+
+using PoolSize = std::array<int64_t, 3>;
+
+// The pool after the convolution.
+PoolPlan pool_plan(const ConvPlan& plan, const PoolSize& pool) {
+  PoolPlan result{plan.dims, true, plan.layout, {}};
+  PoolGeometry& g = result.geometry;
+  g.batch = plan.geometry.batch;
+  g.channels = plan.geometry.out_channels;
+  for (size_t i = 0; i < 3; ++i) {
+    g.in[i] = plan.geometry.out[i];
+    g.out[i] = g.in[i] / pool[i];
+    g.kernel[i] = g.stride[i] = pool[i];
+    g.dilation[i] = 1;
+  }
+  return result;
+}
+
+ConvSizes pooled_sizes(const PoolPlan& pool) {
+  return conv_sizes(pool.geometry.batch, pool.geometry.channels, pool.geometry.out, pool.dims);
+}
+
+std::string op_name(const ConvPlan& plan, const char* suffix = "") {
+  return c10::str("conv_max_pool", plan.dims, "d", suffix);
+}
+
+// Whether there is one kernel for all of it.
+bool is_fused(const ConvPlan& plan, Activation activation, const PoolSize& pool) {
+  const bool known = activation.kind == ActivationKind::identity || activation.kind == ActivationKind::relu;
+  return known && !plan.transposed && pool[0] * pool[1] * pool[2] <= kNoGradient;
+}
+
+struct Pooled {
+  Tensor y, indices;
+};
+
+Pooled conv_pool_forward(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvPlan& plan,
+                         Activation activation, const PoolSize& pool, bool need_indices) {
+  const auto type = input.scalar_type();
+  check_operand(input, type, in_sizes(plan), "input");
+  check_operand(weight, type, weight_sizes(plan), "weight");
+  const Tensor b = checked_bias(bias, type);
+  const ConvSizes sizes = pooled_sizes(pool_plan(plan, pool));
+  Pooled out{empty_in(sizes, plan.layout, type), {}};
+  if (need_indices) out.indices = empty_in(sizes, plan.layout, at::kByte);
+  if (out.y.numel() == 0) return out;
+  const Tensor x = in_layout(input, plan), w = weight_in_layout(weight, plan);
+  const ConvPoolForward args{to_dtype(type),
+                             plan.layout,
+                             plan.w_layout,
+                             plan.geometry,
+                             {pool[0], pool[1], pool[2]},
+                             x.const_data_ptr(),
+                             w.const_data_ptr(),
+                             data_or_null(b),
+                             activation,
+                             out.y.mutable_data_ptr(),
+                             need_indices ? out.indices.mutable_data_ptr<uint8_t>() : nullptr,
+                             conv_precision()};
+  const KernelTable& table = kernels(args.dtype);
+  const Team team = torch_team();
+  const Workspace workspace(table.conv_pool_forward_workspace(args, team.threads));
+  record::timed(
+      [&] {
+        return record::Row{op_name(plan), table.conv_pool_forward_name(args), record::shapes_of({x, w, b}),
+                           dtype_name(type)};
+      },
+      [&] { table.conv_pool_forward(args, workspace.get(), team); });
+  return out;
+}
+
+std::array<Tensor, 3> conv_pool_backward(const Tensor& grad_output, const Tensor& indices, const Tensor& input,
+                                         const Tensor& weight, const ConvPlan& plan, const PoolSize& pool,
+                                         std::array<bool, 3> output_mask) {
+  const auto type = grad_output.scalar_type();
+  check_operand(grad_output, type, pooled_sizes(pool_plan(plan, pool)), "grad_output");
+  if (output_mask[0]) check_operand(weight, type, weight_sizes(plan), "weight");
+  if (output_mask[1]) check_operand(input, type, in_sizes(plan), "input");
+  std::array<Tensor, 3> out;
+  if (output_mask[0]) out[0] = empty_in(in_sizes(plan), plan.layout, type);
+  if (output_mask[1]) out[1] = empty_in(weight_sizes(plan), plan.w_layout, type);
+  if (output_mask[2]) out[2] = empty_output({plan.geometry.out_channels}, type);
+  if (grad_output.numel() == 0) {  // sums of nothing
+    for (Tensor& gradient : out)
+      if (gradient.defined()) gradient.zero_();
+    return out;
+  }
+  const Tensor g = in_layout(grad_output, plan);
+  const Tensor x = output_mask[1] ? in_layout(input, plan) : Tensor();
+  const Tensor w = output_mask[0] ? weight_in_layout(weight, plan) : Tensor();
+  const ConvPoolBackward args{to_dtype(type),
+                              plan.layout,
+                              plan.w_layout,
+                              plan.geometry,
+                              {pool[0], pool[1], pool[2]},
+                              g.const_data_ptr(),
+                              indices.const_data_ptr<uint8_t>(),
+                              data_or_null(x),
+                              data_or_null(w),
+                              mutable_or_null(out[0]),
+                              mutable_or_null(out[1]),
+                              mutable_or_null(out[2]),
+                              conv_precision()};
+  const KernelTable& table = kernels(args.dtype);
+  const Team team = torch_team();
+  const Workspace workspace(table.conv_pool_backward_workspace(args, team.threads));
+  record::timed(
+      [&] {
+        return record::Row{op_name(plan, "_backward"), table.conv_pool_backward_name(args),
+                           record::shapes_of({g, x, w}), dtype_name(type)};
+      },
+      [&] { table.conv_pool_backward(args, workspace.get(), team); });
+  return out;
+}
+
+struct ConvPoolOp : CompiledBackward<ConvPoolOp> {
+  struct Args {
+    ConvPlan plan;
+    PoolSize pool;
+  };
+  static c10::IValue pack(const Args& args) {
+    std::vector<int64_t> values(args.pool.begin(), args.pool.end());
+    const std::vector<int64_t> plan = pack_plan(args.plan);
+    values.insert(values.end(), plan.begin(), plan.end());
+    return values;
+  }
+  static Args unpack(const c10::IValue& packed) {
+    const auto values = packed.toIntVector();
+    return {unpack_plan({values.begin() + 3, values.end()}), {values[0], values[1], values[2]}};
+  }
+
+  // saved: input (where weight needs a gradient), weight (where input does), indices.
+  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
+                                 Needs needs) {
+    variable_list result(3);
+    const Tensor& grad_y = grads[0];
+    if (!grad_y.defined()) return result;
+    const Tensor &input = saved[0], &weight = saved[1], &indices = saved[2];
+    const std::array<bool, 3> output_mask = {needs(0), needs(1), needs(2)};
+    std::array<Tensor, 3> gradients;
+    if (at::GradMode::is_enabled() || !fast_door::is_plain(grad_y)) {
+      const Tensor none = indices.eq(kNoGradient);
+      const Tensor g = differentiable_max_pool_backward(grad_y.masked_fill(none, 0), indices.masked_fill(none, 0),
+                                                        pool_plan(args.plan, args.pool));
+      gradients = differentiable_conv_backward(g, input, weight, args.plan, output_mask);
+    } else {
+      gradients = conv_pool_backward(grad_y, indices, input, weight, args.plan, args.pool, output_mask);
+    }
+    std::move(gradients.begin(), gradients.end(), result.begin());
+    return result;
+  }
+};
+
+}  // namespace
+
+Tensor conv_max_pool(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvPlan& plan,
+                     Activation activation, const PoolSize& pool) {
+  if (!is_fused(plan, activation, pool))
+    return max_pool(conv(input, weight, bias, plan, activation), pool_plan(plan, pool), false).y;
+  const bool grad_x = needs_grad(input), grad_w = needs_grad(weight);
+  const bool records = at::GradMode::is_enabled() && (grad_x || grad_w || (bias && needs_grad(*bias)));
+  const Pooled out = conv_pool_forward(input, weight, bias, plan, activation, pool, records);
+  if (!records) return out.y;
+  const auto node = make_node<ConvPoolOp>({plan, pool}, input, weight, bias);
+  torch::autograd::set_history(out.y, node);
+  save(node, {grad_w ? input : Tensor(), grad_x ? weight : Tensor(), out.indices});
+  return out.y;
+}
+
+}  // namespace fastops
