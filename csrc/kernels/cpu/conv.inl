@@ -16,7 +16,7 @@ template <class T, class Args, class Visit>
 inline auto with_algorithm(const Args& args, Visit&& visit) {
   if (depthwise_takes<T>(args))
     return visit(
-        is_depthwise(args.geometry) ? kDepthwiseName : kInputPlanesName,
+        is_depthwise(args.geometry) ? kDepthwiseName : kPlanesName,
         [&](int threads) { return depthwise_workspace<T>(args, threads); },
         [&](void* workspace, const Team& team) { depthwise<T>(args, workspace, team); });
   if (depthwise_last_takes<T>(args))

@@ -17,7 +17,7 @@ inline bool is_depthwise(const ConvGeometry& g) { return g.groups > 1 && g.group
 
 // The gradient of a first layer's input: too few rows for a matrix product, while every plane of the gradient, once
 // copied, serves all of them.
-constexpr const char* kInputPlanesName = "conv_input_planes";
+constexpr const char* kPlanesName = "conv_planes";
 constexpr int64_t kInputPlanes = 4, kGradientPlanes = 256;
 inline bool has_input_planes(const ConvGeometry& g) {
   return g.groups == 1 && g.in_channels <= kInputPlanes && g.out_channels <= kGradientPlanes && is_flat(g);
@@ -336,7 +336,9 @@ void depthwise(const ConvBackwardInput& args, void* workspace, const Team& team)
 
 template <class T>
 bool depthwise_takes(const ConvBackwardWeight& args) {
-  return args.layout == Layout::channels_first && is_depthwise(args.geometry);
+  const ConvGeometry& g = args.geometry;
+  const bool single = g.in_channels == 1 && is_flat(g) && has_column(g.kernel[1], g.stride[1], g.dilation[1]);
+  return args.layout == Layout::channels_first && (is_depthwise(g) || single);
 }
 template <class T>
 size_t depthwise_workspace(const ConvBackwardWeight& args, int threads) {

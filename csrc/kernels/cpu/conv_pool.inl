@@ -332,7 +332,8 @@ void conv_pool_backward(const ConvPoolBackward& args, void* workspace, const Tea
   with_dtype(args.dtype, [&](auto t) { conv_pool<decltype(t)>(args, workspace, team); });
 }
 const char* conv_pool_backward_name(const ConvPoolBackward& args) {
-  if (args.grad_x == nullptr && args.grad_w != nullptr && pools_first_layer(args.dtype, args.layout, args.geometry, args.pool))
+  if (args.grad_x == nullptr && args.grad_w != nullptr &&
+      pools_first_layer(args.dtype, args.layout, args.geometry, args.pool))
     return "conv_pool_first";
   return "conv_pool_blocks";
 }
