@@ -177,7 +177,7 @@ void copy_image_planes(const Patches<T>& s, const RowsPlan& plan, int64_t image,
 
 #if defined(FASTOPS_HAS_AMX)
 // As multiply_tiles, with 16 (or 2 x 16) rows of A that lie `pixel` elements apart: `chunks` times 32 k of every piece.
-__attribute__((noinline)) void multiply_pixels(int64_t chunks, const bf16_t* a, int64_t pixel, Pieces pieces,
+__attribute__((noinline)) void multiply_pixels(int64_t chunks, const bf16_t* a, int64_t pixel, const Pieces& pieces,
                                                const amx_b* b, bool two_rows, float* sums) {
   constexpr int64_t kBStride = 128, kCStride = 128;
   const int64_t stride = 2 * pixel;

@@ -142,7 +142,7 @@ struct Pieces {
 // V vectors of B; the last one has cols - (V - 1) * size lanes when Tail.
 template <class P, int R, int V, bool Tail>
 __attribute__((noinline)) void micro(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const P* b, int64_t b_ks,
-                                     int cols, const TileOut<typename Panel<P>::Compute>& out, Pieces pieces) {
+                                     int cols, const TileOut<typename Panel<P>::Compute>& out, const Pieces& pieces) {
   using C = typename Panel<P>::Compute;
   using Lanes = Vec<C>;
   constexpr int S = Lanes::size;
@@ -229,7 +229,7 @@ __attribute__((noinline)) void micro(int64_t k, const P* a, int64_t a_rs, int64_
 
 template <class P, int R>
 inline void micro_cols(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const P* b, int64_t b_ks, int cols,
-                       const TileOut<typename Panel<P>::Compute>& out, Pieces pieces) {
+                       const TileOut<typename Panel<P>::Compute>& out, const Pieces& pieces) {
   constexpr int S = Vec<typename Panel<P>::Compute>::size;
   if (cols == 2 * S)
     micro<P, R, 2, false>(k, a, a_rs, a_ks, b, b_ks, cols, out, pieces);
@@ -242,7 +242,7 @@ inline void micro_cols(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const 
 // One tile of rows x cols.
 template <class P>
 inline void micro_tile(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const P* b, int64_t b_ks, int rows, int cols,
-                       const TileOut<typename Panel<P>::Compute>& out, Pieces pieces = {1, nullptr}) {
+                       const TileOut<typename Panel<P>::Compute>& out, const Pieces& pieces = {1, nullptr}) {
   switch (rows) {
 #if defined(FASTOPS_VEC_AVX512)
     case 12:
