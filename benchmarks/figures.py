@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fastops.benchmarks import activation, conv, linear, pool, training
+from fastops.benchmarks import activation, conv, footprint, linear, pool, training
 from fastops.benchmarks.harness import BOTH, FORWARD, Row
 
 FAST = ("tanh", "mish", "tanhshrink")
@@ -209,13 +209,13 @@ def evaluate(rows: Sequence[Row], memory: dict[str, dict[str, int]] | None) -> l
         results.append(Result(name, f">= {figure.reach:g}{figure.unit}", measured, where, value >= figure.reach))
     if memory is not None:
         ours, theirs = memory["fastops"], memory["torch"]
-        peak = ours["peak_bytes"] / theirs["peak_bytes"]
-        where = f"{ours['peak_bytes'] / 2**20:.0f} MiB, PyTorch {theirs['peak_bytes'] / 2**20:.0f}"
-        results.append(
-            Result("peak memory of an MLP training step / PyTorch's", "<= 1", f"{peak:.3f}", where, peak <= 1)
-        )
-        saved = theirs["relu_saved_bytes"] / ours["relu_saved_bytes"]
-        where = f"{ours['relu_saved_bytes']} bytes, PyTorch {theirs['relu_saved_bytes']}"
+        for model in footprint.MODELS:
+            peak = ours[model] / theirs[model]
+            where = f"{ours[model] / 2**20:.0f} MiB, PyTorch {theirs[model] / 2**20:.0f}"
+            name = f"peak memory of training steps of the {model} / PyTorch's"
+            results.append(Result(name, "<= 1", f"{peak:.3f}", where, peak <= 1))
+        saved = theirs["ReLU"] / ours["ReLU"]
+        where = f"{ours['ReLU']} bytes, PyTorch {theirs['ReLU']}"
         results.append(
             Result("what a ReLU keeps for backward: PyTorch's / ours", ">= 16x", f"{saved:.1f}x", where, saved >= 16)
         )

@@ -1,6 +1,6 @@
-"""Memory of an MLP training step, PyTorch against fastops, each in a process of its own.
+"""Memory of training steps, PyTorch against fastops, each in a process of its own.
 
-`python -m fastops.benchmarks.footprint torch|fastops THREADS` trains for a few steps and prints one line of JSON.
+`python -m fastops.benchmarks.footprint torch|fastops THREADS MODEL` trains for a few steps and prints one line of JSON.
 """
 
 import json
@@ -14,8 +14,10 @@ from torch import nn
 import fastops
 import fastops.functional as FF
 from fastops.benchmarks.training import mlp
+from fastops.demo import ConvNet
 
-SIZES, BATCH, STEPS = (784, 2048, 2048, 10), 4096, 5
+SIZES, BATCH, IMAGES, STEPS = (784, 2048, 2048, 10), 4096, 1024, 5
+MODELS = ("MLP", "ConvNet")
 
 
 def saved_bytes(function: object, x: torch.Tensor) -> int:
@@ -32,11 +34,16 @@ def saved_bytes(function: object, x: torch.Tensor) -> int:
 
 
 def measure(threads: int) -> dict[str, dict[str, int]]:
-    """For "torch" and "fastops": peak_bytes of the training steps, and relu_saved_bytes of a ReLU on 16 MB."""
-    results = {}
+    """For "torch" and "fastops": the peak bytes of each model's training steps by its name, and "ReLU", what one on 16 MB
+    keeps.
+    """
+    results: dict[str, dict[str, int]] = {}
     for side in ("torch", "fastops"):
-        command = [sys.executable, "-m", "fastops.benchmarks.footprint", side, str(threads)]
-        results[side] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        results[side] = {"ReLU": 0}
+        for model in MODELS:
+            command = [sys.executable, "-m", "fastops.benchmarks.footprint", side, str(threads), model]
+            run = subprocess.run(command, check=True, capture_output=True, text=True)
+            results[side].update(json.loads(run.stdout))
     return results
 
 
@@ -45,12 +52,16 @@ def _resident(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _run(side: str) -> dict[str, int]:
+def _run(side: str, name: str) -> dict[str, int]:
     x = torch.randn(4 * 1024 * 1024, requires_grad=True)
     relu_saved = saved_bytes(FF.relu if side == "fastops" else nn.functional.relu, x)
     del x
     torch.manual_seed(0)
-    model, batch, target = mlp(SIZES), torch.randn(BATCH, SIZES[0]), torch.randint(SIZES[-1], (BATCH,))
+    if name == "MLP":
+        model, batch = mlp(SIZES), torch.randn(BATCH, SIZES[0])
+    else:
+        model, batch = ConvNet(), torch.randn(IMAGES, 1, 28, 28)
+    target = torch.randint(10, (len(batch),))
     if side == "fastops":
         fastops.replace_(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -60,9 +71,9 @@ def _run(side: str) -> dict[str, int]:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(batch), target).backward()
         optimizer.step()
-    return {"peak_bytes": _resident("VmHWM") - before, "relu_saved_bytes": relu_saved}
+    return {name: _resident("VmHWM") - before, "ReLU": relu_saved}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[2]))
-    print(json.dumps(_run(sys.argv[1])))
+    print(json.dumps(_run(sys.argv[1], sys.argv[3])))

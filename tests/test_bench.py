@@ -102,9 +102,7 @@ def test_compare_refuses_nan_and_inf(value: float) -> None:
 def test_every_figure_has_its_cases() -> None:
     rows = [row_of(case) for case in command.choose(options())]
     assert all(row.threads in (1, 2) for row in rows)
-    memory = {
-        side: {"peak_bytes": 100, "relu_saved_bytes": 32 if side == "torch" else 1} for side in ("torch", "fastops")
-    }
+    memory = {side: {"MLP": 100, "ConvNet": 100, "ReLU": 32 if side == "torch" else 1} for side in ("torch", "fastops")}
     results = figures.evaluate(rows, memory)
     assert len(results) == len(figures.FIGURES) + len(figures.REMAINING) + 2
     by_name = {result.name: result for result in results}
