@@ -34,8 +34,8 @@ def saved_bytes(function: object, x: torch.Tensor) -> int:
 
 
 def measure(threads: int) -> dict[str, dict[str, int]]:
-    """For "torch" and "fastops": the peak bytes of each model's training steps by its name, and "ReLU", what one on 16 MB
-    keeps.
+    """For "torch" and "fastops": the peak bytes of each model's training steps by its name, and "ReLU": what one
+    keeps of 16 MB.
     """
     results: dict[str, dict[str, int]] = {}
     for side in ("torch", "fastops"):
