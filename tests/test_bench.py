@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastops.benchmarks import activation, command, conv, figures, footprint, harness, linear, report
+from fastops.benchmarks import activation, command, conv, figures, footprint, footprint, harness, linear, report
 from fastops.benchmarks.harness import Case, Row, Sides
 
 
@@ -104,7 +104,7 @@ def test_every_figure_has_its_cases() -> None:
     assert all(row.threads in (1, 2) for row in rows)
     memory = {side: {"MLP": 100, "ConvNet": 100, "ReLU": 32 if side == "torch" else 1} for side in ("torch", "fastops")}
     results = figures.evaluate(rows, memory)
-    assert len(results) == len(figures.FIGURES) + len(figures.REMAINING) + 2
+    assert len(results) == len(figures.FIGURES) + len(figures.REMAINING) + len(footprint.MODELS) + 1
     by_name = {result.name: result for result in results}
     assert by_name["what a ReLU keeps for backward: PyTorch's / ours"].reached
     assert not by_name["linear f32 1x4096x4096, forward: lowest"].reached
