@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastops.benchmarks import activation, command, conv, figures, footprint, footprint, harness, linear, report
+from fastops.benchmarks import activation, command, conv, figures, footprint, harness, linear, report
 from fastops.benchmarks.harness import Case, Row, Sides
 
 
