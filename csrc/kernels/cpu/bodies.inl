@@ -29,6 +29,7 @@
 #include "conv_correlate_last.inl"
 #include "conv_depthwise_last.inl"
 #include "conv_first.inl"
+#include "conv_scatter.inl"
 #include "conv.inl"
 #include "pool_taps.inl"
 #include "pool_windows.inl"
