@@ -16,6 +16,7 @@
 #include "conv_weights.inl"
 #include "conv_gemm_tile.inl"
 #include "conv_gemm_rows.inl"
+#include "conv_gemm_pairs.inl"
 #include "conv_gemm.inl"
 #include "conv_gemm_weight.inl"
 #include "conv_weight_rows.inl"

@@ -16,6 +16,10 @@ constexpr int64_t kTileRows = 10, kRowsOutputs = 128;
 // Channels first, the columns of C run on through the padding, which costs as much as it is wide; packing costs about
 // this many times what one output does.
 constexpr int64_t kPackCycles = 8;
+// Channels from which a copy of pairs (conv_gemm_pairs.inl), whose tiles take 32 of them, is better than packing.
+constexpr int64_t kPairsChannels = 16;
+// Columns of the widest tile of such a product.
+constexpr int64_t kPairsColumns = 64;
 
 // What the copy holds.
 template <class P, class T>
@@ -37,11 +41,14 @@ struct RowsPlan {
   int64_t copy_rows, copy_cols;     // rows and columns of a slab of the copy; there is one slab for every tap of depth
   int64_t channel, col, row, slab;  // strides of the copy, in elements
   int64_t bytes;
+  int64_t pairs;  // planes of two channels, a multiple of what a tile holds; 0 where the copy is not of pairs
 };
 
-// The shape of the copy for jobs of about so many positions and at most so many rows; false where it is too large.
+// The shape of the copy, elements of `size` bytes in so many planes (channels first), for jobs of about so many
+// positions and at most so many rows; false where it is too large.
 template <class T>
-bool plan_copy(const Patches<T>& s, int64_t size, int64_t most_rows, int64_t positions, RowsPlan* plan) {
+bool plan_copy(const Patches<T>& s, int64_t size, int64_t planes, int64_t most_rows, int64_t positions,
+               RowsPlan* plan) {
   int64_t span[3];
   for (int d = 0; d < 3; ++d) {
     const int64_t reach = (s.taps[d].count - 1) * s.taps[d].offset_step;
@@ -63,7 +70,7 @@ bool plan_copy(const Patches<T>& s, int64_t size, int64_t most_rows, int64_t pos
     if (!s.channels_inner) {
       const int64_t lines = ceil_div(plan->bytes + 64, 64) | 1;  // rows are written in whole vectors
       plan->channel = lines * 64 / size;
-      plan->bytes = s.channels * lines * 64;
+      plan->bytes = planes * lines * 64;
     }
     if (plan->bytes <= kCopyBytes || plan->rows == 1) break;
   }
@@ -78,13 +85,15 @@ RowsPlan plan_rows(const ConvProduct<T>& g, int threads) {
   const Patches<T>& s = g.patches;
   RowsPlan plan{};
   if (s.plain || g.features == 0 || s.tap_count > kMaxTaps) return plan;
-  if (kAmx && (kSize != 2 || s.channels % 32 != 0 || !s.channels_inner)) return plan;
+  if (kAmx && (kSize != 2 || (s.channels_inner ? s.channels % 32 != 0 : s.channels < kPairsChannels))) return plan;
   if (!s.channels_inner && (s.step[1] != 1 || s.step[2] != 1)) return plan;
+  const bool pairs = kAmx && !s.channels_inner;
   const int64_t wanted = s.channels_inner ? kJobPositions : kJobColumns;
   const int64_t slices = g.groups * g.positions / (s.grid[1] * s.grid[2]) * ceil_div(s.grid[2], wanted);
   const int64_t most_rows = threads > 1 ? ceil_div(s.grid[1] * slices, 4 * threads) : s.grid[1];
-  if (!plan_copy(s, kSize, most_rows, wanted, &plan)) return plan;
-  plan.bytes += 32 * plan.col * kSize * s.step[2];  // a tile of AMX is always read whole
+  if (pairs) plan.pairs = round_up(s.channels, 32) / 2;
+  if (!plan_copy(s, pairs ? 4 : kSize, pairs ? plan.pairs : s.channels, most_rows, wanted, &plan)) return plan;
+  plan.bytes += pairs ? 4 * kPairsColumns : 32 * plan.col * kSize * s.step[2];  // tiles of AMX are always read whole
   if (kAmx) {
     plan.taken = true;
   } else if (s.channels_inner) {
@@ -238,7 +247,7 @@ void conv_rows(const ConvProduct<T>& g, const RowsPlan& plan, const void* w_pane
   Copy* const copy = static_cast<Copy*>(buffer);
   if (s.channels_inner)
     copy_image_rows(s, plan, image, p, copy);
-  else
+  else if constexpr (same_type<P, C>)
     copy_image_planes(s, plan, image, p, copy);
 
   int64_t x_at[kMaxTaps], w_at[kMaxTaps];
@@ -299,6 +308,11 @@ void conv_rows(const ConvProduct<T>& g, const RowsPlan& plan, const void* w_pane
     }
   } else {
 #if defined(FASTOPS_HAS_AMX)
+    if (!s.channels_inner) {
+      copy_image_pairs(s, plan, image, p, static_cast<uint32_t*>(buffer));
+      return conv_pairs(g, plan, static_cast<const amx_a*>(w_panels), w_panel, o0, o1, n0, rows, cols, x_at,
+                        static_cast<const uint32_t*>(buffer));
+    }
     const typename Tile<P>::B* w = static_cast<const typename Tile<P>::B*>(w_panels);
     const Pieces pieces = {s.tap_count, x_at};
     const bool run_on = s.step[1] == 1 && s.step[2] == 1;

@@ -30,7 +30,7 @@ WeightRowsPlan plan_weight_rows(const ConvWeightProduct<T>& g, int threads) {
   const int64_t sums = g.features * g.outputs;
   if (g.grad_w == nullptr || s.plain || sums == 0 || g.positions == 0 || sums * kSize > kWeightRowsBytes) return plan;
   RowsPlan& rows = plan.rows;
-  if (!plan_copy(s, kSize, kMaxTaps, 2 * kJobPositions, &rows)) return plan;
+  if (!plan_copy(s, kSize, s.channels, kMaxTaps, 2 * kJobPositions, &rows)) return plan;
   plan.tiles_of_taps = s.channels < kFewChannels && s.taps[2].count > s.channels;
   plan.blocks = g.positions / (s.grid[1] * s.grid[2]) * rows.row_blocks * rows.col_blocks;
   plan.chunks = smaller(plan.blocks, ceil_div(kWeightJobs, g.groups));
