@@ -16,10 +16,11 @@ constexpr int64_t kTileRows = 10, kRowsOutputs = 128;
 // Channels first, the columns of C run on through the padding, which costs as much as it is wide; packing costs about
 // this many times what one output does.
 constexpr int64_t kPackCycles = 8;
-// Channels from which a copy of pairs (conv_gemm_pairs.inl), whose tiles take 32 of them, is better than packing.
-constexpr int64_t kPairsChannels = 16;
-// Columns of the widest tile of such a product.
-constexpr int64_t kPairsColumns = 64;
+// Channels from which a channels_first image is copied to channels last for AMX, whose tiles take 32 of them: better
+// than packing.
+constexpr int64_t kTransposedChannels = 16;
+// Positions of the highest tile of such a product.
+constexpr int64_t kPixels = 64;
 
 // What the copy holds.
 template <class P, class T>
@@ -41,14 +42,13 @@ struct RowsPlan {
   int64_t copy_rows, copy_cols;     // rows and columns of a slab of the copy; there is one slab for every tap of depth
   int64_t channel, col, row, slab;  // strides of the copy, in elements
   int64_t bytes;
-  int64_t pairs;  // planes of two channels, a multiple of what a tile holds; 0 where the copy is not of pairs
+  int64_t transposed;  // channels of a pixel where the copy is channels last, the image channels first; else 0
 };
 
-// The shape of the copy, elements of `size` bytes in so many planes (channels first), for jobs of about so many
-// positions and at most so many rows; false where it is too large.
+// The shape of the copy, channels last of so many channels or (0) channels first, for jobs of about so many positions
+// and at most so many rows; false where it is too large.
 template <class T>
-bool plan_copy(const Patches<T>& s, int64_t size, int64_t planes, int64_t most_rows, int64_t positions,
-               RowsPlan* plan) {
+bool plan_copy(const Patches<T>& s, int64_t size, int64_t inner, int64_t most_rows, int64_t positions, RowsPlan* plan) {
   int64_t span[3];
   for (int d = 0; d < 3; ++d) {
     const int64_t reach = (s.taps[d].count - 1) * s.taps[d].offset_step;
@@ -63,14 +63,14 @@ bool plan_copy(const Patches<T>& s, int64_t size, int64_t planes, int64_t most_r
     plan->copy_rows = (plan->rows - 1) * s.step[1] + span[1] + 1;
     // Lanes of a tile that are a page apart, or lines apart by a power of two, would compete for the same sets of L1.
     plan->channel = plan->col = 1;
-    if (s.channels_inner) plan->col = s.channels + (s.channels * s.step[2] * size % 4096 == 0 ? 64 / size : 0);
+    if (inner > 0) plan->col = inner + (inner * s.step[2] * size % 4096 == 0 ? 64 / size : 0);
     plan->row = plan->copy_cols * plan->col;
     plan->slab = plan->copy_rows * plan->row;
     plan->bytes = s.taps[0].count * plan->slab * size;
-    if (!s.channels_inner) {
+    if (inner == 0) {
       const int64_t lines = ceil_div(plan->bytes + 64, 64) | 1;  // rows are written in whole vectors
       plan->channel = lines * 64 / size;
-      plan->bytes = planes * lines * 64;
+      plan->bytes = s.channels * lines * 64;
     }
     if (plan->bytes <= kCopyBytes || plan->rows == 1) break;
   }
@@ -85,15 +85,15 @@ RowsPlan plan_rows(const ConvProduct<T>& g, int threads) {
   const Patches<T>& s = g.patches;
   RowsPlan plan{};
   if (s.plain || g.features == 0 || s.tap_count > kMaxTaps) return plan;
-  if (kAmx && (kSize != 2 || (s.channels_inner ? s.channels % 32 != 0 : s.channels < kPairsChannels))) return plan;
-  if (!s.channels_inner && (s.step[1] != 1 || s.step[2] != 1)) return plan;
-  const bool pairs = kAmx && !s.channels_inner;
-  const int64_t wanted = s.channels_inner ? kJobPositions : kJobColumns;
+  if (kAmx && (kSize != 2 || (s.channels_inner ? s.channels % 32 != 0 : s.channels < kTransposedChannels))) return plan;
+  if (!kAmx && !s.channels_inner && (s.step[1] != 1 || s.step[2] != 1)) return plan;
+  if (kAmx && !s.channels_inner) plan.transposed = round_up(s.channels, 32);
+  const int64_t inner = s.channels_inner ? s.channels : plan.transposed;
+  const int64_t wanted = inner > 0 ? kJobPositions : kJobColumns;
   const int64_t slices = g.groups * g.positions / (s.grid[1] * s.grid[2]) * ceil_div(s.grid[2], wanted);
   const int64_t most_rows = threads > 1 ? ceil_div(s.grid[1] * slices, 4 * threads) : s.grid[1];
-  if (pairs) plan.pairs = round_up(s.channels, 32) / 2;
-  if (!plan_copy(s, pairs ? 4 : kSize, pairs ? plan.pairs : s.channels, most_rows, wanted, &plan)) return plan;
-  plan.bytes += pairs ? 4 * kPairsColumns : 32 * plan.col * kSize * s.step[2];  // tiles of AMX are always read whole
+  if (!plan_copy(s, kSize, inner, most_rows, wanted, &plan)) return RowsPlan{};
+  plan.bytes += kPixels * plan.col * kSize * s.step[2];  // tiles of AMX are always read whole
   if (kAmx) {
     plan.taken = true;
   } else if (s.channels_inner) {
@@ -144,7 +144,7 @@ void copy_image_rows(const Patches<T>& s, const RowsPlan& plan, int64_t image, c
       }
       const int64_t at = image * s.batch_stride + q0 * s.stride[0] + q1 * s.stride[1] + (first + begin) * s.stride[2];
       zero_run(begin * plan.col, to);
-      if (plan.col == s.stride[2])
+      if (plan.col == s.stride[2] && plan.col == s.channels)
         copy_pixels(s, at, (end - begin) * plan.col, to + begin * plan.col);
       else
         for (int64_t i = begin; i < end; ++i)
@@ -184,41 +184,6 @@ void copy_image_planes(const Patches<T>& s, const RowsPlan& plan, int64_t image,
     }
 }
 
-#if defined(FASTOPS_HAS_AMX)
-// As multiply_tiles, with 16 (or 2 x 16) rows of A that lie `pixel` elements apart: `chunks` times 32 k of every piece.
-__attribute__((noinline)) void multiply_pixels(int64_t chunks, const bf16_t* a, int64_t pixel, Pieces pieces,
-                                               const amx_b* b, bool two_rows, float* sums) {
-  constexpr int64_t kBStride = 128, kCStride = 128;
-  const int64_t stride = 2 * pixel;
-  memory_fence_for_compiler();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t i = 0; i < pieces.count; ++i) {
-    const bf16_t* at = a + pieces.a_at[i];
-    for (int64_t p = 0; p < chunks; ++p, at += kTileK, b += 32 * kTilePairs) {
-      _tile_loadd(6, b, kBStride);
-      _tile_loadd(4, at, stride);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, b + 16, kBStride);
-      _tile_dpbf16ps(1, 4, 7);
-      if (!two_rows) continue;
-      _tile_loadd(5, at + 16 * pixel, stride);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  _tile_stored(0, sums, kCStride);
-  _tile_stored(1, sums + 16, kCStride);
-  if (two_rows) {
-    _tile_stored(2, sums + 16 * 32, kCStride);
-    _tile_stored(3, sums + 16 * 32 + 16, kCStride);
-  }
-  memory_fence_for_compiler();
-}
-#endif
-
 // Rows [m, m + count) of a tile in the running index of a job, whose rows are `pitch` long and have `cols` positions:
 // body(first row of the tile, position, count) for what is not padding.
 template <class Body>
@@ -247,7 +212,7 @@ void conv_rows(const ConvProduct<T>& g, const RowsPlan& plan, const void* w_pane
   Copy* const copy = static_cast<Copy*>(buffer);
   if (s.channels_inner)
     copy_image_rows(s, plan, image, p, copy);
-  else if constexpr (same_type<P, C>)
+  else if (plan.transposed == 0)
     copy_image_planes(s, plan, image, p, copy);
 
   int64_t x_at[kMaxTaps], w_at[kMaxTaps];
@@ -308,28 +273,8 @@ void conv_rows(const ConvProduct<T>& g, const RowsPlan& plan, const void* w_pane
     }
   } else {
 #if defined(FASTOPS_HAS_AMX)
-    if (!s.channels_inner) {
-      copy_image_pairs(s, plan, image, p, static_cast<uint32_t*>(buffer));
-      return conv_pairs(g, plan, static_cast<const amx_a*>(w_panels), w_panel, o0, o1, n0, rows, cols, x_at,
-                        static_cast<const uint32_t*>(buffer));
-    }
-    const typename Tile<P>::B* w = static_cast<const typename Tile<P>::B*>(w_panels);
-    const Pieces pieces = {s.tap_count, x_at};
-    const bool run_on = s.step[1] == 1 && s.step[2] == 1;
-    const int64_t pitch = run_on ? plan.copy_cols : cols;
-    const int64_t ranges = run_on ? 1 : rows, length = run_on ? (rows - 1) * pitch + cols : cols;
-    for (int64_t o = o0; o < o1; o += nr, w += w_panel)
-      for (int64_t range = 0; range < ranges; ++range)
-        for (int64_t m = 0; m < length; m += kMaxTile) {
-          const int outputs = static_cast<int>(smaller<int64_t>(nr, o1 - o));
-          const int64_t end = smaller<int64_t>(m + kMaxTile, length);
-          multiply_pixels(s.channels / kTileK, copy + range * s.step[1] * plan.row + m * step, step, pieces, w,
-                          end - m > 16, sums);
-          for_stored(m, end, pitch, cols, n0 + range * s.grid[2], s.grid[2],
-                     [&](int64_t first, int64_t position, int count) {
-                       finish_tile(g, sums + first * kMaxTile, kMaxTile, o, outputs, position, count);
-                     });
-        }
+    if (!s.channels_inner) copy_transposed(s, plan, image, p, copy);
+    conv_pixels(g, plan, static_cast<const amx_b*>(w_panels), w_panel, o0, o1, n0, rows, cols, x_at, copy);
 #endif
   }
 }
