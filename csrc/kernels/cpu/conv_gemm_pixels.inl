@@ -44,7 +44,7 @@ inline void copy_transposed(const Patches<bf16_t>& s, const RowsPlan& plan, int6
       }
       const int64_t at = image * s.batch_stride + q0 * s.stride[0] + q1 * s.stride[1] + first;
       zero_run(begin * plan.col, to);
-      for (int64_t c = 0; c < plan.transposed; c += 32) {
+      for (int64_t c = 0; c < plan.pixel; c += 32) {
         const int channels = static_cast<int>(smaller<int64_t>(32, s.channels - c));
         for (int64_t i = begin; i < end; i += 16) {
           const int pixels = static_cast<int>(smaller<int64_t>(16, end - i));
@@ -127,8 +127,7 @@ inline void conv_pixels(const ConvProduct<bf16_t>& g, const RowsPlan& plan, cons
   const Patches<bf16_t>& s = g.patches;
   alignas(64) float sums[kPixels * kMaxTile];
   alignas(64) float turned[kMaxTile * kMaxTile];
-  const int64_t step = s.step[2] * plan.col,
-                chunks = plan.transposed > 0 ? plan.transposed / kTileK : s.channels / kTileK;
+  const int64_t step = s.step[2] * plan.col, chunks = plan.pixel / kTileK;
   const bool run_on = s.step[1] == 1 && s.step[2] == 1;
   const int64_t pitch = run_on ? plan.copy_cols : cols;
   const int64_t ranges = run_on ? 1 : rows, length = run_on ? (rows - 1) * pitch + cols : cols;

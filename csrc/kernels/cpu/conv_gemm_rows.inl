@@ -42,7 +42,7 @@ struct RowsPlan {
   int64_t copy_rows, copy_cols;     // rows and columns of a slab of the copy; there is one slab for every tap of depth
   int64_t channel, col, row, slab;  // strides of the copy, in elements
   int64_t bytes;
-  int64_t transposed;  // channels of a pixel where the copy is channels last, the image channels first; else 0
+  int64_t pixel;  // channels of a pixel, padded to whole tiles of AMX; 0 without it
 };
 
 // The shape of the copy, channels last of so many channels or (0) channels first, for jobs of about so many positions
@@ -87,8 +87,8 @@ RowsPlan plan_rows(const ConvProduct<T>& g, int threads) {
   if (s.plain || g.features == 0 || s.tap_count > kMaxTaps) return plan;
   if (kAmx && (kSize != 2 || (s.channels_inner ? s.channels % 32 != 0 : s.channels < kTransposedChannels))) return plan;
   if (!kAmx && !s.channels_inner && (s.step[1] != 1 || s.step[2] != 1)) return plan;
-  if (kAmx && !s.channels_inner) plan.transposed = round_up(s.channels, 32);
-  const int64_t inner = s.channels_inner ? s.channels : plan.transposed;
+  if (kAmx) plan.pixel = round_up(s.channels, 32);
+  const int64_t inner = kAmx ? plan.pixel : s.channels_inner ? s.channels : 0;
   const int64_t wanted = inner > 0 ? kJobPositions : kJobColumns;
   const int64_t slices = g.groups * g.positions / (s.grid[1] * s.grid[2]) * ceil_div(s.grid[2], wanted);
   const int64_t most_rows = threads > 1 ? ceil_div(s.grid[1] * slices, 4 * threads) : s.grid[1];
@@ -212,7 +212,7 @@ void conv_rows(const ConvProduct<T>& g, const RowsPlan& plan, const void* w_pane
   Copy* const copy = static_cast<Copy*>(buffer);
   if (s.channels_inner)
     copy_image_rows(s, plan, image, p, copy);
-  else if (plan.transposed == 0)
+  else if (plan.pixel == 0)
     copy_image_planes(s, plan, image, p, copy);
 
   int64_t x_at[kMaxTaps], w_at[kMaxTaps];
