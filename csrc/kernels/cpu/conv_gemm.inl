@@ -162,7 +162,7 @@ void conv_member(const ConvProduct<T>& g, const ConvPlan& plan, unsigned char* w
         const int64_t at = (group * panels + lane / sw) * plan.w_panel + kk / step * sw;
 #if defined(FASTOPS_HAS_AMX)
         if constexpr (same_type<P, bf16_amx>) {
-          if (plan.rows.taken)
+          if (plan.rows.pixel > 0)
             return pack_tap_panel(weights, o0 + lane, static_cast<int>(lanes), plan.rows.pixel,
                                   reinterpret_cast<B*>(shared) + at);
         }

@@ -126,7 +126,7 @@ inline void conv_pixels(const ConvProduct<bf16_t>& g, const RowsPlan& plan, cons
                         int64_t o1, int64_t n0, int64_t rows, int64_t cols, const int64_t* taps, const bf16_t* copy) {
   const Patches<bf16_t>& s = g.patches;
   alignas(64) float sums[kPixels * kMaxTile];
-  alignas(64) float turned[kMaxTile * kMaxTile];
+  alignas(64) float turned[(kMaxTile + 1) * kMaxTile];  // a row may be read whole from any column on
   const int64_t step = s.step[2] * plan.col, chunks = plan.pixel / kTileK;
   const bool run_on = s.step[1] == 1 && s.step[2] == 1;
   const int64_t pitch = run_on ? plan.copy_cols : cols;
@@ -154,5 +154,56 @@ inline void conv_pixels(const ConvProduct<bf16_t>& g, const RowsPlan& plan, cons
         }
       }
   }
+}
+
+// Rows of A that are gathered from the copy: `line` k for each of `count` positions `step` elements apart, where every
+// row of the kernel gives `width` neighbours, row r from at[r] on, in Vectors vectors. These are written whole: what is
+// too much, the next one replaces, and after the last one there are zeros. (In a loop of its own for every row, GCC
+// would call memcpy.)
+template <int Vectors>
+inline void gather_lines(const bf16_t* from, int64_t step, int64_t count, const int64_t* at, int64_t rows,
+                         int64_t width, int64_t line, bf16_t* to) {
+  const __mmask32 last = static_cast<__mmask32>((uint64_t{1} << (width - 32 * (Vectors - 1))) - 1);
+  for (int64_t n = 0; n < count; ++n, from += step, to += line) {
+    bf16_t* out = to;
+    for (int64_t r = 0; r < rows; ++r, out += width) {
+      const __mmask32 mask = r + 1 < rows ? ~__mmask32{0} : last;
+#pragma GCC unroll 4
+      for (int i = 0; i < Vectors; ++i)
+        _mm512_storeu_si512(out + 32 * i, i + 1 < Vectors ? _mm512_loadu_si512(from + at[r] + 32 * i)
+                                                          : _mm512_maskz_loadu_epi16(mask, from + at[r] + 32 * i));
+    }
+  }
+}
+
+// conv_pixels of few channels, channels last: a position's features are gathered first, so that all tiles are full.
+inline void conv_lines(const ConvProduct<bf16_t>& g, const RowsPlan& plan, const amx_b* w, int64_t w_panel, int64_t o0,
+                       int64_t o1, int64_t n0, int64_t rows, int64_t cols, const int64_t* taps, const bf16_t* copy) {
+  const Patches<bf16_t>& s = g.patches;
+  alignas(64) float sums[kMaxTile * kMaxTile];
+  alignas(64) bf16_t lines[kMaxTile * kLineFeatures + kLineWidth];
+  __builtin_memset(lines, 0, sizeof lines);
+  int64_t at[kMaxTaps];
+  const int64_t kernel_rows = s.tap_count / s.taps[2].count, width = s.taps[2].count * s.channels, none = 0;
+  for (int64_t r = 0; r < kernel_rows; ++r) at[r] = taps[r * s.taps[2].count];
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t col = 0; col < cols; col += kMaxTile) {
+      const int64_t count = smaller<int64_t>(kMaxTile, cols - col), step = s.step[2] * plan.col;
+      const bf16_t* const from = copy + row * s.step[1] * plan.row + col * step;
+      if (width <= 32)
+        gather_lines<1>(from, step, count, at, kernel_rows, width, plan.line, lines);
+      else if (width <= 64)
+        gather_lines<2>(from, step, count, at, kernel_rows, width, plan.line, lines);
+      else if (width <= 96)
+        gather_lines<3>(from, step, count, at, kernel_rows, width, plan.line, lines);
+      else
+        gather_lines<4>(from, step, count, at, kernel_rows, width, plan.line, lines);
+      for (int64_t o = o0; o < o1; o += kMaxTile) {
+        multiply_pixels<2>(plan.line / kTileK, lines, plan.line, &none, 1, w + (o - o0) / kMaxTile * w_panel,
+                           ceil_div(count, 16), sums);
+        finish_tile(g, sums, kMaxTile, o, static_cast<int>(smaller<int64_t>(kMaxTile, o1 - o)),
+                    n0 + row * s.grid[2] + col, static_cast<int>(count));
+      }
+    }
 }
 #endif

@@ -19,6 +19,9 @@ constexpr int64_t kPackCycles = 8;
 // Channels from which a channels_first image is copied to channels last for AMX, whose tiles take 32 of them: better
 // than packing.
 constexpr int64_t kTransposedChannels = 16;
+// Features up to which the lines of a tile, gathered from the copy, fit in L1; and of a row of the kernel, whose copy
+// is unrolled.
+constexpr int64_t kLineFeatures = 512, kLineWidth = 128;
 // Positions of the highest tile of such a product.
 constexpr int64_t kPixels = 64;
 
@@ -43,6 +46,7 @@ struct RowsPlan {
   int64_t channel, col, row, slab;  // strides of the copy, in elements
   int64_t bytes;
   int64_t pixel;  // channels of a pixel, padded to whole tiles of AMX; 0 without it
+  int64_t line;   // features of a position, padded to whole tiles, where they are gathered from the copy; else 0
 };
 
 // The shape of the copy, channels last of so many channels or (0) channels first, for jobs of about so many positions
@@ -85,15 +89,24 @@ RowsPlan plan_rows(const ConvProduct<T>& g, int threads) {
   const Patches<T>& s = g.patches;
   RowsPlan plan{};
   if (s.plain || g.features == 0 || s.tap_count > kMaxTaps) return plan;
-  if (kAmx && (kSize != 2 || (s.channels_inner ? s.channels % 32 != 0 : s.channels < kTransposedChannels))) return plan;
+  if (kAmx && kSize != 2) return plan;
   if (!kAmx && !s.channels_inner && (s.step[1] != 1 || s.step[2] != 1)) return plan;
-  if (kAmx) plan.pixel = round_up(s.channels, 32);
-  const int64_t inner = kAmx ? plan.pixel : s.channels_inner ? s.channels : 0;
-  const int64_t wanted = inner > 0 ? kJobPositions : kJobColumns;
+  if (kAmx && s.channels_inner && s.channels % 32 != 0) {
+    if (s.taps[2].offset_step != 1 || g.features > kLineFeatures || s.taps[2].count * s.channels > kLineWidth)
+      return plan;
+    plan.line = round_up(g.features, 32);
+  } else if (kAmx) {
+    if (s.channels < kTransposedChannels) return plan;
+    plan.pixel = round_up(s.channels, 32);
+  }
+  const int64_t inner = plan.pixel > 0 ? plan.pixel : s.channels_inner ? s.channels : 0;
+  const int64_t wanted = inner > 0 && plan.line == 0 ? kJobPositions : kJobColumns;
   const int64_t slices = g.groups * g.positions / (s.grid[1] * s.grid[2]) * ceil_div(s.grid[2], wanted);
   const int64_t most_rows = threads > 1 ? ceil_div(s.grid[1] * slices, 4 * threads) : s.grid[1];
   if (!plan_copy(s, kSize, inner, most_rows, wanted, &plan)) return RowsPlan{};
-  plan.bytes += kPixels * plan.col * kSize * s.step[2];  // tiles of AMX are always read whole
+  if (plan.line > 0 && plan.col != s.channels) return RowsPlan{};
+  plan.bytes +=
+      2 * kLineWidth + kPixels * plan.col * kSize * s.step[2];  // tiles and lines of AMX are always read whole
   if (kAmx) {
     plan.taken = true;
   } else if (s.channels_inner) {
@@ -230,7 +243,10 @@ void conv_rows(const ConvProduct<T>& g, const RowsPlan& plan, const void* w_pane
   if constexpr (same_type<P, C>) {
     const C* w = static_cast<const C*>(w_panels);
     if (s.channels_inner) {
-      const Pieces pieces = {s.tap_count, x_at};
+      // The taps of a row lie side by side, like their weights.
+      const int64_t joined = s.taps[2].offset_step == 1 && plan.col == s.channels ? s.taps[2].count : 1;
+      for (int64_t t = 0; t < s.tap_count; t += joined) x_at[t / joined] = x_at[t];
+      const Pieces pieces = {s.tap_count / joined, x_at};
       const int64_t tiles = ceil_div(cols, mr);  // of a row, about equally high
       for (int64_t o = o0; o < o1; o += nr, w += w_panel)
         for (int64_t i = 0; i < rows * tiles; ++i) {
@@ -243,8 +259,8 @@ void conv_rows(const ConvProduct<T>& g, const RowsPlan& plan, const void* w_pane
             tile.c = sums;
             tile.c_rs = kMaxTile;
           }
-          micro_tile(s.channels, copy + row * s.step[1] * plan.row + first * step, step, 1, w, nr, height, outputs,
-                     tile, pieces);
+          micro_tile(joined * s.channels, copy + row * s.step[1] * plan.row + first * step, step, 1, w, nr, height,
+                     outputs, tile, pieces);
           if (!dense) finish_tile(g, sums, kMaxTile, o, outputs, n, height);
         }
       return;
@@ -274,6 +290,8 @@ void conv_rows(const ConvProduct<T>& g, const RowsPlan& plan, const void* w_pane
   } else {
 #if defined(FASTOPS_HAS_AMX)
     if (!s.channels_inner) copy_transposed(s, plan, image, p, copy);
+    if (plan.line > 0)
+      return conv_lines(g, plan, static_cast<const amx_b*>(w_panels), w_panel, o0, o1, n0, rows, cols, x_at, copy);
     conv_pixels(g, plan, static_cast<const amx_b*>(w_panels), w_panel, o0, o1, n0, rows, cols, x_at, copy);
 #endif
   }

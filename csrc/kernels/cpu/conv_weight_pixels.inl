@@ -85,11 +85,17 @@ inline void interleave_half(const bf16_t* from, const int32_t* offsets, int64_t 
 // All 32 lanes of a panel, of neighbouring channels, in the order that takes one instruction: of every 8, the first 4
 // are in the left half.
 inline void interleave_pixels(const bf16_t* from, const int32_t* offsets, int64_t k, amx_b* to) {
-  for (int64_t p = 0; p < round_up(k, kTileK); p += 2, to += 32) {
-    const __m512i low = p < k ? _mm512_loadu_si512(from + offsets[p]) : _mm512_setzero_si512();
-    const __m512i high = p + 1 < k ? _mm512_loadu_si512(from + offsets[p + 1]) : _mm512_setzero_si512();
+  int64_t p = 0;
+#pragma GCC unroll 4
+  for (; p + 2 <= k; p += 2, to += 32) {
+    const __m512i low = _mm512_loadu_si512(from + offsets[p]), high = _mm512_loadu_si512(from + offsets[p + 1]);
     _mm512_storeu_si512(to, _mm512_unpacklo_epi16(low, high));
     _mm512_storeu_si512(to + 16, _mm512_unpackhi_epi16(low, high));
+  }
+  for (; p < round_up(k, kTileK); p += 2, to += 32) {
+    const __m512i low = p < k ? _mm512_loadu_si512(from + offsets[p]) : _mm512_setzero_si512();
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi16(low, _mm512_setzero_si512()));
+    _mm512_storeu_si512(to + 16, _mm512_unpackhi_epi16(low, _mm512_setzero_si512()));
   }
 }
 
