@@ -69,6 +69,33 @@ inline void product_tile(bf16_amx, int64_t pairs, const amx_a* a, const amx_b* b
 }
 #endif
 
+// to[i * step] = from[i]. With a step of 2, the lanes between are masked out instead of storing one element at a time.
+template <class T>
+inline void store_spread(const T* from, int count, int64_t step, T* to) {
+#if defined(FASTOPS_VEC_AVX512)
+  if constexpr (sizeof(T) <= 4) {
+    if (step == 2) {
+      for (int i = 0; i < count; i += 16) {
+        const int n = smaller(count - i, 16);
+        if constexpr (sizeof(T) == 2) {
+          const __m512i v = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first16(n), from + i));
+          _mm512_mask_storeu_epi16(to + 2 * i, static_cast<__mmask32>(spread_bits(first16(n))), v);
+        } else {
+          const uint32_t mask = static_cast<uint32_t>(spread_bits(first16(n)));
+          const __m512i v = _mm512_maskz_loadu_epi32(first16(n), from + i);
+          const __m512i high = _mm512_castsi256_si512(_mm512_extracti64x4_epi64(v, 1));
+          _mm512_mask_storeu_epi32(to + 2 * i, static_cast<__mmask16>(mask), _mm512_maskz_expand_epi32(0x5555, v));
+          _mm512_mask_storeu_epi32(to + 2 * i + 16, static_cast<__mmask16>(mask >> 16),
+                                   _mm512_maskz_expand_epi32(0x5555, high));
+        }
+      }
+      return;
+    }
+  }
+#endif
+  for (int i = 0; i < count; ++i) to[i * step] = from[i];
+}
+
 // One row of finished sums to y + at (and z), `step` elements apart.
 template <class T>
 inline void finish_run(const ConvOutput<T>& out, const Compute<T>* sums, int64_t at, int64_t step, int count) {
@@ -83,13 +110,13 @@ inline void finish_run(const ConvOutput<T>& out, const Compute<T>* sums, int64_t
   T values[kMaxTile];
   if (out.z != nullptr) {
     store_row<T>(sums, values, count);
-    for (int i = 0; i < count; ++i) out.z[at + i * step] = values[i];
+    store_spread(values, count, step, out.z + at);
   }
   if (out.f != nullptr)
     out.f(sums, values, count, out.activation);
   else
     store_row<T>(sums, values, count);
-  for (int i = 0; i < count; ++i) out.y[at + i * step] = values[i];
+  store_spread(values, count, step, out.y + at);
 }
 
 #if defined(FASTOPS_HAS_AMX)
