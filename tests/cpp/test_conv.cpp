@@ -42,6 +42,13 @@ void test_dtype(bool quick) {
   both_layouts(make(2, 96, 66, 3, {7, 9}, {3, 3}, {2, 2}, {1, 0}, {1, 1}, {1, 1}));
   both_layouts(make(1, 32, 5, 1, {3, 4, 15}, {2, 3, 3}, {1, 2, 1}, {1, 1, 1}, {1, 1, 2}, {0, 2, 1}), false);
   both_layouts(make(1, 64, 35, 1, {20, 13}, {3, 2}, {1, 3}, {4, 0}, {3, 1}, {1, 0}), false);
+  // The gradient of few channels: several strips, strides beyond the kernel, rows that no tap reaches.
+  both_layouts(make(2, 3, 20, 1, {37, 41}, {7, 7}, {2, 2}, {3, 3}, {1, 1}, {3, 3}));
+  both_layouts(make(1, 1, 17, 1, {90, 70}, {3, 2}, {4, 3}, {1, 0}, {1, 1}, {2, 5}), false);
+  both_layouts(make(2, 4, 40, 1, {70, 33}, {2, 5}, {1, 1}, {0, 2}, {3, 1}, {0, 2}), false);
+  // Rows of the kernel that are gathered from a copy; parts of the channels of the weight gradient.
+  both_layouts(make(2, 20, 35, 1, {13, 37}, {3, 5}, {2, 1}, {1, 2}, {2, 1}, {1, 2}), false);
+  both_layouts(make(1, 100, 64, 1, {17, 18}, {7, 7}, {1, 2}, {3, 3}, {1, 1}, {3, 3}), false);
   // Nothing at all: no channels, no positions, an empty output.
   both_layouts(make(2, 0, 4, 1, {3, 3}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, {1, 1}));
   both_layouts(make(2, 4, 0, 1, {3, 3}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, {1, 1}));

@@ -28,6 +28,11 @@ inline auto with_algorithm(const Args& args, Visit&& visit) {
       return visit(
           kConvFirstName, [&](int threads) { return conv_first_workspace<T>(args, threads); },
           [&](void* workspace, const Team& team) { conv_first<T>(args, workspace, team); });
+  if constexpr (same_type<Args, ConvBackwardInput>)
+    if (conv_scatter_takes<T>(args))
+      return visit(
+          kConvScatterName, [&](int threads) { return conv_scatter_workspace<T>(args, threads); },
+          [&](void* workspace, const Team& team) { conv_scatter<T>(args, workspace, team); });
   if (winograd_takes<T>(args))
     return visit(
         winograd_name<T>(args), [&](int threads) { return winograd_workspace<T>(args, threads); },

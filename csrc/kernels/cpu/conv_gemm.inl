@@ -36,10 +36,14 @@ ConvPlan plan_conv(const ConvProduct<T>& g, int threads) {
   using Kind = Tile<P>;
   constexpr int64_t kElement = sizeof(typename Kind::B), step = Kind::step;
   constexpr GemmBlocking kBlocking = Kind::blocking;
-  const bool rows = g.positions_are_rows();
-  const int64_t sw = rows ? Kind::nr : Kind::mr, pw = rows ? Kind::mr : Kind::nr;
   ConvPlan plan{};
-  const int64_t k = larger<int64_t>(g.features, 1);
+  plan.threads = conv_threads(2.0 * static_cast<double>(g.groups * g.outputs) * static_cast<double>(g.positions) *
+                                  static_cast<double>(larger<int64_t>(g.features, 1)),
+                              threads);
+  plan.rows = plan_rows<P>(g, plan.threads);
+  const bool rows = g.positions_are_rows() || plan.rows.pixel > 0;
+  const int64_t sw = rows ? Kind::nr : Kind::mr, pw = rows ? Kind::mr : Kind::nr;
+  const int64_t k = plan.rows.pixel > 0 ? plan.rows.pixel * g.patches.tap_count : larger<int64_t>(g.features, 1);
   plan.kc = round_up(ceil_div(k, ceil_div(k, kBlocking.kc)), larger(16, Kind::k_align));
   plan.k_padded = round_up(k, plan.kc);
   const int64_t group_bytes = round_up(g.outputs, sw) * plan.k_padded / step * kElement;
@@ -47,13 +51,9 @@ ConvPlan plan_conv(const ConvProduct<T>& g, int threads) {
   const int64_t most = larger<int64_t>(sw, kConvWeightBytes / (sw * plan.k_padded / step * kElement) * sw);
   plan.outputs_at_once = round_up(ceil_div(g.outputs, ceil_div(g.outputs, most)), sw);
 
-  plan.threads = conv_threads(
-      2.0 * static_cast<double>(g.groups * g.outputs) * static_cast<double>(g.positions) * static_cast<double>(k),
-      threads);
   const int64_t wanted = plan.threads == 1 ? 1 : ceil_div(4 * plan.threads, plan.groups_at_once);
   plan.strip = smaller(rows ? kBlocking.strip_a : kBlocking.strip_b, round_up(ceil_div(g.positions, wanted), pw));
   plan.strips = ceil_div(g.positions, plan.strip);
-  plan.rows = plan_rows<P>(g, plan.threads);
   if (plan.rows.taken)
     plan.strips = g.positions / (g.patches.grid[1] * g.patches.grid[2]) * plan.rows.row_blocks * plan.rows.col_blocks;
   const int64_t jobs = plan.strips * plan.groups_at_once;
@@ -141,7 +141,7 @@ void conv_member(const ConvProduct<T>& g, const ConvPlan& plan, unsigned char* w
   unsigned char* const shared = workspace + plan.shared_at;
   unsigned char* const mine = workspace + plan.private_at + static_cast<size_t>(thread) * plan.private_bytes;
   C* const sums = reinterpret_cast<C*>(mine + plan.panel_bytes);
-  const bool rows = g.positions_are_rows();
+  const bool rows = g.positions_are_rows() || plan.rows.pixel > 0;
   const int sw = rows ? nr : mr;
   const int64_t panels = ceil_div(plan.outputs_at_once, sw);
 
@@ -149,16 +149,24 @@ void conv_member(const ConvProduct<T>& g, const ConvPlan& plan, unsigned char* w
     const int64_t groups = smaller(plan.groups_at_once, g.groups - g0);
     for (int64_t o0 = 0; o0 < g.outputs; o0 += plan.outputs_at_once) {
       const int64_t outputs = smaller(plan.outputs_at_once, g.outputs - o0);
-      const int64_t unit_lanes = kWeightLanes / sw * sw, used = ceil_div(outputs, unit_lanes);
-      const int64_t k_units = ceil_div(g.features, plan.kc);
+      const int64_t unit_lanes = plan.rows.pixel > 0 ? sw : kWeightLanes / sw * sw,
+                    used = ceil_div(outputs, unit_lanes);
+      const int64_t k_units = plan.rows.pixel > 0 ? 1 : ceil_div(g.features, plan.kc);
       crew.share(groups * used * k_units, [&](int64_t unit) {
         const int64_t group = unit / k_units / used, lane = unit / k_units % used * unit_lanes;
         const int64_t kk = unit % k_units * plan.kc;
         ConvWeights<T> weights = g.weights;
         weights.w += (g0 + group) * g.w_group;
-        if (plan.rows.taken && !rows) weights.set_channels_inner();
+        if (plan.rows.taken && !g.positions_are_rows()) weights.set_channels_inner();
         const int64_t lanes = smaller(unit_lanes, outputs - lane), length = smaller(plan.kc, g.features - kk);
         const int64_t at = (group * panels + lane / sw) * plan.w_panel + kk / step * sw;
+#if defined(FASTOPS_HAS_AMX)
+        if constexpr (same_type<P, bf16_amx>) {
+          if (plan.rows.pixel > 0)
+            return pack_tap_panel(weights, o0 + lane, static_cast<int>(lanes), plan.rows.pixel,
+                                  reinterpret_cast<B*>(shared) + at);
+        }
+#endif
         if (rows)
           pack_weights<B, T, nr>(weights, o0 + lane, lanes, kk, length, reinterpret_cast<B*>(shared) + at,
                                  plan.w_panel);

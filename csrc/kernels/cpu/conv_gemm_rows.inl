@@ -16,6 +16,14 @@ constexpr int64_t kTileRows = 10, kRowsOutputs = 128;
 // Channels first, the columns of C run on through the padding, which costs as much as it is wide; packing costs about
 // this many times what one output does.
 constexpr int64_t kPackCycles = 8;
+// Channels from which a channels_first image is copied to channels last for AMX, whose tiles take 32 of them: better
+// than packing.
+constexpr int64_t kTransposedChannels = 16;
+// Features up to which the lines of a tile, gathered from the copy, fit in L1; and of a row of the kernel, whose copy
+// is unrolled.
+constexpr int64_t kLineFeatures = 512, kLineWidth = 128;
+// Positions of the highest tile of such a product.
+constexpr int64_t kPixels = 64;
 
 // What the copy holds.
 template <class P, class T>
@@ -37,11 +45,14 @@ struct RowsPlan {
   int64_t copy_rows, copy_cols;     // rows and columns of a slab of the copy; there is one slab for every tap of depth
   int64_t channel, col, row, slab;  // strides of the copy, in elements
   int64_t bytes;
+  int64_t pixel;  // channels of a pixel, padded to whole tiles of AMX; 0 without it
+  int64_t line;   // features of a position, padded to whole tiles, where they are gathered from the copy; else 0
 };
 
-// The shape of the copy for jobs of about so many positions and at most so many rows; false where it is too large.
+// The shape of the copy, channels last of so many channels or (0) channels first, for jobs of about so many positions
+// and at most so many rows; false where it is too large.
 template <class T>
-bool plan_copy(const Patches<T>& s, int64_t size, int64_t most_rows, int64_t positions, RowsPlan* plan) {
+bool plan_copy(const Patches<T>& s, int64_t size, int64_t inner, int64_t most_rows, int64_t positions, RowsPlan* plan) {
   int64_t span[3];
   for (int d = 0; d < 3; ++d) {
     const int64_t reach = (s.taps[d].count - 1) * s.taps[d].offset_step;
@@ -56,11 +67,11 @@ bool plan_copy(const Patches<T>& s, int64_t size, int64_t most_rows, int64_t pos
     plan->copy_rows = (plan->rows - 1) * s.step[1] + span[1] + 1;
     // Lanes of a tile that are a page apart, or lines apart by a power of two, would compete for the same sets of L1.
     plan->channel = plan->col = 1;
-    if (s.channels_inner) plan->col = s.channels + (s.channels * s.step[2] * size % 4096 == 0 ? 64 / size : 0);
+    if (inner > 0) plan->col = inner + (inner * s.step[2] * size % 4096 == 0 ? 64 / size : 0);
     plan->row = plan->copy_cols * plan->col;
     plan->slab = plan->copy_rows * plan->row;
     plan->bytes = s.taps[0].count * plan->slab * size;
-    if (!s.channels_inner) {
+    if (inner == 0) {
       const int64_t lines = ceil_div(plan->bytes + 64, 64) | 1;  // rows are written in whole vectors
       plan->channel = lines * 64 / size;
       plan->bytes = s.channels * lines * 64;
@@ -78,13 +89,24 @@ RowsPlan plan_rows(const ConvProduct<T>& g, int threads) {
   const Patches<T>& s = g.patches;
   RowsPlan plan{};
   if (s.plain || g.features == 0 || s.tap_count > kMaxTaps) return plan;
-  if (kAmx && (kSize != 2 || s.channels % 32 != 0 || !s.channels_inner)) return plan;
-  if (!s.channels_inner && (s.step[1] != 1 || s.step[2] != 1)) return plan;
-  const int64_t wanted = s.channels_inner ? kJobPositions : kJobColumns;
+  if (kAmx && kSize != 2) return plan;
+  if (!kAmx && !s.channels_inner && (s.step[1] != 1 || s.step[2] != 1)) return plan;
+  if (kAmx && s.channels_inner && s.channels % 32 != 0) {
+    if (s.taps[2].offset_step != 1 || g.features > kLineFeatures || s.taps[2].count * s.channels > kLineWidth)
+      return plan;
+    plan.line = round_up(g.features, 32);
+  } else if (kAmx) {
+    if (s.channels < kTransposedChannels) return plan;
+    plan.pixel = round_up(s.channels, 32);
+  }
+  const int64_t inner = plan.pixel > 0 ? plan.pixel : s.channels_inner ? s.channels : 0;
+  const int64_t wanted = inner > 0 && plan.line == 0 ? kJobPositions : kJobColumns;
   const int64_t slices = g.groups * g.positions / (s.grid[1] * s.grid[2]) * ceil_div(s.grid[2], wanted);
   const int64_t most_rows = threads > 1 ? ceil_div(s.grid[1] * slices, 4 * threads) : s.grid[1];
-  if (!plan_copy(s, kSize, most_rows, wanted, &plan)) return plan;
-  plan.bytes += 32 * plan.col * kSize * s.step[2];  // a tile of AMX is always read whole
+  if (!plan_copy(s, kSize, inner, most_rows, wanted, &plan)) return RowsPlan{};
+  if (plan.line > 0 && plan.col != s.channels) return RowsPlan{};
+  plan.bytes +=
+      2 * kLineWidth + kPixels * plan.col * kSize * s.step[2];  // tiles and lines of AMX are always read whole
   if (kAmx) {
     plan.taken = true;
   } else if (s.channels_inner) {
@@ -135,7 +157,7 @@ void copy_image_rows(const Patches<T>& s, const RowsPlan& plan, int64_t image, c
       }
       const int64_t at = image * s.batch_stride + q0 * s.stride[0] + q1 * s.stride[1] + (first + begin) * s.stride[2];
       zero_run(begin * plan.col, to);
-      if (plan.col == s.stride[2])
+      if (plan.col == s.stride[2] && plan.col == s.channels)
         copy_pixels(s, at, (end - begin) * plan.col, to + begin * plan.col);
       else
         for (int64_t i = begin; i < end; ++i)
@@ -175,41 +197,6 @@ void copy_image_planes(const Patches<T>& s, const RowsPlan& plan, int64_t image,
     }
 }
 
-#if defined(FASTOPS_HAS_AMX)
-// As multiply_tiles, with 16 (or 2 x 16) rows of A that lie `pixel` elements apart: `chunks` times 32 k of every piece.
-__attribute__((noinline)) void multiply_pixels(int64_t chunks, const bf16_t* a, int64_t pixel, const Pieces& pieces,
-                                               const amx_b* b, bool two_rows, float* sums) {
-  constexpr int64_t kBStride = 128, kCStride = 128;
-  const int64_t stride = 2 * pixel;
-  memory_fence_for_compiler();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t i = 0; i < pieces.count; ++i) {
-    const bf16_t* at = a + pieces.a_at[i];
-    for (int64_t p = 0; p < chunks; ++p, at += kTileK, b += 32 * kTilePairs) {
-      _tile_loadd(6, b, kBStride);
-      _tile_loadd(4, at, stride);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, b + 16, kBStride);
-      _tile_dpbf16ps(1, 4, 7);
-      if (!two_rows) continue;
-      _tile_loadd(5, at + 16 * pixel, stride);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  _tile_stored(0, sums, kCStride);
-  _tile_stored(1, sums + 16, kCStride);
-  if (two_rows) {
-    _tile_stored(2, sums + 16 * 32, kCStride);
-    _tile_stored(3, sums + 16 * 32 + 16, kCStride);
-  }
-  memory_fence_for_compiler();
-}
-#endif
-
 // Rows [m, m + count) of a tile in the running index of a job, whose rows are `pitch` long and have `cols` positions:
 // body(first row of the tile, position, count) for what is not padding.
 template <class Body>
@@ -238,7 +225,7 @@ void conv_rows(const ConvProduct<T>& g, const RowsPlan& plan, const void* w_pane
   Copy* const copy = static_cast<Copy*>(buffer);
   if (s.channels_inner)
     copy_image_rows(s, plan, image, p, copy);
-  else
+  else if (plan.pixel == 0)
     copy_image_planes(s, plan, image, p, copy);
 
   int64_t x_at[kMaxTaps], w_at[kMaxTaps];
@@ -256,7 +243,10 @@ void conv_rows(const ConvProduct<T>& g, const RowsPlan& plan, const void* w_pane
   if constexpr (same_type<P, C>) {
     const C* w = static_cast<const C*>(w_panels);
     if (s.channels_inner) {
-      const Pieces pieces = {s.tap_count, x_at};
+      // The taps of a row lie side by side, like their weights.
+      const int64_t joined = s.taps[2].offset_step == 1 && plan.col == s.channels ? s.taps[2].count : 1;
+      for (int64_t t = 0; t < s.tap_count; t += joined) x_at[t / joined] = x_at[t];
+      const Pieces pieces = {s.tap_count / joined, x_at};
       const int64_t tiles = ceil_div(cols, mr);  // of a row, about equally high
       for (int64_t o = o0; o < o1; o += nr, w += w_panel)
         for (int64_t i = 0; i < rows * tiles; ++i) {
@@ -269,8 +259,8 @@ void conv_rows(const ConvProduct<T>& g, const RowsPlan& plan, const void* w_pane
             tile.c = sums;
             tile.c_rs = kMaxTile;
           }
-          micro_tile(s.channels, copy + row * s.step[1] * plan.row + first * step, step, 1, w, nr, height, outputs,
-                     tile, pieces);
+          micro_tile(joined * s.channels, copy + row * s.step[1] * plan.row + first * step, step, 1, w, nr, height,
+                     outputs, tile, pieces);
           if (!dense) finish_tile(g, sums, kMaxTile, o, outputs, n, height);
         }
       return;
@@ -299,23 +289,10 @@ void conv_rows(const ConvProduct<T>& g, const RowsPlan& plan, const void* w_pane
     }
   } else {
 #if defined(FASTOPS_HAS_AMX)
-    const typename Tile<P>::B* w = static_cast<const typename Tile<P>::B*>(w_panels);
-    const Pieces pieces = {s.tap_count, x_at};
-    const bool run_on = s.step[1] == 1 && s.step[2] == 1;
-    const int64_t pitch = run_on ? plan.copy_cols : cols;
-    const int64_t ranges = run_on ? 1 : rows, length = run_on ? (rows - 1) * pitch + cols : cols;
-    for (int64_t o = o0; o < o1; o += nr, w += w_panel)
-      for (int64_t range = 0; range < ranges; ++range)
-        for (int64_t m = 0; m < length; m += kMaxTile) {
-          const int outputs = static_cast<int>(smaller<int64_t>(nr, o1 - o));
-          const int64_t end = smaller<int64_t>(m + kMaxTile, length);
-          multiply_pixels(s.channels / kTileK, copy + range * s.step[1] * plan.row + m * step, step, pieces, w,
-                          end - m > 16, sums);
-          for_stored(m, end, pitch, cols, n0 + range * s.grid[2], s.grid[2],
-                     [&](int64_t first, int64_t position, int count) {
-                       finish_tile(g, sums + first * kMaxTile, kMaxTile, o, outputs, position, count);
-                     });
-        }
+    if (!s.channels_inner) copy_transposed(s, plan, image, p, copy);
+    if (plan.line > 0)
+      return conv_lines(g, plan, static_cast<const amx_b*>(w_panels), w_panel, o0, o1, n0, rows, cols, x_at, copy);
+    conv_pixels(g, plan, static_cast<const amx_b*>(w_panels), w_panel, o0, o1, n0, rows, cols, x_at, copy);
 #endif
   }
 }

@@ -69,6 +69,33 @@ inline void product_tile(bf16_amx, int64_t pairs, const amx_a* a, const amx_b* b
 }
 #endif
 
+// to[i * step] = from[i]. With a step of 2, the lanes between are masked out instead of storing one element at a time.
+template <class T>
+inline void store_spread(const T* from, int count, int64_t step, T* to) {
+#if defined(FASTOPS_VEC_AVX512)
+  if constexpr (sizeof(T) <= 4) {
+    if (step == 2) {
+      for (int i = 0; i < count; i += 16) {
+        const int n = smaller(count - i, 16);
+        if constexpr (sizeof(T) == 2) {
+          const __m512i v = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first16(n), from + i));
+          _mm512_mask_storeu_epi16(to + 2 * i, static_cast<__mmask32>(spread_bits(first16(n))), v);
+        } else {
+          const uint32_t mask = static_cast<uint32_t>(spread_bits(first16(n)));
+          const __m512i v = _mm512_maskz_loadu_epi32(first16(n), from + i);
+          const __m512i high = _mm512_castsi256_si512(_mm512_extracti64x4_epi64(v, 1));
+          _mm512_mask_storeu_epi32(to + 2 * i, static_cast<__mmask16>(mask), _mm512_maskz_expand_epi32(0x5555, v));
+          _mm512_mask_storeu_epi32(to + 2 * i + 16, static_cast<__mmask16>(mask >> 16),
+                                   _mm512_maskz_expand_epi32(0x5555, high));
+        }
+      }
+      return;
+    }
+  }
+#endif
+  for (int i = 0; i < count; ++i) to[i * step] = from[i];
+}
+
 // One row of finished sums to y + at (and z), `step` elements apart.
 template <class T>
 inline void finish_run(const ConvOutput<T>& out, const Compute<T>* sums, int64_t at, int64_t step, int count) {
@@ -83,14 +110,39 @@ inline void finish_run(const ConvOutput<T>& out, const Compute<T>* sums, int64_t
   T values[kMaxTile];
   if (out.z != nullptr) {
     store_row<T>(sums, values, count);
-    for (int i = 0; i < count; ++i) out.z[at + i * step] = values[i];
+    store_spread(values, count, step, out.z + at);
   }
   if (out.f != nullptr)
     out.f(sums, values, count, out.activation);
   else
     store_row<T>(sums, values, count);
-  for (int i = 0; i < count; ++i) out.y[at + i * step] = values[i];
+  store_spread(values, count, step, out.y + at);
 }
+
+#if defined(FASTOPS_HAS_AMX)
+// finish_dense of 32 columns, which are one vector of bf16.
+inline void finish_wide(bool relu, const float* sums, int64_t rs, const float* bias, bool bias_of_rows, bf16_t* y,
+                        int64_t y_rs, int rows) {
+  constexpr int kDenormal = 0x20;  // which the instruction would flush
+  const Vec<float> left = Vec<float>::load(bias), right = Vec<float>::load(bias + 16);
+  for (int r = 0; r < rows; ++r, sums += rs, y += y_rs) {
+    Vec<float> a = Vec<float>::load(sums) + (bias_of_rows ? Vec<float>::set1(bias[r]) : left);
+    Vec<float> b = Vec<float>::load(sums + 16) + (bias_of_rows ? Vec<float>::set1(bias[r]) : right);
+    if (relu) {
+      a = max(Vec<float>::zero(), a);
+      b = max(Vec<float>::zero(), b);
+    }
+    const unsigned denormal = static_cast<unsigned>(_mm512_fpclass_ps_mask(a.v, kDenormal)) |
+                              static_cast<unsigned>(_mm512_fpclass_ps_mask(b.v, kDenormal));
+    if (denormal == 0) {
+      _mm512_storeu_si512(y, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
+    } else {
+      a.store(y);
+      b.store(y + 16);
+    }
+  }
+}
+#endif
 
 // Bias and relu in registers, then one rounding, for a tile whose rows lie y_rs apart in y.
 template <class T>
@@ -98,6 +150,11 @@ inline void finish_dense(const ConvOutput<T>& out, const Compute<T>* sums, int64
                          bool bias_of_rows, T* y, int64_t y_rs, int rows, int cols) {
   using Lanes = Vec<Compute<T>>;
   constexpr int S = Lanes::size;
+#if defined(FASTOPS_HAS_AMX)
+  if constexpr (same_type<T, bf16_t>) {
+    if (cols == 2 * S) return finish_wide(out.relu, sums, rs, bias, bias_of_rows, y, y_rs, rows);
+  }
+#endif
   for (int c = 0; c < cols; c += S) {
     const int count = smaller(cols - c, S);
     const Lanes col_bias = bias_of_rows ? Lanes::zero() : Lanes::load(bias + c);

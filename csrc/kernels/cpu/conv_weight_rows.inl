@@ -30,7 +30,7 @@ WeightRowsPlan plan_weight_rows(const ConvWeightProduct<T>& g, int threads) {
   const int64_t sums = g.features * g.outputs;
   if (g.grad_w == nullptr || s.plain || sums == 0 || g.positions == 0 || sums * kSize > kWeightRowsBytes) return plan;
   RowsPlan& rows = plan.rows;
-  if (!plan_copy(s, kSize, kMaxTaps, 2 * kJobPositions, &rows)) return plan;
+  if (!plan_copy(s, kSize, s.channels_inner ? s.channels : 0, kMaxTaps, 2 * kJobPositions, &rows)) return plan;
   plan.tiles_of_taps = s.channels < kFewChannels && s.taps[2].count > s.channels;
   plan.blocks = g.positions / (s.grid[1] * s.grid[2]) * rows.row_blocks * rows.col_blocks;
   plan.chunks = smaller(plan.blocks, ceil_div(kWeightJobs, g.groups));
@@ -167,6 +167,12 @@ size_t conv_gemm_workspace(const ConvBackwardWeight& args, int threads) {
       const WeightRowsPlan plan = plan_weight_rows(g, threads);
       if (plan.taken) return plan.total;
     }
+#if defined(FASTOPS_HAS_AMX)
+    if constexpr (same_type<P, bf16_amx>) {
+      const WeightPixelsPlan plan = plan_weight_pixels(g, threads);
+      if (plan.taken) return plan.total;
+    }
+#endif
     return plan_conv_weight<P>(g, threads).total;
   });
 }
@@ -184,6 +190,12 @@ void conv_gemm(const ConvBackwardWeight& args, void* workspace, const Team& team
       const WeightRowsPlan plan = plan_weight_rows(g, team.threads);
       if (plan.taken) return conv_weight_rows(g, plan, args.w_layout, workspace, team);
     }
+#if defined(FASTOPS_HAS_AMX)
+    if constexpr (same_type<P, bf16_amx>) {
+      const WeightPixelsPlan plan = plan_weight_pixels(g, team.threads);
+      if (plan.taken) return conv_weight_pixels(g, plan, args.w_layout, workspace, team);
+    }
+#endif
     const ConvWeightPlan plan = plan_conv_weight<P>(g, team.threads);
     team.parallel(plan.threads, [&](int thread, int actual) { conv_weight_member<P>(g, plan, bytes, thread, actual); });
   });

@@ -123,3 +123,74 @@ void pack_weights(const ConvWeights<T>& s, int64_t lane, int64_t lanes, int64_t 
     }
   }
 }
+
+#if defined(FASTOPS_HAS_AMX)
+// Taps whose places a line of weights is split into at most.
+constexpr int64_t kSplitTaps = 32;
+
+// to[t * to_rs + i] = from[i * taps + t] for i < count <= 32: every vector of the line gives lanes that lie side by
+// side.
+inline void split_taps(const bf16_t* from, int count, int64_t taps, bf16_t* to, int64_t to_rs) {
+  const int64_t length = count * taps;
+  __m512i line[kSplitTaps];
+  for (int64_t v = 0; v < taps; ++v) {
+    const int64_t left = smaller<int64_t>(32, larger<int64_t>(0, length - 32 * v));
+    line[v] = _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << left) - 1), from + 32 * v);
+  }
+  const __m512i lanes = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12,
+                                         11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  __m512i place = _mm512_mullo_epi16(lanes, _mm512_set1_epi16(static_cast<int16_t>(taps)));
+  for (int64_t t = 0; t < taps; ++t, to += to_rs) {
+    __m512i row = _mm512_setzero_si512();
+    const __m512i which = _mm512_srli_epi16(place, 5);
+    for (int64_t v = 0; v < taps; ++v) {
+      const __mmask32 mask = _mm512_cmpeq_epi16_mask(which, _mm512_set1_epi16(static_cast<int16_t>(v)));
+      row = _mm512_mask_permutexvar_epi16(row, mask, place, line[v]);
+    }
+    _mm512_storeu_si512(to, row);
+    place = _mm512_add_epi16(place, _mm512_set1_epi16(1));
+  }
+}
+
+// One panel of all taps, each of whose channels are padded to `padded`: lanes [lane, lane + lanes), lanes <= 32.
+inline void pack_tap_panel(const ConvWeights<bf16_t>& s, int64_t lane, int lanes, int64_t padded, amx_b* to) {
+  constexpr int W = 32, kStep = 2;
+  const int64_t taps = s.tap_count;
+  const bf16_t* const w = s.w + lane * s.lane_stride;
+  if (s.feature_stride != 0 && s.channels == padded)
+    return pack_weights<amx_b, bf16_t, W>(s, lane, lanes, 0, taps * padded, to, 0);
+  const bool all_taps = taps == s.kernel[0] * s.kernel[1] * s.kernel[2];
+  const bool of_lanes = s.lane_stride == taps, of_channels = s.channel_stride == taps;
+  if (all_taps && s.tap_stride == 1 && taps <= kSplitTaps && (of_lanes || of_channels)) {
+    alignas(64) bf16_t rows[kSplitTaps * W * 32];
+    for (int64_t c = 0; c < s.channels; c += 32) {
+      const int count = static_cast<int>(smaller<int64_t>(32, s.channels - c));
+      const bf16_t* const from = w + c * s.channel_stride;
+      if (of_channels)
+        for (int l = 0; l < lanes; ++l) split_taps(from + l * s.lane_stride, count, taps, rows + l * 32, W * 32);
+      else
+        for (int k = 0; k < count; ++k) split_taps(from + k * s.channel_stride, lanes, taps, rows + k * 32, W * 32);
+      for (int64_t t = 0; t < taps; ++t) {
+        amx_b* const panel = to + (t * padded + c) / kStep * W;
+        if (of_channels)
+          pack_along_k<amx_b, bf16_t, W>(rows + t * W * 32, 32, lanes, count, panel);
+        else
+          pack_along_lanes<amx_b, bf16_t, W>(rows + t * W * 32, 32, lanes, count, panel, 0);
+        pad_panel<amx_b, W, kStep>(panel, count);
+      }
+    }
+    return;
+  }
+  TapCursor tap(s.taps, 0);
+  for (int64_t t = 0; t < taps; ++t, tap.advance(s.taps)) {
+    amx_b* const panel = to + t * padded / kStep * W;
+    if (s.lane_stride == 1) {
+      pack_along_lanes<amx_b, bf16_t, W>(w + tap_place(s, tap) * s.tap_stride, s.channel_stride, lanes, s.channels,
+                                         panel, 0);
+      pad_panel<amx_b, W, kStep>(panel, s.channels);
+    } else {
+      pack_weights<amx_b, bf16_t, W>(s, lane, lanes, t * s.channels, s.channels, panel, 0);
+    }
+  }
+}
+#endif
