@@ -344,7 +344,8 @@ def test_what_has_no_kernel_goes_to_pytorch():
     with fastops.record() as rows:
         FF.adaptive_avg_pool1d(torch.randn(2, 3, 8, requires_grad=True), 2).sum().backward()
     assert [row.op for row in rows] == ["adaptive_avg_pool1d", "adaptive_avg_pool1d_backward"]
-    assert [row.kernel for row in rows] == [_C.isa_used()] * 2
+    best = _C.isa_used()
+    assert [row.kernel for row in rows] == ["avx512" if best in ("avx512_bf16", "amx") else best] * 2
 
 
 BAD = [

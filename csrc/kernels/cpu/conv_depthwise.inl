@@ -15,17 +15,12 @@ inline bool is_flat(const ConvGeometry& g) {
 }
 inline bool is_depthwise(const ConvGeometry& g) { return g.groups > 1 && g.groups == g.in_channels && is_flat(g); }
 
-// The gradient of a first layer's input: too few rows for a matrix product, while every plane of the gradient, once
-// copied, serves all of them.
+// The weight gradient of a single channel's filters, which meet one plane like those of a depthwise convolution.
 constexpr const char* kPlanesName = "conv_planes";
-constexpr int64_t kInputPlanes = 4, kGradientPlanes = 256;
-inline bool has_input_planes(const ConvGeometry& g) {
-  return g.groups == 1 && g.in_channels <= kInputPlanes && g.out_channels <= kGradientPlanes && is_flat(g);
-}
 
 // The copy of a band, measured on Granite Rapids (48 KB L1d).
 constexpr int64_t kBandBytes = 32 * 1024;
-// The bands of several planes that one output sums over may take as much as this many of one: they are read once.
+// Of several planes that one output sums over, the bands may take as much as this many of one: they are read once.
 constexpr int64_t kPlanesInL2 = 16;
 
 // Filters of one input channel whose gradients are summed side by side.
@@ -199,9 +194,7 @@ void depthwise(const ConvForward& args, void* workspace, const Team& team) {
 
 template <class T>
 bool depthwise_takes(const ConvBackwardInput& args) {
-  return args.layout == Layout::channels_first &&
-         (is_depthwise(args.geometry) || (has_input_planes(args.geometry) &&
-                                          (args.w_layout == Layout::channels_first || args.geometry.in_channels == 1)));
+  return args.layout == Layout::channels_first && is_depthwise(args.geometry);
 }
 template <class T>
 size_t depthwise_workspace(const ConvBackwardInput& args, int threads) {
@@ -233,11 +226,10 @@ inline ReachingTaps reaching_taps(const ConvGeometry& g, int d, int64_t u) {
   return {last / period + 1, last, period, (u - last * dilation) / stride, period * dilation / stride};
 }
 
-// Fills `taps` for one pair of residues; w is channel c's first filter, and the next is w_step elements on. Returns the
-// height of the columns.
+// Fills `taps` for one pair of residues; w is channel c's first filter. Returns the height of the columns.
 template <class T>
-int64_t input_taps(const ConvGeometry& g, const DepthwisePlan& plan, const T* w, int64_t w_step, int64_t u_h,
-                   int64_t u_w, int64_t first_row, int64_t first_col, TapColumns<Compute<T>>& taps) {
+int64_t input_taps(const ConvGeometry& g, const DepthwisePlan& plan, const T* w, int64_t u_h, int64_t u_w,
+                   int64_t first_row, int64_t first_col, TapColumns<Compute<T>>& taps) {
   const int64_t multiplier = g.out_channels / g.groups, kw = g.kernel[2];
   const ReachingTaps high = reaching_taps(g, 1, u_h), wide = reaching_taps(g, 2, u_w);
   taps.step = taps.row_step = plan.row.elements();
@@ -246,7 +238,7 @@ int64_t input_taps(const ConvGeometry& g, const DepthwisePlan& plan, const T* w,
   int64_t n = 0;
   for (int64_t m = 0; m < multiplier; ++m)
     for (int64_t j = 0; j < wide.count; ++j) {
-      const T* from = w + m * w_step + high.last * kw + wide.last - j * wide.period;
+      const T* from = w + m * g.kernel[1] * kw + high.last * kw + wide.last - j * wide.period;
       int64_t at = m * plan.plane + (high.at - first_row) * plan.row.elements() +
                    plan.row.at(wide.at + j * wide.step - first_col);
       for (int64_t i = 0; i < high.count; ++i, from -= high.period * kw) {
@@ -260,7 +252,7 @@ int64_t input_taps(const ConvGeometry& g, const DepthwisePlan& plan, const T* w,
 
 // One band [q0, q1) of rows of a plane of the input's gradient.
 template <class T>
-void depthwise_input_band(const ConvGeometry& g, const DepthwisePlan& plan, const T* w, int64_t w_step,
+void depthwise_input_band(const ConvGeometry& g, const DepthwisePlan& plan, const T* w,
                           const PlaneOutput<Compute<T>>& out, int64_t q0, int64_t q1, int64_t first_row,
                           DepthwiseScratch<Compute<T>>& scratch) {
   using C = Compute<T>;
@@ -275,7 +267,7 @@ void depthwise_input_band(const ConvGeometry& g, const DepthwisePlan& plan, cons
     to.rs = sh * width;
     for (int64_t b = 0; b < sw && b < width; ++b) {
       const Residue wide = residue_of(g, 2, 0, width, b);
-      const int64_t height = input_taps(g, plan, w, w_step, high.u, wide.u, first_row, first_col, scratch.taps);
+      const int64_t height = input_taps(g, plan, w, high.u, wide.u, first_row, first_col, scratch.taps);
       with_column(height, 1, 1, [&](auto kh, auto sh1) {
         constexpr int KH = decltype(kh)::value;
         if constexpr (decltype(sh1)::value == 1) {
@@ -310,26 +302,24 @@ void depthwise(const ConvBackwardInput& args, void* workspace, const Team& team)
   using C = Compute<T>;
   const ConvGeometry& g = args.geometry;
   const DepthwisePlan plan = plan_depthwise_input<C>(g, team.threads);
-  const int64_t channels = g.in_channels / g.groups, multiplier = g.out_channels / g.groups;
+  const int64_t multiplier = g.out_channels / g.groups;
   const int64_t in = g.in[1] * g.in[2], out = g.out[1] * g.out[2], window = g.kernel[1] * g.kernel[2];
-  const int64_t bands = ceil_div(g.in[1], plan.band), units = g.batch * g.groups * bands;
+  const int64_t bands = ceil_div(g.in[1], plan.band), units = g.batch * g.in_channels * bands;
   const Plane<T> grad_y = gradient_plane<T>(args.grad_y, args.saved, args.activation, g.out[2]);
   const PlaneOutput<C> output = plane_output<T>(args.grad_x, args.z, g.in[2], args.epilogue);
   team.parallel(plan.threads, [&](int thread, int actual) {
     DepthwiseScratch<C> scratch = depthwise_scratch<C>(plan, multiplier, multiplier * window, workspace, thread);
     for (int64_t unit = units * thread / actual; unit < units * (thread + 1) / actual; ++unit) {
-      const int64_t slice = unit / bands, group = slice % g.groups;  // slice: (image, group)
+      const int64_t plane = unit / bands, c = plane % g.in_channels;
       const int64_t q0 = unit % bands * plan.band, q1 = smaller(q0 + plan.band, g.in[1]);
       const GradientSpan rows = gradient_span(g, 1, q0, q1);
       for (int64_t m = 0; m < multiplier; ++m)
-        copy_rows(offset(grad_y, (slice * multiplier + m) * out), g.out[1], rows.first, rows.count, bands == 1,
+        copy_rows(offset(grad_y, (plane * multiplier + m) * out), g.out[1], rows.first, rows.count, bands == 1,
                   plan.row, scratch.copy + m * plan.plane);
-      for (int64_t c = 0; c < channels; ++c) {
-        PlaneOutput<C> to = offset<T>(output, (slice * channels + c) * in);
-        to.bias = args.bias == nullptr ? 0 : widen_one(static_cast<const T*>(args.bias) + group * channels + c);
-        const T* const w = static_cast<const T*>(args.w) + (group * multiplier * channels + c) * window;
-        depthwise_input_band(g, plan, w, channels * window, to, q0, q1, rows.first, scratch);
-      }
+      PlaneOutput<C> to = offset<T>(output, plane * in);
+      to.bias = args.bias == nullptr ? 0 : widen_one(static_cast<const T*>(args.bias) + c);
+      depthwise_input_band(g, plan, static_cast<const T*>(args.w) + c * multiplier * window, to, q0, q1, rows.first,
+                           scratch);
     }
   });
 }
