@@ -56,9 +56,7 @@ def test_values_and_gradients(isa, pool, dtype):
         if pool.is_max:
             exact(ours[0], expected[0])
         terms = max(1, x.numel() // max(1, ours[0].numel()))
-        # What is averaged may cancel; its size is that of the numbers.
-        least = 0.0 if pool.is_max or x.numel() == 0 else float(x.abs().mean())
-        close(ours[0], reference[0], expected[0], "output", terms, least=least)
+        close(ours[0], reference[0], expected[0], "output", terms)
         close(ours[1], reference[1], expected[1], "gradient", terms)
         with torch.no_grad():
             exact(pool.ours(x), ours[0])

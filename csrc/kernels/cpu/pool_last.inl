@@ -54,8 +54,9 @@ inline void for_taps(const Pool& pool, const PoolWindow& d, const PoolWindow& h,
     }
 }
 
-// Sums of long windows are added up row by row, so that their errors stay small.
-constexpr int64_t kPoolLongSum = 64;
+// Sums of long windows are added up from those of pieces of their rows, so that errors stay small; a window over a
+// whole plane has a single row.
+constexpr int64_t kPoolLongSum = 64, kPoolPiece = 32;
 
 template <class S, class Op>
 void pool_window_last(const Pool& pool, const S* x, const Op& op, int64_t at, const PoolWindow& d, const PoolWindow& h,
@@ -65,8 +66,9 @@ void pool_window_last(const Pool& pool, const S* x, const Op& op, int64_t at, co
   const Taps<C> first = Taps<C>::set1(static_cast<int>((d.begin * pool.h.kernel + h.begin) * pool.w.kernel + w.begin));
   for_channels<V::size>(pool.channels, [&](int64_t c, auto vectors, int count) {
     constexpr int kVectors = decltype(vectors)::value;
-    const auto take = [&](auto& results, const PoolWindow& depths, const PoolWindow& heights) {
-      for_taps(pool, depths, heights, w, [&](int64_t position, int64_t tap) {
+    const auto take = [&](auto& results, const PoolWindow& depths, const PoolWindow& heights,
+                          const PoolWindow& widths) {
+      for_taps(pool, depths, heights, widths, [&](int64_t position, int64_t tap) {
         const S* p = x + position * pool.channels + c;
         for (int v = 0; v < kVectors; ++v)
           results[v].take(kVectors > 1 ? V::load(p + v * V::size) : V::load(p, count), tap);
@@ -76,16 +78,17 @@ void pool_window_last(const Pool& pool, const S* x, const Op& op, int64_t at, co
     if constexpr (Op::kSums) {
       if (pool.taps() >= kPoolLongSum) {
         for (int64_t i = d.begin; i < d.end; ++i)
-          for (int64_t j = h.begin; j < h.end; ++j) {
-            Repeated<typename Op::Accumulator, kVectors> row(first);
-            take(row.of, {d.first, i, i + 1}, {h.first, j, j + 1});
-            for (int v = 0; v < kVectors; ++v) results.of[v].take(row.of[v].value, 0);
-          }
+          for (int64_t j = h.begin; j < h.end; ++j)
+            for (int64_t k = w.begin; k < w.end; k += kPoolPiece) {
+              Repeated<typename Op::Accumulator, kVectors> piece(first);
+              take(piece.of, {d.first, i, i + 1}, {h.first, j, j + 1}, {w.first, k, smaller(k + kPoolPiece, w.end)});
+              for (int v = 0; v < kVectors; ++v) results.of[v].take(piece.of[v].value, 0);
+            }
       } else {
-        take(results.of, d, h);
+        take(results.of, d, h, w);
       }
     } else {
-      take(results.of, d, h);
+      take(results.of, d, h, w);
     }
     for (int v = 0; v < kVectors; ++v) op.finish(at + c + v * V::size, count, results.of[v], place);
   });
