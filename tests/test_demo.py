@@ -37,9 +37,13 @@ def test_both_sides_learn_the_same(index: int) -> None:
     outcome = demo.train(task, 100, seed=0, progress=lambda text: None)
     assert outcome.torch.losses[-1] < outcome.torch.losses[0]
     assert len(outcome.torch.losses) == len(outcome.fastops.losses) == 100
-    # Adam and the maxima of a ConvNet amplify roundings: PyTorch's own losses differ by 0.0032 from a float64 run when
-    # its initial weights are perturbed by one rounding (fastops' by 0.0031, in float64 by 4e-16).
-    assert outcome.largest_difference < (1e-2 if outcome.name.startswith("ConvNet") else 1e-4)
+    differences = [abs(a - b) for a, b in zip(outcome.torch.losses, outcome.fastops.losses, strict=True)]
+    assert max(differences) == outcome.largest_difference
+    # Adam and the maxima of a ConvNet amplify roundings some 50000 times in 100 steps: PyTorch's own losses differ by
+    # 0.0032 from a float64 run when its initial weights are perturbed by one rounding, fastops' by 0.003 to 0.008.
+    chaotic = outcome.name.startswith("ConvNet")
+    assert max(differences[:20]) < 1e-4
+    assert max(differences) < (5e-2 if chaotic else 1e-4)
     assert abs(outcome.torch_score - outcome.fastops_score) < 0.02
 
 
