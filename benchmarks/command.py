@@ -9,13 +9,21 @@ from pathlib import Path
 
 import torch
 
-from fastops.benchmarks import activation, conv, figures, footprint, linear, pool, report, training
+from fastops.benchmarks import activation, conv, conv_pool, figures, footprint, linear, pool, report, training
 from fastops.benchmarks.harness import DTYPES, FORWARD, MODES, Case, Row, WrongResult, measure
 
-STEMS = {"linear": linear, "conv": conv, "pool": pool, "activation": activation, "training": training}
+STEMS = {
+    "linear": linear,
+    "conv": conv,
+    "conv_pool": conv_pool,
+    "pool": pool,
+    "activation": activation,
+    "training": training,
+}
 OPS = {
     **{op: linear for op in linear.FUNCTIONS},
     **{op: conv for op in conv.FUNCTIONS},
+    **{op: conv_pool for op in conv_pool.FUNCTIONS},
     **{op: pool for op in pool.FUNCTIONS},
     **{op: activation for op in activation.FUNCTIONS},
     "training step": training,

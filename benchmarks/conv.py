@@ -4,8 +4,7 @@ A shape reads batch x channels x sizes - outputs - k(ernel) [- s(tride)] [- p(ad
 "8x64x56x56-64-k3-p1".
 
 Variants of an op: "+channels_last" lays out input and weight so, for both sides; "+medium" is that precision for
-fastops; "+image" has an input that needs no gradient, as the first layer of a model has; "+relu" is fused;
-"+max_pool2d" is a 2x2 pool after it, which fastops computes as one op.
+fastops; "+image" has an input that needs no gradient, as the first layer of a model has; "+relu" is fused.
 """
 
 import math
@@ -95,7 +94,7 @@ def parse(op: str, text: str) -> Shape:
     )
 
 
-def _conv(module: object, name: str, shape: Shape, activation: str | None = None) -> Callable[..., Tensor]:
+def convolution(module: object, name: str, shape: Shape, activation: str | None = None) -> Callable[..., Tensor]:
     function = getattr(module, name)
     kwargs = {"stride": shape.stride, "padding": shape.padding, "groups": shape.groups}
     if activation is not None:
@@ -103,7 +102,7 @@ def _conv(module: object, name: str, shape: Shape, activation: str | None = None
     return lambda x, w, b: function(x, w, b, **kwargs)
 
 
-def _relu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def then_relu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *tensors: F.relu(function(*tensors))
 
 
@@ -120,7 +119,6 @@ def _medium(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 FUNCTIONS = (
     "conv2d", "conv2d+image", "conv2d+channels_last", "conv2d+medium", "conv2d+relu",
-    "conv2d+relu+max_pool2d",
     "conv1d", "conv3d", "conv_transpose2d",
 )  # fmt: skip
 
@@ -129,23 +127,13 @@ def prepare(case: Case) -> Sides:
     shape = parse(case.op, case.shape)
     name, *variants = case.op.split("+")
     generator = torch.Generator().manual_seed(0)
-    if "max_pool2d" in variants:
-        # Whole numbers, whose sums are exact: a rounding that makes another element the maximum moves its gradient.
-        make = lambda sizes: torch.randint(-3, 4, sizes, generator=generator).to(DTYPES[case.dtype])  # noqa: E731
-    else:
-        make = lambda sizes: torch.randn(sizes, generator=generator).to(DTYPES[case.dtype])  # noqa: E731
-    inputs = [make(sizes) for sizes in shape.tensors]
-    if "max_pool2d" not in variants:
-        inputs[1] /= math.sqrt(shape.channels // shape.groups * shape.kernel ** len(shape.size))
+    inputs = [torch.randn(tensor, generator=generator).to(DTYPES[case.dtype]) for tensor in shape.tensors]
+    inputs[1] /= math.sqrt(shape.channels // shape.groups * shape.kernel ** len(shape.size))
     if "channels_last" in variants:
         inputs[:2] = [tensor.contiguous(memory_format=torch.channels_last) for tensor in inputs[:2]]
-    theirs, ours = _conv(F, name, shape), _conv(FF, name, shape, "relu" if "relu" in variants else None)
+    theirs, ours = convolution(F, name, shape), convolution(FF, name, shape, "relu" if "relu" in variants else None)
     if "relu" in variants:
-        theirs = _relu(theirs)
-    if "max_pool2d" in variants:
-        convolved, kwargs = theirs, {"stride": shape.stride, "padding": shape.padding, "groups": shape.groups}
-        theirs = lambda *tensors: F.max_pool2d(convolved(*tensors), 2)  # noqa: E731
-        ours = lambda x, w, b: FF.conv_max_pool2d(x, w, b, **kwargs, activation="relu", pool_size=2)  # noqa: E731
+        theirs = then_relu(theirs)
     if "medium" in variants:
         ours = _medium(ours)
     # Winograd's algorithms are held to their rms error (design, sections 4 and 8).
@@ -202,7 +190,6 @@ def cases(threads: int) -> list[Case]:
             result += [make("conv2d", shape, dtype, mode, threads) for shape in ALL]
             result += [make("conv2d+channels_last", shape, dtype, mode, threads) for shape in ALL]
         result += [make("conv2d+image", shape, dtype, BOTH, threads) for shape in (FIRST, STEM)]
-        result += [make("conv2d+relu+max_pool2d", FIRST, dtype, mode, threads) for mode in (FORWARD, BOTH)]
         result += [make(op, shape, dtype, mode, threads) for op, shape in OTHERS.items() for mode in (FORWARD, BOTH)]
     result += [make("conv2d+medium", shape, "f32", FORWARD, threads) for shape in WINDOWS]
     for op in ("conv2d", "conv2d+relu"):

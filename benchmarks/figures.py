@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fastops.benchmarks import activation, conv, footprint, linear, pool, training
+from fastops.benchmarks import activation, conv, conv_pool, footprint, linear, pool, training
 from fastops.benchmarks.harness import BOTH, FORWARD, Row
 
 FAST = ("tanh", "mish", "tanhshrink")
@@ -52,7 +52,7 @@ def _conv(dtype: str, shapes: Sequence[str], *modes: str, ops: Sequence[str] = (
 _SQUARES = _linear("linear", "f32", linear.SQUARES, FORWARD)
 _SMALL = (FORWARD, "record", BOTH)
 _IMAGE = ("conv2d", "conv2d+image")
-_LAST, _POOLED = ("conv2d+channels_last",), ("conv2d+relu+max_pool2d",)
+_LAST, _POOLED = ("conv2d+channels_last",), conv_pool.FUNCTIONS
 _EVERY = (*conv.ALL, *conv.OTHERS.values())
 _EVERY_OP = (*_IMAGE, *_LAST, *_POOLED, *conv.OTHERS)
 

@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 
+def _alike(actual: Tensor, reference: Tensor, theirs: Tensor, what: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Detached; asserts the reference's shape and the dtype of PyTorch's result."""
+    assert actual.shape == reference.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(reference.shape)}"
+    assert actual.dtype == theirs.dtype, f"{what}: dtype {actual.dtype}, PyTorch has {theirs.dtype}"
+    return actual.detach(), reference.detach(), theirs.detach()
+
+
 def close(
     actual: Tensor,
     reference: Tensor,
@@ -23,9 +30,7 @@ def close(
 
     roundings: how many of the largest value are allowed, where the contract of the op grants more than one.
     """
-    actual, reference, theirs = actual.detach(), reference.detach(), theirs.detach()
-    assert actual.shape == reference.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(reference.shape)}"
-    assert actual.dtype == theirs.dtype, f"{what}: dtype {actual.dtype}, PyTorch has {theirs.dtype}"
+    actual, reference, theirs = _alike(actual, reference, theirs, what)
     if reference.numel() == 0:
         return
     rounded = reference.to(actual.dtype)
@@ -61,9 +66,7 @@ def close_rms(
 
     The arguments are those of `close`; roundings are of the rms value.
     """
-    actual, reference, theirs = actual.detach(), reference.detach(), theirs.detach()
-    assert actual.shape == reference.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(reference.shape)}"
-    assert actual.dtype == theirs.dtype, f"{what}: dtype {actual.dtype}, PyTorch has {theirs.dtype}"
+    actual, reference, theirs = _alike(actual, reference, theirs, what)
     if reference.numel() == 0:
         return
 

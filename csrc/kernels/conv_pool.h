@@ -1,5 +1,5 @@
 // Contract of the fused convolution + activation + max pool: y = max_pool(f(conv(x, w) + b)), and the gradients of x, w
-// and b. What lies between is never stored whole.
+// and b. What lies between is not an output: it passes through a workspace, some images at a time.
 #pragma once
 
 #include "conv.h"

@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function
 
 from fastops import _C
 from fastops.functional._activation import Activation, resolve_activation, torch_activate, valid
-from fastops.functional._general import general, overrides, show, torch_op
+from fastops.functional._general import explain_kinds, explain_types, general, overrides, show, torch_op
 from fastops.ops import KIND, supported
 from fastops.ops import conv as _conv_ops
 
@@ -259,16 +259,9 @@ def _geometry(numbers: _Numbers, dims: int, transposed: bool, weight: Tensor) ->
 
 def _explain(dims: int, transposed: bool, args: tuple[Any, ...]) -> str:
     input, weight, bias, *rest = args
-    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
-            return f"{name} must be a Tensor, got {show(tensor)}"
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.device != input.device:
-            return f"{name} must be on input's device {input.device}, got {show(tensor)}"
-        if tensor.dtype != input.dtype:
-            return f"{name} must have input's dtype {input.dtype}, got {show(tensor)}"
+    problem = explain_types(input, weight, bias) or explain_kinds(input, weight, bias)
+    if problem:
+        return problem
     numbers = _numbers(tuple(rest))
     for name, value in numbers._asdict().items():
         if name == "padding" and isinstance(value, str):

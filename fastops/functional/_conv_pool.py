@@ -1,4 +1,4 @@
-"""Convolution, activation and max pool as one op, which stores nothing of what lies between."""
+"""Convolution, activation and max pool as one op."""
 
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling as _is_compiling
@@ -42,9 +42,10 @@ def conv_max_pool2d(
 ) -> Tensor:
     """max_pool2d(conv2d(input, weight, bias, ..., activation), pool_size): the same values and gradients.
 
-    With relu or no activation it is one kernel forward and one backward: what lies between never leaves the cache, and
-    backward keeps a byte for each element of the result. 3x3 convolutions of stride 1 with one to four channels and a
-    2x2 pool, a model's first layer, have a kernel that pools in registers. Anything else is the two ops in turn.
+    With relu or no activation it is one call of a kernel forward and one backward. Forward takes some images at a time
+    through both, in a block of about a megabyte, and keeps no more than a byte for each element of the result for
+    backward. 3x3 convolutions of stride 1 with one to four channels and a 2x2 pool, a model's first layer, in float32
+    or float64 and channels first, have a kernel that pools in registers. Any other activation is the two ops in turn.
 
     Args:
         input, weight, bias, stride, padding, dilation, groups, activation: as in conv2d.

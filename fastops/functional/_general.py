@@ -48,6 +48,26 @@ def torch_op(name: str, explain: Callable[..., str], function: Callable[..., Any
         raise type(error)(f"{name}: {why} (PyTorch: {error})") from error
 
 
+def explain_types(input: Any, weight: Any, bias: Any) -> str:
+    """Which operand of a layer is no tensor; "" where all are. bias may be None."""
+    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
+            return f"{name} must be a Tensor, got {show(tensor)}"
+    return ""
+
+
+def explain_kinds(input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    """Which parameter of a layer is on another device, or of another dtype, than the input; "" where none is."""
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != input.device:
+            return f"{name} must be on input's device {input.device}, got {show(tensor)}"
+        if tensor.dtype != input.dtype:
+            return f"{name} must have input's dtype {input.dtype}, got {show(tensor)}"
+    return ""
+
+
 def show(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"

@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function
 
 from fastops import _C
 from fastops.functional._activation import Activation, resolve_activation, torch_activate, valid
-from fastops.functional._general import general, overrides, show, torch_op
+from fastops.functional._general import explain_kinds, explain_types, general, overrides, torch_op
 from fastops.ops import KIND
 from fastops.ops import linear as _linear_ops
 
@@ -62,9 +62,9 @@ def _general_linear(input: Any, weight: Any, bias: Any, activation: Activation) 
 
 
 def _explain_linear(input: Any, weight: Any, bias: Any = None) -> str:
-    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
-            return f"{name} must be a Tensor, got {show(tensor)}"
+    problem = explain_types(input, weight, bias)
+    if problem:
+        return problem
     if input.dim() == 0:
         return "input must have shape (*, in_features), got a scalar"
     features = input.shape[-1]
@@ -73,13 +73,9 @@ def _explain_linear(input: Any, weight: Any, bias: Any = None) -> str:
             f"weight must have shape (out_features, in_features) with in_features = {features} "
             f"(input's last dimension), got {tuple(weight.shape)}"
         )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.device != input.device:
-            return f"{name} must be on input's device {input.device}, got {show(tensor)}"
-        if tensor.dtype != input.dtype:
-            return f"{name} must have input's dtype {input.dtype}, got {show(tensor)}"
+    problem = explain_kinds(input, weight, bias)
+    if problem:
+        return problem
     if bias is not None and bias.shape != weight.shape[:-1]:
         return f"bias must have shape {tuple(weight.shape[:-1])} (weight's out_features), got {tuple(bias.shape)}"
     return ""
