@@ -25,10 +25,12 @@ def close(
     what: str = "result",
     terms: int = 1,
     roundings: float = 1.0,
+    least: float = 0.0,
 ) -> None:
     """Asserts the rule. reference is float64; actual and theirs have the dtype under test and the reference's shape.
 
     roundings: how many of the largest value are allowed, where the contract of the op grants more than one.
+    least: the size of the terms, where they cancel and the largest value is small beside them.
     """
     actual, reference, theirs = _alike(actual, reference, theirs, what)
     if reference.numel() == 0:
@@ -43,7 +45,7 @@ def close(
         return
     both = ~special & torch.isfinite(theirs)
     other = (theirs.double() - reference).abs()[both]
-    scale = float(reference[~special].abs().max())
+    scale = max(float(reference[~special].abs().max()), least)
     if actual.dtype == torch.float64:  # operands are of the order of 1, and so are terms that cancel
         scale = max(scale, 1.0) * (8 + terms)
     rounding = torch.finfo(actual.dtype).eps * scale * roundings

@@ -391,15 +391,9 @@ std::array<Tensor, 3> conv_backward(const Tensor& grad_output, const Tensor& sav
   if (output_mask[0]) check_operand(weight, type, weight_sizes(plan), "weight");
   if (output_mask[1]) check_operand(input, type, input_sizes, "input");
 
-  std::array<Tensor, 3> out;
-  if (output_mask[0]) out[0] = empty_in(input_sizes, plan.layout, type);
-  if (output_mask[1]) out[1] = empty_in(weight_sizes(plan), plan.w_layout, type);
-  if (output_mask[2]) out[2] = empty_output({output_sizes[1]}, type);
-  if (plan.geometry.batch == 0) {  // sums of nothing
-    for (Tensor& gradient : out)
-      if (gradient.defined()) gradient.zero_();
-    return out;
-  }
+  const bool of_nothing = plan.geometry.batch == 0;
+  std::array<Tensor, 3> out = new_gradients(plan, type, output_mask, of_nothing);
+  if (of_nothing) return out;
 
   Tensor g = in_layout(grad_output, plan), s = identity ? Tensor() : in_layout(saved, plan);
   const Tensor x = output_mask[1] ? in_layout(input, plan) : Tensor();

@@ -73,6 +73,20 @@ inline Tensor checked_bias(const optional<Tensor>& bias, at::ScalarType type) {
   return b.contiguous();
 }
 
+// The gradients of input, weight and bias that are asked for: to be filled, or zeros where they are sums of nothing.
+inline std::array<Tensor, 3> new_gradients(const ConvPlan& plan, at::ScalarType type, std::array<bool, 3> output_mask,
+                                           bool of_nothing) {
+  const int64_t outputs = plan.transposed ? plan.geometry.in_channels : plan.geometry.out_channels;
+  std::array<Tensor, 3> out;
+  if (output_mask[0]) out[0] = empty_in(plan.transposed ? out_sizes(plan) : in_sizes(plan), plan.layout, type);
+  if (output_mask[1]) out[1] = empty_in(weight_sizes(plan), plan.w_layout, type);
+  if (output_mask[2]) out[2] = empty_output({outputs}, type);
+  if (of_nothing)
+    for (Tensor& gradient : out)
+      if (gradient.defined()) gradient.zero_();
+  return out;
+}
+
 // A plan as numbers, for the nodes that compiled autograd packs.
 inline std::vector<int64_t> pack_plan(const ConvPlan& plan) {
   static_assert(sizeof(ConvGeometry) % sizeof(int64_t) == 0);

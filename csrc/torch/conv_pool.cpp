@@ -43,18 +43,14 @@ bool is_fused(const ConvPlan& plan, Activation activation, const PoolSize& pool)
   return known && !plan.transposed && pool[0] * pool[1] * pool[2] <= kNoGradient;
 }
 
-struct Pooled {
-  Tensor y, indices;
-};
-
-Pooled conv_pool_forward(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvPlan& plan,
-                         Activation activation, const PoolSize& pool, bool need_indices) {
+MaxPoolOutput conv_pool_forward(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                                const ConvPlan& plan, Activation activation, const PoolSize& pool, bool need_indices) {
   const auto type = input.scalar_type();
   check_operand(input, type, in_sizes(plan), "input");
   check_operand(weight, type, weight_sizes(plan), "weight");
   const Tensor b = checked_bias(bias, type);
   const ConvSizes sizes = pooled_sizes(pool_plan(plan, pool));
-  Pooled out{empty_in(sizes, plan.layout, type), {}};
+  MaxPoolOutput out{empty_in(sizes, plan.layout, type), {}};
   if (need_indices) out.indices = empty_in(sizes, plan.layout, at::kByte);
   if (out.y.numel() == 0) return out;
   const Tensor x = in_layout(input, plan), w = weight_in_layout(weight, plan);
@@ -89,15 +85,9 @@ std::array<Tensor, 3> conv_pool_backward(const Tensor& grad_output, const Tensor
   check_operand(grad_output, type, pooled_sizes(pool_plan(plan, pool)), "grad_output");
   if (output_mask[0]) check_operand(weight, type, weight_sizes(plan), "weight");
   if (output_mask[1]) check_operand(input, type, in_sizes(plan), "input");
-  std::array<Tensor, 3> out;
-  if (output_mask[0]) out[0] = empty_in(in_sizes(plan), plan.layout, type);
-  if (output_mask[1]) out[1] = empty_in(weight_sizes(plan), plan.w_layout, type);
-  if (output_mask[2]) out[2] = empty_output({plan.geometry.out_channels}, type);
-  if (grad_output.numel() == 0) {  // sums of nothing
-    for (Tensor& gradient : out)
-      if (gradient.defined()) gradient.zero_();
-    return out;
-  }
+  const bool of_nothing = grad_output.numel() == 0;
+  std::array<Tensor, 3> out = new_gradients(plan, type, output_mask, of_nothing);
+  if (of_nothing) return out;
   const Tensor g = in_layout(grad_output, plan);
   const Tensor x = output_mask[1] ? in_layout(input, plan) : Tensor();
   const Tensor w = output_mask[0] ? weight_in_layout(weight, plan) : Tensor();
@@ -172,7 +162,7 @@ Tensor conv_max_pool(const Tensor& input, const Tensor& weight, const optional<T
     return max_pool(conv(input, weight, bias, plan, activation), pool_plan(plan, pool), false).y;
   const bool grad_x = needs_grad(input), grad_w = needs_grad(weight);
   const bool records = at::GradMode::is_enabled() && (grad_x || grad_w || (bias && needs_grad(*bias)));
-  const Pooled out = conv_pool_forward(input, weight, bias, plan, activation, pool, records);
+  const MaxPoolOutput out = conv_pool_forward(input, weight, bias, plan, activation, pool, records);
   if (!records) return out.y;
   const auto node = make_node<ConvPoolOp>({plan, pool}, input, weight, bias);
   torch::autograd::set_history(out.y, node);

@@ -8,11 +8,6 @@
 
 constexpr const char* kDepthwiseName = "depthwise";
 
-// Two-dimensional, and not empty.
-inline bool is_flat(const ConvGeometry& g) {
-  const bool flat = g.in[0] == 1 && g.out[0] == 1 && g.kernel[0] == 1 && g.padding[0] == 0;
-  return flat && g.batch * g.in[1] * g.in[2] * g.out[1] * g.out[2] * g.kernel[1] * g.kernel[2] > 0;
-}
 inline bool is_depthwise(const ConvGeometry& g) { return g.groups > 1 && g.groups == g.in_channels && is_flat(g); }
 
 // The weight gradient of a single channel's filters, which meet one plane like those of a depthwise convolution.

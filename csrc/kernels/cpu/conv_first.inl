@@ -57,10 +57,7 @@ FirstPlan plan_first(const ConvGeometry& g, int threads) {
 
 // Where few channels meet enough positions to fill a vector.
 inline bool is_first_layer(Layout layout, const ConvGeometry& g, int64_t lanes) {
-  const bool flat = g.in[0] == 1 && g.out[0] == 1 && g.kernel[0] == 1 && g.padding[0] == 0;
-  const bool empty =
-      g.batch * g.out_channels * g.in[1] * g.in[2] * g.out[1] * g.out[2] * g.kernel[1] * g.kernel[2] == 0;
-  return layout == Layout::channels_first && flat && !empty && g.groups == 1 && g.in_channels >= 1 &&
+  return layout == Layout::channels_first && is_flat(g) && g.groups == 1 && g.out_channels > 0 && g.in_channels >= 1 &&
          g.in_channels <= kFirstInputs && 2 * g.out[2] >= lanes;
 }
 

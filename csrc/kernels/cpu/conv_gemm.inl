@@ -130,14 +130,13 @@ void conv_strip(const ConvProduct<T>& g, const ConvPlan& plan, const void* w_pan
 }
 
 template <class P, class T>
-void conv_member(const ConvProduct<T>& g, const ConvPlan& plan, unsigned char* workspace, int thread, int actual) {
+void conv_member(const ConvProduct<T>& g, const ConvPlan& plan, unsigned char* workspace, Crew& crew, int thread) {
   using Kind = Tile<P>;
   using A = typename Kind::A;
   using B = typename Kind::B;
   using C = Compute<T>;
   constexpr int mr = Kind::mr, nr = Kind::nr, step = Kind::step;
   const typename Kind::Session session;
-  Crew crew(reinterpret_cast<Crew::Counters*>(workspace), actual);
   unsigned char* const shared = workspace + plan.shared_at;
   unsigned char* const mine = workspace + plan.private_at + static_cast<size_t>(thread) * plan.private_bytes;
   C* const sums = reinterpret_cast<C*>(mine + plan.panel_bytes);
@@ -201,10 +200,8 @@ void conv_product(const ConvProduct<T>& product, void* workspace, const Team& te
   const int64_t bytes_out = g.groups * g.outputs * g.positions * static_cast<int64_t>(sizeof(T));
   g.out.stream = g.out.dense && g.features <= smaller(kStreamK, plan.kc) && bytes_out >= kStreamBytes;
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
-  Crew::Counters* const counters = reinterpret_cast<Crew::Counters*>(bytes);
-  counters->next = 0;
-  counters->arrived = 0;
-  team.parallel(plan.threads, [&](int thread, int actual) { conv_member<P>(g, plan, bytes, thread, actual); });
+  parallel_crew(team, plan.threads, workspace,
+                [&](Crew& crew, int thread) { conv_member<P>(g, plan, bytes, crew, thread); });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

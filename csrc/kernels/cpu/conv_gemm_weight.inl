@@ -106,15 +106,14 @@ inline Patches<T> of_group(const Patches<T>& s, int64_t group) {
 }
 
 template <class P, class T>
-void conv_weight_member(const ConvWeightProduct<T>& g, const ConvWeightPlan& plan, unsigned char* workspace, int thread,
-                        int actual) {
+void conv_weight_member(const ConvWeightProduct<T>& g, const ConvWeightPlan& plan, unsigned char* workspace, Crew& crew,
+                        int thread) {
   using Kind = Tile<P>;
   using A = typename Kind::A;
   using B = typename Kind::B;
   using C = Compute<T>;
   constexpr int mr = Kind::mr, nr = Kind::nr, step = Kind::step;
   const typename Kind::Session session;
-  Crew crew(reinterpret_cast<Crew::Counters*>(workspace), actual);
   unsigned char* const mine = workspace + plan.private_at + static_cast<size_t>(thread) * plan.private_bytes;
   A* const a = reinterpret_cast<A*>(mine);
   B* const b = reinterpret_cast<B*>(mine + plan.a_bytes);

@@ -4,6 +4,12 @@
 // two the even columns lie before the odd ones, so that the inputs of neighbouring outputs are neighbours again and
 // every tap is a plain vector load.
 
+// Two-dimensional, and not empty.
+inline bool is_flat(const ConvGeometry& g) {
+  const bool flat = g.in[0] == 1 && g.out[0] == 1 && g.kernel[0] == 1 && g.padding[0] == 0;
+  return flat && g.batch * g.in[1] * g.in[2] * g.out[1] * g.out[2] * g.kernel[1] * g.kernel[2] > 0;
+}
+
 // What a plane is copied from: elements, or the gradient of an activation, grad_y * f'(saved).
 template <class T>
 struct Plane {

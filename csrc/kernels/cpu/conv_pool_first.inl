@@ -19,11 +19,10 @@ struct PooledPlan {
 
 inline bool pools_first_layer(DType dtype, Layout layout, const ConvGeometry& g, const int64_t* pool) {
   if ((dtype != DType::f32 && dtype != DType::f64) || layout != Layout::channels_first) return false;
-  if (g.in[0] != 1 || g.out[0] != 1 || g.kernel[0] != 1 || g.padding[0] != 0 || pool[0] != 1) return false;
+  if (!is_flat(g) || pool[0] != 1) return false;
   for (int d = 1; d < 3; ++d)
     if (g.kernel[d] != 3 || g.stride[d] != 1 || g.dilation[d] != 1 || pool[d] != 2 || g.out[d] < 2) return false;
-  return g.groups == 1 && g.in_channels >= 1 && g.in_channels <= kPooledChannels && g.batch > 0 && g.out_channels > 0 &&
-         g.in[1] > 0 && g.in[2] > 0;
+  return g.groups == 1 && g.in_channels >= 1 && g.in_channels <= kPooledChannels && g.out_channels > 0;
 }
 
 template <class T>

@@ -70,12 +70,10 @@ ScatterPlan plan_scatter(const ConvGeometry& g, int threads) {
 template <class T>
 bool conv_scatter_takes(const ConvBackwardInput& args) {
   const ConvGeometry& g = args.geometry;
-  const bool flat = g.in[0] == 1 && g.out[0] == 1 && g.kernel[0] == 1 && g.padding[0] == 0;
   const int64_t taps = g.kernel[1] * g.kernel[2];
-  return flat && g.groups == 1 && g.in_channels <= kFirstInputs && g.out[1] * g.out[2] > 0 &&
-         g.out[2] <= kScatterColumns && g.out_channels >= kScatterOutputs &&
-         g.out_channels <= Tile<Compute<T>>::blocking.kc && taps > 1 && taps <= kMaxTaps && g.stride[2] <= 4 &&
-         g.padding[1] >= 0 && g.padding[2] >= 0;
+  return is_flat(g) && g.groups == 1 && g.in_channels <= kFirstInputs && g.out[2] <= kScatterColumns &&
+         g.out_channels >= kScatterOutputs && g.out_channels <= Tile<Compute<T>>::blocking.kc && taps > 1 &&
+         taps <= kMaxTaps && g.stride[2] <= 4 && g.padding[1] >= 0 && g.padding[2] >= 0;
 }
 
 // Adds rows of a tile to the buffer: `count` sums of every row, at[i] elements behind `to`.
@@ -144,8 +142,8 @@ void store_scattered(const ConvGeometry& g, const ScatterPlan& plan, const ConvO
 }
 
 template <class P, class T>
-void scatter_member(const ConvBackwardInput& args, const ScatterPlan& plan, unsigned char* workspace, int thread,
-                    int actual) {
+void scatter_member(const ConvBackwardInput& args, const ScatterPlan& plan, unsigned char* workspace, Crew& crew,
+                    int thread) {
   using Kind = Tile<P>;
   using A = typename Kind::A;
   using B = typename Kind::B;
@@ -153,7 +151,6 @@ void scatter_member(const ConvBackwardInput& args, const ScatterPlan& plan, unsi
   constexpr int mr = Kind::mr, nr = Kind::nr, step = Kind::step;
   const typename Kind::Session session;
   const ConvGeometry& g = args.geometry;
-  Crew crew(reinterpret_cast<Crew::Counters*>(workspace), actual);
   A* const w = reinterpret_cast<A*>(workspace + 256);
   int64_t* const at = reinterpret_cast<int64_t*>(workspace + plan.at_at);
   unsigned char* const mine = workspace + plan.shared_end + plan.private_bytes * thread;
@@ -234,13 +231,10 @@ size_t conv_scatter_workspace(const ConvBackwardInput& args, int threads) {
 template <class T>
 void conv_scatter(const ConvBackwardInput& args, void* workspace, const Team& team) {
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
-  Crew::Counters* const counters = reinterpret_cast<Crew::Counters*>(bytes);
-  counters->next = 0;
-  counters->arrived = 0;
   with_panel<T>(args.bf16_multiply, conv_work(args.geometry), [&](auto panel) {
     using P = decltype(panel);
     const ScatterPlan plan = plan_scatter<P, T>(args.geometry, team.threads);
-    team.parallel(plan.threads,
-                  [&](int thread, int actual) { scatter_member<P, T>(args, plan, bytes, thread, actual); });
+    parallel_crew(team, plan.threads, workspace,
+                  [&](Crew& crew, int thread) { scatter_member<P, T>(args, plan, bytes, crew, thread); });
   });
 }

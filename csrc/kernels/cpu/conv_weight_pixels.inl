@@ -232,9 +232,8 @@ inline void conv_weight_pixels(const ConvWeightProduct<bf16_t>& g, const WeightP
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
   float* const bias_slots = reinterpret_cast<float*>(bytes + plan.bias_at);
   float* const slots = reinterpret_cast<float*>(bytes + plan.slots_at);
-  team.parallel(plan.threads, [&](int thread, int actual) {
+  parallel_crew(team, plan.threads, workspace, [&](Crew& crew, int thread) {
     const AmxSession session;
-    Crew crew(reinterpret_cast<Crew::Counters*>(bytes), actual);
     unsigned char* const mine = bytes + plan.private_at + static_cast<size_t>(thread) * plan.private_bytes;
     // Rows of A that no output has stay zero.
     __builtin_memset(mine + plan.copy_bytes, 0, plan.a_bytes);

@@ -132,8 +132,7 @@ void conv_weight_rows(const ConvWeightProduct<T>& g, const WeightRowsPlan& plan,
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
   C* const bias_slots = reinterpret_cast<C*>(bytes + plan.bias_at);
   C* const slots = reinterpret_cast<C*>(bytes + plan.slots_at);
-  team.parallel(plan.threads, [&](int thread, int actual) {
-    Crew crew(reinterpret_cast<Crew::Counters*>(bytes), actual);
+  parallel_crew(team, plan.threads, workspace, [&](Crew& crew, int thread) {
     unsigned char* const mine = bytes + plan.private_at + static_cast<size_t>(thread) * plan.private_bytes;
     crew.share(plan.chunks * g.groups, [&](int64_t job) {
       const int64_t group = job % g.groups, chunk = job / g.groups;
@@ -181,9 +180,6 @@ template <class T>
 void conv_gemm(const ConvBackwardWeight& args, void* workspace, const Team& team) {
   const ConvWeightProduct<T> g = weight_product<T>(args);
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
-  Crew::Counters* const counters = reinterpret_cast<Crew::Counters*>(bytes);
-  counters->next = 0;
-  counters->arrived = 0;
   with_panel<T>(args.bf16_multiply, conv_work(args.geometry), [&](auto panel) {
     using P = decltype(panel);
     if constexpr (same_type<P, Compute<T>>) {
@@ -197,6 +193,7 @@ void conv_gemm(const ConvBackwardWeight& args, void* workspace, const Team& team
     }
 #endif
     const ConvWeightPlan plan = plan_conv_weight<P>(g, team.threads);
-    team.parallel(plan.threads, [&](int thread, int actual) { conv_weight_member<P>(g, plan, bytes, thread, actual); });
+    parallel_crew(team, plan.threads, workspace,
+                  [&](Crew& crew, int thread) { conv_weight_member<P>(g, plan, bytes, crew, thread); });
   });
 }

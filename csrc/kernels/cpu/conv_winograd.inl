@@ -278,11 +278,7 @@ template <class Scheme>
 void run_winograd(const Winograd& p, void* workspace, const Team& team) {
   const WinogradPlan plan = plan_winograd<Scheme>(p, team.threads);
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
-  Crew::Counters* const counters = reinterpret_cast<Crew::Counters*>(bytes);
-  counters->next = 0;
-  counters->arrived = 0;
-  team.parallel(plan.threads, [&](int thread, int actual) {
-    Crew crew(counters, actual);
+  parallel_crew(team, plan.threads, workspace, [&](Crew& crew, int thread) {
     const WinogradMember<Scheme> member(p, plan, bytes, thread);
     if (plan.share_tiles)
       member.share_tiles(crew);

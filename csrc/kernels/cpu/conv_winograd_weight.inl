@@ -235,11 +235,7 @@ void winograd(const ConvBackwardWeight& args, void* workspace, const Team& team)
   const WinogradWeight p = winograd_problem(args);
   const WinogradWeightPlan plan = plan_winograd_weight(p, team.threads);
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
-  Crew::Counters* const counters = reinterpret_cast<Crew::Counters*>(bytes);
-  counters->next = 0;
-  counters->arrived = 0;
-  team.parallel(plan.threads, [&](int thread, int actual) {
-    Crew crew(counters, actual);
+  parallel_crew(team, plan.threads, workspace, [&](Crew& crew, int thread) {
     const WinogradWeightMember member(p, plan, bytes, thread);
     crew.share(plan.chunks * member.jobs(),
                [&](int64_t unit) { member.accumulate(unit / member.jobs(), unit % member.jobs()); });

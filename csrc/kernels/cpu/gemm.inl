@@ -176,6 +176,18 @@ struct Crew {
   }
 };
 
+// body(crew, thread) for every member of a team. The workspace begins with 256 bytes for the counters.
+template <class Body>
+inline void parallel_crew(const Team& team, int threads, void* workspace, Body&& body) {
+  Crew::Counters* const counters = static_cast<Crew::Counters*>(workspace);
+  counters->next = 0;
+  counters->arrived = 0;
+  team.parallel(threads, [&](int thread, int actual) {
+    Crew crew(counters, actual);
+    body(crew, thread);
+  });
+}
+
 template <class P>
 inline PanelView<P> packed_view(const P* p, int64_t panel, int width) {
   return {p, panel, 1, width};
@@ -248,14 +260,13 @@ __attribute__((noinline)) void gemm_tiny(const Gemm<T>& g, const GemmPlan& plan)
 
 // What one thread of the team does.
 template <class P, class T>
-void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspace, int thread, int actual) {
+void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspace, Crew& crew, int thread) {
   using C = Compute<T>;
   using Kind = Tile<P>;
   using A = typename Kind::A;
   using B = typename Kind::B;
   constexpr int mr = Kind::mr, nr = Kind::nr, step = Kind::step;
   const typename Kind::Session session;
-  Crew crew(reinterpret_cast<Crew::Counters*>(workspace), actual);
   unsigned char* const shared_panels = workspace + plan.shared_at;
   unsigned char* const private_panels = workspace + plan.private_at + static_cast<size_t>(thread) * plan.private_bytes;
   A* const a_panels = reinterpret_cast<A*>(plan.share_a ? shared_panels : private_panels);
@@ -342,10 +353,8 @@ void gemm(const Gemm<T>& g, void* workspace, const Team& team) {
   const GemmPlan plan = plan_gemm<P, T>(g, team.threads);
   if (plan.tiny) return gemm_tiny<P, T>(g, plan);
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
-  Crew::Counters* const counters = reinterpret_cast<Crew::Counters*>(bytes);
-  counters->next = 0;
-  counters->arrived = 0;
   Gemm<T> product = g;
   product.out.stream = streams(g, plan);
-  team.parallel(plan.threads, [&](int thread, int actual) { gemm_member<P, T>(product, plan, bytes, thread, actual); });
+  parallel_crew(team, plan.threads, workspace,
+                [&](Crew& crew, int thread) { gemm_member<P, T>(product, plan, bytes, crew, thread); });
 }
