@@ -95,6 +95,17 @@ def test_linear(isa, dtype, at_end):
 
 @SIDES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_read_in_place(isa, dtype, at_end):
+    """Too large for the stack, with few columns: rows of whole lines are not packed, to the last one."""
+    w = ARENAS[0].tensor(torch.randint(-2, 3, (40, 64)).to(dtype), at_end)
+    for m in range(224, 257):
+        x = ARENAS[1].tensor(torch.randint(-2, 3, (m, 64)).to(dtype), at_end)
+        y, _ = torch.ops.fastops.linear_forward(x, w, None, "identity", 0.0, 0.0, False)
+        exact(y, (x.double() @ w.double().mT).to(dtype), f"linear {m}x40x64")
+
+
+@SIDES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_transposed_and_sliced(isa, dtype, at_end):
     """Strided operands, whose last row ends before its stride does."""
     for m, n, k in ((1, 33, 17), (5, 7, 3), (13, 35, 33), (40, 40, 40)):

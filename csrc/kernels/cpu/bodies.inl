@@ -19,6 +19,7 @@
 #include "conv_gemm_pixels.inl"
 #include "conv_gemm.inl"
 #include "conv_gemm_weight.inl"
+#include "conv_pointwise.inl"
 #include "conv_weight_pixels.inl"
 #include "conv_weight_rows.inl"
 #include "conv_winograd_transform.inl"

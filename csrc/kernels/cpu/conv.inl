@@ -33,6 +33,11 @@ inline auto with_algorithm(const Args& args, Visit&& visit) {
       return visit(
           kConvScatterName, [&](int threads) { return conv_scatter_workspace<T>(args, threads); },
           [&](void* workspace, const Team& team) { conv_scatter<T>(args, workspace, team); });
+  if constexpr (!same_type<Args, ConvBackwardWeight>)
+    if (pointwise_takes(args))
+      return visit(
+          kPointwiseName, [&](int threads) { return pointwise_workspace<T>(args, threads); },
+          [&](void* workspace, const Team& team) { pointwise<T>(args, workspace, team); });
   if (winograd_takes<T>(args))
     return visit(
         winograd_name<T>(args), [&](int threads) { return winograd_workspace<T>(args, threads); },

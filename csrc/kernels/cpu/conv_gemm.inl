@@ -12,6 +12,9 @@
 // The weights of as many groups, or of as many outputs of one group, as fit in this are packed at a time.
 constexpr int64_t kConvWeightBytes = 16 << 20;
 
+// A strip of positions, packed: it shares the L2 with the weights.
+constexpr int64_t kStripBytes = 512 << 10;
+
 // Outputs whose weights one unit of work packs.
 constexpr int64_t kWeightLanes = 96;
 
@@ -52,7 +55,10 @@ ConvPlan plan_conv(const ConvProduct<T>& g, int threads) {
   plan.outputs_at_once = round_up(ceil_div(g.outputs, ceil_div(g.outputs, most)), sw);
 
   const int64_t wanted = plan.threads == 1 ? 1 : ceil_div(4 * plan.threads, plan.groups_at_once);
-  plan.strip = smaller(rows ? kBlocking.strip_a : kBlocking.strip_b, round_up(ceil_div(g.positions, wanted), pw));
+  const bool sums = plan.kc < k;
+  const int64_t kc = sums ? kBlocking.kc : plan.kc;  // more positions of fewer features, unless they have sums to keep
+  const int64_t most_positions = larger(kStripBytes / (kc / step * kElement) / pw * pw, pw);
+  plan.strip = smaller(most_positions, round_up(ceil_div(g.positions, wanted), pw));
   plan.strips = ceil_div(g.positions, plan.strip);
   if (plan.rows.taken)
     plan.strips = g.positions / (g.patches.grid[1] * g.patches.grid[2]) * plan.rows.row_blocks * plan.rows.col_blocks;
@@ -63,7 +69,6 @@ ConvPlan plan_conv(const ConvProduct<T>& g, int threads) {
 
   plan.w_panel = sw * plan.k_padded / step;
   plan.x_panel = pw * plan.kc / step;
-  const bool sums = plan.kc < k;
   plan.sums_rs = (rows ? plan.outputs_at_once : plan.strip) + 16;
   const int64_t sum_rows = rows ? plan.strip : plan.outputs_at_once;
   plan.shared_at = 256;  // after the team's counters
@@ -97,34 +102,26 @@ void conv_strip(const ConvProduct<T>& g, const ConvPlan& plan, const void* w_pan
   using A = typename Kind::A;
   using B = typename Kind::B;
   constexpr int mr = Kind::mr, nr = Kind::nr, step = Kind::step;
-  constexpr GemmBlocking kBlocking = Kind::blocking;
   const bool rows = g.positions_are_rows();
   for (int64_t kk = 0; kk == 0 || kk < g.features; kk += plan.kc) {
     const int64_t length = smaller(plan.kc, g.features - kk), k = ceil_div(length, step);
     const bool first = kk == 0, last = kk + length >= g.features;
     if (rows) {
-      pack_patches<A, T, mr>(g.patches, true, n0, n1 - n0, kk, length, static_cast<A*>(x_panels), plan.x_panel,
-                             nullptr);
+      A* const x = static_cast<A*>(x_panels);
       const B* const w = static_cast<const B*>(w_panels) + kk / step * nr;
-      for (int64_t o = o0; o < o1; o += nr)
-        for (int64_t n = n0; n < n1; n += mr)
-          conv_tile<P>(g, k, static_cast<const A*>(x_panels) + (n - n0) / mr * plan.x_panel,
-                       w + (o - o0) / nr * plan.w_panel, o, static_cast<int>(smaller<int64_t>(nr, o1 - o)), n,
-                       static_cast<int>(smaller<int64_t>(mr, n1 - n)), first, last,
-                       sums + (n - n0) * plan.sums_rs + (o - o0), plan.sums_rs);
+      pack_patches<A, T, mr>(g.patches, true, n0, n1 - n0, kk, length, x, plan.x_panel, nullptr);
+      for_each_tile<P>(n1 - n0, o1 - o0, [&](int64_t n, int64_t o, int positions, int outputs) {
+        conv_tile<P>(g, k, x + n / mr * plan.x_panel, w + o / nr * plan.w_panel, o0 + o, outputs, n0 + n, positions,
+                     first, last, sums + n * plan.sums_rs + o, plan.sums_rs);
+      });
     } else {
-      pack_patches<B, T, nr>(g.patches, true, n0, n1 - n0, kk, length, static_cast<B*>(x_panels), plan.x_panel,
-                             nullptr);
+      B* const x = static_cast<B*>(x_panels);
       const A* const w = static_cast<const A*>(w_panels) + kk / step * mr;
-      for (int64_t oc = o0; oc < o1; oc += kBlocking.mc) {
-        const int64_t oe = smaller(oc + kBlocking.mc, o1);
-        for (int64_t n = n0; n < n1; n += nr)
-          for (int64_t o = oc; o < oe; o += mr)
-            conv_tile<P>(
-                g, k, w + (o - o0) / mr * plan.w_panel, static_cast<const B*>(x_panels) + (n - n0) / nr * plan.x_panel,
-                o, static_cast<int>(smaller<int64_t>(mr, oe - o)), n, static_cast<int>(smaller<int64_t>(nr, n1 - n)),
-                first, last, sums + (o - o0) * plan.sums_rs + (n - n0), plan.sums_rs);
-      }
+      pack_patches<B, T, nr>(g.patches, true, n0, n1 - n0, kk, length, x, plan.x_panel, nullptr);
+      for_each_tile<P>(o1 - o0, n1 - n0, [&](int64_t o, int64_t n, int outputs, int positions) {
+        conv_tile<P>(g, k, w + o / mr * plan.w_panel, x + n / nr * plan.x_panel, o0 + o, outputs, n0 + n, positions,
+                     first, last, sums + o * plan.sums_rs + n, plan.sums_rs);
+      });
     }
   }
 }

@@ -119,31 +119,6 @@ inline void finish_run(const ConvOutput<T>& out, const Compute<T>* sums, int64_t
   store_spread(values, count, step, out.y + at);
 }
 
-#if defined(FASTOPS_HAS_AMX)
-// finish_dense of 32 columns, which are one vector of bf16.
-inline void finish_wide(bool relu, const float* sums, int64_t rs, const float* bias, bool bias_of_rows, bf16_t* y,
-                        int64_t y_rs, int rows) {
-  constexpr int kDenormal = 0x20;  // which the instruction would flush
-  const Vec<float> left = Vec<float>::load(bias), right = Vec<float>::load(bias + 16);
-  for (int r = 0; r < rows; ++r, sums += rs, y += y_rs) {
-    Vec<float> a = Vec<float>::load(sums) + (bias_of_rows ? Vec<float>::set1(bias[r]) : left);
-    Vec<float> b = Vec<float>::load(sums + 16) + (bias_of_rows ? Vec<float>::set1(bias[r]) : right);
-    if (relu) {
-      a = max(Vec<float>::zero(), a);
-      b = max(Vec<float>::zero(), b);
-    }
-    const unsigned denormal = static_cast<unsigned>(_mm512_fpclass_ps_mask(a.v, kDenormal)) |
-                              static_cast<unsigned>(_mm512_fpclass_ps_mask(b.v, kDenormal));
-    if (denormal == 0) {
-      _mm512_storeu_si512(y, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
-    } else {
-      a.store(y);
-      b.store(y + 16);
-    }
-  }
-}
-#endif
-
 // Bias and relu in registers, then one rounding, for a tile whose rows lie y_rs apart in y.
 template <class T>
 inline void finish_dense(const ConvOutput<T>& out, const Compute<T>* sums, int64_t rs, const Compute<T>* bias,
@@ -152,7 +127,7 @@ inline void finish_dense(const ConvOutput<T>& out, const Compute<T>* sums, int64
   constexpr int S = Lanes::size;
 #if defined(FASTOPS_HAS_AMX)
   if constexpr (same_type<T, bf16_t>) {
-    if (cols == 2 * S) return finish_wide(out.relu, sums, rs, bias, bias_of_rows, y, y_rs, rows);
+    if (cols == 2 * S) return store_wide(out.relu, sums, rs, bias, bias_of_rows, false, y, y_rs, rows);
   }
 #endif
   for (int c = 0; c < cols; c += S) {

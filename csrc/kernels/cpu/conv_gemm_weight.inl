@@ -143,13 +143,11 @@ void conv_weight_member(const ConvWeightProduct<T>& g, const ConvWeightPlan& pla
       pack_patches<A, T, mr>(gradient, false, m0, m1 - m0, kk, length, a, plan.a_panel, sums);
       if (!multiply) continue;
       pack_patches<B, T, nr>(image, false, n0, n1 - n0, kk, length, b, plan.b_panel, nullptr);
-      for (int64_t n = n0; n < n1; n += nr)
-        for (int64_t m = m0; m < m1; m += mr) {
-          C* const to = c + m * g.features + n;
-          product_tile(P{}, k, a + (m - m0) / mr * plan.a_panel, b + (n - n0) / nr * plan.b_panel,
-                       static_cast<int>(smaller<int64_t>(mr, m1 - m)), static_cast<int>(smaller<int64_t>(nr, n1 - n)),
-                       kk == k0 ? nullptr : static_cast<const C*>(to), g.features, to, g.features);
-        }
+      for_each_tile<P>(m1 - m0, n1 - n0, [&](int64_t m, int64_t n, int height, int width) {
+        C* const to = c + (m0 + m) * g.features + n0 + n;
+        product_tile(P{}, k, a + m / mr * plan.a_panel, b + n / nr * plan.b_panel, height, width,
+                     kk == k0 ? nullptr : static_cast<const C*>(to), g.features, to, g.features);
+      });
     }
   });
   const int64_t reduced = multiply && !plan.direct ? rows : 0;

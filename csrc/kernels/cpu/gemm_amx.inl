@@ -2,7 +2,7 @@
 // (Intel SDM, "Intel AMX instructions"). The register tile is 32 x 32: four accumulators, two tiles of A, two of B.
 //
 // B's panel is a bf16_pair panel 32 lanes wide: 16 of its rows are one tile of 32 k. A's panel has, for every 32 k, 32
-// rows of 32 k. Both are padded with zeros to whole tiles.
+// rows of 32 k. Both are padded with zeros to whole tiles. An A whose rows are contiguous is read where it lies.
 #if defined(FASTOPS_HAS_AMX)
 
 // A panel element, two neighbours in k; panels are 32 rows of 16 elements for every 32 k.
@@ -17,18 +17,23 @@ struct bf16_amx {};
 constexpr int kTileK = 32;
 constexpr int kTilePairs = kTileK / 2;
 
-// The tile registers of this thread: all eight are 16 rows of 64 bytes.
+// All eight tile registers are 16 rows of 64 bytes, but for those of A and C (multiply_tiles) that have fewer than 32
+// rows in all.
+inline void configure_tiles(int rows) {
+  const uint8_t upper = static_cast<uint8_t>(smaller(rows, 16)), lower = static_cast<uint8_t>(larger(rows - 16, 1));
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16];
+  } config = {.rows = {upper, upper, lower, lower, upper, lower, 16, 16}};
+  // GCC takes the instruction to read 8 bytes, and may drop the stores to the others.
+  __asm__ volatile("" : : "r"(&config) : "memory");
+  _tile_loadconfig(&config);
+}
+
+// The tile registers of this thread.
 struct AmxSession {
-  AmxSession() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    // GCC takes the instruction to read 8 bytes, and may drop the stores to the others.
-    __asm__ volatile("" : : "r"(&config) : "memory");
-    _tile_loadconfig(&config);
-  }
+  AmxSession() { configure_tiles(32); }
   ~AmxSession() { _tile_release(); }
   AmxSession(const AmxSession&) = delete;
   AmxSession& operator=(const AmxSession&) = delete;
@@ -43,8 +48,8 @@ struct Tile<bf16_amx> {
   static constexpr int mr = 32, nr = 32;
   static constexpr int step = 2;
   static constexpr int k_align = kTileK;
-  static constexpr bool readable = false;
-  static constexpr GemmBlocking blocking = {2048, 8192, 8 << 20, 4 << 20, 128, 128, 128};
+  static constexpr bool readable = false, tiles_in_place = true;
+  static constexpr GemmBlocking blocking = {2048, 8192, 8 << 20, 4 << 20, 128, 128, 64};
 };
 
 template <>
@@ -113,37 +118,39 @@ inline void pack_along_lanes<amx_a, bf16_t, 32>(const bf16_t* from, int64_t ks, 
 inline void memory_fence_for_compiler() { __asm__ volatile("" : : : "memory"); }
 
 // sums[32][32] = A B over `chunks` times 32 k; only the upper or left half when there are no more rows or columns.
-__attribute__((noinline)) void multiply_tiles(int64_t chunks, const amx_a* a, const amx_b* b, bool two_rows,
-                                              bool two_cols, float* sums) {
-  constexpr int64_t kAStride = 64, kBStride = 128, kCStride = 128;
+// Rows of A are a_row elements apart, its tiles of 32 k a_chunk elements.
+__attribute__((noinline)) void multiply_tiles(int64_t chunks, const amx_a* a, int64_t a_row, int64_t a_chunk,
+                                              const amx_b* b, bool two_rows, bool two_cols, float* sums) {
+  constexpr int64_t kBStride = 128, kCStride = 128;
+  const int64_t a_stride = a_row * static_cast<int64_t>(sizeof(amx_a)), a_lower = 16 * a_row;
   memory_fence_for_compiler();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   if (two_rows && two_cols) {
-    for (int64_t p = 0; p < chunks; ++p, a += 32 * kTilePairs, b += 32 * kTilePairs) {
+    for (int64_t p = 0; p < chunks; ++p, a += a_chunk, b += 32 * kTilePairs) {
       _tile_loadd(6, b, kBStride);
-      _tile_loadd(4, a, kAStride);
+      _tile_loadd(4, a, a_stride);
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, b + 16, kBStride);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, a + 16 * kTilePairs, kAStride);
+      _tile_loadd(5, a + a_lower, a_stride);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
   } else if (two_rows) {
-    for (int64_t p = 0; p < chunks; ++p, a += 32 * kTilePairs, b += 32 * kTilePairs) {
+    for (int64_t p = 0; p < chunks; ++p, a += a_chunk, b += 32 * kTilePairs) {
       _tile_loadd(6, b, kBStride);
-      _tile_loadd(4, a, kAStride);
+      _tile_loadd(4, a, a_stride);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, a + 16 * kTilePairs, kAStride);
+      _tile_loadd(5, a + a_lower, a_stride);
       _tile_dpbf16ps(2, 5, 6);
     }
   } else {
-    for (int64_t p = 0; p < chunks; ++p, a += 32 * kTilePairs, b += 32 * kTilePairs) {
+    for (int64_t p = 0; p < chunks; ++p, a += a_chunk, b += 32 * kTilePairs) {
       _tile_loadd(6, b, kBStride);
-      _tile_loadd(4, a, kAStride);
+      _tile_loadd(4, a, a_stride);
       _tile_dpbf16ps(0, 4, 6);
       if (!two_cols) continue;
       _tile_loadd(7, b + 16, kBStride);
@@ -157,13 +164,62 @@ __attribute__((noinline)) void multiply_tiles(int64_t chunks, const amx_a* a, co
   memory_fence_for_compiler();
 }
 
+// ... of packed panels.
+inline void multiply_tiles(int64_t chunks, const amx_a* a, const amx_b* b, bool two_rows, bool two_cols, float* sums) {
+  multiply_tiles(chunks, a, kTilePairs, 32 * kTilePairs, b, two_rows, two_cols, sums);
+}
+
+// Bias, relu and one rounding of rows of 32 finished sums, which are one vector of bf16. bias is null, or has a number
+// a row or a column.
+inline void store_wide(bool relu, const float* sums, int64_t rs, const float* bias, bool bias_of_rows, bool streaming,
+                       bf16_t* y, int64_t y_rs, int rows) {
+  constexpr int kDenormal = 0x20;  // which the instruction would flush
+  const Vec<float> least = Vec<float>::set1(relu ? 0.0f : -__builtin_inff());
+  const bool of_columns = bias != nullptr && !bias_of_rows;
+  const Vec<float> left = of_columns ? Vec<float>::load(bias) : Vec<float>::zero();
+  const Vec<float> right = of_columns ? Vec<float>::load(bias + 16) : Vec<float>::zero();
+  const auto finish = [&](int r, Vec<float>* v) {
+    const Vec<float> same = bias != nullptr && bias_of_rows ? Vec<float>::set1(bias[r]) : Vec<float>::zero();
+    v[0] = max(least, Vec<float>::load(sums + r * rs) + (bias_of_rows ? same : left));
+    v[1] = max(least, Vec<float>::load(sums + r * rs + 16) + (bias_of_rows ? same : right));
+  };
+  unsigned denormal = 0;
+  for (int r = 0; r < rows; ++r) {
+    Vec<float> v[2];
+    finish(r, v);
+    denormal |= static_cast<unsigned>(_mm512_fpclass_ps_mask(v[0].v, kDenormal)) |
+                static_cast<unsigned>(_mm512_fpclass_ps_mask(v[1].v, kDenormal));
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(v[1].v, v[0].v);
+    if (streaming)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(y + r * y_rs), both);
+    else
+      _mm512_storeu_si512(y + r * y_rs, both);
+  }
+  for (int r = 0; denormal != 0 && r < rows; ++r) {
+    Vec<float> v[2];
+    finish(r, v);
+    v[0].store(y + r * y_rs);
+    v[1].store(y + r * y_rs + 16);
+  }
+}
+
 inline void output_tile(bf16_amx, int64_t pairs, const PanelView<amx_a>& a, const amx_a* a_panel,
                         const PanelView<amx_b>&, const amx_b* b_panel, int64_t i, int64_t j, int rows, int cols,
                         bool first, bool last, const Output<bf16_t>& out, float* partial, int64_t partial_rs) {
-  (void)a;
   alignas(64) float sums[32 * 32];  // what multiply_tiles leaves alone is read, and then masked out
-  multiply_tiles(ceil_div(pairs, kTilePairs), a_panel, b_panel, rows > 16, cols > 16, sums);
+  const int64_t chunks = ceil_div(pairs, kTilePairs);
+  const bool in_place = a.rs != 1, few = in_place && rows < 32;
+  if (few) configure_tiles(rows);  // there may be nothing to read behind the last row
+  if (in_place)
+    multiply_tiles(chunks, a_panel, a.rs, kTilePairs, b_panel, rows > 16, cols > 16, sums);
+  else
+    multiply_tiles(chunks, a_panel, b_panel, rows > 16, cols > 16, sums);
+  if (few) configure_tiles(32);
   const bool simple = last && out.f == nullptr && out.z == nullptr;
+  if (first && simple && cols == 32) {
+    const float* const bias = out.bias != nullptr ? out.bias + j : nullptr;
+    return store_wide(out.relu, sums, 32, bias, false, out.stream, out.y + i * out.rs + j, out.rs, rows);
+  }
   for (int r = 0; r < rows; ++r) {
     float* const row = sums + r * 32;
     const int left = smaller(cols, 16), right = cols - left;
@@ -187,19 +243,8 @@ inline void output_tile(bf16_amx, int64_t pairs, const PanelView<amx_a>& a, cons
     }
     if (simple) {
       bf16_t* const y = out.y + (i + r) * out.rs + j;
-      constexpr int kDenormal = 0x20;  // which the instruction would flush
-      const unsigned denormal = static_cast<unsigned>(_mm512_fpclass_ps_mask(v[0].v, kDenormal)) |
-                                static_cast<unsigned>(_mm512_fpclass_ps_mask(v[1].v, kDenormal));
-      if (cols == 32 && denormal == 0) {
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(v[1].v, v[0].v);
-        if (out.stream)
-          _mm512_stream_si512(reinterpret_cast<__m512i*>(y), both);
-        else
-          _mm512_storeu_si512(y, both);
-      } else {
-        v[0].store(y, left);
-        v[1].store(y + 16, right);
-      }
+      v[0].store(y, left);
+      v[1].store(y + 16, right);
     } else {
       v[0].store(row);
       v[1].store(row + 16);

@@ -91,8 +91,9 @@ struct GemmBlocking {
   int64_t ks;                // k that is packed at a time
   int64_t shared_bytes;      // bound of the shared operand's packed block
   int64_t partial_elements;  // bound of the block of sums kept for 16-bit outputs
-  int64_t strip_a, strip_b;  // longest private strips, in lanes
-  int64_t mc;                // rows of A that stay in L2 while B's panels pass
+  int64_t strip_rows;        // longest private strips: rows of A
+  int64_t strip;             // ... or columns of B, which are also as many as meet some rows of A before the next
+  int64_t mc;                // rows of A that meet `strip` columns of B before the next ones
 };
 
 // What a thread sets up before it multiplies: nothing, for ordinary registers.
@@ -102,7 +103,7 @@ struct NoSession {
 
 // What the driver needs to know of a kind of product: the elements A and B are packed into, the register tile, how many
 // steps of k an element holds, what k is padded to, and whether the microkernel can read operands of that type where
-// they lie.
+// they lie, or at least the tiles of an A of whole ones.
 template <class P>
 struct Tile {
   using A = P;
@@ -112,8 +113,8 @@ struct Tile {
   static constexpr int mr = kMr, nr = kNr<C>;
   static constexpr int step = 1;
   static constexpr int k_align = 1;
-  static constexpr bool readable = true;
-  static constexpr GemmBlocking blocking = {512, 4096, 8 << 20, 4 << 20, 20 * kMr, 128, 20 * kMr};
+  static constexpr bool readable = true, tiles_in_place = false;
+  static constexpr GemmBlocking blocking = {512, 4096, 8 << 20, 4 << 20, 20 * kMr, 1024 / sizeof(C), 2 * kMr};
 };
 
 #if defined(FASTOPS_HAS_AVX512_BF16)
@@ -126,8 +127,8 @@ struct Tile<bf16_pair> {
   static constexpr int mr = kMr, nr = kNr<float>;
   static constexpr int step = 2;
   static constexpr int k_align = 2;
-  static constexpr bool readable = false;
-  static constexpr GemmBlocking blocking = {1024, 8192, 8 << 20, 4 << 20, 20 * kMr, 128, 20 * kMr};
+  static constexpr bool readable = false, tiles_in_place = false;
+  static constexpr GemmBlocking blocking = {1024, 8192, 8 << 20, 4 << 20, 20 * kMr, 256, 2 * kMr};
 };
 #endif
 

@@ -1,0 +1,72 @@
+// 1x1 convolutions of channels_last images, forward and the gradient of the input: a batch is a matrix of positions by
+// channels, which linear's products read where it lies or pack without looking for taps.
+
+constexpr const char* kPointwiseName = "pointwise";
+
+inline bool is_pointwise(Layout layout, const ConvGeometry& g) {
+  bool same = layout == Layout::channels_last && g.groups == 1;
+  for (int d = 0; d < 3; ++d) same = same && g.kernel[d] == 1 && g.stride[d] == 1 && g.in[d] == g.out[d];
+  return same;
+}
+
+inline Matrix pixels(const void* p, int64_t channels) { return {p, channels, 1}; }
+
+inline LinearForward pointwise_linear(const ConvForward& args) {
+  const ConvGeometry& g = args.geometry;
+  return {args.dtype,
+          g.batch * volume(g.out),
+          g.out_channels,
+          g.in_channels,
+          pixels(args.x, g.in_channels),
+          pixels(args.w, g.in_channels),
+          args.bias,
+          1,
+          args.activation,
+          args.y,
+          g.out_channels,
+          args.z,
+          args.bf16_multiply};
+}
+
+inline LinearBackward pointwise_linear(const ConvBackwardInput& args) {
+  const ConvGeometry& g = args.geometry;
+  return {args.dtype,
+          g.batch * volume(g.out),
+          g.out_channels,
+          g.in_channels,
+          pixels(args.grad_y, g.out_channels),
+          args.activation,
+          pixels(args.saved, g.out_channels),
+          {},
+          pixels(args.w, g.in_channels),
+          args.grad_x,
+          nullptr,
+          nullptr,
+          args.bf16_multiply};
+}
+
+// The weight gradient is better cut into chunks of positions (conv_gemm_weight).
+inline bool pointwise_takes(const ConvForward& args) { return is_pointwise(args.layout, args.geometry); }
+inline bool pointwise_takes(const ConvBackwardInput& args) {
+  return is_pointwise(args.layout, args.geometry) && args.bias == nullptr && args.z == nullptr &&
+         args.epilogue.kind == ActivationKind::identity;
+}
+
+template <class T>
+size_t pointwise_workspace(const ConvForward& args, int threads) {
+  return forward_workspace<T>(pointwise_linear(args), threads);
+}
+template <class T>
+size_t pointwise_workspace(const ConvBackwardInput& args, int threads) {
+  const BackwardPlan plan = plan_backward<T>(pointwise_linear(args), threads);
+  return plan.gemm + plan.sums;
+}
+
+template <class T>
+void pointwise(const ConvForward& args, void* workspace, const Team& team) {
+  forward<T>(pointwise_linear(args), workspace, team);
+}
+template <class T>
+void pointwise(const ConvBackwardInput& args, void* workspace, const Team& team) {
+  backward<T>(pointwise_linear(args), workspace, team);
+}
