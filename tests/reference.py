@@ -130,6 +130,7 @@ CONVS = [
     Conv(1, 8, 8, (6, 5), (3, 3), stride=2, padding=1, groups=8, transposed=True, output_padding=1),
     Conv(2, 6, 3, (9,), (5,), stride=2, padding=2, transposed=True, output_padding=1),
     Conv(1, 4, 3, (3, 2, 4), (2, 3, 2), stride=2, transposed=True),
+    Conv(1, 16, 17, (3, 5, 6), (3, 3, 3), padding=1),
 ]  # fmt: skip
 
 

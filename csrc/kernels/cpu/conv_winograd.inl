@@ -1,4 +1,4 @@
-// Winograd convolution: 3 x 3 kernels with unit stride and dilation, in float32.
+// Winograd convolution: 3 x 3 kernels with unit stride and dilation, of any depth, in float32.
 //
 // The input's tiles, transformed, are V[point][tile][c], the weights U[k / nr][point][c][nr], and for each point their
 // matrix product by gemm_kernel.inl's microkernel is M[tile][point][k], whose inverse transform is finished with bias
@@ -305,8 +305,12 @@ inline Winograd winograd_problem(const ConvForward& args) {
   const ConvGeometry& g = args.geometry;
   Winograd p{};
   p.channels_last = args.layout == Layout::channels_last;
-  p.batch = g.batch;
-  p.c = g.in_channels;
+  p.depth_taps = g.kernel[0];
+  p.in_d = g.in[0];
+  p.out_d = g.out[0];
+  p.pad_d = g.padding[0];
+  p.batch = g.batch * p.out_d;
+  p.c = p.depth_taps * g.in_channels;
   p.k = g.out_channels;
   p.in_h = g.in[1];
   p.in_w = g.in[2];
@@ -318,9 +322,10 @@ inline Winograd winograd_problem(const ConvForward& args) {
   p.w = static_cast<const float*>(args.w);
   const bool taps_inner = args.w_layout == Layout::channels_first;
   p.w_k = 9 * p.c;
-  p.w_c = taps_inner ? 9 : 1;
-  p.w_tap = taps_inner ? 1 : p.c;
-  p.out = winograd_output_of(args.y, args.z, args.bias, args.activation, p.channels_last, p.k, p.out_h * p.out_w);
+  p.w_c = taps_inner ? 9 * p.depth_taps : 1;
+  p.w_tap = taps_inner ? 1 : g.in_channels;
+  p.w_depth = 9 * p.w_tap;
+  p.out = winograd_output_of(args.y, args.z, args.bias, args.activation, p.channels_last, p.k, volume(g.out));
   return p;
 }
 
@@ -328,8 +333,12 @@ inline Winograd winograd_problem(const ConvBackwardInput& args) {
   const ConvGeometry& g = args.geometry;
   Winograd p{};
   p.channels_last = args.layout == Layout::channels_last;
-  p.batch = g.batch;
-  p.c = g.out_channels;
+  p.depth_taps = g.kernel[0];
+  p.in_d = g.out[0];
+  p.out_d = g.in[0];
+  p.pad_d = p.depth_taps - 1 - g.padding[0];
+  p.batch = g.batch * p.out_d;
+  p.c = p.depth_taps * g.out_channels;
   p.k = g.in_channels;
   p.in_h = g.out[1];
   p.in_w = g.out[2];
@@ -345,11 +354,12 @@ inline Winograd winograd_problem(const ConvBackwardInput& args) {
   }
   p.w = static_cast<const float*>(args.w);
   const bool taps_inner = args.w_layout == Layout::channels_first;
-  p.w_c = 9 * p.k;
-  p.w_k = taps_inner ? 9 : 1;
+  p.w_c = 9 * p.depth_taps * p.k;
+  p.w_k = taps_inner ? 9 * p.depth_taps : 1;
   p.w_tap = taps_inner ? 1 : p.k;
+  p.w_depth = 9 * p.w_tap;
   p.rotated = true;
-  p.out = winograd_output_of(args.grad_x, args.z, args.bias, args.epilogue, p.channels_last, p.k, p.out_h * p.out_w);
+  p.out = winograd_output_of(args.grad_x, args.z, args.bias, args.epilogue, p.channels_last, p.k, volume(g.in));
   return p;
 }
 
@@ -375,25 +385,28 @@ inline auto with_winograd_scheme(const Winograd& p, ConvPrecision precision, Bod
 // It gains nothing where tiles hang over the edge so far that products are no longer saved: 3 x 3, or one row.
 constexpr int64_t kWinogradFewer = 8, kWinogradMore = 16;  // of input and output channels
 
-inline bool winograd_pays(int64_t c, int64_t k, const Winograd& p) {
-  const int64_t outputs = p.batch * p.out_h * p.out_w;
-  return smaller(c, k) >= kWinogradFewer && larger(c, k) >= kWinogradMore &&
-         4 * 16 * winograd_tiles(p, 2) <= 3 * 9 * outputs;
-}
-
 // Whether this is a convolution that Winograd's algorithm computes.
 inline bool winograd_can(DType dtype, const ConvGeometry& g) {
   if (dtype != DType::f32 || g.groups != 1) return false;
-  if (g.kernel[0] != 1 || g.in[0] != 1 || g.out[0] != 1 || g.padding[0] != 0) return false;
   for (int d = 0; d < 3; ++d)
     if (g.stride[d] != 1 || g.dilation[d] != 1 || (d > 0 && g.kernel[d] != 3)) return false;
-  return g.batch > 0 && g.in_channels > 0 && g.out_channels > 0 && g.in[1] * g.in[2] > 0 && g.out[1] * g.out[2] > 0;
+  return g.batch * g.in_channels * g.out_channels * g.kernel[0] * volume(g.in) * volume(g.out) > 0;
+}
+
+// `problem` is called where there is one.
+template <class Problem>
+inline bool winograd_pays(DType dtype, const ConvGeometry& g, Problem&& problem) {
+  if (!winograd_can(dtype, g)) return false;
+  const Winograd p = problem();
+  if (p.depth_taps > 1 && p.channels() % VecF::size != 0) return false;
+  return smaller(g.in_channels, g.out_channels) >= kWinogradFewer &&
+         larger(g.in_channels, g.out_channels) >= kWinogradMore &&
+         4 * 16 * winograd_tiles(p, 2) <= 3 * 9 * p.batch * p.out_h * p.out_w;
 }
 
 template <class T, class Args>
 bool winograd_takes(const Args& args) {
-  const ConvGeometry& g = args.geometry;
-  return winograd_can(args.dtype, g) && winograd_pays(g.in_channels, g.out_channels, winograd_problem(args));
+  return winograd_pays(args.dtype, args.geometry, [&] { return winograd_problem(args); });
 }
 
 template <class T, class Args>

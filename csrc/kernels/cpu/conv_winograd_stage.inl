@@ -3,19 +3,23 @@
 // rows of the output.
 
 // The problem that a convolution and the gradient of its input both are: a convolution of x with w, whose padding may
-// be negative.
+// be negative. In three dimensions the slices of the output are the images of a batch, and every tap of the depth has
+// channels of its own, those of the slice it reads: whole vectors of them where there is more than one tap.
 struct Winograd {
   bool channels_last;
   int64_t batch, c, k;  // c channels are summed over, k come out
   int64_t in_h, in_w, out_h, out_w, pad_h, pad_w;
+  int64_t depth_taps = 1, in_d = 1, out_d = 1, pad_d = 0;
   const float* x;
   const float* saved;  // x is x * f'(saved) where derivative is not null
   RowDerivative<float> derivative;
   Activation activation;
   const float* w;
-  int64_t w_k, w_c, w_tap;  // elements between output channels, input channels and taps
-  bool rotated;             // tap t is the kernel's 8 - t
-  Output<float> out;        // rows: pixels where channels_last, else channels of images
+  int64_t w_k, w_c, w_tap, w_depth;  // elements between output channels, input channels, taps and taps of the depth
+  bool rotated;       // tap t is the kernel's 8 - t, and the depth's taps come from the last to the first
+  Output<float> out;  // rows: pixels where channels_last, else channels of images
+
+  int64_t channels() const { return c / depth_taps; }  // of a slice
 };
 
 // Tiles [row, row + rows) x [col, col + cols) of `images` images.
@@ -76,13 +80,20 @@ inline void winograd_transpose_in(const float* from, int64_t plane, int channels
 inline void winograd_stage_in(const Winograd& p, int64_t image, const WinogradBand& b, int64_t c,
                               const int32_t* offsets, float* to) {
   constexpr int S = VecF::size;
-  const int channels = static_cast<int>(smaller<int64_t>(p.c - c, S));
+  const int64_t all = p.channels(), first = c % all;
+  const int64_t n = image / p.out_d, d = image % p.out_d + c / all - p.pad_d;
+  const int channels = static_cast<int>(smaller<int64_t>(all - first, S));
+  if (d < 0 || d >= p.in_d) {
+    for (int64_t i = b.row0; i < b.row1; ++i)
+      zero_run((b.col1 - b.col0) * S, to + ((i - b.row) * b.cols + (b.col0 - b.col)) * S);
+    return;
+  }
   if (p.channels_last) {
     for (int64_t i = b.row0; i < b.row1; ++i) {
-      const int64_t at = ((image * p.in_h + i) * p.in_w + b.col0) * p.c + c;
+      const int64_t at = (((n * p.in_d + d) * p.in_h + i) * p.in_w + b.col0) * all + first;
       float* row = to + ((i - b.row) * b.cols + (b.col0 - b.col)) * S;
       for (int64_t j = 0; j < b.col1 - b.col0; ++j, row += S) {
-        const int64_t from = at + j * p.c;
+        const int64_t from = at + j * all;
         __builtin_prefetch(p.x + from + S);  // the next channels: 2% of the whole at 64 channels
         if (p.derivative != nullptr)
           p.derivative(p.x + from, p.saved + from, row, channels, p.activation);
@@ -95,12 +106,12 @@ inline void winograd_stage_in(const Winograd& p, int64_t image, const WinogradBa
     return;
   }
   // Rows that are whole follow each other in memory and are one run.
-  const int64_t plane = p.in_h * p.in_w, width = b.col1 - b.col0, height = b.row1 - b.row0;
+  const int64_t slice = p.in_h * p.in_w, plane = p.in_d * slice, width = b.col1 - b.col0, height = b.row1 - b.row0;
   const bool whole = width == p.in_w;
   const int64_t length = whole ? width * height : width, runs = whole ? 1 : height;
   constexpr int kChunk = 8 * S;
   for (int64_t run = 0; run < runs; ++run) {
-    const int64_t at = (image * p.c + c) * plane + (b.row0 + run) * p.in_w + b.col0;
+    const int64_t at = (n * all + first) * plane + d * slice + (b.row0 + run) * p.in_w + b.col0;
     const int32_t* const targets = offsets + run * length;
     if (p.derivative == nullptr) {
       winograd_transpose_in(p.x + at, plane, channels, length, targets, to);
@@ -142,7 +153,8 @@ inline void winograd_transform_tiles(const Winograd& p, const WinogradBlock& b, 
 // vector 9 i + t is tap t of channel c + i, its lanes the output channels.
 inline void winograd_stage_weights(const Winograd& p, int64_t k, int lanes, int64_t c, int channels, float* to) {
   constexpr int S = VecF::size;
-  const float* const from = p.w + k * p.w_k + c * p.w_c;
+  const int64_t tap = c / p.channels(), depth = p.rotated ? p.depth_taps - 1 - tap : tap;
+  const float* const from = p.w + k * p.w_k + c % p.channels() * p.w_c + depth * p.w_depth;
   const auto target = [&](int channel, int tap) { return to + (9 * channel + (p.rotated ? 8 - tap : tap)) * S; };
   if (p.w_k == 1) {
     for (int i = 0; i < channels; ++i)
@@ -221,8 +233,8 @@ inline void winograd_transpose_out(const Winograd& p, int64_t image, int64_t pix
   float buffer[S * kChunk];
   for (int64_t start = 0; start < count; start += kChunk) {
     const int length = static_cast<int>(smaller<int64_t>(count - start, kChunk));
-    const int64_t row = image * p.k + k;
-    float* const to = in_registers ? out.y + row * out.rs + pixel + start : buffer;
+    const int64_t row = image / p.out_d * p.k + k, at = image % p.out_d * p.out_h * p.out_w + pixel + start;
+    float* const to = in_registers ? out.y + row * out.rs + at : buffer;
     const int64_t to_rs = in_registers ? out.rs : kChunk;
     for (int j = 0; j < length; j += S) {
       const int width = smaller(length - j, S);
@@ -239,7 +251,7 @@ inline void winograd_transpose_out(const Winograd& p, int64_t image, int64_t pix
           if (i < channels) r[i].store(to + i * to_rs + j, width);
       }
     }
-    if (!in_registers) finish_rows(out, buffer, kChunk, row, pixel + start, channels, length);
+    if (!in_registers) finish_rows(out, buffer, kChunk, row, at, channels, length);
   }
 }
 

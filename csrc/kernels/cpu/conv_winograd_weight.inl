@@ -153,11 +153,12 @@ struct WinogradWeightMember {
 
   // Row k of grad_w, channels [c, c + count), from a vector of sums.
   void store(int64_t k, int64_t c, int count, const VecF* taps) const {
+    const int64_t all = p.image.channels(), depth = c / all, first = c % all, depth_taps = p.image.depth_taps;
     if (!p.taps_inner) {
-      for (int t = 0; t < 9; ++t) taps[t].store(p.grad_w + (k * 9 + t) * p.image.c + c, count);
+      for (int t = 0; t < 9; ++t) taps[t].store(p.grad_w + ((k * depth_taps + depth) * 9 + t) * all + first, count);
       return;
     }
-    float* const to = p.grad_w + (k * p.image.c + c) * 9;
+    float* const to = p.grad_w + ((k * all + first) * depth_taps + depth) * 9;
 #pragma GCC unroll 3
     for (int t = 0; t < 9; t += S) {
       VecF r[S];
@@ -166,7 +167,7 @@ struct WinogradWeightMember {
       transpose(r);
 #pragma GCC unroll 16
       for (int i = 0; i < S; ++i)
-        if (i < count) r[i].store(to + i * 9 + t, smaller(9 - t, S));
+        if (i < count) r[i].store(to + i * 9 * depth_taps + t, smaller(9 - t, S));
     }
   }
 
@@ -197,8 +198,12 @@ inline WinogradWeight winograd_problem(const ConvBackwardWeight& args) {
   const ConvGeometry& g = args.geometry;
   WinogradWeight p{};
   p.image.channels_last = p.gradient.channels_last = args.layout == Layout::channels_last;
-  p.image.batch = p.gradient.batch = g.batch;
-  p.image.c = g.in_channels;
+  p.image.depth_taps = g.kernel[0];
+  p.image.in_d = g.in[0];
+  p.image.pad_d = g.padding[0];
+  p.image.out_d = p.gradient.in_d = p.gradient.out_d = g.out[0];
+  p.image.batch = p.gradient.batch = g.batch * g.out[0];
+  p.image.c = g.kernel[0] * g.in_channels;
   p.gradient.c = g.out_channels;
   p.image.in_h = g.in[1];
   p.image.in_w = g.in[2];
@@ -221,8 +226,8 @@ inline WinogradWeight winograd_problem(const ConvBackwardWeight& args) {
 
 template <class T>
 bool winograd_takes(const ConvBackwardWeight& args) {
-  return args.grad_w != nullptr && winograd_can(args.dtype, args.geometry) &&
-         winograd_pays(args.geometry.in_channels, args.geometry.out_channels, winograd_problem(args).image);
+  return args.grad_w != nullptr &&
+         winograd_pays(args.dtype, args.geometry, [&] { return winograd_problem(args).image; });
 }
 
 template <class T>
