@@ -17,9 +17,9 @@
 namespace fastops {
 namespace {
 
-// Blocks are whole 2 MiB pages; from 4 MiB on the rounding is at most a third of a block.
+// Blocks are whole 2 MiB pages; from 3 MiB on the rounding is at most a third of a block.
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kThreshold = size_t{4} << 20;
+constexpr size_t kThreshold = size_t{3} << 20;
 constexpr size_t kDefaultLimit = size_t{1} << 30;
 
 class Pool final : public c10::Allocator {
