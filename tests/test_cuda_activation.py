@@ -193,7 +193,6 @@ def test_what_has_no_kernel_goes_to_pytorch():
     x, w = torch.randn(1, 2, 8, 8), torch.randn(3, 2, 3, 3)
     with fastops.record() as rows:
         torch.testing.assert_close(FF.conv2d(x.to(DEVICE), w.to(DEVICE)).cpu(), F.conv2d(x, w), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(FF.avg_pool2d(x.to(DEVICE), 2).cpu(), F.avg_pool2d(x, 2))
     assert {row.kernel for row in rows} == {"aten"}
 
 

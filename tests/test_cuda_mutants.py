@@ -25,7 +25,7 @@ class Mutant(NamedTuple):
     new: str
 
 
-GEMM, ACTIVATION, FORMULAS = "gemm.cuh", "activation.cuh", "formulas.cuh"
+GEMM, ACTIVATION, FORMULAS, POOL = "gemm.cuh", "activation.cuh", "formulas.cuh", "pool.cuh"
 MUTANTS = [
     # ---- barriers
     Mutant("no barrier before a tile is read", "gemm", GEMM, "__syncthreads();  // this tile", "// this tile"),
@@ -81,6 +81,14 @@ MUTANTS = [
            "for (int64_t split = 0; split < task.splits; ++split) {",
            "for (int64_t split = 1; split < task.splits; ++split) {"),
     Mutant("the derivative of the wrong element", "gemm", GEMM, "V::load(held_saved[u] + i)", "V::load(held_saved[u])"),
+    # ---- windows
+    Mutant("taps in front of the input", "pool", POOL, "first < 0 ? (-first + step - 1) / step : 0", "0"),
+    Mutant("taps behind the input", "pool", POOL, "room <= 0 ? 0 : (room + step - 1) / step", "g.kernel[i]"),
+    Mutant("the first window of an element is missed", "pool", POOL, "(reach + g.stride[i] - 1) / g.stride[i]",
+           "(reach + g.stride[i]) / g.stride[i] + 1"),
+    Mutant("the last window of an element is missed", "pool", POOL, "last : g.out[i] - 1) + 1", "last : g.out[i] - 1)"),
+    Mutant("elements that do not exist", "pool", POOL, "if (index >= count) return;", ""),
+    Mutant("the divisor counts the padding", "pool", POOL, "if (g.adaptive || !include_pad)", "if (g.adaptive)"),
 ]  # fmt: skip
 
 
@@ -99,7 +107,7 @@ def run(folder: Path, check: str, kernels: Path) -> subprocess.CompletedProcess:
     return subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("check", ["gemm", "activation"])
+@pytest.mark.parametrize("check", ["gemm", "activation", "pool"])
 def test_the_sources_as_they_are_succeed(tmp_path, check):
     result = run(tmp_path, check, ROOT / "csrc" / "kernels")
     assert result.returncode == 0, result.stdout

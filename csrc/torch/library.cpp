@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor> max_pool_forward_op(const Tensor& input, at::IntArray
                                          indices == "none"    ? PoolIndices::none
                                          : indices == "plane" ? PoolIndices::plane
                                                               : compact_indices(plan.geometry));
-  return {y, or_empty(positions, at::kLong)};
+  return {y, or_empty(positions, at::kLong, y.device())};
 }
 
 Tensor max_pool_backward_op(const Tensor& grad_output, const Tensor& indices, at::IntArrayRef input_size,
@@ -266,6 +266,10 @@ void implement_on_every_device(torch::Library& m) {
   m.impl("prelu_backward", prelu_backward_op);
   m.impl("glu_forward", glu_forward);
   m.impl("glu_backward", glu_backward);
+  m.impl("max_pool_forward", max_pool_forward_op);
+  m.impl("max_pool_backward", max_pool_backward_op);
+  m.impl("avg_pool_forward", avg_pool_forward_op);
+  m.impl("avg_pool_backward", avg_pool_backward_op);
 }
 
 TORCH_LIBRARY_IMPL(fastops, CUDA, m) { implement_on_every_device(m); }
@@ -274,10 +278,6 @@ TORCH_LIBRARY_IMPL(fastops, CPU, m) {
   implement_on_every_device(m);
   m.impl("conv_forward", conv_forward_op);
   m.impl("conv_backward", conv_backward_op);
-  m.impl("max_pool_forward", max_pool_forward_op);
-  m.impl("max_pool_backward", max_pool_backward_op);
-  m.impl("avg_pool_forward", avg_pool_forward_op);
-  m.impl("avg_pool_backward", avg_pool_backward_op);
 }
 
 // ---- the fast door: _C.<op> returns NotImplemented for every call that is not plain; Python then takes the general
@@ -520,12 +520,13 @@ template <class Call>
 py::object pool_fast(py::handle input, const PoolParams& params, Call&& call) {
   if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr())) return not_implemented();
   const Tensor& x = THPVariable_Unpack(input.ptr());
-  if (!is_supported(x.scalar_type()) || !x.is_cpu()) return not_implemented();
+  if (!is_supported(x.scalar_type())) return not_implemented();
   PoolPlan plan;
   if (!plan_pool(x.sizes(), params, plan).empty()) return not_implemented();
   plan.layout = pool_layout(x, params.dims);
-  if (params.dims == 3 && at::autocast::is_autocast_enabled(at::kCPU))
-    return call(at::autocast::cached_cast(at::kFloat, x, at::kCPU), plan);
+  const c10::DeviceType device = x.device().type();
+  if (params.dims == 3 && x.is_cpu() && at::autocast::is_autocast_enabled(device))
+    return call(at::autocast::cached_cast(at::kFloat, x, device), plan);
   return call(x, plan);
 }
 

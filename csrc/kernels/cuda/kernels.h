@@ -4,6 +4,7 @@
 
 #include "../activation.h"
 #include "../linear.h"
+#include "../pool.h"
 
 struct CUstream_st;
 
@@ -31,9 +32,9 @@ struct Runtime {
 };
 
 // All work is queued on the stream, which belongs to the current device; so do all pointers. The contracts are those of
-// activation.h and linear.h. The workspace is `workspace(args)` bytes of 256-byte aligned device memory whose contents
-// mean nothing before or after the call; zero bytes means null is fine. The same call on the same device gives the same
-// bits every time.
+// activation.h, linear.h and pool.h. The workspace is `workspace(args)` bytes of 256-byte aligned device memory whose
+// contents mean nothing before or after the call; zero bytes means null is fine. The same call on the same device gives
+// the same bits every time.
 struct KernelTable {
   Runtime (*runtime)();
   // Makes the device current for this thread in this copy of the CUDA runtime, which is not torch's.
@@ -50,6 +51,11 @@ struct KernelTable {
   Status (*prelu_backward)(const PreluBackward&, void* workspace, Stream);
   Status (*glu_forward)(const GluForward&, Stream);
   Status (*glu_backward)(const GluBackward&, Stream);
+
+  Status (*max_pool_forward)(const MaxPoolForward&, Stream);
+  Status (*max_pool_backward)(const MaxPoolBackward&, Stream);
+  Status (*avg_pool_forward)(const AvgPoolForward&, Stream);
+  Status (*avg_pool_backward)(const AvgPoolBackward&, Stream);
 
   // *_name is the kernel that this call will take, for record().
   const char* (*linear_forward_name)(const LinearForward&);

@@ -14,6 +14,11 @@ Status prelu_backward(const PreluBackward&, void* workspace, Stream);
 Status glu_forward(const GluForward&, Stream);
 Status glu_backward(const GluBackward&, Stream);
 
+Status max_pool_forward(const MaxPoolForward&, Stream);
+Status max_pool_backward(const MaxPoolBackward&, Stream);
+Status avg_pool_forward(const AvgPoolForward&, Stream);
+Status avg_pool_backward(const AvgPoolBackward&, Stream);
+
 const char* linear_forward_name(const LinearForward&);
 size_t linear_forward_workspace(const LinearForward&);
 Status linear_forward(const LinearForward&, void* workspace, Stream);
