@@ -6,9 +6,9 @@ PYTHON := $(VENV)/bin/python
 PYTHON3 ?= python3
 
 SOURCES := $(shell find csrc -type f) build_native.py setup.py
-FORMATTED := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test bench readme check format sanitize ulp clean
+.PHONY: build demo test bench readme check format sanitize ulp cuda-usage clean
 
 build: $(VENV)/installed $(VENV)/built
 
@@ -41,6 +41,10 @@ sanitize: $(VENV)/requirements
 # The error of the float32 activations over all 2^32 inputs.
 ulp: $(VENV)/requirements
 	$(PYTHON) build_native.py ulp $(ULP)
+
+# Registers, stack and spills of every CUDA kernel; needs nvcc.
+cuda-usage: $(VENV)/requirements
+	$(PYTHON) build_native.py cuda-usage
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastops/_build.py fastops/*.so

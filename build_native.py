@@ -1,16 +1,17 @@
 """What is compiled, and with which flags: the one place that knows.
 
-setup.py builds the extension with it; `make sanitize` and `make ulp` build the C++ tests:
+setup.py builds the extension with it; `make sanitize`, `make ulp` and `make cuda-usage` come here too:
 
-    python build_native.py sanitize    # every tests/cpp/test_*.cpp with the kernels, under ASan and UBSan, built and
-    run python build_native.py ulp [...]   # tests/cpp/ulp.cpp with the kernels, built and run with the arguments that
-    follow
+    python build_native.py sanitize    # builds and runs every tests/cpp/test_*.cpp with the kernels, ASan and UBSan
+    python build_native.py ulp [...]   # builds tests/cpp/ulp.cpp with the kernels and runs it with these arguments
+    python build_native.py cuda-usage  # registers, stack and spills of every CUDA kernel on every architecture
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,10 +19,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 KERNELS = ROOT / "csrc" / "kernels" / "cpu"
+CUDA_KERNELS = ROOT / "csrc" / "kernels" / "cuda"
 TORCH_LAYER = ROOT / "csrc" / "torch"
+EMULATOR = ROOT / "tests" / "emulator"
 
 COMMON = ["-std=c++20", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden"]
 OPTIMIZE = ["-O3"]
@@ -41,6 +45,10 @@ TIERS = {
     "isa_amx.cpp": _AMX,
 }
 KERNEL_FLAGS = ["-ffp-contract=off"]
+# The same for the GPU: every fused multiply-add is one that the source asks for.
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-Wall,-Wextra,-fPIC,-fvisibility=hidden"]
+ARCHITECTURES = "8.0+PTX;9.0a"
+OLDEST_NVCC = (12, 0)
 
 
 def compiler() -> list[str]:
@@ -74,6 +82,88 @@ def kernel_flags(source: Path) -> list[str]:
     return [*KERNEL_FLAGS, *TIERS.get(source.name, [])]
 
 
+@dataclass(frozen=True)
+class Cuda:
+    """What the CUDA kernels are compiled with, or why they are not."""
+
+    nvcc: str = ""
+    version: str = ""
+    architectures: tuple[str, ...] = ()  # as TORCH_CUDA_ARCH_LIST has them: "8.0+PTX"
+    why_not: str = ""
+
+    @property
+    def code_flags(self) -> list[str]:
+        flags = []
+        for entry in self.architectures:
+            name = entry.removesuffix("+PTX").replace(".", "")
+            kinds = [f"sm_{name}"] + ([f"compute_{name}"] if entry.endswith("+PTX") else [])
+            flags.append(f"-gencode=arch=compute_{name},code=[{','.join(kinds)}]")
+        return flags
+
+    @property
+    def library_flags(self) -> list[str]:
+        return [
+            f"-L{Path(self.nvcc).resolve().parent.parent / 'lib64'}",
+            "-lcudart_static",
+            "-ldl",
+            "-lpthread",
+            "-lrt",
+        ]
+
+    def __str__(self) -> str:
+        if self.why_not:
+            return f"not compiled in: {self.why_not}"
+        return f"compiled by nvcc {self.version} for {' '.join(self.architectures)}"
+
+
+def find_cuda() -> Cuda:
+    """What FASTOPS_CUDA asks for and this machine has.
+
+    FASTOPS_CUDA=0: no CUDA kernels. 1: SystemExit where they cannot be built. auto, or not set: they are built where
+    nvcc is, which is looked for in CUDA_HOME, on the PATH and in /usr/local/cuda.
+    """
+    asked = os.environ.get("FASTOPS_CUDA", "").strip() or "auto"
+    if asked not in ("0", "1", "auto"):
+        raise SystemExit(f"fastops: FASTOPS_CUDA must be 0, 1 or auto, got '{asked}'")
+    cuda = Cuda(why_not="FASTOPS_CUDA=0") if asked == "0" else _find_cuda()
+    if cuda.why_not and asked == "1":
+        raise SystemExit(f"fastops: FASTOPS_CUDA=1 asks for CUDA kernels, which cannot be built: {cuda.why_not}")
+    return cuda
+
+
+def _find_cuda() -> Cuda:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [str(Path(home) / "bin" / "nvcc") for home in homes] or ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    nvcc = next((path for path in map(shutil.which, candidates) if path), None)
+    if nvcc is None:
+        return Cuda(why_not=f"there is no nvcc ({' or '.join(candidates)})")
+    # What lies on the PATH may be a script that calls the real one, which knows its folder.
+    dry_run = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
+    text = subprocess.run(dry_run, capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", text, re.MULTILINE)
+    if top is not None:
+        nvcc = str((Path(top[1]) / "bin" / "nvcc").resolve())
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+), V(\S+)", text)
+    if release is None:
+        return Cuda(why_not=f"{nvcc} --version names no release")
+    version = release[3]
+    if (int(release[1]), int(release[2])) < OLDEST_NVCC:
+        return Cuda(why_not=f"nvcc {version} is older than {'.'.join(map(str, OLDEST_NVCC))}")
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    entries = re.split(r"[;,\s]+", asked.strip())
+    for entry in entries:
+        if re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", entry) is None:
+            raise SystemExit(
+                f"fastops: TORCH_CUDA_ARCH_LIST must name architectures by number, such as '{ARCHITECTURES}', "
+                f"got '{entry}'"
+            )
+    architectures = tuple(entry for entry in entries if int(entry.partition(".")[0]) >= 8)
+    if not architectures:
+        return Cuda(why_not=f"the kernels need compute capability 8.0, and TORCH_CUDA_ARCH_LIST is '{asked}'")
+    return Cuda(nvcc, version, architectures)
+
+
 @dataclass
 class Build:
     """Compile and link steps under `folder`, run by ninja where there is one: only what changed, MAX_JOBS at a time.
@@ -83,13 +173,22 @@ class Build:
 
     folder: Path
     compiler: list[str] = field(default_factory=compiler)
-    compiles: list[tuple[Path, Path, list[str]]] = field(default_factory=list)
+    compiles: list[tuple[list[str], Path, Path, list[str]]] = field(default_factory=list)
     links: list[tuple[list[Path], Path, list[str]]] = field(default_factory=list)
 
     def compile(self, source: Path, flags: list[str]) -> Path:
         """Adds source -> object; returns the object's path."""
-        result = self.folder / source.relative_to(ROOT).with_suffix(".o")
-        self.compiles.append((source, result, [*flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]))
+        flags = [*flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        return self._compile(self.compiler, source, source.with_suffix(".o"), flags)
+
+    def compile_cuda(self, cuda: Cuda, source: Path) -> Path:
+        """The same by nvcc, with this compiler for the host's part."""
+        flags = [*NVCC_FLAGS, *cuda.code_flags, f"-ccbin={self.compiler[0]}"]
+        return self._compile([cuda.nvcc], source, source.with_suffix(".cu.o"), flags)
+
+    def _compile(self, command: list[str], source: Path, object_: Path, flags: list[str]) -> Path:
+        result = self.folder / object_.relative_to(ROOT)
+        self.compiles.append((command, source, result, flags))
         return result
 
     def link(self, objects: list[Path], result: Path, flags: list[str]) -> None:
@@ -105,14 +204,19 @@ class Build:
             return
         (self.folder / "build.ninja").write_text(self._ninja_file())
         if subprocess.run([ninja, "-C", str(self.folder), f"-j{jobs}"]).returncode != 0:
-            raise SystemExit("fastops: the build failed; the compiler's message is above.")
+            self._fail()
+
+    def _fail(self) -> None:
+        cuda = any(source.suffix == ".cu" for _, source, _, _ in self.compiles)
+        more = " FASTOPS_CUDA=0 leaves the CUDA kernels out." if cuda else ""
+        raise SystemExit(f"fastops: the build failed; the compiler's message is above.{more}")
 
     def _ninja_file(self) -> str:
         cxx = shlex.join(self.compiler)
         lines = [
             "ninja_required_version = 1.5",
             "rule compile",
-            f"  command = {_value(cxx)} $flags -MMD -MF $out.d -c $in -o $out",
+            "  command = $compiler $flags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $name",
@@ -120,8 +224,8 @@ class Build:
             f"  command = {_value(cxx)} $in -o $out $flags",
             "  description = link $name",
         ]
-        for source, result, flags in self.compiles:
-            lines += [f"build {_path(result)}: compile {_path(source)}"]
+        for command, source, result, flags in self.compiles:
+            lines += [f"build {_path(result)}: compile {_path(source)}", f"  compiler = {_value(shlex.join(command))}"]
             lines += [f"  flags = {_value(shlex.join(flags))}", f"  name = {source.relative_to(ROOT)}"]
         for objects, result, flags in self.links:
             inputs = " ".join(map(_path, objects))
@@ -133,12 +237,12 @@ class Build:
         def call(command: list[str], result: Path) -> None:
             result.parent.mkdir(parents=True, exist_ok=True)
             if subprocess.run(command).returncode != 0:
-                raise SystemExit("fastops: the build failed; the compiler's message is above.")
+                self._fail()
 
         with ThreadPoolExecutor(jobs) as pool:
             list(
                 pool.map(
-                    lambda step: call([*self.compiler, *step[2], "-c", str(step[0]), "-o", str(step[1])], step[1]),
+                    lambda step: call([*step[0], *step[3], "-c", str(step[1]), "-o", str(step[2])], step[2]),
                     self.compiles,
                 )
             )
@@ -185,19 +289,108 @@ def build_extension(
         "-DTORCH_EXTENSION_NAME=_C",
         "-DTORCH_API_INCLUDE_EXTENSION_H",
     ]
+    cuda = find_cuda()
+    print(f"fastops: CUDA kernels {cuda}", flush=True)
     described = {
         "FASTOPS_VERSION": version,
         "FASTOPS_TORCH_VERSION": torch_version,
         "FASTOPS_COMPILER": cxx_version,
         "FASTOPS_FLAGS": " ".join([*common, *KERNEL_FLAGS]),
+        "FASTOPS_CUDA_BUILD": str(cuda),
     }
-    objects = [build.compile(source, [*common, *kernel_flags(source)]) for source in kernel_sources()]
+    with_cuda = [] if cuda.why_not else ["-DFASTOPS_WITH_CUDA"]
+    objects = [] if cuda.why_not else [build.compile_cuda(cuda, source) for source in sorted(CUDA_KERNELS.glob("*.cu"))]
+    objects += [build.compile(source, [*common, *kernel_flags(source)]) for source in kernel_sources()]
     for source in sorted(TORCH_LAYER.glob("*.cpp")):
         macros = [f'-D{name}="{value}"' for name, value in described.items()] if source.name == "library.cpp" else []
+        if source.name == "gpu.cpp":
+            macros = with_cuda
         objects.append(build.compile(source, [*torch_layer, *macros]))
+    libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"]
+    if not cuda.why_not:
+        # The runtime's symbols stay inside: torch may bring another one.
+        libraries += [*cuda.library_flags, "-Wl,--exclude-libs,libcudart_static.a"]
+    build.link(objects, result, ["-shared", *libraries])
+    build.run()
+
+
+def emulator_flags() -> list[str]:
+    """For a .cu file, or what runs it, on the CPU (tests/emulator)."""
+    flags = [*common_flags(compiler_version(compiler())), "-O2", *KERNEL_FLAGS, "-Wno-unknown-pragmas"]
+    # Vectors of 16 bytes are read through pointers to their elements, as nvcc allows.
+    flags += ["-fno-strict-aliasing", f"-I{EMULATOR}"]
+    # The same results without these, many times slower.
+    processor = Path("/proc/cpuinfo").read_text().split()
+    flags += [f"-m{name}" for name in ("fma", "f16c") if name in processor]
+    return flags
+
+
+def build_emulator(folder: Path, result: Path, torch: Path, python_include: str) -> None:
+    """Compiles the CUDA kernels for the emulator and its torch device into `result`, the module _emulator."""
+    build = Build(folder)
+    flags = emulator_flags()
+    include = [torch / "include", torch / "include" / "torch" / "csrc" / "api" / "include", Path(python_include)]
+    objects = [build.compile(source, ["-x", "c++", *flags]) for source in sorted(CUDA_KERNELS.glob("*.cu"))]
+    objects.append(build.compile(KERNELS / "activation.cpp", flags))  # what each activation saves
+    for source in sorted(EMULATOR.glob("*.cpp")):
+        uses_torch = source.name == "device.cpp"
+        objects.append(build.compile(source, [*flags, *(f"-isystem{path}" for path in include if uses_torch)]))
     libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"]
     build.link(objects, result, ["-shared", *libraries])
     build.run()
+
+
+class Usage(NamedTuple):
+    """What a kernel takes of a multiprocessor, as ptxas -v says."""
+
+    architecture: str
+    kernel: str
+    registers: int
+    stack: int  # bytes a thread, as the two that follow
+    spill_stores: int
+    spill_loads: int
+
+
+_USAGE = re.compile(
+    r"Compiling entry function '(\S+)' for '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+    r"(\d+) bytes spill loads.*?Used (\d+) registers",
+    re.DOTALL,
+)
+
+
+def cuda_usage(cuda: Cuda, sources: list[Path]) -> list[Usage]:
+    """Compiles the sources for every architecture of `cuda`, and reads what ptxas says about each kernel."""
+    rows = []
+    for source in sources:
+        command = [cuda.nvcc, *NVCC_FLAGS, *cuda.code_flags, "-Xptxas=-v", "-c", str(source), "-o", os.devnull]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode != 0:
+            raise SystemExit(f"fastops: {source.name} does not compile:\n{result.stdout}{result.stderr}")
+        for name, architecture, stack, stores, loads, registers in _USAGE.findall(result.stdout + result.stderr):
+            rows.append(Usage(architecture, name, int(registers), int(stack), int(stores), int(loads)))
+    if shutil.which("c++filt"):
+        names = "\n".join(row.kernel for row in rows)
+        plain = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout
+        plain = re.sub(r"fastops::cuda::\(anonymous namespace\)::|fastops::|void ", "", plain)
+        plain = re.sub(r"\((?:\w+)\)(\d)", r"\1", plain)  # (Loads)2, (bool)1
+        rows = [row._replace(kernel=name.partition("(")[0]) for row, name in zip(rows, plain.splitlines(), strict=True)]
+    return rows
+
+
+def print_cuda_usage() -> int:
+    """The table of cuda_usage over all kernels; 1 where a matrix product spills."""
+    cuda = find_cuda()
+    if cuda.why_not:
+        raise SystemExit(f"fastops: CUDA kernels {cuda}")
+    rows = cuda_usage(cuda, sorted(CUDA_KERNELS.glob("*.cu")))
+    print(f"{'':8} {'registers':>9} {'stack':>6} {'spilled':>8}  kernel")
+    for row in sorted(rows):
+        print(
+            f"{row.architecture:8} {row.registers:9} {row.stack:6} {row.spill_stores + row.spill_loads:8}  {row.kernel}"
+        )
+    spilling = [row for row in rows if row.spill_stores or row.spill_loads]
+    print(f"{len(rows)} kernels, {len(spilling)} of them spill registers")
+    return 1 if any(row.kernel.startswith("gemm_kernel") for row in spilling) else 0
 
 
 def build_cpp_tests(folder: Path, sources: list[Path], extra: list[str]) -> list[Path]:
@@ -221,6 +414,8 @@ def main(arguments: list[str]) -> int:
         sources = sorted(tests.glob("test_*.cpp"))
         programs = build_cpp_tests(ROOT / "build" / "sanitize", sources, SANITIZE)
         arguments = ["sanitize", "quick"]  # those with thousands of random shapes try fewer of them
+    elif arguments == ["cuda-usage"]:
+        return print_cuda_usage()
     elif arguments[:1] == ["ulp"]:
         programs = build_cpp_tests(ROOT / "build" / "ulp", [tests / "ulp.cpp"], OPTIMIZE)
     else:

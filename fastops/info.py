@@ -30,8 +30,8 @@ class Info:
     isa_reason: str
     threads: int
     openmp: tuple[str, ...]  # the OpenMP runtimes in this process
-    cuda: bool
-    cuda_reason: str
+    cuda: bool  # tensors on a GPU take fastops' kernels where there are some for the op
+    cuda_reason: str  # what was compiled in, or why nothing was; the driver and the devices found, or what is missing
     memory: dict[str, int]  # fastops.memory.stats()
 
     def as_dict(self) -> dict[str, Any]:
@@ -72,6 +72,7 @@ def info() -> Info:
         An Info, whose str() is a page to read or to put into a bug report.
     """
     build = _C.build_info()
+    cuda, found = _C.cuda_found()
     return Info(
         version=build["version"],
         location=str(Path(__file__).resolve().parent),
@@ -87,8 +88,8 @@ def info() -> Info:
         isa_reason=_isa_reason(),
         threads=torch.get_num_threads(),
         openmp=_openmp_runtimes(),
-        cuda=False,
-        cuda_reason="this version has CPU kernels only; tensors on other devices go to PyTorch's own operators",
+        cuda=cuda,
+        cuda_reason=f"{build['cuda']}; {found}" if found else build["cuda"],
         memory=memory.stats(),
     )
 

@@ -14,10 +14,10 @@ class Row(NamedTuple):
     """One kernel call. A call handed to PyTorch's own op has kernel "aten"."""
 
     op: str  # "linear", "linear_backward", "gelu", ...
-    kernel: str  # the kernel's name with its ISA tier
+    kernel: str  # the kernel's name with its ISA tier; "cuda" for a GPU's elementwise ones
     shapes: str  # of the operands: "16x10, 5x10, 5"
     dtype: str
-    microseconds: float
+    microseconds: float  # on a GPU, until the kernel is queued
 
 
 class Calls(list[Row]):

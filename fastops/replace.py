@@ -15,12 +15,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import fastops.nn as fnn
-from fastops.ops import DTYPES
+from fastops.ops import DTYPES, supported
 
 __all__ = ["Report", "Row", "replace_", "replaced", "restore_"]
 
 _TO_FASTOPS: dict[type, type] = {getattr(nn, name): getattr(fnn, name) for name in fnn.__all__}
 _TO_TORCH = {ours: theirs for theirs, ours in _TO_FASTOPS.items()}
+# Layers with parameters that have CUDA kernels.
+_ON_GPU = (nn.Linear, nn.PReLU)
 
 # Layers that a user may expect to be replaced: named in the report, with the reason.
 _PLANNED = (
@@ -192,6 +194,6 @@ def _why_not(module: nn.Module) -> str:
             return f"{name} has layout {tensor.layout}"
         if tensor.dtype not in DTYPES:
             return f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, which no fastops kernel takes"
-        if tensor.device.type not in ("cpu", "meta"):
-            return f"{name} is on {tensor.device}: no fastops kernel for it in this version"
+        if not supported(tensor, on_gpu=isinstance(module, _ON_GPU)):
+            return f"{name} is on {tensor.device}: no fastops kernel for it there"
     return ""

@@ -30,7 +30,7 @@ SOME = pytest.mark.parametrize("pool", FEW, ids=str)
 def run(function, x):
     x = x.detach().requires_grad_()
     output = function(x)
-    ramp = torch.linspace(-1, 2, output.numel(), dtype=torch.float64).to(output.dtype).view(output.shape)
+    ramp = torch.linspace(-1, 2, output.numel(), dtype=torch.float64).to(output).view(output.shape)
     return output, *torch.autograd.grad(output, x, ramp)
 
 

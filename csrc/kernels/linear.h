@@ -27,14 +27,16 @@ struct LinearForward {
   void* y;
   int64_t y_row_stride;
   void* z;
-  Bf16Multiply bf16_multiply = Bf16Multiply::automatic;
+  Bf16Multiply bf16_multiply = Bf16Multiply::automatic;  // CPU
+  bool allow_tf32 = false;                               // CUDA: float32 products of operands rounded to tf32
 };
 
 // With g[m, n] = grad_y[m, n] * f'(saved[m, n]), formed while grad_y is read:
 //   grad_x[m, k] = sum_n g[m, n] w[n, k]      grad_w[n, k] = sum_m g[m, n] x[m, k]      grad_b[n] = sum_m g[m, n]
 // Each output is contiguous row-major and nullable: a null one is not computed and what only it needs is not read.
-// saved is y or z as saved_by_linear(activation) says, and is not read for identity. For 16-bit dtypes g is not rounded
-// before it is summed into grad_b; it may be rounded to the storage type where it is packed for a 16-bit multiply.
+// saved is y or z as saved_by_linear(activation) says, and is not read for identity. For 16-bit dtypes g may be rounded
+// to the storage type where it is packed for a 16-bit multiply; the CPU's kernels do not round it before it is summed
+// into grad_b. Where saved is z, the CUDA kernels want unit column strides of grad_y and saved.
 struct LinearBackward {
   DType dtype;
   int64_t m, n, k;
@@ -46,7 +48,8 @@ struct LinearBackward {
   void* grad_x;
   void* grad_w;
   void* grad_b;
-  Bf16Multiply bf16_multiply = Bf16Multiply::automatic;
+  Bf16Multiply bf16_multiply = Bf16Multiply::automatic;  // CPU
+  bool allow_tf32 = false;                               // CUDA: float32 products of operands rounded to tf32
 };
 
 }  // namespace fastops

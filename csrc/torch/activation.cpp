@@ -6,6 +6,7 @@
 #include "../kernels/cpu/isa.h"
 #include "check.h"
 #include "fast_door.h"
+#include "gpu.h"
 #include "memory.h"
 #include "node.h"
 #include "ops.h"
@@ -51,8 +52,9 @@ Rows rows_of(const Tensor& tensor) {
 // An uninitialised tensor for a result of this input: the same memory order where the input is dense, contiguous
 // otherwise.
 Tensor empty_result(const Tensor& input) {
-  if (input.is_contiguous() || !is_dense(input)) return empty_output(input.sizes(), input.scalar_type());
-  return empty_output_strided(input.sizes(), input.strides(), input.scalar_type());
+  if (input.is_contiguous() || !is_dense(input))
+    return empty_output(input.sizes(), input.scalar_type(), input.device());
+  return empty_output_strided(input.sizes(), input.strides(), input.scalar_type(), input.device());
 }
 
 // The tensor in the memory order of `strides`: itself where it lies so, a copy otherwise.
@@ -61,7 +63,7 @@ Tensor in_order(const Tensor& tensor, at::IntArrayRef sizes, at::IntArrayRef str
   for (int64_t i = 0; i < tensor.dim(); ++i)
     same &= tensor.size(i) == 1 || tensor.stride(i) == strides[static_cast<size_t>(i)];
   if (same) return tensor;
-  Tensor copy = empty_output_strided(sizes, strides, tensor.scalar_type());
+  Tensor copy = empty_output_strided(sizes, strides, tensor.scalar_type(), tensor.device());
   copy.copy_(tensor);
   return copy;
 }
@@ -73,6 +75,21 @@ void check_saved_kind(Activation activation, Saved kind) {
               activation_name(activation.kind), ", got '", saved_name(kind), "'");
 }
 
+// The kernel of the device that the tensors are on: on_cpu(table), or on_gpu(table, stream).
+template <class Op, class OnCpu, class OnGpu>
+void run_kernel(at::Device device, DType dtype, Op&& op, std::initializer_list<Tensor> operands, OnCpu&& on_cpu,
+                OnGpu&& on_gpu) {
+  const auto row = [&](const char* kernel) {
+    return record::Row{op(), kernel, record::shapes_of(operands), dtype_name(operands.begin()->scalar_type())};
+  };
+  if (!device.is_cpu()) {
+    gpu::call(device, [&] { return row("cuda"); }, on_gpu);
+    return;
+  }
+  const KernelTable& table = kernels(dtype);
+  record::timed([&] { return row(table.isa); }, [&] { on_cpu(table); });
+}
+
 void run_forward(const Tensor& input, const Rows& rows, Tensor& y, Tensor& mask, Activation activation) {
   const ActivationForward args{to_dtype(input.scalar_type()),
                                activation,
@@ -82,13 +99,10 @@ void run_forward(const Tensor& input, const Rows& rows, Tensor& y, Tensor& mask,
                                rows.stride,
                                y.mutable_data_ptr(),
                                mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr};
-  const KernelTable& table = kernels(args.dtype);
-  record::timed(
-      [&] {
-        return record::Row{activation_name(activation.kind), table.isa, record::shapes_of({input}),
-                           dtype_name(input.scalar_type())};
-      },
-      [&] { table.activation_forward(args, torch_team()); });
+  run_kernel(
+      input.device(), args.dtype, [&] { return activation_name(activation.kind); }, {input},
+      [&](const KernelTable& table) { table.activation_forward(args, torch_team()); },
+      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.activation_forward(args, stream); });
 }
 
 // A tensor this small is saved as PyTorch would: allocating its mask takes longer than the bits save (1K elements
@@ -179,8 +193,8 @@ Tensor prelu_layout(const Tensor& input, int64_t weights) {
 }
 
 void check_prelu(const Tensor& input, const Tensor& weight) {
-  check_tensor(input, "prelu", "input");
-  check_tensor(weight, "prelu", "weight");
+  check_input(input, "prelu", "input");
+  check_tensor(weight, "prelu", "weight", input.device());
   check_dtype(weight, input.scalar_type(), "prelu", "weight");
   const int64_t channels = input.dim() > 1 ? input.size(1) : 1;
   TORCH_CHECK(weight.dim() <= 1 && (weight.numel() == 1 || weight.numel() == channels),
@@ -228,7 +242,7 @@ Halves halves_of(const Tensor& input, int64_t dim) {
 }
 
 int64_t check_glu(const Tensor& input, int64_t dim) {
-  check_tensor(input, "glu", "input");
+  check_input(input, "glu", "input");
   TORCH_CHECK(input.dim() > 0, "glu: input must have at least one dimension, got a scalar");
   const int64_t wrapped = at::maybe_wrap_dim(dim, input.dim());
   TORCH_CHECK(input.size(wrapped) % 2 == 0, "glu: input's dimension ", dim, " must have an even size, got ",
@@ -274,7 +288,7 @@ Saved saved_kind(std::string_view name) {
 const char* saved_name(Saved kind) { return kSavedNames[static_cast<int>(kind)]; }
 
 ActivationOutput activation_forward(const Tensor& input, Activation activation, bool need_mask) {
-  check_tensor(input, activation_name(activation.kind), "input");
+  check_input(input, activation_name(activation.kind), "input");
   Tensor x = input;
   Rows rows = rows_of(x);
   // A mask is one flat row of bits, so a slice keeps its rows only when they end on whole bytes.
@@ -284,25 +298,26 @@ ActivationOutput activation_forward(const Tensor& input, Activation activation, 
   }
   ActivationOutput out;
   out.y = empty_result(x);
-  if (need_mask) out.mask = empty_output({mask_row_bytes(x.numel())}, at::kByte);
+  if (need_mask) out.mask = empty_output({mask_row_bytes(x.numel())}, at::kByte, x.device());
   if (x.numel() > 0) run_forward(x, rows, out.y, out.mask, activation);
   return out;
 }
 
 Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, Activation activation, Saved kind,
                            at::IntArrayRef mask_strides) {
-  check_tensor(grad_output, "activation_backward", "grad_output");
+  check_input(grad_output, "activation_backward", "grad_output");
   if (kind == Saved::nothing) return grad_output.clone();
   Tensor g = grad_output, s = saved;
   Rows g_rows, s_rows;
   if (kind == Saved::mask) {
-    TORCH_CHECK(saved.scalar_type() == at::kByte && saved.numel() == mask_row_bytes(g.numel()),
-                "activation_backward: saved must be a mask of ", mask_row_bytes(g.numel()), " bytes, got ",
-                saved.numel(), " elements of ", saved.scalar_type());
+    TORCH_CHECK(
+        saved.scalar_type() == at::kByte && saved.numel() == mask_row_bytes(g.numel()) && is_on(saved, g.device()),
+        "activation_backward: saved must be a mask of ", mask_row_bytes(g.numel()), " bytes on ", g.device(), ", got ",
+        saved.numel(), " elements of ", saved.scalar_type(), " on ", saved.device());
     g = mask_strides.empty() ? g.contiguous() : in_order(g, g.sizes(), mask_strides);
     g_rows = s_rows = {1, g.numel(), g.numel()};
   } else {
-    check_tensor(saved, "activation_backward", "saved");
+    check_tensor(saved, "activation_backward", "saved", g.device());
     check_saved_kind(activation, kind);
     check_dtype(saved, g.scalar_type(), "activation_backward", "saved");
     TORCH_CHECK(saved.sizes() == g.sizes(), "activation_backward: saved must have grad_output's shape ", g.sizes(),
@@ -329,13 +344,10 @@ Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, Activ
                                 s.const_data_ptr(),
                                 s_rows.stride,
                                 grad_input.mutable_data_ptr()};
-  const KernelTable& table = kernels(args.dtype);
-  record::timed(
-      [&] {
-        return record::Row{std::string(activation_name(activation.kind)) + "_backward", table.isa,
-                           record::shapes_of({g}), dtype_name(g.scalar_type())};
-      },
-      [&] { table.activation_backward(args, torch_team()); });
+  run_kernel(
+      g.device(), args.dtype, [&] { return std::string(activation_name(activation.kind)) + "_backward"; }, {g},
+      [&](const KernelTable& table) { table.activation_backward(args, torch_team()); },
+      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.activation_backward(args, stream); });
   return grad_input;
 }
 
@@ -367,7 +379,7 @@ Tensor activation(const Tensor& input, Activation activation) {
 }
 
 Tensor activation_(const Tensor& input, Activation activation) {
-  check_tensor(input, activation_name(activation.kind), "input");
+  check_input(input, activation_name(activation.kind), "input");
   at::assert_no_internal_overlap(input);
   const bool records = at::GradMode::is_enabled() && input.requires_grad();
   torch::autograd::check_inplace(input, records);
@@ -388,9 +400,9 @@ Tensor activation_(const Tensor& input, Activation activation) {
       records ? make_node<ActivationOp>({activation, kind, ordered ? x.strides().vec() : std::vector<int64_t>()}, input)
               : nullptr;
   if (x.numel() == 0) {
-    if (kind == Saved::mask) mask = empty_output({0}, at::kByte);
+    if (kind == Saved::mask) mask = empty_output({0}, at::kByte, x.device());
   } else if (dense) {
-    if (kind == Saved::mask) mask = empty_output({mask_row_bytes(x.numel())}, at::kByte);
+    if (kind == Saved::mask) mask = empty_output({mask_row_bytes(x.numel())}, at::kByte, x.device());
     run_forward(x, rows_of(x), x, mask, activation);
     torch::autograd::increment_version(x);
   } else {
@@ -487,16 +499,17 @@ Tensor prelu_forward(const Tensor& input, const Tensor& weight) {
                           weight.const_data_ptr(),
                           weight.dim() ? weight.stride(0) : 0,
                           y.mutable_data_ptr()};
-  const KernelTable& table = kernels(args.dtype);
-  record::timed(
-      [&] { return record::Row{"prelu", table.isa, record::shapes_of({x, weight}), dtype_name(x.scalar_type())}; },
-      [&] { table.prelu_forward(args, torch_team()); });
+  run_kernel(
+      x.device(), args.dtype, [] { return "prelu"; }, {x, weight},
+      [&](const KernelTable& table) { table.prelu_forward(args, torch_team()); },
+      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.prelu_forward(args, stream); });
   return y;
 }
 
 std::array<Tensor, 2> prelu_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                                      std::array<bool, 2> output_mask) {
   check_prelu(input, weight);
+  check_tensor(grad_output, "prelu_backward", "grad_output", input.device());
   check_dtype(grad_output, input.scalar_type(), "prelu_backward", "grad_output");
   TORCH_CHECK(grad_output.sizes() == input.sizes(), "prelu_backward: grad_output must have input's shape ",
               input.sizes(), ", got ", grad_output.sizes());
@@ -504,7 +517,7 @@ std::array<Tensor, 2> prelu_backward(const Tensor& grad_output, const Tensor& in
   const Tensor g = in_order(grad_output, x.sizes(), x.strides());
   std::array<Tensor, 2> out;
   if (output_mask[0]) out[0] = empty_result(x);
-  if (output_mask[1]) out[1] = empty_output(weight.sizes(), weight.scalar_type());
+  if (output_mask[1]) out[1] = empty_output(weight.sizes(), weight.scalar_type(), x.device());
   if (x.numel() == 0) {
     if (out[1].defined()) out[1].zero_();
     return out;
@@ -520,13 +533,16 @@ std::array<Tensor, 2> prelu_backward(const Tensor& grad_output, const Tensor& in
                            weight.dim() ? weight.stride(0) : 0,
                            out[0].defined() ? out[0].mutable_data_ptr() : nullptr,
                            out[1].defined() ? out[1].mutable_data_ptr() : nullptr};
-  const KernelTable& table = kernels(args.dtype);
-  const Workspace workspace(table.prelu_backward_workspace(args));
-  record::timed(
-      [&] {
-        return record::Row{"prelu_backward", table.isa, record::shapes_of({g, x, weight}), dtype_name(x.scalar_type())};
+  run_kernel(
+      x.device(), args.dtype, [] { return "prelu_backward"; }, {g, x, weight},
+      [&](const KernelTable& table) {
+        const Workspace workspace(table.prelu_backward_workspace(args));
+        table.prelu_backward(args, workspace.get(), torch_team());
       },
-      [&] { table.prelu_backward(args, workspace.get(), torch_team()); });
+      [&](const cuda::KernelTable& table, cuda::Stream stream) {
+        const gpu::Workspace workspace(table.prelu_backward_workspace(args), x.device());
+        return table.prelu_backward(args, workspace.get(), stream);
+      });
   return out;
 }
 
@@ -540,7 +556,8 @@ Tensor prelu(const Tensor& input, const Tensor& weight) {
 }
 
 bool prelu_accepts(const Tensor& input, const Tensor& weight) {
-  return is_supported(input.scalar_type()) && weight.scalar_type() == input.scalar_type() && weight.dim() <= 1 &&
+  return is_supported(input.scalar_type()) && weight.scalar_type() == input.scalar_type() &&
+         is_on(weight, input.device()) && weight.dim() <= 1 &&
          (weight.numel() == 1 || (input.dim() > 1 && weight.numel() == input.size(1)));
 }
 
@@ -549,33 +566,35 @@ Tensor glu_forward(const Tensor& input, int64_t dim) {
   const Tensor x = input.contiguous();
   c10::DimVector sizes(x.sizes());
   sizes[static_cast<size_t>(axis)] /= 2;
-  Tensor y = empty_output(sizes, x.scalar_type());
+  Tensor y = empty_output(sizes, x.scalar_type(), x.device());
   if (y.numel() == 0) return y;
   const auto [outer, inner] = halves_of(x, axis);
   const GluForward args{to_dtype(x.scalar_type()), outer, inner, x.const_data_ptr(), y.mutable_data_ptr()};
-  const KernelTable& table = kernels(args.dtype);
-  record::timed([&] { return record::Row{"glu", table.isa, record::shapes_of({x}), dtype_name(x.scalar_type())}; },
-                [&] { table.glu_forward(args, torch_team()); });
+  run_kernel(
+      x.device(), args.dtype, [] { return "glu"; }, {x},
+      [&](const KernelTable& table) { table.glu_forward(args, torch_team()); },
+      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.glu_forward(args, stream); });
   return y;
 }
 
 Tensor glu_backward(const Tensor& grad_output, const Tensor& input, int64_t dim) {
   const int64_t axis = check_glu(input, dim);
+  check_tensor(grad_output, "glu_backward", "grad_output", input.device());
   check_dtype(grad_output, input.scalar_type(), "glu_backward", "grad_output");
   c10::DimVector sizes(input.sizes());
   sizes[static_cast<size_t>(axis)] /= 2;
   TORCH_CHECK(grad_output.sizes() == sizes, "glu_backward: grad_output must have shape ", at::IntArrayRef(sizes),
               ", got ", grad_output.sizes());
   const Tensor x = input.contiguous(), g = grad_output.contiguous();
-  Tensor grad_input = empty_output(x.sizes(), x.scalar_type());
+  Tensor grad_input = empty_output(x.sizes(), x.scalar_type(), x.device());
   if (x.numel() == 0) return grad_input;
   const auto [outer, inner] = halves_of(x, axis);
   const GluBackward args{to_dtype(x.scalar_type()),    outer, inner, g.const_data_ptr(), x.const_data_ptr(),
                          grad_input.mutable_data_ptr()};
-  const KernelTable& table = kernels(args.dtype);
-  record::timed(
-      [&] { return record::Row{"glu_backward", table.isa, record::shapes_of({g, x}), dtype_name(x.scalar_type())}; },
-      [&] { table.glu_backward(args, torch_team()); });
+  run_kernel(
+      x.device(), args.dtype, [] { return "glu_backward"; }, {g, x},
+      [&](const KernelTable& table) { table.glu_backward(args, torch_team()); },
+      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.glu_backward(args, stream); });
   return grad_input;
 }
 

@@ -6,6 +6,7 @@
 
 #include "../kernels/activation.h"
 #include "../kernels/tensor.h"
+#include "gpu.h"
 
 namespace fastops {
 
@@ -43,9 +44,14 @@ inline const char* dtype_name(at::ScalarType type) {
   }
 }
 
-inline void check_tensor(const at::Tensor& tensor, const char* op, const char* argument) {
-  TORCH_CHECK(tensor.device().is_cpu() && tensor.layout() == at::kStrided, op, ": ", argument,
-              " must be a dense CPU tensor, got one on ", tensor.device(), " with layout ", tensor.layout());
+inline bool is_on(const at::Tensor& tensor, at::Device device) {
+  return tensor.device() == device || (tensor.is_cpu() && device.is_cpu());
+}
+
+inline void check_tensor(const at::Tensor& tensor, const char* op, const char* argument, at::Device device = at::kCPU) {
+  TORCH_CHECK(is_on(tensor, device) && tensor.layout() == at::kStrided, op, ": ", argument,
+              " must be a dense tensor on ", device, ", got one on ", tensor.device(), " with layout ",
+              tensor.layout());
   TORCH_CHECK(is_supported(tensor.scalar_type()), op, ": ", argument,
               " must be float32, float64, bfloat16 or float16, got ", tensor.scalar_type());
 }
@@ -53,6 +59,13 @@ inline void check_tensor(const at::Tensor& tensor, const char* op, const char* a
 inline void check_dtype(const at::Tensor& tensor, at::ScalarType expected, const char* op, const char* argument) {
   TORCH_CHECK(tensor.scalar_type() == expected, op, ": ", argument, " must have the input's dtype ", expected, ", got ",
               tensor.scalar_type());
+}
+
+// Of an op that has CUDA kernels too; its other tensors are checked to be on this one's device.
+inline void check_input(const at::Tensor& tensor, const char* op, const char* argument) {
+  TORCH_CHECK(tensor.device().is_cpu() || gpu::takes(tensor.device()), op, ": ", argument,
+              " must be on the CPU or a CUDA device that has kernels, got one on ", tensor.device());
+  check_tensor(tensor, op, argument, tensor.device());
 }
 
 inline bool needs_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }

@@ -7,6 +7,8 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "gpu.h"
+
 namespace fastops::fast_door {
 
 // No mode, transform or tracer is active that would have to see the op: torch_function and torch_dispatch modes,
@@ -18,11 +20,23 @@ inline bool ambient_is_plain() {
   return (local.included_.raw_repr() & ~harmless.raw_repr()) == 0 && !at::impl::torch_function_mode_enabled();
 }
 
-// Dense, on the CPU, with no property that asks for a dispatch: no subclass, fake or batched tensor, conjugate or
-// negative view, forward-mode dual.
+// The keys of a dense tensor on a device of this type (gpu::device_type()), as TensorImpl sets them.
+inline uint64_t dense_keys(c10::DeviceType type) {
+  const auto backend =
+      type == c10::DeviceType::CUDA ? c10::BackendComponent::CUDABit : c10::BackendComponent::PrivateUse1Bit;
+  const c10::DispatchKeySet dense{c10::DispatchKeySet(c10::DispatchKey::Dense) | c10::DispatchKeySet(backend)};
+  return (dense | c10::getAutogradRelatedKeySetFromBackend(backend) | c10::getAutocastRelatedKeySetFromBackend(backend))
+      .raw_repr();
+}
+
+// Dense, on the CPU or a CUDA device that has kernels, with no property that asks for a dispatch: no subclass, fake or
+// batched tensor, conjugate or negative view, forward-mode dual.
 inline bool is_plain(const at::Tensor& tensor) {
-  static const uint64_t allowed = at::detail::empty_cpu({0}, at::kFloat).key_set().raw_repr();
-  return (tensor.key_set().raw_repr() & ~allowed) == 0 && !tensor._fw_grad(/*level=*/0).defined();
+  static const uint64_t cpu = at::detail::empty_cpu({0}, at::kFloat).key_set().raw_repr();
+  const uint64_t keys = tensor.key_set().raw_repr();
+  if ((keys & ~cpu) != 0 && ((keys & ~dense_keys(gpu::device_type())) != 0 || !gpu::takes(tensor.device())))
+    return false;
+  return !tensor._fw_grad(/*level=*/0).defined();
 }
 
 // The same of a Python object that is exactly a Tensor or Parameter.

@@ -8,6 +8,7 @@
 #include "../kernels/cpu/isa.h"
 #include "check.h"
 #include "fast_door.h"
+#include "gpu.h"
 #include "memory.h"
 #include "ops.h"
 #include "record.h"
@@ -23,14 +24,14 @@ Activation make_activation(c10::string_view name, double a, double b) {
   return {activation_kind({name.data(), name.size()}), a, b};
 }
 
-Tensor or_empty(Tensor tensor, at::ScalarType type) {
-  return tensor.defined() ? tensor : at::detail::empty_cpu({0}, type);
+Tensor or_empty(Tensor tensor, at::ScalarType type, at::Device device = at::kCPU) {
+  return tensor.defined() ? tensor : empty_output({0}, type, device);
 }
 
 std::tuple<Tensor, Tensor> linear_forward_op(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
                                              c10::string_view activation, double a, double b, bool need_saved) {
   auto [y, z] = linear_forward(input, weight, bias, make_activation(activation, a, b), need_saved);
-  return {y, or_empty(z, y.scalar_type())};
+  return {y, or_empty(z, y.scalar_type(), y.device())};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward_op(const Tensor& grad_output, const optional<Tensor>& saved,
@@ -40,7 +41,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_op(const Tensor& grad_output,
   auto [x, w, bias] = linear_backward(grad_output, saved.value_or(Tensor()), input, weight,
                                       make_activation(activation, a, b), output_mask, input.sizes(), weight.size(1));
   const auto type = grad_output.scalar_type();
-  return {or_empty(x, type), or_empty(w, type), or_empty(bias, type)};
+  const auto device = grad_output.device();
+  return {or_empty(x, type, device), or_empty(w, type, device), or_empty(bias, type, device)};
 }
 
 // padding: what lies before each dimension, then what lies after each.
@@ -96,7 +98,7 @@ std::tuple<Tensor, Tensor> activation_forward_op(const Tensor& input, c10::strin
                                                  bool need_mask) {
   const Activation f = make_activation(activation, a, b);
   if (!need_mask || saved_by_default(f) != Saved::mask)
-    return {like(input, activation_forward(input, f, false).y), at::detail::empty_cpu({0}, at::kByte)};
+    return {like(input, activation_forward(input, f, false).y), or_empty({}, at::kByte, input.device())};
   const auto [y, mask] = activation_forward(input.contiguous(), f, true);
   return {like(input, y), mask};
 }
@@ -115,7 +117,7 @@ Tensor activation_second_derivative_op(const Tensor& saved, c10::string_view act
 std::tuple<Tensor, Tensor> prelu_backward_op(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                                              std::array<bool, 2> output_mask) {
   auto [x, w] = prelu_backward(grad_output, input, weight, output_mask);
-  return {or_empty(x, input.scalar_type()), or_empty(w, input.scalar_type())};
+  return {or_empty(x, input.scalar_type(), input.device()), or_empty(w, input.scalar_type(), input.device())};
 }
 
 // output: the output's spatial sizes; kernel, stride, padding and dilation are empty for an adaptive pool. sizes: the
@@ -168,7 +170,7 @@ std::tuple<Tensor, Tensor> max_pool_forward_op(const Tensor& input, at::IntArray
                                          indices == "none"    ? PoolIndices::none
                                          : indices == "plane" ? PoolIndices::plane
                                                               : compact_indices(plan.geometry));
-  return {y, or_empty(positions, at::kLong)};
+  return {y, or_empty(positions, at::kLong, y.device())};
 }
 
 Tensor max_pool_backward_op(const Tensor& grad_output, const Tensor& indices, at::IntArrayRef input_size,
@@ -254,11 +256,10 @@ TORCH_LIBRARY(fastops, m) {
       "bool count_include_pad, int divisor_override, int dims, bool channels_last) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fastops, CPU, m) {
+// The ops that have CUDA kernels as well.
+void implement_on_every_device(torch::Library& m) {
   m.impl("linear_forward", linear_forward_op);
   m.impl("linear_backward", linear_backward_op);
-  m.impl("conv_forward", conv_forward_op);
-  m.impl("conv_backward", conv_backward_op);
   m.impl("activation_forward", activation_forward_op);
   m.impl("activation_backward", activation_backward_op);
   m.impl("prelu_forward", prelu_forward);
@@ -269,6 +270,14 @@ TORCH_LIBRARY_IMPL(fastops, CPU, m) {
   m.impl("max_pool_backward", max_pool_backward_op);
   m.impl("avg_pool_forward", avg_pool_forward_op);
   m.impl("avg_pool_backward", avg_pool_backward_op);
+}
+
+TORCH_LIBRARY_IMPL(fastops, CUDA, m) { implement_on_every_device(m); }
+
+TORCH_LIBRARY_IMPL(fastops, CPU, m) {
+  implement_on_every_device(m);
+  m.impl("conv_forward", conv_forward_op);
+  m.impl("conv_backward", conv_backward_op);
 }
 
 // ---- the fast door: _C.<op> returns NotImplemented for every call that is not plain; Python then takes the general
@@ -299,14 +308,16 @@ py::object layer_fast(py::handle input, py::handle weight, py::handle bias, Call
   const auto checked = [&](const Tensor& x, const Tensor& w, const optional<Tensor>& b) {
     const auto type = x.scalar_type();
     if (!is_supported(type) || w.scalar_type() != type || (b && b->scalar_type() != type)) return not_implemented();
+    if (!is_on(w, x.device()) || (b && !is_on(*b, x.device()))) return not_implemented();
     return call(x, w, b);
   };
   const Tensor &x = THPVariable_Unpack(input.ptr()), &w = THPVariable_Unpack(weight.ptr());
   const optional<Tensor> b = has_bias ? optional<Tensor>(THPVariable_Unpack(bias.ptr())) : std::nullopt;
-  if (!at::autocast::is_autocast_enabled(at::kCPU)) return checked(x, w, b);
-  const auto type = at::autocast::get_autocast_dtype(at::kCPU);
-  return checked(at::autocast::cached_cast(type, x, at::kCPU), at::autocast::cached_cast(type, w, at::kCPU),
-                 at::autocast::cached_cast(type, b, at::kCPU));
+  const c10::DeviceType device = x.device().type();
+  if (!at::autocast::is_autocast_enabled(device)) return checked(x, w, b);
+  const auto type = at::autocast::get_autocast_dtype(device);
+  return checked(at::autocast::cached_cast(type, x, device), at::autocast::cached_cast(type, w, device),
+                 at::autocast::cached_cast(type, b, device));
 }
 
 py::object linear_fast(py::handle input, py::handle weight, py::handle bias, int kind, double a, double b) {
@@ -380,6 +391,7 @@ bool read_params(const ConvArguments& arguments, const Tensor& weight, ConvParam
 template <class Call>
 py::object conv_call(const ConvArguments& arguments, py::handle input, py::handle weight, py::handle bias,
                      Call&& call) {
+  if (THPVariable_CheckExact(input.ptr()) && !THPVariable_Unpack(input.ptr()).is_cpu()) return not_implemented();
   return layer_fast(input, weight, bias, [&](const Tensor& x, const Tensor& w, const optional<Tensor>& bias_tensor) {
     ConvParams params{arguments.dims, arguments.transposed, 1, {1, 1, 1}, {}, {}, {1, 1, 1}};
     if (!read_params(arguments, w, params)) return not_implemented();
@@ -452,11 +464,11 @@ py::object activation_fast(py::handle input, int kind, double a, double b, bool 
 }
 
 py::object prelu_fast(py::handle input, py::handle weight) {
-  if (at::autocast::is_autocast_enabled(at::kCPU))
-    return not_implemented();  // on its lower-precision list: cast in Python
   if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr()) || !fast_door::is_plain(weight.ptr()))
     return not_implemented();
   const Tensor &x = THPVariable_Unpack(input.ptr()), &w = THPVariable_Unpack(weight.ptr());
+  if (at::autocast::is_autocast_enabled(x.device().type()))
+    return not_implemented();  // on its lower-precision list: cast in Python
   return prelu_accepts(x, w) ? without_gil([&] { return fastops::prelu(x, w); }) : not_implemented();
 }
 
@@ -512,8 +524,9 @@ py::object pool_fast(py::handle input, const PoolParams& params, Call&& call) {
   PoolPlan plan;
   if (!plan_pool(x.sizes(), params, plan).empty()) return not_implemented();
   plan.layout = pool_layout(x, params.dims);
-  if (params.dims == 3 && at::autocast::is_autocast_enabled(at::kCPU))
-    return call(at::autocast::cached_cast(at::kFloat, x, at::kCPU), plan);
+  const c10::DeviceType device = x.device().type();
+  if (params.dims == 3 && x.is_cpu() && at::autocast::is_autocast_enabled(device))
+    return call(at::autocast::cached_cast(at::kFloat, x, device), plan);
   return call(x, plan);
 }
 
@@ -596,7 +609,22 @@ py::dict build_info() {
   info["torch"] = FASTOPS_TORCH_VERSION;
   info["compiler"] = FASTOPS_COMPILER;
   info["flags"] = FASTOPS_FLAGS;
+  info["cuda"] = FASTOPS_CUDA_BUILD;
   return info;
+}
+
+// Whether tensors take the CUDA kernels, and the driver and devices found or what is missing.
+py::tuple cuda_found() {
+  const gpu::Description found = gpu::describe();
+  return py::make_tuple(found.available, found.text);
+}
+
+// For tests: tensors on the device of type PrivateUse1 take the kernels of the cuda::KernelTable at this address.
+void use_cuda_emulator(uintptr_t table) {
+  gpu::use_emulator(reinterpret_cast<const cuda::KernelTable*>(table));
+  static torch::Library ops(torch::Library::IMPL, "fastops", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
+  static const bool implemented = (implement_on_every_device(ops), true);
+  (void)implemented;
 }
 
 py::list record_stop() {
@@ -679,6 +707,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("memory_empty_cache", &memory::empty_cache);
 
   m.def("build_info", &build_info);
+  m.def("cuda_found", &cuda_found);
+  m.def("gpu_takes", [](const at::Device& device) { return gpu::takes(device); });
+  m.def("use_cuda_emulator", &use_cuda_emulator);
   m.def("isa_found", [] { return isa_name(isa_found()); });
   m.def("isa_used", [] { return isa_name(isa_used()); });
   m.def("isa_problem", &isa_problem);

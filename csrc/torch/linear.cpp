@@ -4,6 +4,7 @@
 #include "../kernels/linear.h"
 #include "check.h"
 #include "fast_door.h"
+#include "gpu.h"
 #include "memory.h"
 #include "node.h"
 #include "ops.h"
@@ -47,15 +48,15 @@ int64_t rows_of(at::IntArrayRef sizes) {
 }
 
 void check_linear(const Tensor& input, const Tensor& weight, const Tensor& bias) {
-  check_tensor(input, "linear", "input");
-  check_tensor(weight, "linear", "weight");
+  check_input(input, "linear", "input");
+  check_tensor(weight, "linear", "weight", input.device());
   check_dtype(weight, input.scalar_type(), "linear", "weight");
   TORCH_CHECK(input.dim() >= 1, "linear: input must have at least one dimension, got a scalar");
   TORCH_CHECK(weight.dim() == 2 && weight.size(1) == input.size(-1),
               "linear: weight must have shape (out_features, in_features) with in_features = ", input.size(-1),
               " (input's last dimension), got ", weight.sizes());
   if (!bias.defined()) return;
-  check_tensor(bias, "linear", "bias");
+  check_tensor(bias, "linear", "bias", input.device());
   check_dtype(bias, input.scalar_type(), "linear", "bias");
   TORCH_CHECK(bias.dim() == 1 && bias.size(0) == weight.size(0), "linear: bias must have shape (", weight.size(0),
               ",) (weight's out_features), got ", bias.sizes());
@@ -127,39 +128,51 @@ LinearOutput linear_forward(const Tensor& input, const Tensor& weight, const opt
   c10::DimVector sizes(input.sizes());
   sizes.back() = n;
   LinearOutput out;
-  out.y = empty_output(sizes, type);
-  if (need_saved && saved_by_linear(activation) == Saved::input) out.z = empty_output(sizes, type);
+  out.y = empty_output(sizes, type, input.device());
+  if (need_saved && saved_by_linear(activation) == Saved::input) out.z = empty_output(sizes, type, input.device());
   if (out.y.numel() == 0) return out;
 
   Tensor x = input;
-  const LinearForward args{to_dtype(type),
-                           rows_of(input.sizes()),
-                           n,
-                           k,
-                           as_matrix(x),
-                           {weight.const_data_ptr(), weight.stride(0), weight.stride(1)},
-                           b.defined() ? b.const_data_ptr() : nullptr,
-                           b.defined() ? b.stride(0) : 0,
-                           activation,
-                           out.y.mutable_data_ptr(),
-                           n,
-                           out.z.defined() ? out.z.mutable_data_ptr() : nullptr};
+  LinearForward args{to_dtype(type),
+                     rows_of(input.sizes()),
+                     n,
+                     k,
+                     as_matrix(x),
+                     {weight.const_data_ptr(), weight.stride(0), weight.stride(1)},
+                     b.defined() ? b.const_data_ptr() : nullptr,
+                     b.defined() ? b.stride(0) : 0,
+                     activation,
+                     out.y.mutable_data_ptr(),
+                     n,
+                     out.z.defined() ? out.z.mutable_data_ptr() : nullptr};
+  const auto row = [&](const char* kernel) {
+    return record::Row{"linear", kernel, record::shapes_of({input, weight, b}), dtype_name(type)};
+  };
+  if (!input.is_cpu()) {
+    args.allow_tf32 = type == at::kFloat && gpu::allows_tf32();
+    gpu::call(
+        input.device(), [&] { return row(gpu::table()->linear_forward_name(args)); },
+        [&](const cuda::KernelTable& table, cuda::Stream stream) {
+          const gpu::Workspace workspace(table.linear_forward_workspace(args), input.device());
+          return table.linear_forward(args, workspace.get(), stream);
+        });
+    return out;
+  }
   const KernelTable& table = kernels(args.dtype);
   const Team team = torch_team();
   const Workspace workspace(table.linear_forward_workspace(args, team.threads));
-  record::timed(
-      [&] {
-        return record::Row{"linear", table.linear_forward_name(args), record::shapes_of({input, weight, b}),
-                           dtype_name(type)};
-      },
-      [&] { table.linear_forward(args, workspace.get(), team); });
+  record::timed([&] { return row(table.linear_forward_name(args)); },
+                [&] { table.linear_forward(args, workspace.get(), team); });
   return out;
 }
 
 std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& saved, const Tensor& input,
                                       const Tensor& weight, Activation activation, std::array<bool, 3> output_mask,
                                       at::IntArrayRef input_sizes, int64_t in_features) {
-  check_tensor(grad_output, "linear_backward", "grad_output");
+  check_input(grad_output, "linear_backward", "grad_output");
+  const at::Device device = grad_output.device();
+  for (const auto& [tensor, name] : {std::pair(&saved, "saved"), {&input, "input"}, {&weight, "weight"}})
+    if (tensor->defined()) check_tensor(*tensor, "linear_backward", name, device);
   const auto type = grad_output.scalar_type();
   const int64_t n = grad_output.size(-1), m = rows_of(grad_output.sizes()), k = in_features;
   const bool identity = activation.kind == ActivationKind::identity;
@@ -172,9 +185,9 @@ std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& s
               "linear_backward: input must have ", m, " rows of ", k, " features");
 
   std::array<Tensor, 3> out;
-  if (output_mask[0]) out[0] = empty_output(input_sizes, type);
-  if (output_mask[1]) out[1] = empty_output({n, k}, type);
-  if (output_mask[2]) out[2] = empty_output({n}, type);
+  if (output_mask[0]) out[0] = empty_output(input_sizes, type, device);
+  if (output_mask[1]) out[1] = empty_output({n, k}, type, device);
+  if (output_mask[2]) out[2] = empty_output({n}, type, device);
   if (m == 0 || n == 0) {  // sums of nothing
     for (Tensor& gradient : out)
       if (gradient.defined()) gradient.zero_();
@@ -185,29 +198,42 @@ std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& s
   const auto data = [](Tensor& tensor) {
     return tensor.defined() && tensor.numel() > 0 ? tensor.mutable_data_ptr() : nullptr;
   };
-  const LinearBackward args{
-      to_dtype(type),
-      m,
-      n,
-      k,
-      as_matrix(g),
-      activation,
-      s.defined() ? as_matrix(s) : Matrix{},
-      x.defined() ? as_matrix(x) : Matrix{},
-      output_mask[0] ? Matrix{weight.const_data_ptr(), weight.stride(0), weight.stride(1)} : Matrix{},
-      data(out[0]),
-      data(out[1]),
-      data(out[2])};
+  // What the CUDA kernels read in rows (linear.h).
+  if (!device.is_cpu() && saved_by_linear(activation) == Saved::input) {
+    if (g.stride(-1) != 1) g = g.contiguous();
+    if (s.stride(-1) != 1) s = s.contiguous();
+  }
+  LinearBackward args{to_dtype(type),
+                      m,
+                      n,
+                      k,
+                      as_matrix(g),
+                      activation,
+                      s.defined() ? as_matrix(s) : Matrix{},
+                      x.defined() ? as_matrix(x) : Matrix{},
+                      output_mask[0] ? Matrix{weight.const_data_ptr(), weight.stride(0), weight.stride(1)} : Matrix{},
+                      data(out[0]),
+                      data(out[1]),
+                      data(out[2])};
   if (args.grad_x == nullptr && args.grad_w == nullptr && args.grad_b == nullptr) return out;
+  const auto row = [&](const char* kernel) {
+    return record::Row{"linear_backward", kernel, record::shapes_of({grad_output, input, weight}), dtype_name(type)};
+  };
+  if (!device.is_cpu()) {
+    args.allow_tf32 = type == at::kFloat && gpu::allows_tf32();
+    gpu::call(
+        device, [&] { return row(gpu::table()->linear_backward_name(args)); },
+        [&](const cuda::KernelTable& table, cuda::Stream stream) {
+          const gpu::Workspace workspace(table.linear_backward_workspace(args), device);
+          return table.linear_backward(args, workspace.get(), stream);
+        });
+    return out;
+  }
   const KernelTable& table = kernels(args.dtype);
   const Team team = torch_team();
   const Workspace workspace(table.linear_backward_workspace(args, team.threads));
-  record::timed(
-      [&] {
-        return record::Row{"linear_backward", table.linear_backward_name(args),
-                           record::shapes_of({grad_output, input, weight}), dtype_name(type)};
-      },
-      [&] { table.linear_backward(args, workspace.get(), team); });
+  record::timed([&] { return row(table.linear_backward_name(args)); },
+                [&] { table.linear_backward(args, workspace.get(), team); });
   return out;
 }
 

@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <c10/core/Allocator.h>
 #include <pthread.h>
@@ -151,7 +152,8 @@ struct KeptWorkspace {
 
 }  // namespace
 
-at::Tensor empty_output(at::IntArrayRef sizes, at::ScalarType dtype) {
+at::Tensor empty_output(at::IntArrayRef sizes, at::ScalarType dtype, at::Device device) {
+  if (!device.is_cpu()) return at::empty(sizes, at::TensorOptions().dtype(dtype).device(device));
   size_t bytes = c10::elementSize(dtype);
   for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
   if (bytes < kThreshold) return at::detail::empty_cpu(sizes, dtype);
@@ -159,7 +161,9 @@ at::Tensor empty_output(at::IntArrayRef sizes, at::ScalarType dtype) {
                                    std::nullopt);
 }
 
-at::Tensor empty_output_strided(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
+at::Tensor empty_output_strided(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype,
+                                at::Device device) {
+  if (!device.is_cpu()) return at::empty_strided(sizes, strides, at::TensorOptions().dtype(dtype).device(device));
   size_t bytes = c10::elementSize(dtype);
   for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
   if (bytes < kThreshold) return at::detail::empty_strided_cpu(sizes, strides, dtype);

@@ -12,9 +12,10 @@
 
 namespace fastops {
 
-// An uninitialised CPU tensor: from the pool when it is large, from PyTorch's allocator otherwise.
-at::Tensor empty_output(at::IntArrayRef sizes, at::ScalarType dtype);
-at::Tensor empty_output_strided(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype);
+// An uninitialised tensor: on the CPU from the pool when it is large, otherwise from PyTorch's allocator.
+at::Tensor empty_output(at::IntArrayRef sizes, at::ScalarType dtype, at::Device device = at::kCPU);
+at::Tensor empty_output_strided(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype,
+                                at::Device device = at::kCPU);
 
 // Scratch for one kernel call: 64-byte aligned, kept by the thread for its next call unless it is large.
 class Workspace {

@@ -5,6 +5,7 @@
 #include "../kernels/cpu/isa.h"
 #include "check.h"
 #include "fast_door.h"
+#include "gpu.h"
 #include "memory.h"
 #include "node.h"
 #include "ops.h"
@@ -41,14 +42,14 @@ bool lies_in(const Tensor& tensor, Layout layout) {
   return true;
 }
 
-Tensor empty_in(at::IntArrayRef sizes, Layout layout, at::ScalarType type) {
-  if (layout == Layout::channels_first) return empty_output(sizes, type);
-  return empty_output_strided(sizes, strides_in(sizes, layout), type);
+Tensor empty_in(at::IntArrayRef sizes, Layout layout, at::ScalarType type, at::Device device) {
+  if (layout == Layout::channels_first) return empty_output(sizes, type, device);
+  return empty_output_strided(sizes, strides_in(sizes, layout), type, device);
 }
 
 Tensor in_layout(const Tensor& tensor, Layout layout) {
   if (lies_in(tensor, layout)) return tensor;
-  const Tensor copy = empty_in(tensor.sizes(), layout, tensor.scalar_type());
+  const Tensor copy = empty_in(tensor.sizes(), layout, tensor.scalar_type(), tensor.device());
   copy.copy_(tensor);
   return copy;
 }
@@ -88,15 +89,20 @@ std::string op_name(const PoolPlan& plan, const char* kind, const char* suffix =
   return c10::str(plan.geometry.adaptive ? "adaptive_" : "", kind, "_pool", plan.dims, "d", suffix);
 }
 
-template <class Call>
-void recorded(const PoolPlan& plan, const char* kind, const char* suffix, const Tensor& tensor, Call&& call) {
+// The kernel of the device that the tensor is on: on_cpu(table), or on_gpu(table, stream).
+template <class OnCpu, class OnGpu>
+void run_kernel(const PoolPlan& plan, const char* kind, const char* suffix, const Tensor& tensor, OnCpu&& on_cpu,
+                OnGpu&& on_gpu) {
+  const auto row = [&](const char* kernel) {
+    return record::Row{op_name(plan, kind, suffix), kernel, record::shapes_of({tensor}),
+                       dtype_name(tensor.scalar_type())};
+  };
+  if (!tensor.is_cpu()) {
+    gpu::call(tensor.device(), [&] { return row("cuda"); }, on_gpu);
+    return;
+  }
   const KernelTable& table = kernels(to_dtype(tensor.scalar_type()));
-  record::timed(
-      [&] {
-        return record::Row{op_name(plan, kind, suffix), table.isa, record::shapes_of({tensor}),
-                           dtype_name(tensor.scalar_type())};
-      },
-      [&] { call(table); });
+  record::timed([&] { return row(table.isa); }, [&] { on_cpu(table); });
 }
 
 void check_operand(const Tensor& tensor, const PoolPlan& plan, const int64_t (&spatial)[3], const char* op,
@@ -283,12 +289,12 @@ PoolIndices compact_indices(const PoolGeometry& g) {
 }
 
 MaxPoolOutput max_pool_forward(const Tensor& input, const PoolPlan& plan, PoolIndices kind) {
-  check_tensor(input, "max_pool", "input");
+  check_input(input, "max_pool", "input");
   const Tensor x = in_layout(input, plan.layout);
   const Sizes sizes = sizes_of(plan, plan.geometry.out);
-  MaxPoolOutput out{empty_in(sizes, plan.layout, x.scalar_type()), {}};
+  MaxPoolOutput out{empty_in(sizes, plan.layout, x.scalar_type(), x.device()), {}};
   if (kind != PoolIndices::none)
-    out.indices = empty_in(sizes, plan.layout, kind == PoolIndices::plane ? at::kLong : at::kByte);
+    out.indices = empty_in(sizes, plan.layout, kind == PoolIndices::plane ? at::kLong : at::kByte, x.device());
   if (is_empty(plan, plan.geometry.out)) return out;
   const MaxPoolForward args{to_dtype(x.scalar_type()),
                             plan.layout,
@@ -297,25 +303,29 @@ MaxPoolOutput max_pool_forward(const Tensor& input, const PoolPlan& plan, PoolIn
                             out.y.mutable_data_ptr(),
                             kind,
                             out.indices.defined() ? out.indices.mutable_data_ptr() : nullptr};
-  recorded(plan, "max", "", x, [&](const KernelTable& table) { table.max_pool_forward(args, torch_team()); });
+  run_kernel(
+      plan, "max", "", x, [&](const KernelTable& table) { table.max_pool_forward(args, torch_team()); },
+      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.max_pool_forward(args, stream); });
   return out;
 }
 
 Tensor max_pool_backward(const Tensor& grad_output, const Tensor& indices, const PoolPlan& plan) {
-  check_tensor(grad_output, "max_pool_backward", "grad_output");
+  check_input(grad_output, "max_pool_backward", "grad_output");
   check_operand(grad_output, plan, plan.geometry.out, "max_pool_backward", "grad_output");
   check_operand(indices, plan, plan.geometry.out, "max_pool_backward", "indices");
   const bool window = indices.scalar_type() == at::kByte;
   TORCH_CHECK(window ? compact_indices(plan.geometry) == PoolIndices::window : indices.scalar_type() == at::kLong,
               "max_pool_backward: indices must be int64, or uint8 for windows of up to 256 elements, got ",
               indices.scalar_type());
-  if (plan.layout == Layout::channels_last && overlaps_widely(plan.geometry)) {
+  TORCH_CHECK(is_on(indices, grad_output.device()), "max_pool_backward: indices must be on grad_output's device ",
+              grad_output.device(), ", got ", indices.device());
+  if (grad_output.is_cpu() && plan.layout == Layout::channels_last && overlaps_widely(plan.geometry)) {
     PoolPlan detour = plan;
     detour.layout = Layout::channels_first;
     return in_layout(max_pool_backward(grad_output, indices, detour), plan.layout);
   }
   const Tensor g = in_layout(grad_output, plan.layout), i = in_layout(indices, plan.layout);
-  Tensor grad_input = empty_in(sizes_of(plan, plan.geometry.in), plan.layout, g.scalar_type());
+  Tensor grad_input = empty_in(sizes_of(plan, plan.geometry.in), plan.layout, g.scalar_type(), g.device());
   if (is_empty(plan, plan.geometry.in)) return grad_input;
   const MaxPoolBackward args{to_dtype(g.scalar_type()),
                              plan.layout,
@@ -324,7 +334,9 @@ Tensor max_pool_backward(const Tensor& grad_output, const Tensor& indices, const
                              window ? PoolIndices::window : PoolIndices::plane,
                              i.const_data_ptr(),
                              grad_input.mutable_data_ptr()};
-  recorded(plan, "max", "_backward", g, [&](const KernelTable& table) { table.max_pool_backward(args, torch_team()); });
+  run_kernel(
+      plan, "max", "_backward", g, [&](const KernelTable& table) { table.max_pool_backward(args, torch_team()); },
+      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.max_pool_backward(args, stream); });
   return grad_input;
 }
 
@@ -370,26 +382,30 @@ MaxPoolOutput max_pool(const Tensor& input, const PoolPlan& plan, bool return_in
 }
 
 Tensor avg_pool_forward(const Tensor& input, const PoolPlan& plan, const AvgDivisor& divisor) {
-  check_tensor(input, "avg_pool", "input");
+  check_input(input, "avg_pool", "input");
   const Tensor x = in_layout(input, plan.layout);
-  Tensor y = empty_in(sizes_of(plan, plan.geometry.out), plan.layout, x.scalar_type());
+  Tensor y = empty_in(sizes_of(plan, plan.geometry.out), plan.layout, x.scalar_type(), x.device());
   if (is_empty(plan, plan.geometry.out)) return y;
   const AvgPoolForward args{to_dtype(x.scalar_type()), plan.layout,        plan.geometry,       divisor.include_pad,
                             divisor.override,          x.const_data_ptr(), y.mutable_data_ptr()};
-  recorded(plan, "avg", "", x, [&](const KernelTable& table) { table.avg_pool_forward(args, torch_team()); });
+  run_kernel(
+      plan, "avg", "", x, [&](const KernelTable& table) { table.avg_pool_forward(args, torch_team()); },
+      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.avg_pool_forward(args, stream); });
   return y;
 }
 
 Tensor avg_pool_backward(const Tensor& grad_output, const PoolPlan& plan, const AvgDivisor& divisor) {
-  check_tensor(grad_output, "avg_pool_backward", "grad_output");
+  check_input(grad_output, "avg_pool_backward", "grad_output");
   check_operand(grad_output, plan, plan.geometry.out, "avg_pool_backward", "grad_output");
   const Tensor g = in_layout(grad_output, plan.layout);
-  Tensor grad_input = empty_in(sizes_of(plan, plan.geometry.in), plan.layout, g.scalar_type());
+  Tensor grad_input = empty_in(sizes_of(plan, plan.geometry.in), plan.layout, g.scalar_type(), g.device());
   if (is_empty(plan, plan.geometry.in)) return grad_input;
   const AvgPoolBackward args{to_dtype(g.scalar_type()),    plan.layout,      plan.geometry,
                              divisor.include_pad,          divisor.override, g.const_data_ptr(),
                              grad_input.mutable_data_ptr()};
-  recorded(plan, "avg", "_backward", g, [&](const KernelTable& table) { table.avg_pool_backward(args, torch_team()); });
+  run_kernel(
+      plan, "avg", "_backward", g, [&](const KernelTable& table) { table.avg_pool_backward(args, torch_team()); },
+      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.avg_pool_backward(args, stream); });
   return grad_input;
 }
 

@@ -197,7 +197,7 @@ def _general_activation(
     """public(input, *args, **kwargs), which is theirs(input, *args, **kwargs) in PyTorch."""
     if not _is_compiling() and overrides(input):
         return handle_torch_function(public, (input,), input, *args, **kwargs)
-    if general(input) and supported(input) and valid(kind, a, b):
+    if general(input) and supported(input, on_gpu=True) and valid(kind, a, b):
         output = _activation_ops.activation(input, kind, float(a), float(b))
         return input.copy_(output) if inplace else output
     return torch_op(kind, _EXPLAIN.get(kind, explain_activation), theirs, input, *args, **kwargs)

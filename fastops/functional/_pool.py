@@ -313,12 +313,12 @@ def _general_adaptive(ours: Callable[..., Any], input: Any, output_size: Any, *r
 
 
 def _takes(input: Any) -> bool:
-    return general(input) and supported(input)
+    return general(input) and supported(input, on_gpu=True)
 
 
 def _cast(input: Tensor, dims: int) -> Tensor:
-    """What is three-dimensional is on autocast's float32 list, as in PyTorch."""
-    low = input.dtype in (torch.bfloat16, torch.float16)
+    """What is three-dimensional is on the CPU autocast's float32 list, as in PyTorch."""
+    low = input.dtype in (torch.bfloat16, torch.float16) and input.device.type == "cpu"
     return input.float() if dims == 3 and low and torch.is_autocast_enabled("cpu") else input
 
 

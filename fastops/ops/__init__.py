@@ -35,25 +35,39 @@ DTYPES = frozenset([torch.float32, torch.float64, torch.bfloat16, torch.float16]
 _TYPES = frozenset([torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor])
 
 
-def supported(tensor: torch.Tensor) -> bool:
-    """Whether fastops has kernels (or, on meta, shapes) for this tensor."""
+@torch.compiler.assume_constant_result
+def gpu_takes(kind: str, index: int | None) -> bool:
+    """Whether this is a CUDA device that fastops' CUDA kernels run on."""
+    return _C.gpu_takes(torch.device(kind, index))
+
+
+def supported(tensor: torch.Tensor, on_gpu: bool = False) -> bool:
+    """Whether fastops has kernels (or, on meta, shapes) for this tensor; on_gpu: of an op that has CUDA kernels."""
     return (
         type(tensor) in _TYPES
         and tensor.dtype in DTYPES
         and tensor.layout is torch.strided
-        and tensor.device.type in ("cpu", "meta")
+        and (tensor.device.type in ("cpu", "meta") or (on_gpu and gpu_takes(tensor.device.type, tensor.device.index)))
         and not tensor.is_nested
     )
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The tensors as CPU autocast casts them for its lower-precision list: everything floating point except float64."""
-    if not torch.is_autocast_enabled("cpu"):
+    """The tensors as autocast casts them for its lower-precision list: everything floating point except float64.
+
+    What is on another device than the first is left alone, and so is everything on devices that have no kernels.
+    """
+    if tensors[0] is None:
         return tensors
-    dtype = torch.get_autocast_dtype("cpu")
+    device = tensors[0].device.type
+    if device != "cpu" and not gpu_takes(device, tensors[0].device.index):
+        return tensors
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
     return tuple(
         t.to(dtype)
-        if t is not None and t.device.type == "cpu" and t.is_floating_point() and t.dtype != torch.float64
+        if t is not None and t.device.type == device and t.is_floating_point() and t.dtype != torch.float64
         else t
         for t in tensors
     )

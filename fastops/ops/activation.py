@@ -36,7 +36,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
 
 def prelu_supports(input: Tensor, weight: Tensor) -> bool:
     """Whether `prelu` takes these tensors: supported, one dtype, one device, one weight or one for each channel."""
-    if not (supported(input) and supported(weight)):
+    if not (supported(input, on_gpu=True) and supported(weight, on_gpu=True)):
         return False
     if weight.dtype != input.dtype or weight.device != input.device or weight.dim() > 1 or input.dim() == 0:
         return False
@@ -51,7 +51,7 @@ def glu(input: Tensor, dim: int) -> Tensor:
 
 def glu_supports(input: Tensor, dim: int) -> bool:
     """Whether `glu` takes this tensor: supported, dim in range, its size even."""
-    return supported(input) and -input.dim() <= dim < input.dim() and input.shape[dim] % 2 == 0
+    return supported(input, on_gpu=True) and -input.dim() <= dim < input.dim() and input.shape[dim] % 2 == 0
 
 
 def slope_derivative(saved: Tensor, kind: str, a: float, b: float, saved_kind: str) -> Tensor | None:

@@ -23,7 +23,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, 
 
 def supports(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `linear` takes these tensors: supported, one dtype, one device, fitting shapes."""
-    if not (supported(input) and supported(weight) and (bias is None or supported(bias))):
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    if not all(supported(tensor, on_gpu=True) for tensor in tensors):
         return False
     if weight.dtype != input.dtype or weight.device != input.device or weight.dim() != 2 or input.dim() < 1:
         return False

@@ -1,5 +1,5 @@
 // activation_forward, activation_backward, prelu_* and glu_*: one pass each. Included in the tier's namespace after
-// activation_math.inl.
+// activation_rows.inl.
 //
 // Work is cut into blocks that depend on the shape alone, and every element (or partial sum) belongs to one block, so
 // that the number of threads changes no bit of the result.
@@ -157,38 +157,14 @@ using ForwardMaskRow = void (*)(const S* x, S* y, uint8_t* mask, int64_t n, cons
 template <class S>
 using BackwardMaskRow = void (*)(const S* grad_y, const uint8_t* mask, S* grad_x, int64_t n, const Activation&);
 
-// The kinds of saved_by_default's mask.
 template <class S>
 ForwardMaskRow<S> find_forward_mask_row(ActivationKind kind) {
-  switch (kind) {
-    case ActivationKind::leaky_relu:
-      return forward_mask_row<LeakyRelu, S>;
-    case ActivationKind::relu6:
-    case ActivationKind::hardtanh:
-      return forward_mask_row<Hardtanh, S>;
-    case ActivationKind::hardsigmoid:
-      return forward_mask_row<Hardsigmoid, S>;
-    case ActivationKind::hardshrink:
-      return forward_mask_row<Hardshrink, S>;
-    case ActivationKind::softshrink:
-      return forward_mask_row<Softshrink, S>;
-    case ActivationKind::threshold:
-      return forward_mask_row<Threshold, S>;
-    default:
-      return forward_mask_row<Relu, S>;
-  }
+  return with_mask_kind(kind, [](auto k) -> ForwardMaskRow<S> { return forward_mask_row<decltype(k), S>; });
 }
 
 template <class S>
 BackwardMaskRow<S> find_backward_mask_row(ActivationKind kind) {
-  switch (kind) {
-    case ActivationKind::leaky_relu:
-      return backward_mask_row<LeakyRelu, S>;
-    case ActivationKind::hardsigmoid:
-      return backward_mask_row<Hardsigmoid, S>;
-    default:
-      return backward_mask_row<ZeroOutside, S>;
-  }
+  return with_mask_derivative(kind, [](auto k) -> BackwardMaskRow<S> { return backward_mask_row<decltype(k), S>; });
 }
 
 template <class S>

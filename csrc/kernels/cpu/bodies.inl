@@ -2,8 +2,9 @@
 // clang-format off
 #include "vec.h"
 #include "dtype.inl"
-#include "math.inl"
-#include "activation_math.inl"
+#include "../math.inl"
+#include "../activation_math.inl"
+#include "activation_rows.inl"
 #include "activation.inl"
 #include "gemm_kernel.inl"
 #include "gemm_pack.inl"

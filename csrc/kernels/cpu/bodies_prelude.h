@@ -16,3 +16,8 @@
 #endif
 
 #include "kernel_table.h"
+
+// How math.inl and activation_math.inl declare their functions and tables.
+#define FASTOPS_FN inline
+#define FASTOPS_HOST_FN inline
+#define FASTOPS_TABLE constexpr

@@ -1,5 +1,8 @@
 // Elementary functions over any Vec, on the ranges that the activations need. Included in the tier's namespace after
-// vec.h.
+// vec.h, and in that of the CUDA kernels after cuda/lane.cuh, where a Vec is the one number of a thread.
+//
+// FASTOPS_FN, FASTOPS_HOST_FN and FASTOPS_TABLE declare what runs where the kernels run, what the host calls as well,
+// and a table that the kernels read: cpu/bodies_prelude.h and cuda/lane.cuh say how.
 //
 // Polynomials and rationals are minimax fits of relative error, found by the Remez exchange in 60-digit arithmetic; the
 // error named beside each is the fit's own, before rounding. Rationals are written so that the rounding of the small
@@ -31,23 +34,23 @@ template <>
 inline constexpr bool is_bf16<bf16_t> = true;
 
 template <class T>
-inline Vec<T> set(double x) {
+FASTOPS_HOST_FN Vec<T> set(double x) {
   return Vec<T>::set1(static_cast<T>(x));
 }
 
 // c0 + c1 x + c2 x^2 + ...
 template <class T>
-inline Vec<T> horner(Vec<T>, double c0) {
+FASTOPS_FN Vec<T> horner(Vec<T>, double c0) {
   return set<T>(c0);
 }
 template <class T, class... Rest>
-inline Vec<T> horner(Vec<T> x, double c0, Rest... rest) {
+FASTOPS_FN Vec<T> horner(Vec<T> x, double c0, Rest... rest) {
   return fma(horner(x, rest...), x, set<T>(c0));
 }
 
 // x clamped to [low, high]; NaN stays.
 template <class T>
-inline Vec<T> clamp(Vec<T> x, double low, double high) {
+FASTOPS_FN Vec<T> clamp(Vec<T> x, double low, double high) {
   return max(set<T>(low), min(set<T>(high), x));
 }
 
@@ -58,7 +61,7 @@ struct Reduced {
   Vec<T> n, r;
 };
 template <class S, class T>
-inline Reduced<T> reduce_by_ln2(Vec<T> x) {
+FASTOPS_FN Reduced<T> reduce_by_ln2(Vec<T> x) {
   const Vec<T> magic = set<T>(is_single<T> ? 0x1.8p23 : 0x1.8p52);  // adding it rounds to an integer
   const Vec<T> n = fma(x, set<T>(1.4426950408889634), magic) - magic;
   if constexpr (is_half<S>) return {n, fnma(n, set<T>(0.6931471805599453), x)};
@@ -70,7 +73,7 @@ inline Reduced<T> reduce_by_ln2(Vec<T> x) {
 // (exp(r) - 1 - r) / r^2 for |r| <= ln(2) / 2. Error of expm1(r): 2^-26.2 (2^-55.6 for float64), 2^-21 for f16_t, and
 // 2^-17.5 of exp(r) for bf16_t.
 template <class S, class T>
-inline Vec<T> exp_series(Vec<T> r) {
+FASTOPS_FN Vec<T> exp_series(Vec<T> r) {
   if constexpr (is_bf16<S>) {
     return horner(r, 0.5000512, 0.167535558, 0.0412775576);
   } else if constexpr (is_half<S>) {
@@ -91,37 +94,37 @@ struct ExpParts {
   Vec<T> p, n;
 };
 template <class S, class T>
-inline ExpParts<T> exp_parts(Reduced<T> x) {
+FASTOPS_FN ExpParts<T> exp_parts(Reduced<T> x) {
   return {fma(x.r * x.r, exp_series<S>(x.r), x.r), x.n};
 }
 template <class S, class T>
-inline ExpParts<T> exp_parts(Vec<T> x) {
+FASTOPS_FN ExpParts<T> exp_parts(Vec<T> x) {
   return exp_parts<S>(reduce_by_ln2<S>(x));
 }
 // Of x + low, |low| much smaller than |x|.
 template <class S, class T>
-inline ExpParts<T> exp_parts(Vec<T> x, Vec<T> low) {
+FASTOPS_FN ExpParts<T> exp_parts(Vec<T> x, Vec<T> low) {
   const Reduced<T> reduced = reduce_by_ln2<S>(x);
   return exp_parts<S>(Reduced<T>{reduced.n, reduced.r + low});
 }
 template <class T>
-inline Vec<T> times_exp(Vec<T> t, ExpParts<T> e) {
+FASTOPS_FN Vec<T> times_exp(Vec<T> t, ExpParts<T> e) {
   return scale(fma(t, e.p, t), e.n);
 }
 template <class T>
-inline Vec<T> whole_exp(ExpParts<T> e) {
+FASTOPS_FN Vec<T> whole_exp(ExpParts<T> e) {
   return scale(set<T>(1) + e.p, e.n);
 }
 
 // exp(x) for |x| <= 170 (1400).
 template <class S, class T>
-inline Vec<T> exp(Vec<T> x) {
+FASTOPS_FN Vec<T> exp(Vec<T> x) {
   return whole_exp(exp_parts<S>(x));
 }
 
 // exp(x) - 1 for x <= 88 (709), with all its digits near 0.
 template <class S, class T>
-inline Vec<T> expm1(Vec<T> x) {
+FASTOPS_FN Vec<T> expm1(Vec<T> x) {
   x = clamp(x, is_single<T> ? -20 : -40, is_single<T> ? 88.7 : 709.7);
   const ExpParts<T> e = exp_parts<S>(x);
   const Vec<T> s = power_of_two(e.n);
@@ -130,7 +133,7 @@ inline Vec<T> expm1(Vec<T> x) {
 
 // a / b: the estimate alone for bf16_t.
 template <class S, class T>
-inline Vec<T> quotient_for(Vec<T> a, Vec<T> b) {
+FASTOPS_FN Vec<T> quotient_for(Vec<T> a, Vec<T> b) {
   if constexpr (is_bf16<S>)
     return quotient_14_bits(a, b);
   else
@@ -139,7 +142,7 @@ inline Vec<T> quotient_for(Vec<T> a, Vec<T> b) {
 
 // log(1 + t) for 0 <= t <= 1. Error 2^-27.5 (2^-60.4; f16_t 2^-19.4, bf16_t 2^-14.1).
 template <class S, class T>
-inline Vec<T> log1p(Vec<T> t) {
+FASTOPS_FN Vec<T> log1p(Vec<T> t) {
   if constexpr (is_bf16<S>) {
     return t * horner(t, 0.999943465, -0.496980459, 0.306306548, -0.157428958, 0.0413457721);
   } else if constexpr (is_half<S>) {
@@ -173,7 +176,7 @@ constexpr float kCoarsePowers[kTableColumns] = {
 };
 
 // exp(-t) for 0 <= t <= exp_limit, error 2^-15.
-inline VecF coarse_exp_minus(VecF t) {
+FASTOPS_FN VecF coarse_exp_minus(VecF t) {
   const VecF shifted = fma(t, set<float>(-1.4426950408889634), set<float>(0x1.8p18));  // rounds to 32nds
   const VecF n = shifted - set<float>(0x1.8p18), minus_r = fma(n, set<float>(0.6931471805599453), t);
   const VecF power = look_up(kCoarsePowers, columns_of(shifted, 0));
@@ -183,7 +186,7 @@ inline VecF coarse_exp_minus(VecF t) {
 #endif
 
 template <class S, class T>
-inline Vec<T> exp_minus_abs(Vec<T> x) {
+FASTOPS_FN Vec<T> exp_minus_abs(Vec<T> x) {
   const Vec<T> t = min(set<T>(exp_limit<T>), abs(x));
 #if defined(FASTOPS_VEC_AVX512)
   if constexpr (is_bf16<S>) return coarse_exp_minus(t);
@@ -193,7 +196,7 @@ inline Vec<T> exp_minus_abs(Vec<T> x) {
 
 // 1 / (1 + exp(-x)); with e = exp(-|x|) it is 1 / (1 + e) or e / (1 + e), and neither cancels.
 template <class S, class T>
-inline Vec<T> sigmoid(Vec<T> x) {
+FASTOPS_FN Vec<T> sigmoid(Vec<T> x) {
   const Vec<T> e = exp_minus_abs<S>(x), one = set<T>(1);
   return quotient_for<S>(select(lt(x, Vec<T>::zero()), e, one), one + e);
 }
@@ -204,7 +207,7 @@ struct TanhParts {
   MaskD near_zero;
   VecD numerator, denominator;
 };
-inline TanhParts tanh_parts(VecD t) {  // t = |x|
+FASTOPS_FN TanhParts tanh_parts(VecD t) {  // t = |x|
   const VecD e = exp<double>(set<double>(-2) * min(set<double>(30), t)), w = t * t;
   const VecD p =
       horner(w, -0.333333333333333331, -0.0214086286056230706, -0.0002432347549690221, -1.72420238454265324e-8);
@@ -214,7 +217,7 @@ inline TanhParts tanh_parts(VecD t) {  // t = |x|
 }
 
 template <class S>
-inline VecD tanh(VecD x) {
+FASTOPS_FN VecD tanh(VecD x) {
   const VecD t = abs(x);
   const TanhParts parts = tanh_parts(t);
   const VecD base = select(parts.near_zero, t, set<double>(1));
@@ -226,7 +229,7 @@ inline VecD tanh(VecD x) {
 // less that; the columns are in the order of the low bits of that piece of 1 + t, so that the piece at 0 has column 3 /
 // 4 kTableColumns.
 template <int kRows>
-inline VecF by_pieces(VecF t, const float (&table)[kRows][kTableColumns]) {
+FASTOPS_FN VecF by_pieces(VecF t, const float (&table)[kRows][kTableColumns]) {
   const Columns column = columns_of(t + set<float>(1), kTableColumns == 32 ? 20 : 22);
   const VecF d = t - look_up(table[0], column);
   VecF y = look_up(table[kRows - 1], column);
@@ -271,12 +274,12 @@ constexpr float kTanhPieces[7][32] = {
 };
 // clang-format on
 
-inline VecF tanh_in_full(VecF x) { return copysign(by_pieces(min(set<float>(9.5), abs(x)), kTanhPieces), x); }
+FASTOPS_FN VecF tanh_in_full(VecF x) { return copysign(by_pieces(min(set<float>(9.5), abs(x)), kTanhPieces), x); }
 
 #else
 
 // -n / (n + 2) with n = exp(-2|x|) - 1.
-inline VecF tanh_in_full(VecF x) {
+FASTOPS_FN VecF tanh_in_full(VecF x) {
   const VecF n = expm1<float>(set<float>(-2) * abs(x));
   return copysign(quotient(n, n + set<float>(2)), x);
 }
@@ -285,7 +288,7 @@ inline VecF tanh_in_full(VecF x) {
 
 // In 16 bits x P(x^2) / Q(x^2) on |x| <= 9.02: error 2^-19 for f16_t, 2^-15.7 for bf16_t.
 template <class S>
-inline VecF tanh(VecF x) {
+FASTOPS_FN VecF tanh(VecF x) {
   if constexpr (!is_half<S>) return tanh_in_full(x);
   x = clamp(x, -9.02, 9.02);
   const VecF w = x * x;
@@ -302,7 +305,7 @@ inline VecF tanh(VecF x) {
 
 // x - tanh(x), from the parts of tanh where the difference cancels nothing.
 template <class S>
-inline VecD tanhshrink(VecD x) {
+FASTOPS_FN VecD tanhshrink(VecD x) {
   const VecD t = abs(x);
   const TanhParts parts = tanh_parts(t);
   const VecD base = select(parts.near_zero, VecD::zero(), t - set<double>(1));
@@ -313,7 +316,7 @@ inline VecD tanhshrink(VecD x) {
 // x - x (Q - w P) / Q from |x| = 2 on, where what is subtracted is the smaller part. The 4 ulp of rounding below are a
 // fraction of what x - tanh(x) loses for |x| < 1.
 template <class S>
-inline VecF tanhshrink(VecF x) {
+FASTOPS_FN VecF tanhshrink(VecF x) {
   const VecF c = clamp(x, -9.02, 9.02), w = c * c;
   if constexpr (is_half<S>) {
     const VecF p = horner(w, 0.333333164, 0.0185016636, 0.00012738246);
@@ -360,7 +363,7 @@ constexpr float kNormalPieces[10][8] = {
 };
 #else
 // Error 2^-29.
-constexpr float kNormalPieces[7][32] = {
+FASTOPS_TABLE float kNormalPieces[7][32] = {
     {1.1250086f, 1.3750033f, 1.6250224f, 1.8750062f, 2.1250029f, 2.3750222f, 2.6250017f, 2.8750017f, 3.2500434f,
      3.7500246f, 4.2500057f, 4.7500534f, 5.2500377f, 5.7500386f, 6.2500615f, 6.7500763f, 7.5000405f, 8.500071f,
      9.500095f, 10.50005f, 11.500128f, 12.500044f, 13.500091f, 14.255129f, 0.062500015f, 0.18750182f, 0.3125013f,
@@ -399,7 +402,7 @@ constexpr float kNormalPieces[7][32] = {
 // clang-format on
 
 template <class S, class T>
-inline Vec<T> normal_ratio(Vec<T> t) {
+FASTOPS_FN Vec<T> normal_ratio(Vec<T> t) {
   if constexpr (is_half<S>) {
     const Vec<T> p = horner(t, 0.499999911, 0.365561217, 0.121668346, 0.0175710488);
     const Vec<T> q = horner(t, 1, 1.528988, 0.963462651, 0.304797828, 0.0440483578);
@@ -427,7 +430,7 @@ template <class T>
 constexpr double unbias = is_single<T> ? 0x1p-64 : 0x1p-512;
 
 template <class S>
-inline VecD times_normal_exp(VecD w, VecD t) {
+FASTOPS_FN VecD times_normal_exp(VecD w, VecD t) {
   // The part of t^2 that rounding loses would be hundreds of ulp of the result.
   const VecD square = t * t;
   const ExpParts<double> e = exp_parts<S>(set<double>(-0.5) * square, set<double>(0.5) * product_error(t, t, square));
@@ -437,7 +440,7 @@ inline VecD times_normal_exp(VecD w, VecD t) {
 #if defined(FASTOPS_VEC_SCALAR)
 
 template <class S>
-inline VecF times_normal_exp(VecF w, VecF t) {
+FASTOPS_FN VecF times_normal_exp(VecF w, VecF t) {
   const VecF square = t * t;
   const ExpParts<float> e = exp_parts<S>(set<float>(-0.5) * square, set<float>(0.5) * product_error(t, t, square));
   return fma(w, e.p, w) * power_of_two(e.n + set<float>(normal_bias<float>));
@@ -462,7 +465,7 @@ constexpr uint32_t kPowers[kTableColumns] = {
 // has so few bits that n times it is a float32, and t^2 is not rounded before it is less than 0.1. exp(-r / 2) by a
 // polynomial: error 2^-33 of degree 3 with 32 columns, and of degree 4 with 8.
 template <class S>
-inline VecF times_normal_exp(VecF w, VecF t) {
+FASTOPS_FN VecF times_normal_exp(VecF w, VecF t) {
   constexpr bool wide = kTableColumns == 32;
   constexpr double magic = 0x1.8p23, step = wide ? 0x1.63p-5 : 0x1.62ep-3;  // step: its first 9 (12) bits
   const VecF square = t * t;
@@ -489,7 +492,7 @@ constexpr double tanh_gelu_limit = is_single<T> ? 11 : 21.8;
 constexpr double kTanhGelu1 = 1.59576912160573071, kTanhGelu3 = 0.0713548162726002488;
 
 template <class S, class T>
-inline ExpParts<T> tanh_gelu_exp(Vec<T> t) {
+FASTOPS_FN ExpParts<T> tanh_gelu_exp(Vec<T> t) {
   if constexpr (is_half<S>) return exp_parts<S>(-t * fma(t * t, set<T>(kTanhGelu3), set<T>(kTanhGelu1)));
   // The high word of c1 has 12 (26) bits, so that w - c1 is exact and the sum's error follows in two steps.
   const Vec<T> c1 = set<T>(is_single<T> ? 1.595703125 : 1.59576910734176636);

@@ -1,5 +1,4 @@
-// Every activation and its derivative over any Vec, and the row loops that linear runs in its epilogue and while it
-// packs. Included in the tier's namespace after math.inl.
+// Every activation and its derivative over any Vec. Included after math.inl.
 //
 // A kind is a struct of static functions:
 //   forward(x, p)                  f(x)
@@ -69,135 +68,135 @@ inline Parameters<S> parameters(const Activation& activation) {
 // Activations whose derivative takes two values, one of them usually zero.
 struct ZeroOutside {
   template <class S, class C = Compute<S>>
-  static Vec<C> apply(Mask<C> inside, Vec<C> g, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> apply(Mask<C> inside, Vec<C> g, const Parameters<S>&) {
     return select(inside, g, Vec<C>::zero());
   }
 };
 
 struct Identity {
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     return x;
   }
   template <class S, class C = Compute<S>>
-  static Vec<C> backward(Vec<C> g, Vec<C>, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> backward(Vec<C> g, Vec<C>, const Parameters<S>&) {
     return g;
   }
 };
 
 struct Relu : ZeroOutside {
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     return max(Vec<C>::zero(), x);
   }
   template <class S, class C = Compute<S>>
-  static Mask<C> inside(Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Mask<C> inside(Vec<C> x, const Parameters<S>&) {
     return !le(x, Vec<C>::zero());
   }
   template <class S, class C = Compute<S>>
-  static Mask<C> inside_from_output(Vec<C> y, const Parameters<S>& p) {
+  static FASTOPS_FN Mask<C> inside_from_output(Vec<C> y, const Parameters<S>& p) {
     return inside(y, p);
   }
 };
 
 struct LeakyRelu {
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
     return select(gt(x, Vec<C>::zero()), x, x * p.a);
   }
   template <class S, class C = Compute<S>>
-  static Mask<C> inside(Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Mask<C> inside(Vec<C> x, const Parameters<S>&) {
     return gt(x, Vec<C>::zero());
   }
   template <class S, class C = Compute<S>>
-  static Mask<C> inside_from_output(Vec<C> y, const Parameters<S>& p) {
+  static FASTOPS_FN Mask<C> inside_from_output(Vec<C> y, const Parameters<S>& p) {
     return inside(y, p);
   }
   template <class S, class C = Compute<S>>
-  static Vec<C> apply(Mask<C> inside, Vec<C> g, const Parameters<S>& p) {
+  static FASTOPS_FN Vec<C> apply(Mask<C> inside, Vec<C> g, const Parameters<S>& p) {
     return select(inside, g, g * p.a);
   }
 };
 
 struct Hardtanh : ZeroOutside {  // and relu6
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
     return min(p.b, max(p.a, x));
   }
   template <class S, class C = Compute<S>>
-  static Mask<C> inside(Vec<C> x, const Parameters<S>& p) {
+  static FASTOPS_FN Mask<C> inside(Vec<C> x, const Parameters<S>& p) {
     return !(le(x, p.a) | ge(x, p.b));
   }
   template <class S, class C = Compute<S>>
-  static Mask<C> inside_from_output(Vec<C> y, const Parameters<S>& p) {
+  static FASTOPS_FN Mask<C> inside_from_output(Vec<C> y, const Parameters<S>& p) {
     return inside(y, p);
   }
 };
 
 struct Hardsigmoid {
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     return clamp(x + set<C>(3), 0, 6) * set<C>(1.0 / 6);
   }
   template <class S, class C = Compute<S>>
-  static Mask<C> inside(Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Mask<C> inside(Vec<C> x, const Parameters<S>&) {
     return gt(x, set<C>(-3)) & lt(x, set<C>(3));
   }
   template <class S, class C = Compute<S>>
-  static Vec<C> apply(Mask<C> inside, Vec<C> g, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> apply(Mask<C> inside, Vec<C> g, const Parameters<S>&) {
     return select(inside, g * set<C>(1.0 / 6), Vec<C>::zero());
   }
 };
 
 struct Hardshrink : ZeroOutside {
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
     return select(inside(x, p), x, Vec<C>::zero());
   }
   template <class S, class C = Compute<S>>
-  static Mask<C> inside(Vec<C> x, const Parameters<S>& p) {
+  static FASTOPS_FN Mask<C> inside(Vec<C> x, const Parameters<S>& p) {
     return !(ge(x, -p.a) & le(x, p.a));
   }
   template <class S, class C = Compute<S>>
-  static Mask<C> inside_from_output(Vec<C> y, const Parameters<S>& p) {
+  static FASTOPS_FN Mask<C> inside_from_output(Vec<C> y, const Parameters<S>& p) {
     return inside(y, p);
   }
 };
 
 struct Softshrink : ZeroOutside {  // a = lambda; b = lambda in the storage type, which PyTorch's backward compares with
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
     return select(ge(x, -p.a) & le(x, p.a), Vec<C>::zero(), x - copysign(p.a, x));
   }
   template <class S, class C = Compute<S>>
-  static Mask<C> inside(Vec<C> x, const Parameters<S>& p) {
+  static FASTOPS_FN Mask<C> inside(Vec<C> x, const Parameters<S>& p) {
     return !(ge(x, -p.b) & le(x, p.b));
   }
   // Of y (c = 0: y is zero nowhere else) or of x (c = b), as saved_by_linear decides.
   template <class S, class C = Compute<S>>
-  static Mask<C> inside_from_output(Vec<C> y, const Parameters<S>& p) {
+  static FASTOPS_FN Mask<C> inside_from_output(Vec<C> y, const Parameters<S>& p) {
     return !(ge(y, -p.c) & le(y, p.c));
   }
 };
 
 struct Threshold : ZeroOutside {
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
     return select(le(x, p.a), p.b, x);
   }
   template <class S, class C = Compute<S>>
-  static Mask<C> inside(Vec<C> x, const Parameters<S>& p) {
+  static FASTOPS_FN Mask<C> inside(Vec<C> x, const Parameters<S>& p) {
     return !le(x, p.a);
   }
 };
 
 struct Hardswish {
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     return max(set<C>(-3), x) * (clamp(x + set<C>(3), 0, 6) * set<C>(1.0 / 6));
   }
   template <class S, class C = Compute<S>>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
     const Vec<C> slope = fma(x, set<C>(1.0 / 3), set<C>(0.5));
     return select(le(x, set<C>(-3)), Vec<C>::zero(), select(lt(x, set<C>(3)), g * slope, g));
   }
@@ -205,16 +204,16 @@ struct Hardswish {
 
 struct Elu {  // and selu, celu
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
     return select(gt(x, Vec<C>::zero()), x * p.b, expm1<S>(x * p.c) * p.a);
   }
   template <class S, class C = Compute<S>>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>& p) {
+  static FASTOPS_FN Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>& p) {
     const Vec<C> e = exp<S>(clamp(x * p.c, -exp_limit<C>, exp_limit<C>));
     return select(gt(x, Vec<C>::zero()), g * p.b, g * (p.a * p.c * e));
   }
   template <class S, class C = Compute<S>>
-  static Vec<C> backward_from_output(Vec<C> g, Vec<C> y, const Parameters<S>& p) {
+  static FASTOPS_FN Vec<C> backward_from_output(Vec<C> g, Vec<C> y, const Parameters<S>& p) {
     return select(gt(y, Vec<C>::zero()), g * p.b, g * (p.c * (y + p.a)));
   }
 };
@@ -223,25 +222,25 @@ struct Elu {  // and selu, celu
 //   y = max(x, 0) - t q         f'(x) = x > 0 ? 1 - d : d,  d = q - t h'(-t)
 // d is zero somewhere, so the derivatives (mish's too) take float32's polynomials in 16 bits as well.
 template <class C>
-inline Vec<C> gated_derivative(Vec<C> x, Vec<C> d) {
+FASTOPS_FN Vec<C> gated_derivative(Vec<C> x, Vec<C> d) {
   return select(gt(x, Vec<C>::zero()), set<C>(1) - d, d);
 }
 
 // t e / (1 + e), as t e (1 - e / (1 + e)): where e is small, the error of what follows t e counts little.
 template <class S, class C>
-inline Vec<C> gated_tail(Vec<C> t, ExpParts<C> parts) {
+FASTOPS_FN Vec<C> gated_tail(Vec<C> t, ExpParts<C> parts) {
   const Vec<C> whole = times_exp(t, parts), e = whole_exp(parts);
   return fnma(whole, quotient_for<S>(e, set<C>(1) + e), whole);
 }
 
 struct Gelu {
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     const Vec<C> t = min(set<C>(normal_limit<C>), abs(x));
     return fnma(times_normal_exp<S>(t * normal_ratio<S>(t), t), set<C>(unbias<C>), max(Vec<C>::zero(), x));
   }
   template <class S, class C = Compute<S>>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {  // Phi(x) + x phi(x)
+  static FASTOPS_FN Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {  // Phi(x) + x phi(x)
     const Vec<C> t = min(set<C>(normal_limit<C>), abs(x));
     const Vec<C> d = times_normal_exp<C>(fnma(t, set<C>(0.398942280401432678), normal_ratio<C>(t)), t);
     return g * gated_derivative(x, d * set<C>(unbias<C>));
@@ -251,13 +250,13 @@ struct Gelu {
 // With s = e / (1 + e), e = exp(-u(t)): h(-t) = s and h'(-t) = s (1 - s) u'(t).
 struct GeluTanh {
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     const Vec<C> t = min(set<C>(tanh_gelu_limit<C>), abs(x));
     const ExpParts<C> e = tanh_gelu_exp<S>(t);
     return max(Vec<C>::zero(), x) - gated_tail<S>(t, e);
   }
   template <class S, class C = Compute<S>>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
     const Vec<C> t = min(set<C>(tanh_gelu_limit<C>), abs(x)), one = set<C>(1);
     const Vec<C> e = whole_exp(tanh_gelu_exp<C>(t)), s = quotient_for<C>(e, one + e);
     const Vec<C> t_slope = t * fma(t * t, set<C>(3 * kTanhGelu3), set<C>(kTanhGelu1));
@@ -267,40 +266,40 @@ struct GeluTanh {
 
 struct Silu {
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     const Vec<C> t = min(set<C>(exp_limit<C>), abs(x));
     const ExpParts<C> e = exp_parts<S>(-t);
     return max(Vec<C>::zero(), x) - gated_tail<S>(t, e);
   }
   template <class S, class C = Compute<S>>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
     const Vec<C> t = min(set<C>(exp_limit<C>), abs(x)), one = set<C>(1);
     const Vec<C> e = exp<C>(-t), s = quotient_for<C>(e, one + e);
     return g * gated_derivative(x, s * fnma(t, one - s, one));
   }
 };
 
+template <class T>
+constexpr double mish_limit = is_single<T> ? 20 : 40;  // tanh(softplus(x)) rounds to 1 from here on
+
 // With e = exp(x) and d = e (e + 2) + 2, tanh(softplus(x)) = 1 - 2 / d = e (1 - e (e + 1) / d): the first for x > -1/4,
 // the second below, so that what is subtracted is less than a half and its errors count less. In float32 they count
 // most where d is just above 4 and rounds most coarsely: 7/8 d does not.
 struct Mish {
-  template <class T>
-  static constexpr double kOne = is_single<T> ? 20 : 40;  // tanh(softplus(x)) rounds to 1 from here on
-
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
-    const Vec<C> t = clamp(x, -exp_limit<C>, kOne<C>);
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>&) {
+    const Vec<C> t = clamp(x, -exp_limit<C>, mish_limit<C>);
     const ExpParts<C> parts = exp_parts<S>(t);
     const Vec<C> e = whole_exp(parts), e78 = set<C>(0.875) * e, d78 = fma(e, e78 + set<C>(1.75), set<C>(1.75));
     const Mask<C> right = gt(x, set<C>(-0.25));
     const Vec<C> whole = select(right, x, times_exp(t, parts));
     const Vec<C> part = quotient_for<S>(select(right, set<C>(1.75), fma(e, e78, e78)), d78);
-    return fnma(min(set<C>(kOne<C>), whole), part, whole);  // min: not infinity times what is left of part
+    return fnma(min(set<C>(mish_limit<C>), whole), part, whole);  // min: not infinity times what is left of part
   }
   // sech^2(softplus(x)) sigmoid(x) = 4 e (1 + e) / d^2, so f'(x) = e ((e + 2) d + 4 x (1 + e)) / d^2.
   template <class S, class C = Compute<S>>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
-    const Vec<C> t = clamp(x, -exp_limit<C>, kOne<C>);
+  static FASTOPS_FN Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
+    const Vec<C> t = clamp(x, -exp_limit<C>, mish_limit<C>);
     const Vec<C> e = exp<C>(t), e2 = e + set<C>(2), d = fma(e, e2, set<C>(2));
     const Vec<C> numerator = fma(e2, d, set<C>(4) * fma(t, e, t));
     return g * quotient_for<C>(quotient_for<C>(e * numerator, d), d);
@@ -309,46 +308,46 @@ struct Mish {
 
 struct Sigmoid {
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     return sigmoid<S>(x);
   }
   template <class S, class C = Compute<S>>
-  static Vec<C> backward_from_output(Vec<C> g, Vec<C> y, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> backward_from_output(Vec<C> g, Vec<C> y, const Parameters<S>&) {
     return g * ((set<C>(1) - y) * y);
   }
 };
 
 struct Logsigmoid {
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     return min(Vec<C>::zero(), x) - log1p<S>(exp_minus_abs<S>(x));
   }
   template <class S, class C = Compute<S>>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
     return g * sigmoid<S>(-x);
   }
 };
 
 struct Tanh {
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     return tanh<S>(x);
   }
   template <class S, class C = Compute<S>>
-  static Vec<C> backward_from_output(Vec<C> g, Vec<C> y, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> backward_from_output(Vec<C> g, Vec<C> y, const Parameters<S>&) {
     return g * fnma(y, y, set<C>(1));
   }
 };
 
 struct Softplus {
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
     const Vec<C> z = x * p.a;
     const Vec<C> y = (max(Vec<C>::zero(), z) + log1p<S>(exp_minus_abs<S>(z))) * p.c;
     return select(gt(z, p.b), x, y);
   }
   template <class S, class C = Compute<S>>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>& p) {
+  static FASTOPS_FN Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>& p) {
     const Vec<C> z = x * p.a;
     return select(gt(z, p.b), g, g * sigmoid<S>(z));
   }
@@ -356,12 +355,12 @@ struct Softplus {
 
 struct Softsign {
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     x = clamp(x, is_single<C> ? -0x1p100 : -0x1p900, is_single<C> ? 0x1p100 : 0x1p900);  // infinity gives 1
     return x / (set<C>(1) + abs(x));
   }
   template <class S, class C = Compute<S>>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
     const Vec<C> r = set<C>(1) / (set<C>(1) + abs(x));
     return g * r * r;
   }
@@ -369,11 +368,11 @@ struct Softsign {
 
 struct Tanhshrink {
   template <class S, class C = Compute<S>>
-  static Vec<C> forward(Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     return tanhshrink<S>(x);
   }
   template <class S, class C = Compute<S>>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
+  static FASTOPS_FN Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {
     const Vec<C> y = tanh<C>(x);
     return g * (y * y);
   }
@@ -383,7 +382,7 @@ struct Tanhshrink {
 template <class Kind>
 struct FromOutput {
   template <class S, class C = Compute<S>>
-  static Vec<C> backward(Vec<C> g, Vec<C> y, const Parameters<S>& p) {
+  static FASTOPS_FN Vec<C> backward(Vec<C> g, Vec<C> y, const Parameters<S>& p) {
     return Kind::backward_from_output(g, y, p);
   }
 };
@@ -391,164 +390,156 @@ struct FromOutput {
 template <class Kind>
 struct Piecewise {
   template <class S, class C = Compute<S>>
-  static Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>& p) {
+  static FASTOPS_FN Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>& p) {
     return Kind::apply(Kind::inside(x, p), g, p);
   }
 };
 template <class Kind>
 struct PiecewiseFromOutput {
   template <class S, class C = Compute<S>>
-  static Vec<C> backward(Vec<C> g, Vec<C> y, const Parameters<S>& p) {
+  static FASTOPS_FN Vec<C> backward(Vec<C> g, Vec<C> y, const Parameters<S>& p) {
     return Kind::apply(Kind::inside_from_output(y, p), g, p);
   }
 };
 
-// y[i] = f(x[i]); In is S or its compute type. x == y is fine where In is S.
-template <class Kind, class In, class S>
-void forward_row(const In* x, S* y, int64_t n, const Activation& activation) {
-  using V = Vec<Compute<S>>;
-  const auto p = parameters<S>(activation);
-  int64_t i = 0;
-  for (; i + V::size <= n; i += V::size) Kind::forward(V::load(x + i), p).store(y + i);
-  if (i < n) {
-    const int tail = static_cast<int>(n - i);
-    Kind::forward(V::load(x + i, tail), p).store(y + i, tail);
-  }
-}
-
-// g[i] = grad_y[i] f'(saved[i]); Out is S or its compute type. g may be grad_y or saved where Out is S.
-template <class Kind, class S, class Out>
-void backward_row(const S* grad_y, const S* saved, Out* g, int64_t n, const Activation& activation) {
-  using V = Vec<Compute<S>>;
-  const auto p = parameters<S>(activation);
-  int64_t i = 0;
-  for (; i + V::size <= n; i += V::size) Kind::backward(V::load(grad_y + i), V::load(saved + i), p).store(g + i);
-  if (i < n) {
-    const int tail = static_cast<int>(n - i);
-    Kind::backward(V::load(grad_y + i, tail), V::load(saved + i, tail), p).store(g + i, tail);
-  }
-}
-
-template <class In, class S>
-using ForwardRow = void (*)(const In* x, S* y, int64_t n, const Activation&);
-template <class S, class Out>
-using BackwardRow = void (*)(const S* grad_y, const S* saved, Out* g, int64_t n, const Activation&);
-
-template <class In, class S>
-ForwardRow<In, S> find_forward_row(ActivationKind kind) {
+// body(Kind{}) with the struct of this kind, on either side of a launch.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
+template <class Body>
+FASTOPS_HOST_FN auto with_kind(ActivationKind kind, Body&& body) {
   switch (kind) {
     case ActivationKind::relu:
-      return forward_row<Relu, In, S>;
+      return body(Relu{});
     case ActivationKind::leaky_relu:
-      return forward_row<LeakyRelu, In, S>;
+      return body(LeakyRelu{});
     case ActivationKind::elu:
     case ActivationKind::selu:
     case ActivationKind::celu:
-      return forward_row<Elu, In, S>;
+      return body(Elu{});
     case ActivationKind::gelu:
-      return forward_row<Gelu, In, S>;
+      return body(Gelu{});
     case ActivationKind::gelu_tanh:
-      return forward_row<GeluTanh, In, S>;
+      return body(GeluTanh{});
     case ActivationKind::silu:
-      return forward_row<Silu, In, S>;
+      return body(Silu{});
     case ActivationKind::mish:
-      return forward_row<Mish, In, S>;
+      return body(Mish{});
     case ActivationKind::sigmoid:
-      return forward_row<Sigmoid, In, S>;
+      return body(Sigmoid{});
     case ActivationKind::logsigmoid:
-      return forward_row<Logsigmoid, In, S>;
+      return body(Logsigmoid{});
     case ActivationKind::tanh:
-      return forward_row<Tanh, In, S>;
+      return body(Tanh{});
     case ActivationKind::softplus:
-      return forward_row<Softplus, In, S>;
+      return body(Softplus{});
     case ActivationKind::softsign:
-      return forward_row<Softsign, In, S>;
+      return body(Softsign{});
     case ActivationKind::relu6:
     case ActivationKind::hardtanh:
-      return forward_row<Hardtanh, In, S>;
+      return body(Hardtanh{});
     case ActivationKind::hardsigmoid:
-      return forward_row<Hardsigmoid, In, S>;
+      return body(Hardsigmoid{});
     case ActivationKind::hardswish:
-      return forward_row<Hardswish, In, S>;
+      return body(Hardswish{});
     case ActivationKind::hardshrink:
-      return forward_row<Hardshrink, In, S>;
+      return body(Hardshrink{});
     case ActivationKind::softshrink:
-      return forward_row<Softshrink, In, S>;
+      return body(Softshrink{});
     case ActivationKind::tanhshrink:
-      return forward_row<Tanhshrink, In, S>;
+      return body(Tanhshrink{});
     case ActivationKind::threshold:
-      return forward_row<Threshold, In, S>;
+      return body(Threshold{});
     case ActivationKind::identity:
     case ActivationKind::count:
       break;
   }
-  return forward_row<Identity, In, S>;
+  return body(Identity{});
 }
 
-// From y where from_output, else from x. sigmoid and tanh always work from y.
-template <class S, class Out>
-BackwardRow<S, Out> find_backward_row(ActivationKind kind, bool from_output) {
+// The same for the kinds of saved_by_default's mask.
+template <class Body>
+inline auto with_mask_kind(ActivationKind kind, Body&& body) {
+  switch (kind) {
+    case ActivationKind::leaky_relu:
+      return body(LeakyRelu{});
+    case ActivationKind::relu6:
+    case ActivationKind::hardtanh:
+      return body(Hardtanh{});
+    case ActivationKind::hardsigmoid:
+      return body(Hardsigmoid{});
+    case ActivationKind::hardshrink:
+      return body(Hardshrink{});
+    case ActivationKind::softshrink:
+      return body(Softshrink{});
+    case ActivationKind::threshold:
+      return body(Threshold{});
+    default:
+      return body(Relu{});
+  }
+}
+
+// body(Derivative{}), whose backward works from y where from_output, else from x; sigmoid's and tanh's always from y.
+template <class Body>
+inline auto with_derivative(ActivationKind kind, bool from_output, Body&& body) {
   switch (kind) {
     case ActivationKind::relu:
-      return backward_row<Piecewise<Relu>, S, Out>;
+      return body(Piecewise<Relu>{});
     case ActivationKind::leaky_relu:
-      return backward_row<Piecewise<LeakyRelu>, S, Out>;
+      return body(Piecewise<LeakyRelu>{});
     case ActivationKind::elu:
     case ActivationKind::selu:
     case ActivationKind::celu:
-      return from_output ? backward_row<FromOutput<Elu>, S, Out> : backward_row<Elu, S, Out>;
+      return from_output ? body(FromOutput<Elu>{}) : body(Elu{});
     case ActivationKind::gelu:
-      return backward_row<Gelu, S, Out>;
+      return body(Gelu{});
     case ActivationKind::gelu_tanh:
-      return backward_row<GeluTanh, S, Out>;
+      return body(GeluTanh{});
     case ActivationKind::silu:
-      return backward_row<Silu, S, Out>;
+      return body(Silu{});
     case ActivationKind::mish:
-      return backward_row<Mish, S, Out>;
+      return body(Mish{});
     case ActivationKind::sigmoid:
-      return backward_row<FromOutput<Sigmoid>, S, Out>;
+      return body(FromOutput<Sigmoid>{});
     case ActivationKind::logsigmoid:
-      return backward_row<Logsigmoid, S, Out>;
+      return body(Logsigmoid{});
     case ActivationKind::tanh:
-      return backward_row<FromOutput<Tanh>, S, Out>;
+      return body(FromOutput<Tanh>{});
     case ActivationKind::softplus:
-      return backward_row<Softplus, S, Out>;
+      return body(Softplus{});
     case ActivationKind::softsign:
-      return backward_row<Softsign, S, Out>;
+      return body(Softsign{});
     case ActivationKind::relu6:
     case ActivationKind::hardtanh:
-      return backward_row<Piecewise<Hardtanh>, S, Out>;
+      return body(Piecewise<Hardtanh>{});
     case ActivationKind::hardsigmoid:
-      return backward_row<Piecewise<Hardsigmoid>, S, Out>;
+      return body(Piecewise<Hardsigmoid>{});
     case ActivationKind::hardswish:
-      return backward_row<Hardswish, S, Out>;
+      return body(Hardswish{});
     case ActivationKind::hardshrink:
-      return backward_row<Piecewise<Hardshrink>, S, Out>;
+      return body(Piecewise<Hardshrink>{});
     case ActivationKind::softshrink:
-      return from_output ? backward_row<PiecewiseFromOutput<Softshrink>, S, Out>
-                         : backward_row<Piecewise<Softshrink>, S, Out>;
+      return from_output ? body(PiecewiseFromOutput<Softshrink>{}) : body(Piecewise<Softshrink>{});
     case ActivationKind::tanhshrink:
-      return backward_row<Tanhshrink, S, Out>;
+      return body(Tanhshrink{});
     case ActivationKind::threshold:
-      return backward_row<Piecewise<Threshold>, S, Out>;
+      return body(Piecewise<Threshold>{});
     case ActivationKind::identity:
     case ActivationKind::count:
       break;
   }
-  return backward_row<Identity, S, Out>;
+  return body(Identity{});
 }
 
-// For linear: the epilogue's y = f(z), and g = grad_y f'(saved) with saved = y or z as saved_by_linear says.
-template <class S>
-using RowForward = ForwardRow<Compute<S>, S>;
-template <class S>
-using RowDerivative = BackwardRow<S, Compute<S>>;
-
-template <class S>
-RowForward<S> row_forward(ActivationKind kind) {
-  return find_forward_row<Compute<S>, S>(kind);
-}
-template <class S>
-RowDerivative<S> row_derivative(ActivationKind kind) {
-  return find_backward_row<S, Compute<S>>(kind, kind == ActivationKind::softshrink);
+// body(Kind{}), whose apply works from a mask.
+template <class Body>
+inline auto with_mask_derivative(ActivationKind kind, Body&& body) {
+  switch (kind) {
+    case ActivationKind::leaky_relu:
+      return body(LeakyRelu{});
+    case ActivationKind::hardsigmoid:
+      return body(Hardsigmoid{});
+    default:
+      return body(ZeroOutside{});
+  }
 }

@@ -1,0 +1,93 @@
+// The table of all entry points, and what the CUDA runtime says about this machine.
+#include "kernels.h"
+
+#include <cstdio>
+
+#include "launch.h"
+#include "launchers.h"
+
+namespace fastops::cuda {
+namespace {
+
+// Nothing: a device that can run it can run the kernels that were compiled with it.
+__global__ void probe_kernel() {}
+
+Runtime runtime() {
+  Runtime result{};
+  cudaRuntimeGetVersion(&result.runtime_version);
+  cudaDriverGetVersion(&result.driver_version);
+  const cudaError_t error = cudaGetDeviceCount(&result.devices);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    result.devices = 0;
+    result.problem = result.driver_version == 0 ? "no CUDA driver" : cudaGetErrorString(error);
+  } else if (result.devices == 0) {
+    result.problem = "no CUDA device";
+  }
+  return result;
+}
+
+// A device that cannot be used is reported by the launch that follows.
+void use_device(int device) { cudaSetDevice(device); }
+
+const char* device_problem(int device) {
+  int current = 0;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) {
+    cudaFuncAttributes attributes;
+    error = cudaFuncGetAttributes(&attributes, probe_kernel);
+    cudaSetDevice(current);
+  }
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
+void describe_device(int device, char* text, size_t size) {
+  cudaDeviceProp properties;
+  if (cudaGetDeviceProperties(&properties, device) != cudaSuccess) {
+    cudaGetLastError();
+    std::snprintf(text, size, "device %d", device);
+    return;
+  }
+  std::snprintf(text, size, "%s, sm_%d%d, %d multiprocessors", properties.name, properties.major, properties.minor,
+                properties.multiProcessorCount);
+}
+
+constexpr KernelTable kTable{
+    runtime,
+    use_device,
+    device_problem,
+    describe_device,
+    activation_forward,
+    activation_backward,
+    prelu_forward,
+    prelu_backward_workspace,
+    prelu_backward,
+    glu_forward,
+    glu_backward,
+    max_pool_forward,
+    max_pool_backward,
+    avg_pool_forward,
+    avg_pool_backward,
+    linear_forward_name,
+    linear_forward_workspace,
+    linear_forward,
+    linear_backward_name,
+    linear_backward_workspace,
+    linear_backward,
+};
+
+}  // namespace
+
+int multiprocessors() {
+  int device = 0, count = 1;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  return known ? count : 1;
+}
+
+const KernelTable& kernels() { return kTable; }
+
+}  // namespace fastops::cuda

@@ -1,0 +1,43 @@
+// Launching a kernel as a plain function call, so that a .cu file is C++ that the emulator's compiler reads as well.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace fastops::cuda {
+
+struct Launch {
+  const char* kernel;  // its name, for errors
+  int64_t blocks;
+  unsigned threads;
+  size_t shared;  // bytes of shared memory for a block: all of a kernel's is dynamic (ptx.cuh: shared_memory)
+  Stream stream;
+};
+
+// What a block may have without asking.
+inline constexpr size_t kUnaskedShared = size_t{48} << 10;
+
+template <class... Parameters>
+Status launch(const Launch& how, void (*kernel)(Parameters...), std::type_identity_t<Parameters>... arguments) {
+  const Status described{0, nullptr, how.kernel, static_cast<unsigned>(how.blocks), how.threads, how.shared};
+  void* pointers[] = {&arguments...};
+  cudaError_t error = how.blocks > 0 && how.blocks <= INT32_MAX ? cudaSuccess : cudaErrorInvalidConfiguration;
+  if (error == cudaSuccess && how.shared > kUnaskedShared)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared));
+  if (error == cudaSuccess)
+    error = cudaLaunchKernel(kernel, dim3(described.blocks), dim3(how.threads), pointers, how.shared, how.stream);
+  if (error == cudaSuccess) return {};
+  cudaGetLastError();  // or the next call of somebody else would report it again
+  Status failed = described;
+  failed.error = static_cast<int>(error);
+  failed.message = cudaGetErrorString(error);
+  return failed;
+}
+
+// Of the current device.
+int multiprocessors();
+
+}  // namespace fastops::cuda

@@ -1,0 +1,29 @@
+// The launchers, each beside its kernels in <stem>.cu; kernels.cu puts them into the table. kernels.h has the
+// contracts.
+#pragma once
+
+#include "kernels.h"
+
+namespace fastops::cuda {
+
+Status activation_forward(const ActivationForward&, Stream);
+Status activation_backward(const ActivationBackward&, Stream);
+Status prelu_forward(const PreluForward&, Stream);
+size_t prelu_backward_workspace(const PreluBackward&);
+Status prelu_backward(const PreluBackward&, void* workspace, Stream);
+Status glu_forward(const GluForward&, Stream);
+Status glu_backward(const GluBackward&, Stream);
+
+Status max_pool_forward(const MaxPoolForward&, Stream);
+Status max_pool_backward(const MaxPoolBackward&, Stream);
+Status avg_pool_forward(const AvgPoolForward&, Stream);
+Status avg_pool_backward(const AvgPoolBackward&, Stream);
+
+const char* linear_forward_name(const LinearForward&);
+size_t linear_forward_workspace(const LinearForward&);
+Status linear_forward(const LinearForward&, void* workspace, Stream);
+const char* linear_backward_name(const LinearBackward&);
+size_t linear_backward_workspace(const LinearBackward&);
+Status linear_backward(const LinearBackward&, void* workspace, Stream);
+
+}  // namespace fastops::cuda

@@ -1,0 +1,271 @@
+#include "gemm.cuh"
+#include "launch.h"
+#include "launchers.h"
+
+namespace fastops::cuda {
+namespace {
+
+int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The three products of a linear layer are one kernel over different views:
+//   output        C = y [m, n]       A = x [m, k]            B = w [n, k]
+//   grad_input    C = grad_x [m, k]  A = g [m, n]            B = w transposed
+//   grad_weight   C = grad_w [n, k]  A = g transposed        B = x transposed
+// With row-major operands, k is what is contiguous in A and B of the first, in A alone of the second, in none of the
+// third. Tiles of 16-bit numbers lie in shared memory as they do there; 32 and 64-bit ones always the last way.
+enum class View : int { output, grad_input, grad_weight };
+
+// ---- the configurations
+
+// Large tiles read less, small ones fill the chip where there is less to do. Unmeasured.
+template <class S, View view, bool large>
+struct Tensor16 {
+  static constexpr bool kAKMajor = view != View::grad_weight, kBKMajor = view == View::output;
+  using type =
+      std::conditional_t<large, Mma16<S, 2, 4, 64, 32, kAKMajor, kBKMajor>, Mma16<S, 2, 2, 32, 32, kAKMajor, kBKMajor>>;
+};
+template <bool large>
+using Tensor32 = std::conditional_t<large, MmaTf32<2, 4, 64, 32>, MmaTf32<2, 2, 32, 32>>;
+template <bool large>
+using Scalar32 = std::conditional_t<large, Simt<float, 4, 2, 2>, Simt<float, 4, 2, 1>>;
+using Scalar64 = Simt<double, 4, 2, 1>;
+
+constexpr int kLarge = 128, kSmall = 64;  // of m and n, in every configuration
+// A part of k has at least this many tiles, and k at most so many parts. Unmeasured.
+constexpr int64_t kTilesInSplit = 8, kMostSplits = 32;
+
+struct Plan {
+  bool large;
+  int64_t tiles_m, tiles_n, splits, k_per_split;
+};
+
+Plan plan_for(DType dtype, int64_t m, int64_t n, int64_t k) {
+  const int64_t chip = multiprocessors();
+  Plan plan{};
+  plan.large =
+      dtype != DType::f64 && m > kSmall && n > kSmall && quotient_up(m, kLarge) * quotient_up(n, kLarge) >= chip;
+  const int64_t tile = plan.large ? kLarge : kSmall, tile_k = size_of(dtype) == 2 ? 32 : 16;
+  plan.tiles_m = quotient_up(m, tile);
+  plan.tiles_n = n > 0 ? quotient_up(n, tile) : 1;  // without columns, for the sums of rows
+  const int64_t tiles_k = quotient_up(k, tile_k);
+  const auto at_most = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  int64_t splits = at_most(at_most(chip / (plan.tiles_m * plan.tiles_n), tiles_k / kTilesInSplit), kMostSplits);
+  if (splits < 1) splits = 1;
+  plan.k_per_split = quotient_up(tiles_k, splits) * tile_k;
+  plan.splits = splits == 1 ? 1 : quotient_up(k, plan.k_per_split);
+  return plan;
+}
+
+size_t partial_bytes(DType dtype, int64_t m, int64_t n, int64_t k, bool row_sums) {
+  const Plan plan = plan_for(dtype, m, n, k);
+  if (plan.splits == 1) return 0;
+  const int64_t even_n = quotient_up(n, 2) * 2;
+  return static_cast<size_t>(plan.splits * m * (even_n + (row_sums ? 1 : 0))) * (dtype == DType::f64 ? 8 : 4);
+}
+
+// ---- launching
+
+// How an operand whose tiles have k (kKMajor) or m and n contiguous is loaded.
+template <class TileLayout, class S>
+Load<S> load_of(const Operand<S>& operand, bool folded) {
+  const int64_t along = TileLayout::kKMajor ? operand.k_stride : operand.mn_stride;
+  const int64_t across = TileLayout::kKMajor ? operand.mn_stride : operand.k_stride;
+  const bool vectors = along == 1 && vector_aligned(operand.data, across);
+  const auto length = [](int64_t stride) { return stride < 0 ? -stride : stride; };
+  const bool rows_fastest = length(across) < length(along);
+  if (folded) return {operand, Path::registers, rows_fastest};
+  if (vectors) return {operand, Path::vectors, false};
+  return {operand, sizeof(S) >= 4 ? Path::elements : Path::registers, rows_fastest};
+}
+
+template <class Multiplier, Loads loads>
+Status launch_gemm(const char* name, const GemmTask<typename Multiplier::S>& task, Stream stream) {
+  return launch(
+      {name, task.tiles_m * task.tiles_n * task.splits, Multiplier::kThreads, Stages<Multiplier>::kBytes, stream},
+      gemm_kernel<Multiplier, loads>, task);
+}
+
+template <class Multiplier>
+Status run_gemm(const char* name, GemmTask<typename Multiplier::S> task, const Operand<typename Multiplier::S>& a,
+                const Operand<typename Multiplier::S>& b, Stream stream) {
+  const bool folded = task.derivative.kind != ActivationKind::identity;
+  task.a = load_of<typename Multiplier::A>(a, folded);
+  task.b = load_of<typename Multiplier::B>(b, false);
+  const bool async = task.a.path != Path::registers && task.b.path != Path::registers;
+  if (async) return launch_gemm<Multiplier, Loads::async>(name, task, stream);
+  // Of numbers that have asynchronous copies of any stride, registers are for folding alone.
+  return launch_gemm<Multiplier, Loads::folded>(name, task, stream);
+}
+
+template <View view, bool large>
+Status run_view(const char* name, bool, const GemmTask<double>& task, const Operand<double>& a,
+                const Operand<double>& b, Stream stream) {
+  return run_gemm<Scalar64>(name, task, a, b, stream);
+}
+template <View view, bool large>
+Status run_view(const char* name, bool tf32, const GemmTask<float>& task, const Operand<float>& a,
+                const Operand<float>& b, Stream stream) {
+  return tf32 ? run_gemm<Tensor32<large>>(name, task, a, b, stream)
+              : run_gemm<Scalar32<large>>(name, task, a, b, stream);
+}
+template <View view, bool large, class S>
+Status run_view(const char* name, bool, const GemmTask<S>& task, const Operand<S>& a, const Operand<S>& b,
+                Stream stream) {
+  return run_gemm<typename Tensor16<S, view, large>::type>(name, task, a, b, stream);
+}
+
+const char* name_of(DType dtype, bool tf32, bool large) {
+  if (size_of(dtype) == 2) return large ? "mma_128x128x32" : "mma_64x64x32";
+  if (dtype == DType::f64) return "simt_f64_64x64x16";
+  if (tf32) return large ? "tf32_128x128x16" : "tf32_64x64x16";
+  return large ? "simt_128x128x16" : "simt_64x64x16";
+}
+
+// C = A B^T for A [m, k] and B [n, k], by the task's epilogue; row_sums where wanted.
+template <View view, class S>
+Status product(DType dtype, bool tf32, GemmTask<S> task, const Operand<S>& a, const Operand<S>& b, void* workspace,
+               Stream stream) {
+  const Plan plan = plan_for(dtype, task.m, task.n, task.k);
+  task.tiles_m = plan.tiles_m;
+  task.tiles_n = plan.tiles_n;
+  task.splits = plan.splits;
+  task.k_per_split = plan.k_per_split;
+  task.partial = static_cast<Compute<S>*>(workspace);
+  Epilogue<S>& e = task.epilogue;
+  e.m = task.m;
+  e.n = task.n;
+  const auto even = [&](const S* p) {
+    return reinterpret_cast<uintptr_t>(p) % (2 * sizeof(S)) == 0 && e.row_stride % 2 == 0;
+  };
+  e.pairs = even(e.y) && even(e.z);
+  const char* const name = name_of(dtype, tf32, plan.large);
+  const Status status = plan.large ? run_view<view, true>(name, tf32, task, a, b, stream)
+                                   : run_view<view, false>(name, tf32, task, a, b, stream);
+  if (!status.ok() || plan.splits == 1) return status;
+  const int64_t threads = task.m * quotient_up(task.n, 2) + (task.row_sums != nullptr ? task.m : 0);
+  return launch({"gemm_reduce", quotient_up(threads, kReduceThreads), kReduceThreads, 0, stream}, reduce_kernel<S>,
+                task);
+}
+
+template <class S>
+Status linear_forward_of(const LinearForward& args, void* workspace, Stream stream) {
+  GemmTask<S> task{};
+  task.m = args.m;
+  task.n = args.n;
+  task.k = args.k;
+  task.epilogue.bias = static_cast<const S*>(args.b);
+  task.epilogue.bias_stride = args.b_stride;
+  task.epilogue.kind = args.activation.kind;
+  task.epilogue.parameters = parameters<S>(args.activation);
+  task.epilogue.y = static_cast<S*>(args.y);
+  task.epilogue.z = static_cast<S*>(args.z);
+  task.epilogue.row_stride = args.y_row_stride;
+  const Operand<S> x{static_cast<const S*>(args.x.data), args.x.row_stride, args.x.col_stride};
+  const Operand<S> w{static_cast<const S*>(args.w.data), args.w.row_stride, args.w.col_stride};
+  return product<View::output>(args.dtype, args.allow_tf32, task, x, w, workspace, stream);
+}
+
+// ---- backward
+
+bool forms_gradient_first(const Activation& activation) {
+  return activation.kind != ActivationKind::identity && !can_fold(activation);
+}
+
+size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// Where the gradient of the pre-activation goes if it is formed first; the partial sums come behind it.
+size_t gradient_bytes(const LinearBackward& args) {
+  if (!forms_gradient_first(args.activation)) return 0;
+  return round_up(static_cast<size_t>(args.m * args.n) * size_of(args.dtype));
+}
+
+template <class S>
+Status linear_backward_of(const LinearBackward& args, void* workspace, Stream stream) {
+  Matrix grad_y = args.grad_y;
+  Derivative<S> derivative;
+  if (forms_gradient_first(args.activation)) {
+    const ActivationBackward first{args.dtype,
+                                   args.activation,
+                                   saved_by_linear(args.activation),
+                                   args.m,
+                                   args.n,
+                                   grad_y.data,
+                                   grad_y.row_stride,
+                                   args.saved.data,
+                                   args.saved.row_stride,
+                                   workspace};
+    const Status status = activation_backward(first, stream);
+    if (!status.ok()) return status;
+    grad_y = {workspace, args.n, 1};
+  } else if (args.activation.kind != ActivationKind::identity) {
+    derivative.kind = args.activation.kind;
+    derivative.parameters = parameters<S>(args.activation);
+  }
+  void* const partial = static_cast<char*>(workspace) + gradient_bytes(args);
+  const S* const g = static_cast<const S*>(grad_y.data);
+  const Matrix& saved = args.saved;  // y, where the derivative is folded
+
+  if (args.grad_x != nullptr) {
+    GemmTask<S> task{};
+    task.m = args.m;
+    task.n = args.k;
+    task.k = args.n;
+    task.derivative = derivative;
+    task.derivative.y = {static_cast<const S*>(saved.data), saved.row_stride, saved.col_stride};
+    task.epilogue.y = static_cast<S*>(args.grad_x);
+    task.epilogue.row_stride = args.k;
+    const Operand<S> w{static_cast<const S*>(args.w.data), args.w.col_stride, args.w.row_stride};
+    const Status status = product<View::grad_input>(args.dtype, args.allow_tf32, task,
+                                                    {g, grad_y.row_stride, grad_y.col_stride}, w, partial, stream);
+    if (!status.ok()) return status;
+  }
+  if (args.grad_w == nullptr && args.grad_b == nullptr) return {};
+  GemmTask<S> task{};
+  task.m = args.n;
+  task.n = args.grad_w != nullptr ? args.k : 0;
+  task.k = args.m;
+  task.derivative = derivative;
+  task.derivative.y = {static_cast<const S*>(saved.data), saved.col_stride, saved.row_stride};
+  task.epilogue.y = static_cast<S*>(args.grad_w);
+  task.epilogue.row_stride = args.k;
+  task.row_sums = static_cast<S*>(args.grad_b);
+  const Operand<S> x{args.grad_w != nullptr ? static_cast<const S*>(args.x.data) : g, args.x.col_stride,
+                     args.x.row_stride};
+  return product<View::grad_weight>(args.dtype, args.allow_tf32, task, {g, grad_y.col_stride, grad_y.row_stride}, x,
+                                    partial, stream);
+}
+
+}  // namespace
+
+const char* linear_forward_name(const LinearForward& args) {
+  return name_of(args.dtype, args.allow_tf32, plan_for(args.dtype, args.m, args.n, args.k).large);
+}
+size_t linear_forward_workspace(const LinearForward& args) {
+  return partial_bytes(args.dtype, args.m, args.n, args.k, false);
+}
+Status linear_forward(const LinearForward& args, void* workspace, Stream stream) {
+  return with_dtype(args.dtype, [&](auto type) { return linear_forward_of<decltype(type)>(args, workspace, stream); });
+}
+
+// The name is that of the weight's gradient, or of the input's where it is the only one.
+const char* linear_backward_name(const LinearBackward& args) {
+  const bool weight = args.grad_w != nullptr || args.grad_b != nullptr;
+  const int64_t n = args.grad_w != nullptr ? args.k : 0;
+  const Plan plan = weight ? plan_for(args.dtype, args.n, n, args.m) : plan_for(args.dtype, args.m, args.k, args.n);
+  return name_of(args.dtype, args.allow_tf32, plan.large);
+}
+size_t linear_backward_workspace(const LinearBackward& args) {
+  size_t partial = 0;
+  if (args.grad_x != nullptr) partial = partial_bytes(args.dtype, args.m, args.k, args.n, false);
+  if (args.grad_w != nullptr || args.grad_b != nullptr) {
+    const size_t more =
+        partial_bytes(args.dtype, args.n, args.grad_w != nullptr ? args.k : 0, args.m, args.grad_b != nullptr);
+    if (more > partial) partial = more;
+  }
+  return gradient_bytes(args) + partial;
+}
+Status linear_backward(const LinearBackward& args, void* workspace, Stream stream) {
+  return with_dtype(args.dtype, [&](auto type) { return linear_backward_of<decltype(type)>(args, workspace, stream); });
+}
+
+}  // namespace fastops::cuda

@@ -1,0 +1,84 @@
+"""The device that the CUDA kernels' tests run on: the emulator, or with FASTOPS_TEST_DEVICE=cuda a GPU.
+
+The emulator (tests/emulator) is built on the first import by build_native.py into build/emulator, then only after a
+change.
+"""
+
+import importlib.machinery
+import importlib.util
+import itertools
+import os
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import torch
+from torch import Tensor
+
+import build_native
+from fastops import _C
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATED = os.environ.get("FASTOPS_TEST_DEVICE", "emulated") == "emulated"
+SCHEDULES = ("forward", "reverse", "shuffled") if EMULATED else ("on the device",)
+
+
+def _load() -> ModuleType:
+    folder = ROOT / "build" / "emulator"
+    path = folder / f"_emulator{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    build_native.build_emulator(folder, path, Path(torch.__file__).parent, sysconfig.get_path("include"))
+    spec = importlib.util.spec_from_file_location("_emulator", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    _C.use_cuda_emulator(module.kernels())
+    torch.utils.rename_privateuse1_backend("emulated")
+    torch._register_device_module(
+        "emulated",
+        SimpleNamespace(
+            get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
+            is_available=lambda: True,
+            device_count=lambda: 1,
+            current_device=lambda: 0,
+            _is_in_bad_fork=lambda: False,
+            manual_seed_all=lambda seed: None,
+        ),
+    )
+    return module
+
+
+_emulator = _load() if EMULATED else None
+DEVICE = torch.device("emulated" if EMULATED else "cuda", 0)
+_seeds = itertools.count()
+
+
+@contextmanager
+def configured(schedule: str = SCHEDULES[0], multiprocessors: int = 4, aligned: bool = True) -> Iterator[None]:
+    """How the emulator runs kernels inside: the order of their threads, the size of the chip that they are told, and
+    whether memory is aligned as a GPU's is or ends exactly at a page that faults. Fails where a kernel wrote past the
+    end of its memory. A GPU has no choice.
+    """
+    if _emulator is None:
+        yield
+        return
+    _emulator.configure(SCHEDULES.index(schedule), next(_seeds), multiprocessors)
+    _emulator.set_aligned(aligned)
+    _emulator.take_overruns()
+    try:
+        yield
+    finally:
+        _emulator.configure(0, 0, 4)
+        _emulator.set_aligned(True)
+    overruns = _emulator.take_overruns()
+    assert overruns == 0, f"{overruns} bytes were written past the end of an allocation"
+
+
+def put(tensor: Tensor) -> Tensor:
+    """The tensor on DEVICE with its own strides, also where those leave gaps or overlap; a leaf like it."""
+    if tensor.is_contiguous():
+        return tensor.detach().to(DEVICE).requires_grad_(tensor.requires_grad)
+    low = sum((size - 1) * min(stride, 0) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    high = sum((size - 1) * max(stride, 0) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    flat = tensor.detach().as_strided((high - low + 1 if tensor.numel() else 0,), (1,)).to(DEVICE)
+    return flat.as_strided(tensor.shape, tensor.stride()).requires_grad_(tensor.requires_grad)

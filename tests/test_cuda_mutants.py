@@ -1,0 +1,124 @@
+"""What the emulator is worth: every mutant of a CUDA kernel that is listed here has to fail.
+
+A mutant is a copy of the sources with one piece of text changed. The programs of tests/emulator/checks run a few
+kernels on small integers in every schedule; on the sources as they are they succeed.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from gpu import EMULATED, ROOT
+
+import build_native
+
+pytestmark = pytest.mark.skipif(not EMULATED, reason="the emulator is not built")
+
+
+class Mutant(NamedTuple):
+    what: str
+    check: str  # the program that has to fail
+    file: str
+    old: str
+    new: str
+
+
+GEMM, ACTIVATION, FORMULAS, POOL = "gemm.cuh", "activation.cuh", "formulas.cuh", "pool.cuh"
+MUTANTS = [
+    # ---- barriers
+    Mutant("no barrier before a tile is read", "gemm", GEMM, "__syncthreads();  // this tile", "// this tile"),
+    Mutant("no barrier before the stages are reused", "gemm", GEMM, "__syncthreads();  // the stages are", "//"),
+    Mutant("no barrier before C is read", "gemm", GEMM, "multiplier.store(tile, St::kRow);\n  __syncthreads();",
+           "multiplier.store(tile, St::kRow);"),
+    Mutant("no barrier in a block's sum", "activation", FORMULAS, "__syncthreads();", ""),
+    Mutant("a barrier that half of the block skips", "activation", FORMULAS, "__syncthreads();",
+           "if (threadIdx.x < 128) __syncthreads();"),
+    # ---- waits for asynchronous copies
+    Mutant("waits for one tile too few", "gemm", GEMM, "cp_async_wait<St::kStages - 2>",
+           "cp_async_wait<St::kStages - 1>"),
+    Mutant("a group is not committed", "gemm", GEMM,
+           "b.place(next_stage + A::kSize);\n    }\n    cp_async_commit();", "b.place(next_stage + A::kSize);\n    }"),
+    Mutant("copies into the stage that is being read", "gemm", GEMM, "const int next = tile + St::kStages - 1;",
+           "const int next = tile + St::kStages;"),
+    Mutant("one stage too few", "gemm", GEMM, "tile % St::kStages * St::kStage",
+           "tile % (St::kStages - 1) * St::kStage"),
+    Mutant("what went through registers is not placed", "gemm", GEMM, "a.place(next_stage);", ""),
+    # ---- bounds
+    Mutant("rows of an operand that do not exist", "gemm", GEMM, "row + u * row_step >= rows || left <= 0",
+           "left <= 0"),
+    Mutant("elements behind the end of a row", "gemm", GEMM, "left < kWidth ? left : kWidth", "kWidth"),
+    Mutant("rows and columns of C that do not exist", "gemm", GEMM,
+           "if (m0 + row >= task.m || n0 + col >= task.n) continue;", ""),
+    Mutant("sums of rows that do not exist", "gemm", GEMM, "Multiplier::kTileM && own_row < task.m)",
+           "Multiplier::kTileM)"),
+    Mutant("reads behind the last unit", "activation", FORMULAS, "to[i] = i < count ? from[i] : S{};",
+           "to[i] = from[i];"),
+    Mutant("writes behind the last unit", "activation", FORMULAS, "if (i < count) to[i] = from[i];",
+           "to[i] = from[i];"),
+    Mutant("units that do not exist", "activation", ACTIVATION, "if (unit < units.units) {", "{"),
+    Mutant("bits of a mask behind the last element", "activation", ACTIVATION, "if (i < at.count && Kind::inside",
+           "if (Kind::inside"),
+    # ---- fragments and indices
+    Mutant("two registers of B's fragments", "gemm", GEMM, "fb[j][1] = r[1];\n        fb[j + 1][0] = r[2];",
+           "fb[j][1] = r[2];\n        fb[j + 1][0] = r[1];"),
+    Mutant("two matrices of A's fragment", "gemm", GEMM, "A::offset(m + first + row, k + second)",
+           "A::offset(m + second + row, k + first)"),
+    Mutant("the same, transposed", "gemm", GEMM, "A::offset(m + first, k + second + row)",
+           "A::offset(m + second, k + first + row)"),
+    Mutant("two matrices of B's fragments", "gemm", GEMM, "B::offset(n + second + row, k + first)",
+           "B::offset(n + first + row, k + second)"),
+    Mutant("ldmatrix without its transpose", "gemm", GEMM, "ldmatrix_x4_trans(r, b + ", "ldmatrix_x4(r, b + "),
+    Mutant("two registers of tf32's A", "gemm", GEMM, "i * 16 + e % 2 * 8, k + e / 2 * 4",
+           "i * 16 + e / 2 * 8, k + e % 2 * 4"),
+    Mutant("two rows of C's fragment", "gemm", GEMM, "(i * 16 + e / 2 * 8) * row + j * 8 + e % 2",
+           "(i * 16 + e % 2 * 8) * row + j * 8 + e / 2"),
+    Mutant("a lane's column of C", "gemm", GEMM, "static_cast<int>(threadIdx.x) % 8 * 4",
+           "static_cast<int>(threadIdx.x) / 8 % 8 * 4"),
+    Mutant("a lane missing from a warp's sum", "activation", FORMULAS, "int distance = 16;", "int distance = 8;"),
+    Mutant("a part of k missing from the sum", "gemm", GEMM,
+           "for (int64_t split = 0; split < task.splits; ++split) {",
+           "for (int64_t split = 1; split < task.splits; ++split) {"),
+    Mutant("the derivative of the wrong element", "gemm", GEMM, "V::load(held_saved[u] + i)", "V::load(held_saved[u])"),
+    # ---- windows
+    Mutant("taps in front of the input", "pool", POOL, "first < 0 ? (-first + step - 1) / step : 0", "0"),
+    Mutant("taps behind the input", "pool", POOL, "room <= 0 ? 0 : (room + step - 1) / step", "g.kernel[i]"),
+    Mutant("the first window of an element is missed", "pool", POOL, "(reach + g.stride[i] - 1) / g.stride[i]",
+           "(reach + g.stride[i]) / g.stride[i] + 1"),
+    Mutant("the last window of an element is missed", "pool", POOL, "last : g.out[i] - 1) + 1", "last : g.out[i] - 1)"),
+    Mutant("elements that do not exist", "pool", POOL, "if (index >= count) return;", ""),
+    Mutant("the divisor counts the padding", "pool", POOL, "if (g.adaptive || !include_pad)", "if (g.adaptive)"),
+]  # fmt: skip
+
+
+def run(folder: Path, check: str, kernels: Path) -> subprocess.CompletedProcess:
+    """Compiles tests/emulator/checks/<check>.cpp with these kernels and runs it; the compiler has to succeed."""
+    objects = ROOT / "build" / "emulator"
+    program = folder / check
+    command = [
+        *build_native.compiler(), *build_native.emulator_flags(), "-O1", f"-I{kernels}",
+        str(build_native.EMULATOR / "checks" / f"{check}.cpp"),
+        str(objects / "tests" / "emulator" / "simt.o"), str(objects / "tests" / "emulator" / "cuda_runtime.o"),
+        str(objects / "csrc" / "kernels" / "cpu" / "activation.o"), "-o", str(program),
+    ]  # fmt: skip
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
+    return subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("check", ["gemm", "activation", "pool"])
+def test_the_sources_as_they_are_succeed(tmp_path, check):
+    result = run(tmp_path, check, ROOT / "csrc" / "kernels")
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.what)
+def test_mutant_fails(tmp_path, mutant):
+    kernels = tmp_path / "kernels"
+    shutil.copytree(ROOT / "csrc" / "kernels", kernels)
+    source = kernels / "cuda" / mutant.file
+    text = source.read_text()
+    assert mutant.old in text, "the source has changed; so must the mutant"
+    source.write_text(text.replace(mutant.old, mutant.new))
+    assert run(tmp_path, mutant.check, kernels).returncode != 0
