@@ -43,6 +43,8 @@ def _load() -> ModuleType:
             current_device=lambda: 0,
             _is_in_bad_fork=lambda: False,
             manual_seed_all=lambda seed: None,
+            get_rng_state=lambda device=None: torch.empty(0, dtype=torch.uint8),  # no op here draws numbers
+            set_rng_state=lambda state, device=None: None,
         ),
     )
     return module
