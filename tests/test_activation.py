@@ -32,15 +32,19 @@ def run(function, x, grad):
     return output, *gradients(output, grad, x)
 
 
-def compare_all(case, x, grad):
-    ours, theirs = run(case.ours, x, grad), run(case.theirs, x, grad)
-    reference = run(lambda t: activation(case, t), x.double(), grad)
+def compare(case, grad, ours, reference, theirs):
+    """Output and gradient of each, against what is promised for both."""
     # 2.5 units of the last place (4 for GELU by erf) are promised for the value. The gradient is made of terms as large
     # as the incoming one, and of a value that may be that far off.
     promised, largest = (4.0 if case.kind == "gelu" else 2.5), float(grad.abs().max()) if grad.numel() else 0.0
     bounds = {"output": (promised, 0.0), "gradient": (2 * promised, largest)}
     for name, *three in zip(("output", "gradient"), ours, reference, theirs, strict=True):
         close(*three, name, 1, *bounds[name])
+
+
+def compare_all(case, x, grad):
+    reference = run(lambda t: activation(case, t), x.double(), grad)
+    compare(case, grad, run(case.ours, x, grad), reference, run(case.theirs, x, grad))
 
 
 @EVERY

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from compare import close, exact
 from gpu import DEVICE, EMULATED, SCHEDULES, configured, put
 from reference import ACTIVATIONS, DTYPES, INPLACE, activation, gradients
-from test_activation import PRELU, SPECIAL, _as_good, _sampled, _table, _ulps
+from test_activation import PRELU, SPECIAL, _as_good, _sampled, _table, _ulps, compare
+from test_activation import run as on_cpu
 
 import fastops
 import fastops.functional as FF
@@ -27,19 +28,9 @@ def run(function, x, grad):
     return output.cpu(), *(g.cpu() for g in gradients(output, grad.to(x.device), x))
 
 
-def on_cpu(function, x, grad):
-    x = x.detach().clone().requires_grad_()
-    output = function(x)
-    return output, *gradients(output, grad, x)
-
-
 def compare_all(case, x, grad):
-    ours, theirs = run(case.ours, x, grad), on_cpu(case.theirs, x, grad)
     reference = on_cpu(lambda t: activation(case, t), x.double(), grad)
-    promised, largest = (4.0 if case.kind == "gelu" else 2.5), float(grad.abs().max()) if grad.numel() else 0.0
-    bounds = {"output": (promised, 0.0), "gradient": (2 * promised, largest)}
-    for name, *three in zip(("output", "gradient"), ours, reference, theirs, strict=True):
-        close(*three, name, 1, *bounds[name])
+    compare(case, grad, run(case.ours, x, grad), reference, on_cpu(case.theirs, x, grad))
 
 
 @EVERY

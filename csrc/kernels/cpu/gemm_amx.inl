@@ -210,10 +210,8 @@ inline void output_tile(bf16_amx, int64_t pairs, const PanelView<amx_a>& a, cons
   const int64_t chunks = ceil_div(pairs, kTilePairs);
   const bool in_place = a.rs != 1, few = in_place && rows < 32;
   if (few) configure_tiles(rows);  // there may be nothing to read behind the last row
-  if (in_place)
-    multiply_tiles(chunks, a_panel, a.rs, kTilePairs, b_panel, rows > 16, cols > 16, sums);
-  else
-    multiply_tiles(chunks, a_panel, b_panel, rows > 16, cols > 16, sums);
+  multiply_tiles(chunks, a_panel, in_place ? a.rs : kTilePairs, in_place ? kTilePairs : 32 * kTilePairs, b_panel,
+                 rows > 16, cols > 16, sums);
   if (few) configure_tiles(32);
   const bool simple = last && out.f == nullptr && out.z == nullptr;
   if (first && simple && cols == 32) {
