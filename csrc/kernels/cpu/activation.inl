@@ -35,6 +35,9 @@ inline int threads_for(const Team& team, int64_t elements, int64_t blocks, int64
 }
 
 // body(row, first, count) over rows x cols, `step` columns at a time.
+//
+// From the last block to the first: what a kernel before this one wrote last is still in the second level cache, and
+// what is written here last is what the next one, which goes upwards like all others, reads first.
 template <class Body>
 void for_blocks(const Team& team, int64_t rows, int64_t cols, int64_t step, int64_t grain, Body body) {
   if (rows == 0 || cols == 0) return;
@@ -42,13 +45,13 @@ void for_blocks(const Team& team, int64_t rows, int64_t cols, int64_t step, int6
   team.parallel(threads_for(team, rows * cols, blocks, grain), [&](int thread, int actual) {
     const int64_t begin = blocks / actual * thread + smaller(thread, blocks % actual);
     const int64_t end = begin + blocks / actual + (thread < blocks % actual ? 1 : 0);
-    int64_t row = begin / blocks_per_row, first = begin % blocks_per_row * step;
-    for (int64_t block = begin; block < end; ++block) {
+    int64_t row = (end - 1) / blocks_per_row, first = (end - 1) % blocks_per_row * step;
+    for (int64_t block = end; block > begin; --block) {
       body(row, first, smaller(step, cols - first));
-      first += step;
-      if (first >= cols) {
-        first = 0;
-        ++row;
+      first -= step;
+      if (first < 0) {
+        first = (blocks_per_row - 1) * step;
+        --row;
       }
     }
   });

@@ -38,6 +38,7 @@
 #include "pool_taps.inl"
 #include "pool_windows.inl"
 #include "pool_ops.inl"
+#include "pool_halves.inl"
 #include "pool_first.inl"
 #include "pool_backward.inl"
 #include "pool_last.inl"

@@ -1,4 +1,5 @@
-// Gradients of pools over channels_first planes, and what routes a gradient back through a window. Two ways:
+// Gradients of pools over channels_first planes, and what routes a gradient back through a window. 2x2 windows have a
+// way of their own (pool_halves.inl). Two ways for the others:
 // - scatter: a piece of grad_x that stays in L1 is cleared, receives what every window sends, and is written;
 // - across, for averages: a vector holds neighbouring elements of grad_x of equal phase (the even ones, say, of a
 // stride
@@ -48,7 +49,7 @@ struct MaxRoute {
 template <class S>
 struct AvgRoute {
   using C = Compute<S>;
-  static constexpr bool kAverages = true;
+  static constexpr bool kAverages = true, kWindow = false;
   bool include_pad;
   int64_t override;  // 0: none
 
@@ -306,6 +307,12 @@ void backward_whole(const Pool& pool, const S* grad_y, S* grad_x, const AvgRoute
 
 template <class S, class Route>
 void pool_backward_first(const Pool& pool, const S* grad_y, S* grad_x, const Route& op, const Team& team) {
+  if constexpr (Route::kAverages || Route::kWindow)
+    if (tiles_by_two(pool)) {
+      for_units(team, pool.planes * pool.h.out, 2 * pool.w.in + pool.w.out,
+                [&](int64_t begin, int64_t end) { backward_halves(pool, grad_y, grad_x, op, begin, end); });
+      return;
+    }
   if constexpr (Route::kAverages) {
     if (is_whole(pool)) {
       backward_whole(pool, grad_y, grad_x, op, team);

@@ -1,4 +1,4 @@
-// Pooling of channels_first planes. Two ways:
+// Pooling of channels_first planes. 2x2 windows have a way of their own (pool_halves.inl). Two ways for the others:
 // - across: a vector holds neighbouring outputs of a row; a tap is a load, with a stride of two two loads and a
 //   permutation. Where windows reach over the left or right edge, rows are first copied with their padding into a band
 //   that stays in L1;
@@ -350,10 +350,12 @@ void pool_within(const Pool& pool, const S* x, const AvgPool<S>& op, int64_t beg
 
 template <class S, class Op>
 void pool_first(const Pool& pool, const S* x, const Op& op, const Team& team) {
-  const bool across = goes_across<S>(pool, Op::kIndexed);
+  const bool halves = tiles_by_two(pool), across = goes_across<S>(pool, Op::kIndexed);
   const int64_t rows = pool.planes * pool.d.out * pool.h.out;
   for_units(team, rows, pool.planes * (pool.in_plane() + pool.out_plane()) / rows, [&](int64_t begin, int64_t end) {
-    if (across)
+    if (halves)
+      pool_halves(pool, x, op, begin, end);
+    else if (across)
       pool_across(pool, x, op, begin, end);
     else
       pool_within(pool, x, op, begin, end);
