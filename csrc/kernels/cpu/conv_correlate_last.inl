@@ -1,14 +1,15 @@
 // Correlation of the rows of a channels_last image with one filter a channel, and its weight gradient. Vectors run
 // along the channels, and a block of neighbouring positions shares every input it loads. Rows are read where they lie;
-// a position outside the image reads as zero.
+// a position outside the image reads as zero. E is what rows hold: the compute type or one that is widened as it is
+// loaded, once for each row of taps, which costs less than a pass that writes and reads a wide copy.
 
 // One row of an image that a row of outputs reads, and the weights it meets: KW taps, or one where the taps are listed
 // one by one.
-template <class C>
+template <class E>
 struct LastTap {
-  const C* row;
-  int64_t column;    // of the first tap, seen from the position times the step
-  const C* weights;  // the first vector of channels
+  const E* row;
+  int64_t column;             // of the first tap, seen from the position times the step
+  const Compute<E>* weights;  // the first vector of channels
 };
 
 // How rows are read: position i reads columns first + i * step + tap.
@@ -19,9 +20,9 @@ struct LastRow {
 };
 
 // One row of outputs: its taps, and its distance from the first output.
-template <class C>
+template <class E>
 struct LastJob {
-  const LastTap<C>* taps;
+  const LastTap<E>* taps;
   int count;
   int64_t at;
 };
@@ -36,31 +37,33 @@ constexpr int kLastVectors = 1;
 #endif
 
 // Loads V vectors of channels, `count` lanes of the last, or zeros outside the row.
-template <bool Inside, bool Whole, int V, class C>
-inline void load_channels(const C* row, int64_t column, const LastRow& at, int64_t c, int count, Vec<C> (&x)[V]) {
-  constexpr int S = Vec<C>::size;
+template <bool Inside, bool Whole, int V, class E>
+inline void load_channels(const E* row, int64_t column, const LastRow& at, int64_t c, int count,
+                          Vec<Compute<E>> (&x)[V]) {
+  using Lanes = Vec<Compute<E>>;
+  constexpr int S = Lanes::size;
   if (!Inside && (column < 0 || column >= at.width)) {
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) x[v] = Vec<C>::zero();
+    for (int v = 0; v < V; ++v) x[v] = Lanes::zero();
     return;
   }
-  const C* const p = row + column * at.channels + c;
+  const E* const p = row + column * at.channels + c;
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
-    x[v] = Whole || v + 1 < V ? Vec<C>::load(p + v * S) : Vec<C>::load(p + v * S, count);
+    x[v] = Whole || v + 1 < V ? Lanes::load(p + v * S) : Lanes::load(p + v * S, count);
     keep_loaded(x[v]);
   }
 }
 
 // acc[i][v] += the taps of P positions from `position` on.
-template <int KW, int SW, int P, int V, bool Inside, bool Whole, class C>
-inline void correlate_last_block(const LastTap<C>* taps, int count, const LastRow& at, int64_t position, int64_t c,
-                                 int lanes, Vec<C> (&acc)[P][V]) {
-  using Lanes = Vec<C>;
+template <int KW, int SW, int P, int V, bool Inside, bool Whole, class E>
+inline void correlate_last_block(const LastTap<E>* taps, int count, const LastRow& at, int64_t position, int64_t c,
+                                 int lanes, Vec<Compute<E>> (&acc)[P][V]) {
+  using Lanes = Vec<Compute<E>>;
   constexpr int S = Lanes::size;
   for (int t = 0; t < count; ++t) {
-    const C* const row = taps[t].row;
-    const C* const weights = taps[t].weights + c / S * at.weight_pitch;
+    const E* const row = taps[t].row;
+    const Compute<E>* const weights = taps[t].weights + c / S * at.weight_pitch;
     const int64_t column = at.first + position * (KW == 1 ? at.step : SW) + taps[t].column;
     if constexpr (KW == 1) {
       Lanes w[V];
@@ -96,17 +99,18 @@ inline void correlate_last_block(const LastTap<C>* taps, int count, const LastRo
 }
 
 // Where outputs go; `position` elements lie between two of them.
-template <class C>
+template <class E>
 struct LastOutput {
-  PlaneOutput<C> out;
+  PlaneOutput<Compute<E>> out;
+  E* y;  // where they are stored as they are, or after a ReLU; else null, and `out` finishes them
   int64_t position;
-  const C* bias;  // padded to whole vectors
+  const Compute<E>* bias;  // padded to whole vectors
 };
 
-template <int KW, int SW, int P, int V, bool Inside, bool Whole, class C>
-inline void correlate_last_tile(const LastJob<C>& job, const LastRow& at, int64_t position, int64_t c, int lanes,
-                                const LastOutput<C>& to) {
-  using Lanes = Vec<C>;
+template <int KW, int SW, int P, int V, bool Inside, bool Whole, class E>
+inline void correlate_last_tile(const LastJob<E>& job, const LastRow& at, int64_t position, int64_t c, int lanes,
+                                const LastOutput<E>& to) {
+  using Lanes = Vec<Compute<E>>;
   constexpr int S = Lanes::size;
   Lanes acc[P][V];
 #pragma GCC unroll 8
@@ -122,12 +126,12 @@ inline void correlate_last_tile(const LastJob<C>& job, const LastRow& at, int64_
       if (to.out.relu) acc[i][v] = max(Lanes::zero(), acc[i][v]);
     }
   const int64_t first = job.at + position * to.position + c;
-  if (to.out.finish == nullptr) {
+  if (to.y != nullptr) {
 #pragma GCC unroll 8
     for (int i = 0; i < P; ++i)
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
-        C* const y = to.out.y + first + i * to.position + v * S;
+        E* const y = to.y + first + i * to.position + v * S;
         if (Whole || v + 1 < V)
           acc[i][v].store(y);
         else
@@ -135,7 +139,7 @@ inline void correlate_last_tile(const LastJob<C>& job, const LastRow& at, int64_
       }
     return;
   }
-  alignas(64) C sums[P * V * S];
+  alignas(64) Compute<E> sums[P * V * S];
 #pragma GCC unroll 8
   for (int i = 0; i < P; ++i)
 #pragma GCC unroll 2
@@ -153,8 +157,8 @@ inline void for_channels(int64_t channels, Body&& body) {
 }
 
 // Whether P positions from `position` on read nothing outside the row.
-template <int KW, int SW, int P, class C>
-inline bool reads_inside(const LastTap<C>* taps, int count, const LastRow& at, int64_t position) {
+template <int KW, int SW, int P, class E>
+inline bool reads_inside(const LastTap<E>* taps, int count, const LastRow& at, int64_t position) {
   const int64_t step = KW == 1 ? at.step : SW;
   bool inside = true;
   for (int t = 0; t < count; ++t) {
@@ -165,15 +169,15 @@ inline bool reads_inside(const LastTap<C>* taps, int count, const LastRow& at, i
 }
 
 // Rows of `positions` outputs, a few channels of all of them at a time: what several rows read stays in L1.
-template <int KW, int SW, class C>
-void correlate_last(const LastJob<C>* jobs, int64_t rows, const LastRow& at, int64_t positions,
-                    const LastOutput<C>& to) {
+template <int KW, int SW, class E>
+void correlate_last(const LastJob<E>* jobs, int64_t rows, const LastRow& at, int64_t positions,
+                    const LastOutput<E>& to) {
   constexpr int P = kLastPositions;
-  for_channels<C>(at.channels, [&](int64_t c, auto vectors, auto whole, int lanes) {
+  for_channels<Compute<E>>(at.channels, [&](int64_t c, auto vectors, auto whole, int lanes) {
     constexpr int V = decltype(vectors)::value;
     constexpr bool kWhole = decltype(whole)::value == 1;
     for (int64_t r = 0; r < rows; ++r) {
-      const LastJob<C>& job = jobs[r];
+      const LastJob<E>& job = jobs[r];
       for (int64_t i = 0; i < positions && positions < P; ++i)
         correlate_last_tile<KW, SW, 1, V, false, kWhole>(job, at, i, c, lanes, to);
       for (int64_t i = 0; i < positions && positions >= P; i += P) {
@@ -188,14 +192,16 @@ void correlate_last(const LastJob<C>* jobs, int64_t rows, const LastRow& at, int
 }
 
 // The weights of a job's taps are sums: sums[tap] += x g over rows of positions. grad[at] is a job's first gradient.
-template <int KW, int SW, class C>
-void weight_sums_last(const LastJob<C>* jobs, int64_t rows, const C* grads, const LastRow& at, int64_t positions) {
+template <int KW, int SW, class E>
+void weight_sums_last(const LastJob<E>* jobs, int64_t rows, const Compute<E>* grads, const LastRow& at,
+                      int64_t positions) {
+  using C = Compute<E>;
   using Lanes = Vec<C>;
   constexpr int S = Lanes::size;
   const int64_t step = KW == 1 ? at.step : SW;
   LastRow grad_row = at;
   grad_row.width = positions;
-  const auto add = [&](const LastTap<C>& tap, const C* grad, int64_t c, auto vectors, auto whole, int lanes) {
+  const auto add = [&](const LastTap<E>& tap, const C* grad, int64_t c, auto vectors, auto whole, int lanes) {
     constexpr int V = decltype(vectors)::value;
     constexpr bool kWhole = decltype(whole)::value == 1;
     C* const to = const_cast<C*>(tap.weights) + c / S * at.weight_pitch;

@@ -1,7 +1,7 @@
 // Depthwise convolution of channels_last images, one filter a channel, in bands of output rows
 // (conv_correlate_last.inl). The gradient of the input is the same sum over the gradient's rows, for each residue of
-// the position modulo the stride with taps of its own. 16-bit rows, and gradients that an activation passes back, are
-// converted a band at a time.
+// the position modulo the stride with taps of its own. Gradients that an activation passes back are formed a band at a
+// time.
 
 // Output rows that are computed one after the other by one thread, and chunks of them whose weight gradients are summed
 // apart and then added in order.
@@ -12,14 +12,13 @@ struct LastPlan {
   int64_t vectors, pitch;
   int64_t bands, units;  // of an image, and of all
   int threads;
-  int64_t bias_at, job_at, tap_at, rows_at, grads_at, per_thread;  // bytes
+  int64_t bias_at, job_at, tap_at, grads_at, per_thread;  // bytes
   int64_t chunks, chunk_bytes;
 };
 
-// Bands of `rows` output rows. source_rows and grad_rows: elements that a band needs converted to the compute type.
+// Bands of `rows` output rows. grad_rows: elements of the gradient that a band needs in the compute type.
 template <class C>
-LastPlan plan_depthwise_last(const ConvGeometry& g, int64_t rows, int64_t source_rows, int64_t grad_rows, bool weights,
-                             int threads) {
+LastPlan plan_depthwise_last(const ConvGeometry& g, int64_t rows, int64_t grad_rows, bool weights, int threads) {
   constexpr int64_t S = Vec<C>::size, kC = sizeof(C);
   LastPlan plan{};
   const int64_t window = g.kernel[1] * g.kernel[2];
@@ -33,27 +32,25 @@ LastPlan plan_depthwise_last(const ConvGeometry& g, int64_t rows, int64_t source
   plan.bias_at = weights ? 0 : plan.vectors * plan.pitch * kC;
   plan.job_at = plan.bias_at + (weights ? 0 : plan.vectors * S * kC);
   plan.tap_at = plan.job_at + round_up(kLastBand * static_cast<int64_t>(sizeof(LastJob<C>)), 64);
-  plan.rows_at = plan.tap_at + round_up(kLastBand * window * static_cast<int64_t>(sizeof(LastTap<C>)), 64);
-  plan.grads_at = plan.rows_at + round_up(source_rows * kC, 64);
+  plan.grads_at = plan.tap_at + round_up(kLastBand * window * static_cast<int64_t>(sizeof(LastTap<C>)), 64);
   plan.per_thread = plan.grads_at + round_up(grad_rows * kC, 64);
   return plan;
 }
 
-template <class C>
+// E: what rows hold that are read.
+template <class E>
 struct LastScratch {
-  C *weights, *bias;
-  LastJob<C>* jobs;
-  LastTap<C>* taps;
-  C *rows, *grads;
+  Compute<E>*weights, *bias;
+  LastJob<E>* jobs;
+  LastTap<E>* taps;
+  Compute<E>* grads;
 };
-template <class C>
-inline LastScratch<C> last_scratch(const LastPlan& plan, void* workspace, int thread) {
+template <class E>
+inline LastScratch<E> last_scratch(const LastPlan& plan, void* workspace, int thread) {
+  using C = Compute<E>;
   unsigned char* const mine = static_cast<unsigned char*>(workspace) + thread * plan.per_thread;
-  return {reinterpret_cast<C*>(mine),
-          reinterpret_cast<C*>(mine + plan.bias_at),
-          reinterpret_cast<LastJob<C>*>(mine + plan.job_at),
-          reinterpret_cast<LastTap<C>*>(mine + plan.tap_at),
-          reinterpret_cast<C*>(mine + plan.rows_at),
+  return {reinterpret_cast<C*>(mine), reinterpret_cast<C*>(mine + plan.bias_at),
+          reinterpret_cast<LastJob<E>*>(mine + plan.job_at), reinterpret_cast<LastTap<E>*>(mine + plan.tap_at),
           reinterpret_cast<C*>(mine + plan.grads_at)};
 }
 
@@ -63,8 +60,8 @@ inline bool is_depthwise_last(Layout layout, const ConvGeometry& g) {
   return layout == Layout::channels_last && is_depthwise(g) && g.in_channels == g.out_channels;
 }
 
-// Rows [first, end) of an image in the compute type: where they lie, else converted into `to`. The result points to row
-// `first`.
+// Rows [first, end) of a gradient in the compute type: where they lie, else converted into `to`. The result points to
+// row `first`.
 template <class T>
 const Compute<T>* last_rows(const Plane<T>& image, int64_t first, int64_t end, Compute<T>* to) {
   if constexpr (same_type<T, Compute<T>>)
@@ -92,9 +89,9 @@ inline int64_t input_slot(const ConvGeometry& g, int64_t rw) {
 }
 
 // Transposes the filters to vectors of channels, [vector][tap][lane], and pads the bias.
-template <class T>
+template <class T, class E>
 void load_filters_last(const T* w, const T* bias, const ConvGeometry& g, const LastPlan& plan, bool input,
-                       const LastScratch<Compute<T>>& scratch) {
+                       const LastScratch<E>& scratch) {
   constexpr int64_t S = Vec<Compute<T>>::size;
   const int64_t window = g.kernel[1] * g.kernel[2];
   for (int64_t t = 0; t < window; ++t) {
@@ -128,38 +125,32 @@ inline bool has_row(int64_t kw, int64_t sw, int64_t dw) {
   return found;
 }
 
-// Rows of x that output rows [p0, p1) read.
-struct RowRange {
-  int64_t first, end;
-};
-inline RowRange input_rows(const ConvGeometry& g, int64_t p0, int64_t p1) {
-  const int64_t first = p0 * g.stride[1] - g.padding[1];
-  const int64_t last = (p1 - 1) * g.stride[1] - g.padding[1] + (g.kernel[1] - 1) * g.dilation[1];
-  const int64_t begin = smaller(larger<int64_t>(first, 0), g.in[1]);
-  return {begin, larger(begin, smaller(last + 1, g.in[1]))};
-}
-inline int64_t most_input_rows(const ConvGeometry& g) {
-  return (kLastBand - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 1;
-}
-
-// The jobs of output rows [p0, p1), which read `x`, row `first` of an image and those below it.
-template <class C>
-void forward_jobs_last(const ConvGeometry& g, const C* x, int64_t first, int64_t p0, int64_t p1, C* weights,
-                       const LastScratch<C>& scratch) {
-  constexpr int64_t S = Vec<C>::size;
+// The jobs of output rows [p0, p1) of the image x.
+template <class E>
+void forward_jobs_last(const ConvGeometry& g, const E* x, int64_t p0, int64_t p1, Compute<E>* weights,
+                       const LastScratch<E>& scratch) {
+  constexpr int64_t S = Vec<Compute<E>>::size;
   const bool together = has_row(g.kernel[2], g.stride[2], g.dilation[2]);
-  LastTap<C>* next = scratch.taps;
+  LastTap<E>* next = scratch.taps;
   for (int64_t p = p0; p < p1; ++p) {
-    LastTap<C>* const begin = next;
+    LastTap<E>* const begin = next;
     for (int64_t rh = 0; rh < g.kernel[1]; ++rh) {
       const int64_t row = p * g.stride[1] - g.padding[1] + rh * g.dilation[1];
       if (row < 0 || row >= g.in[1]) continue;
       for (int64_t rw = 0; rw < (together ? 1 : g.kernel[2]); ++rw)
-        *next++ = {x + (row - first) * g.in[2] * g.in_channels, rw * g.dilation[2],
-                   weights + (rh * g.kernel[2] + rw) * S};
+        *next++ = {x + row * g.in[2] * g.in_channels, rw * g.dilation[2], weights + (rh * g.kernel[2] + rw) * S};
     }
     scratch.jobs[p - p0] = {begin, static_cast<int>(next - begin), (p - p0) * g.out[2] * g.out_channels};
   }
+}
+
+// Where rows of E are read, and T is stored.
+template <class T, class E>
+inline LastOutput<E> last_output(const PlaneOutput<Compute<T>>& out, int64_t position, const Compute<T>* bias) {
+  const bool plain = out.z == nullptr && (out.relu || out.activation.kind == ActivationKind::identity);
+  E* y = nullptr;
+  if constexpr (same_type<T, E>) y = plain ? static_cast<E*>(out.stored) : nullptr;
+  return {out, y, position, bias};
 }
 
 template <class T>
@@ -168,9 +159,7 @@ bool depthwise_last_takes(const ConvForward& args) {
 }
 template <class T>
 LastPlan plan_depthwise_last(const ConvForward& args, int threads) {
-  const ConvGeometry& g = args.geometry;
-  const int64_t rows = same_type<T, Compute<T>> ? 0 : most_input_rows(g) * g.in[2] * g.in_channels;
-  return plan_depthwise_last<Compute<T>>(g, g.out[1], rows, 0, false, threads);
+  return plan_depthwise_last<Compute<T>>(args.geometry, args.geometry.out[1], 0, false, threads);
 }
 template <class T>
 size_t depthwise_last_workspace(const ConvForward& args, int threads) {
@@ -180,23 +169,19 @@ size_t depthwise_last_workspace(const ConvForward& args, int threads) {
 
 template <class T>
 void depthwise_last(const ConvForward& args, void* workspace, const Team& team) {
-  using C = Compute<T>;
   const ConvGeometry& g = args.geometry;
   const LastPlan plan = plan_depthwise_last<T>(args, team.threads);
   const LastRow at = {-g.padding[2], g.stride[2], g.in[2], g.in_channels, plan.pitch};
-  const PlaneOutput<C> output = plane_output<T>(args.y, args.z, 0, args.activation);
+  const PlaneOutput<Compute<T>> output = plane_output<T>(args.y, args.z, 0, args.activation);
   team.parallel(plan.threads, [&](int thread, int actual) {
-    const LastScratch<C> scratch = last_scratch<C>(plan, workspace, thread);
+    const LastScratch<T> scratch = last_scratch<T>(plan, workspace, thread);
     load_filters_last(static_cast<const T*>(args.w), static_cast<const T*>(args.bias), g, plan, false, scratch);
     for (int64_t unit = plan.units * thread / actual; unit < plan.units * (thread + 1) / actual; ++unit) {
       const int64_t b = unit / plan.bands, p0 = unit % plan.bands * kLastBand, p1 = smaller(p0 + kLastBand, g.out[1]);
-      const int64_t row = g.in[2] * g.in_channels;
-      const Plane<T> image = {static_cast<const T*>(args.x) + b * g.in[1] * row, row, nullptr, nullptr, {}};
-      const RowRange rows = input_rows(g, p0, p1);
-      const C* const x = last_rows(image, rows.first, rows.end, scratch.rows);
-      forward_jobs_last(g, x, rows.first, p0, p1, scratch.weights, scratch);
+      const T* const x = static_cast<const T*>(args.x) + b * g.in[1] * g.in[2] * g.in_channels;
+      forward_jobs_last(g, x, p0, p1, scratch.weights, scratch);
       const int64_t first = (b * g.out[1] + p0) * g.out[2] * g.out_channels;
-      const LastOutput<C> to = {offset<T>(output, first), g.out_channels, scratch.bias};
+      const LastOutput<T> to = last_output<T, T>(offset<T>(output, first), g.out_channels, scratch.bias);
       with_row(g.kernel[2], g.stride[2], g.dilation[2], [&](auto width, auto step) {
         correlate_last<decltype(width)::value, decltype(step)::value>(scratch.jobs, p1 - p0, at, g.out[2], to);
       });
@@ -211,8 +196,9 @@ bool depthwise_last_takes(const ConvBackwardInput& args) {
 template <class T>
 LastPlan plan_depthwise_last(const ConvBackwardInput& args, int threads) {
   const ConvGeometry& g = args.geometry;
-  const int64_t rows = converts<T>(args.activation) ? gradient_span(g, 1, 0, kLastBand).count + 1 : 0;
-  return plan_depthwise_last<Compute<T>>(g, g.in[1], rows * g.out[2] * g.out_channels, 0, false, threads);
+  const bool forms = args.activation.kind != ActivationKind::identity;
+  const int64_t rows = forms ? gradient_span(g, 1, 0, kLastBand).count + 1 : 0;
+  return plan_depthwise_last<Compute<T>>(g, g.in[1], rows * g.out[2] * g.out_channels, false, threads);
 }
 template <class T>
 size_t depthwise_last_workspace(const ConvBackwardInput& args, int threads) {
@@ -227,17 +213,17 @@ inline bool reaches(const ConvGeometry& g, int d, int64_t u, int64_t tap) {
 
 // The jobs of rows [q0, q1) of grad_x, positions `residue` modulo the stride, which read rows of the gradient from
 // `first` on. Returns how many neighbouring taps each entry has.
-template <class C>
-int64_t input_jobs_last(const ConvGeometry& g, const C* grad, int64_t first, int64_t q0, int64_t q1, int64_t residue,
-                        const LastScratch<C>& scratch) {
-  constexpr int64_t S = Vec<C>::size;
+template <class E>
+int64_t input_jobs_last(const ConvGeometry& g, const E* grad, int64_t first, int64_t q0, int64_t q1, int64_t residue,
+                        const LastScratch<E>& scratch) {
+  constexpr int64_t S = Vec<Compute<E>>::size;
   const int64_t u_w = residue + g.padding[2], sw = g.stride[2];
   int64_t width = 0;
   for (int64_t rw = 0; rw < g.kernel[2]; ++rw) width += reaches(g, 2, u_w, rw) ? 1 : 0;
   const bool together = has_row(width, 1, g.dilation[2]);
-  LastTap<C>* next = scratch.taps;
+  LastTap<E>* next = scratch.taps;
   for (int64_t q = q0; q < q1; ++q) {
-    LastTap<C>* const begin = next;
+    LastTap<E>* const begin = next;
     const int64_t u_h = q + g.padding[1];
     for (int64_t rh = g.kernel[1] - 1; rh >= 0; --rh) {
       const int64_t row = (u_h - rh * g.dilation[1]) / g.stride[1];
@@ -255,28 +241,34 @@ int64_t input_jobs_last(const ConvGeometry& g, const C* grad, int64_t first, int
   return together ? width : 1;
 }
 
-template <class T>
-void depthwise_last(const ConvBackwardInput& args, void* workspace, const Team& team) {
-  using C = Compute<T>;
+// E: T where the gradient is read where it lies, its compute type where an activation forms it first.
+template <class T, class E>
+void depthwise_last_input(const ConvBackwardInput& args, const LastPlan& plan, void* workspace, const Team& team) {
   const ConvGeometry& g = args.geometry;
-  const LastPlan plan = plan_depthwise_last<T>(args, team.threads);
   const int64_t row = g.out[2] * g.out_channels;
   const LastRow at = {0, 1, g.out[2], g.out_channels, plan.pitch};
   const Plane<T> grad_y = gradient_plane<T>(args.grad_y, args.saved, args.activation, row);
-  const PlaneOutput<C> output = plane_output<T>(args.grad_x, args.z, 0, args.epilogue);
+  const PlaneOutput<Compute<T>> output = plane_output<T>(args.grad_x, args.z, 0, args.epilogue);
   team.parallel(plan.threads, [&](int thread, int actual) {
-    const LastScratch<C> scratch = last_scratch<C>(plan, workspace, thread);
+    const LastScratch<E> scratch = last_scratch<E>(plan, workspace, thread);
     load_filters_last(static_cast<const T*>(args.w), static_cast<const T*>(args.bias), g, plan, true, scratch);
     for (int64_t unit = plan.units * thread / actual; unit < plan.units * (thread + 1) / actual; ++unit) {
       const int64_t b = unit / plan.bands, q0 = unit % plan.bands * kLastBand, q1 = smaller(q0 + kLastBand, g.in[1]);
-      const GradientSpan span = gradient_span(g, 1, q0, q1);
-      const int64_t first = smaller(larger<int64_t>(span.first, 0), g.out[1]);
-      const int64_t end = larger(first, smaller(span.first + span.count, g.out[1]));
-      const C* const grad = last_rows(offset(grad_y, b * g.out[1] * row), first, end, scratch.rows);
+      const Plane<T> image = offset(grad_y, b * g.out[1] * row);
+      int64_t first = 0;  // the gradient's row that `grad` points to
+      const E* grad = nullptr;
+      if constexpr (same_type<T, E>) grad = image.p;
+      if constexpr (same_type<E, Compute<T>>)
+        if (image.derivative != nullptr) {
+          const GradientSpan span = gradient_span(g, 1, q0, q1);
+          first = smaller(larger<int64_t>(span.first, 0), g.out[1]);
+          grad = last_rows(image, first, larger(first, smaller(span.first + span.count, g.out[1])), scratch.grads);
+        }
       for (int64_t residue = 0; residue < smaller(g.stride[2], g.in[2]); ++residue) {
         const int64_t width = input_jobs_last(g, grad, first, q0, q1, residue, scratch);
         const int64_t from = (b * g.in[1] + q0) * g.in[2] + residue;
-        const LastOutput<C> to = {offset<T>(output, from * g.in_channels), g.stride[2] * g.in_channels, scratch.bias};
+        const LastOutput<E> to =
+            last_output<T, E>(offset<T>(output, from * g.in_channels), g.stride[2] * g.in_channels, scratch.bias);
         with_row(width, 1, 1, [&](auto columns, auto) {
           correlate_last<decltype(columns)::value, 1>(scratch.jobs, q1 - q0, at,
                                                       ceil_div(g.in[2] - residue, g.stride[2]), to);
@@ -287,15 +279,23 @@ void depthwise_last(const ConvBackwardInput& args, void* workspace, const Team& 
 }
 
 template <class T>
+void depthwise_last(const ConvBackwardInput& args, void* workspace, const Team& team) {
+  const LastPlan plan = plan_depthwise_last<T>(args, team.threads);
+  if (args.activation.kind == ActivationKind::identity)
+    depthwise_last_input<T, T>(args, plan, workspace, team);
+  else
+    depthwise_last_input<T, Compute<T>>(args, plan, workspace, team);
+}
+
+template <class T>
 bool depthwise_last_takes(const ConvBackwardWeight& args) {
   return is_depthwise_last(args.layout, args.geometry);
 }
 template <class T>
 LastPlan plan_depthwise_last(const ConvBackwardWeight& args, int threads) {
   const ConvGeometry& g = args.geometry;
-  const int64_t rows = same_type<T, Compute<T>> ? 0 : most_input_rows(g) * g.in[2] * g.in_channels;
   const int64_t grads = converts<T>(args.activation) ? kLastBand * g.out[2] * g.out_channels : 0;
-  return plan_depthwise_last<Compute<T>>(g, g.out[1], rows, grads, true, threads);
+  return plan_depthwise_last<Compute<T>>(g, g.out[1], grads, true, threads);
 }
 template <class T>
 size_t depthwise_last_workspace(const ConvBackwardWeight& args, int threads) {
@@ -319,19 +319,17 @@ void bias_sums_last(const LastPlan& plan, const C* grad, int64_t rows, int64_t c
 // What output rows [p0, p1) of image b add to the sums of a chunk.
 template <class T>
 void weight_band_last(const ConvBackwardWeight& args, const LastPlan& plan, int64_t b, int64_t p0, int64_t p1,
-                      Compute<T>* sums, const LastScratch<Compute<T>>& scratch) {
+                      Compute<T>* sums, const LastScratch<T>& scratch) {
   using C = Compute<T>;
   const ConvGeometry& g = args.geometry;
-  const int64_t grad_row = g.out[2] * g.out_channels, row = g.in[2] * g.in_channels;
+  const int64_t grad_row = g.out[2] * g.out_channels;
   const Plane<T> grad_y = gradient_plane<T>(args.grad_y, args.saved, args.activation, grad_row);
   const C* const grad = last_rows(offset(grad_y, b * g.out[1] * grad_row), p0, p1, scratch.grads);
   if (args.grad_bias != nullptr) bias_sums_last(plan, grad, (p1 - p0) * g.out[2], g.out_channels, sums);
   if (args.grad_w == nullptr) return;
   const LastRow at = {-g.padding[2], g.stride[2], g.in[2], g.in_channels, plan.pitch};
-  const Plane<T> image = {static_cast<const T*>(args.x) + b * g.in[1] * row, row, nullptr, nullptr, {}};
-  const RowRange rows = input_rows(g, p0, p1);
-  const C* const x = last_rows(image, rows.first, rows.end, scratch.rows);
-  forward_jobs_last(g, x, rows.first, p0, p1, sums, scratch);
+  const T* const x = static_cast<const T*>(args.x) + b * g.in[1] * g.in[2] * g.in_channels;
+  forward_jobs_last(g, x, p0, p1, sums, scratch);
   with_row(g.kernel[2], g.stride[2], g.dilation[2], [&](auto width, auto step) {
     weight_sums_last<decltype(width)::value, decltype(step)::value>(scratch.jobs, p1 - p0, grad, at, g.out[2]);
   });
@@ -345,7 +343,7 @@ void depthwise_last(const ConvBackwardWeight& args, void* workspace, const Team&
   const int64_t window = g.kernel[1] * g.kernel[2], elements = plan.vectors * plan.pitch, S = Vec<C>::size;
   C* const chunks = reinterpret_cast<C*>(static_cast<unsigned char*>(workspace) + plan.per_thread * plan.threads);
   team.parallel(plan.threads, [&](int thread, int actual) {
-    const LastScratch<C> scratch = last_scratch<C>(plan, workspace, thread);
+    const LastScratch<T> scratch = last_scratch<T>(plan, workspace, thread);
     for (int64_t chunk = plan.chunks * thread / actual; chunk < plan.chunks * (thread + 1) / actual; ++chunk) {
       C* const sums = chunks + chunk * elements;
       __builtin_memset(sums, 0, static_cast<size_t>(plan.chunk_bytes));
