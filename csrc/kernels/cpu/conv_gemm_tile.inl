@@ -81,7 +81,7 @@ inline void store_spread(const T* from, int count, int64_t step, T* to) {
           const __m512i v = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first16(n), from + i));
           _mm512_mask_storeu_epi16(to + 2 * i, static_cast<__mmask32>(spread_bits(first16(n))), v);
         } else {
-          const uint32_t mask = static_cast<uint32_t>(spread_bits(first16(n)));
+          const uint32_t mask = n == 16 ? 0x55555555u : static_cast<uint32_t>(spread_bits(first16(n)));
           const __m512i v = _mm512_maskz_loadu_epi32(first16(n), from + i);
           const __m512i high = _mm512_castsi256_si512(_mm512_extracti64x4_epi64(v, 1));
           _mm512_mask_storeu_epi32(to + 2 * i, static_cast<__mmask16>(mask), _mm512_maskz_expand_epi32(0x5555, v));
@@ -107,6 +107,8 @@ inline void finish_run(const ConvOutput<T>& out, const Compute<T>* sums, int64_t
       store_row<T>(sums, out.y + at, count);
     return;
   }
+  if constexpr (same_type<T, Compute<T>>)
+    if (out.z == nullptr && out.f == nullptr) return store_spread(sums, count, step, out.y + at);
   T values[kMaxTile];
   if (out.z != nullptr) {
     store_row<T>(sums, values, count);
