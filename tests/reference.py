@@ -186,6 +186,7 @@ def _pools() -> list[Pool]:
         pools.append(Pool(f"avg_pool{dims}d", shape, (3, 2, 1), {"count_include_pad": False, "ceil_mode": True}))
     for dims in (2, 3):
         pools.append(Pool(f"avg_pool{dims}d", shapes[dims], (3, 2, 1), {"divisor_override": 5}))
+        pools.append(Pool(f"avg_pool{dims}d", shapes[dims], (2,), {"divisor_override": 3}))
     return pools
 
 

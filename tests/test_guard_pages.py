@@ -239,6 +239,7 @@ def _pools():
             yield Pool(f"{kind}_pool2d", (1, size, 5, 4), (3, 2, 1), {})
             yield Pool(f"{kind}_pool2d", (2, size, 4, 4), (2,), {})
             yield Pool(f"{kind}_pool2d", (1, 2, 4, size + 1), (2,), {"ceil_mode": True})
+            yield Pool(f"{kind}_pool2d", (1, 2, 5, size + 1), (2,), {})
             yield Pool(f"{kind}_pool2d", (1, 2, 5, size + 2), (3, 2), {})
             yield Pool(f"{kind}_pool2d", (1, 2, 5, size + 2), (3, 1), {})
             yield Pool(f"{kind}_pool2d", (1, 2, 5, size + 2), (3, 3), {})
