@@ -125,8 +125,8 @@ def test_options_choose_the_cases() -> None:
     grid = command.choose(
         options("--op", "linear", "--shape", "3x4x5", "--threads", "1", "2", "--mode", "forward", "record")
     )
-    assert len(grid) == 2 * 2 * 2
-    assert {case.op for case in grid} == {"linear", "linear+relu"}
+    assert len(grid) == 3 * 2 * 2
+    assert {case.op for case in grid} == {"linear", "linear+relu", "linear+gelu"}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_command_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert content["machine"]["torch"] == torch.__version__
     with next(tmp_path.glob("*.csv")).open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["op"] for row in rows] == [row["op"] for row in content["rows"]] == ["linear", "linear+relu"]
+    assert [row["op"] for row in rows] == [row["op"] for row in content["rows"]] == list(linear.FUNCTIONS)
     assert next(tmp_path.glob("*-roofline.png")).read_bytes().startswith(b"\x89PNG")
 
 
