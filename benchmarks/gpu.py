@@ -39,7 +39,10 @@ PASSED, FAILED, CUT, MISSING = "passed", "failed", "out of time", "not on this m
 AGAIN = (FAILED, CUT)
 
 # What runs under compute-sanitizer, many times slower.
-SANITIZED = ("tests/test_cuda_linear.py", "tests/test_cuda_pool.py", "-k", "empty or asked_for or record")
+SANITIZED = (
+    "tests/test_cuda_linear.py", "tests/test_cuda_mlp.py", "tests/test_cuda_pool.py", "-k",
+    "empty or asked_for or strided_operands or record",
+)  # fmt: skip
 
 _PROBE = """
 import json, torch

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastops
-from fastops.benchmarks import activation, conv, linear, pool
+from fastops.benchmarks import activation, conv, linear, mlp, pool
 from fastops.benchmarks.harness import BACKWARD, BOTH, DTYPES, FORWARD, Case, WrongResult, settings
 
 MEASURED, WRONG, FOREIGN = "measured", "wrong result", "not a fastops kernel"
@@ -67,6 +67,10 @@ def _windows() -> tuple[Case, ...]:
     return tuple(stem.make(op, shape, dtype, BOTH, 1) for stem, op, shape in makers for dtype in ("f32", "bf16"))
 
 
+def _mlp(op: str, dtype: str, mode: str) -> tuple[Case, ...]:
+    return tuple(mlp.make(op, shape, dtype, mode, 1) for shape in ("65536x64x4", "65536x128x4"))
+
+
 AIMS = (
     Aim("linear bf16 4096^3 and 8192^3 with bias and GELU, forward", 1.0,
         _linear("linear+gelu", "bf16", "4096x4096x4096", "8192x8192x8192")),
@@ -76,6 +80,10 @@ AIMS = (
     Aim("conv 3x3 bf16 channels_last, 32x256x56x56 -> 256, forward", 0.8, _conv(FORWARD)),
     Aim("the same, forward and backward", 0.8, _conv(BOTH)),
     Aim("depthwise 3x3, first layers and max_pool2d, forward and backward", 1.5, _windows()),
+    Aim("MLP of 4 layers, width 64 and 128, batch 65536, bf16, forward", 5.0, _mlp("mlp", "bf16", FORWARD)),
+    Aim("the same, training step", 3.0, _mlp("mlp step", "bf16", BOTH)),
+    Aim("the same MLPs in float32, forward", 5.0, _mlp("mlp", "f32", FORWARD)),
+    Aim("the same MLPs in float32, training step", 3.0, _mlp("mlp step", "f32", BOTH)),
     Aim("activations on 256 MB, forward: share of a copy's bandwidth", 0.9, _activations(FORWARD), "copy_share"),
     Aim("the same, against PyTorch", 1.0, _activations(FORWARD)),
     Aim("activations on 256 MB, backward: share of a copy's bandwidth", 0.9, _activations(BACKWARD), "copy_share"),

@@ -58,6 +58,7 @@ def row_of(case: Case, ratio: float = 1.0, isa: str = "avx512") -> Row:
     [
         ("linear", "7x5x3"),
         ("linear+relu", "7x5x3"),
+        ("mlp", "9x5x3"),
         ("prelu", "100"),
         ("glu", "128"),
         *[(op, "2x3x8x8-4-k3-p1") for op in conv.FUNCTIONS if op.startswith("conv2d")],

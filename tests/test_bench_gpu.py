@@ -17,7 +17,7 @@ from gpu import DEVICE
 
 import fastops.functional as FF
 from benchmarks import gpu as make_gpu
-from fastops.benchmarks import activation, gpu_cases, harness, linear, pool
+from fastops.benchmarks import activation, gpu_cases, harness, linear, mlp, pool
 
 STAMP = {"gpu": "NVIDIA Imaginary", "driver": "1.2", "torch": "2.13.0", "sources": "abc"}
 
@@ -61,6 +61,8 @@ def measured(case: harness.Case) -> dict:
     [
         linear.make("linear+gelu", "5x6x7", "bf16", "forward", 1),
         linear.make("linear", "5x6x7", "f32", "both", 1),
+        mlp.make("mlp", "70x8x3", "bf16", "both", 1),
+        mlp.make("mlp step", "70x8x2", "bf16", "both", 1),
         activation.make("gelu", "4096", "f32", "backward", 1),
         activation.make("relu", "8192", "bf16", "backward", 1),
         pool.make("max_pool2d", "2x3x8x8-k3-s2-p1", "f32", "both", 1),
