@@ -99,8 +99,8 @@ class CudaTimer:
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         self._flush = torch.empty(max(4 * cache, 2**28), dtype=torch.uint8, device="cuda")
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
 
     def __call__(self, functions: Sequence[Callable[[], object]]) -> list[float]:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in functions]

@@ -144,8 +144,9 @@ constexpr int kMlpForwardTile = Kind::Forward::kTileM * Kind::kPitch;  // elemen
 template <class Kind>
 constexpr int kMlpWeights = Kind::kWidth * Kind::kPitch;
 
+// One block at least: what nvcc guesses otherwise leaves too few registers to float32 on sm_90.
 template <class Kind>
-__global__ void __launch_bounds__(Kind::Forward::kThreads)
+__global__ void __launch_bounds__(Kind::Forward::kThreads, 1)
     mlp_forward_kernel(const __grid_constant__ MlpForwardTask<typename Kind::S> task) {
   using S = typename Kind::S;
   using Product = typename Kind::Forward;
