@@ -8,7 +8,7 @@ PYTHON3 ?= python3
 SOURCES := $(shell find csrc -type f) build_native.py setup.py
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test bench readme check format sanitize ulp cuda-usage clean
+.PHONY: build demo test bench gpu readme check format sanitize ulp cuda-usage clean
 
 build: $(VENV)/installed $(VENV)/built
 
@@ -20,10 +20,16 @@ test: build
 
 # The README's table, from the newest results.
 readme: build
-	$(PYTHON) -m fastops.benchmarks.report $$(ls -t benchmarks/results/*.json | head -1) README.md
+	$(PYTHON) -m fastops.benchmarks.report $$(ls -t benchmarks/results/*.json | grep -v /gpu- | head -1) README.md
 
 bench: build
 	$(PYTHON) -m fastops bench --out benchmarks/results
+
+# On a machine with an NVIDIA GPU, nvcc, and a python with torch for CUDA, setuptools and pytest; downloads nothing. Builds,
+# runs the CUDA tests and compute-sanitizer, measures against PyTorch; nine minutes at most, and goes on if started again.
+GPU_PYTHON ?= python3
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 check: $(VENV)/requirements
 	$(VENV)/bin/ruff check .

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import fastops.functional as FF
-from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides
+from fastops import _C
+from fastops.benchmarks.harness import BACKWARD, BOTH, DTYPES, FORWARD, Case, Sides, functional_sides
+from fastops.ops import KIND
 
 SIZES = (1024, 65536, 1048576)
 LARGE = 16777216  # float32: 64 MB
@@ -62,7 +64,10 @@ def prepare(case: Case) -> Sides:
 def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | None = None) -> Case:
     """`shape` is the number of elements of the output."""
     inputs = 2 if op == "glu" else 1
-    tensors = inputs + 1 if mode != BOTH else 3 * inputs + 2  # forward: x, y; backward: grad_y, what was saved, grad_x
+    # forward: x, y; backward: grad_y, what was saved, grad_x
+    tensors: float = {FORWARD: inputs + 1, BACKWARD: 2 * inputs + 1, BOTH: 3 * inputs + 2}.get(mode, inputs + 1)
+    if mode == BACKWARD and op in KIND and _C.saved_by_default(KIND[op], 0.0, 0.0) == "mask":
+        tensors = 2 + 1 / (8 * DTYPES[dtype].itemsize)  # a bit an element is kept
     traffic = float(int(shape) * DTYPES[dtype].itemsize * tensors)
     return Case(op, shape, dtype, mode, threads, float(int(shape)), traffic, prepare, isa=isa)
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from fastops.benchmarks import activation, conv, conv_pool, figures, footprint, linear, pool, report, training
+from fastops.benchmarks import activation, conv, conv_pool, figures, footprint, linear, mlp, pool, report, training
 from fastops.benchmarks.harness import DTYPES, FORWARD, MODES, Case, Row, WrongResult, measure
 
 STEMS = {
     "linear": linear,
+    "mlp": mlp,
     "conv": conv,
     "conv_pool": conv_pool,
     "pool": pool,
@@ -22,6 +23,7 @@ STEMS = {
 }
 OPS = {
     **{op: linear for op in linear.FUNCTIONS},
+    **{op: mlp for op in mlp.FUNCTIONS},
     **{op: conv for op in conv.FUNCTIONS},
     **{op: conv_pool for op in conv_pool.FUNCTIONS},
     **{op: pool for op in pool.FUNCTIONS},
@@ -38,8 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape",
         **several,
-        help="instead of the standard ones: MxKxN for linear, 8x64x56x56-64-k3-s1-p1-g1 for convolutions, "
-        "64x32x28x28-k3-s2-p1 for pools, 8x512x7x7-1 for adaptive ones, elements of the output for activations",
+        help="instead of the standard ones: MxKxN for linear, 1024x64x4 for mlp, 8x64x56x56-64-k3-s1-p1-g1 for "
+        "convolutions, 64x32x28x28-k3-s2-p1 for pools, 8x512x7x7-1 for adaptive ones, elements of the output for "
+        "activations",
     )
     parser.add_argument("--dtype", **several, choices=list(DTYPES))
     parser.add_argument(
@@ -86,7 +89,8 @@ def choose(options: argparse.Namespace) -> list[Case]:
         except (ValueError, KeyError):
             raise SystemExit(
                 f"fastops bench: --shape {' '.join(options.shape)} does not fit --op {' '.join(options.op)}: "
-                "linear takes MxKxN, a convolution 8x64x56x56-64-k3-p1 (batch x channels x sizes - outputs - kernel - "
+                "linear takes MxKxN, mlp batch x width x layers, "
+                "a convolution 8x64x56x56-64-k3-p1 (batch x channels x sizes - outputs - kernel - "
                 "stride - padding - groups), a pool 64x32x28x28-k3-s2-p1 or adaptive 8x512x7x7-1, an activation the "
                 "number of elements of its output, training one of "
                 f"{', '.join(training.MODELS)}"

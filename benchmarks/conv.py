@@ -146,7 +146,7 @@ def prepare(case: Case) -> Sides:
 
     if "image" not in variants:
         return functional_sides(case, theirs, ours, inputs, compare)
-    image = inputs[0]
+    image = inputs[0].to(case.device)
     # In float64 for the reference, where the parameters are.
     return functional_sides(
         case,

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastops import _C
 
 FORWARD, RECORD, BOTH = "forward", "record", "both"  # without autograd; recording for it; forward and backward
+BACKWARD = "backward"  # alone, of a forward that is kept: measured on a GPU only
 MODES = (FORWARD, RECORD, BOTH)
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -42,13 +43,14 @@ class Case:
     op: str  # "linear", "linear+relu", "tanh", "training step", ...
     shape: str
     dtype: str  # a key of DTYPES
-    mode: str  # one of MODES
+    mode: str  # one of MODES, or BACKWARD
     threads: int
     flops: float  # floating point operations that the formula asks for
     bytes: float  # bytes that have to be read or written when nothing is cached
     prepare: Callable[["Case"], Sides]
     bound: str = "bytes"  # the peak it is held against: "flops" or "bytes"
     isa: str | None = None  # a lower tier than the best one
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -95,15 +97,18 @@ def functional_sides(
 ) -> Sides:
     """Sides for two functions of the same tensors; rule: another one than `compare`.
 
-    In mode "both" a fixed gradient is sent back through the output, and every gradient is dropped before the next call.
-    It is positive: sums over it do not cancel, so that their relative error means something.
+    In modes "both" and "backward" a fixed gradient is sent back through the output, and every gradient is dropped
+    before the next call. It is positive: sums over it do not cancel, so that their relative error means something.
     """
-    leaves = [tensor.detach().requires_grad_(case.mode != FORWARD) for tensor in inputs]
-    grad = torch.rand_like(theirs(*leaves)) if case.mode == BOTH else None
+    leaves = [tensor.detach().to(case.device).requires_grad_(case.mode != FORWARD) for tensor in inputs]
+    grad = torch.rand_like(theirs(*leaves)) if case.mode in (BACKWARD, BOTH) else None
 
     def one(function: Callable) -> Callable[[], object]:
         if grad is None:
             return lambda: function(*leaves)
+        if case.mode == BACKWARD:
+            output = function(*leaves)
+            return lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)
 
         def forward_and_backward() -> None:
             function(*leaves).backward(grad)

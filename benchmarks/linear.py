@@ -29,7 +29,19 @@ def fused_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return FF.linear(x, weight, bias, activation="relu")
 
 
-FUNCTIONS = {"linear": (F.linear, FF.linear), "linear+relu": (relu_of_linear, fused_relu)}
+def gelu_of_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def fused_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return FF.linear(x, weight, bias, activation="gelu")
+
+
+FUNCTIONS = {
+    "linear": (F.linear, FF.linear),
+    "linear+relu": (relu_of_linear, fused_relu),
+    "linear+gelu": (gelu_of_linear, fused_gelu),
+}
 
 
 def prepare(case: Case) -> Sides:
@@ -61,7 +73,7 @@ def cases(threads: int) -> list[Case]:
     for dtype in ("f32", "bf16"):
         for mode in (FORWARD, BOTH):
             result += [make("linear", shape, dtype, mode, threads) for shape in LAYERS]
-    for op in FUNCTIONS:
+    for op in ("linear", "linear+relu"):
         for mode in MODES:
             result += [make(op, shape, "f32", mode, threads) for shape in SMALL]
     for dtype in ("f64", "f16"):

@@ -56,21 +56,23 @@ _seeds = itertools.count()
 
 
 @contextmanager
-def configured(schedule: str = SCHEDULES[0], multiprocessors: int = 4, aligned: bool = True) -> Iterator[None]:
-    """How the emulator runs kernels inside: the order of their threads, the size of the chip that they are told, and
-    whether memory is aligned as a GPU's is or ends exactly at a page that faults. Fails where a kernel wrote past the
-    end of its memory. A GPU has no choice.
+def configured(
+    schedule: str = SCHEDULES[0], multiprocessors: int = 4, aligned: bool = True, shared: int = 99
+) -> Iterator[None]:
+    """How the emulator runs kernels inside: the order of their threads, the size of the chip that they are told, the
+    KiB of shared memory that a block may have, and whether memory is aligned as a GPU's is or ends exactly at a page
+    that faults. Fails where a kernel wrote past the end of its memory. A GPU has no choice.
     """
     if _emulator is None:
         yield
         return
-    _emulator.configure(SCHEDULES.index(schedule), next(_seeds), multiprocessors)
+    _emulator.configure(SCHEDULES.index(schedule), next(_seeds), multiprocessors, shared << 10)
     _emulator.set_aligned(aligned)
     _emulator.take_overruns()
     try:
         yield
     finally:
-        _emulator.configure(0, 0, 4)
+        _emulator.configure(0, 0, 4, 99 << 10)
         _emulator.set_aligned(True)
     overruns = _emulator.take_overruns()
     assert overruns == 0, f"{overruns} bytes were written past the end of an allocation"

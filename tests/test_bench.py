@@ -58,6 +58,7 @@ def row_of(case: Case, ratio: float = 1.0, isa: str = "avx512") -> Row:
     [
         ("linear", "7x5x3"),
         ("linear+relu", "7x5x3"),
+        ("mlp", "9x5x3"),
         ("prelu", "100"),
         ("glu", "128"),
         *[(op, "2x3x8x8-4-k3-p1") for op in conv.FUNCTIONS if op.startswith("conv2d")],
@@ -125,8 +126,8 @@ def test_options_choose_the_cases() -> None:
     grid = command.choose(
         options("--op", "linear", "--shape", "3x4x5", "--threads", "1", "2", "--mode", "forward", "record")
     )
-    assert len(grid) == 2 * 2 * 2
-    assert {case.op for case in grid} == {"linear", "linear+relu"}
+    assert len(grid) == 3 * 2 * 2
+    assert {case.op for case in grid} == {"linear", "linear+relu", "linear+gelu"}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_command_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert content["machine"]["torch"] == torch.__version__
     with next(tmp_path.glob("*.csv")).open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["op"] for row in rows] == [row["op"] for row in content["rows"]] == ["linear", "linear+relu"]
+    assert [row["op"] for row in rows] == [row["op"] for row in content["rows"]] == list(linear.FUNCTIONS)
     assert next(tmp_path.glob("*-roofline.png")).read_bytes().startswith(b"\x89PNG")
 
 

@@ -25,7 +25,7 @@ class Mutant(NamedTuple):
     new: str
 
 
-GEMM, ACTIVATION, FORMULAS, POOL = "gemm.cuh", "activation.cuh", "formulas.cuh", "pool.cuh"
+GEMM, ACTIVATION, FORMULAS, POOL, MLP = "gemm.cuh", "activation.cuh", "formulas.cuh", "pool.cuh", "mlp.cuh"
 MUTANTS = [
     # ---- barriers
     Mutant("no barrier before a tile is read", "gemm", GEMM, "__syncthreads();  // this tile", "// this tile"),
@@ -89,6 +89,45 @@ MUTANTS = [
     Mutant("the last window of an element is missed", "pool", POOL, "last : g.out[i] - 1) + 1", "last : g.out[i] - 1)"),
     Mutant("elements that do not exist", "pool", POOL, "if (index >= count) return;", ""),
     Mutant("the divisor counts the padding", "pool", POOL, "if (g.adaptive || !include_pad)", "if (g.adaptive)"),
+    # ---- fused networks
+    *(
+        Mutant(f"no barrier where {what}", "mlp", MLP, f"__syncthreads();  // {what}", f"// {what}")
+        for what in (
+            "nobody reads the tile before this one any more",
+            "this tile is there for all, and nobody reads the one before",
+            "the layer's weights are there for all",
+            "all have read the layer's input",
+            "the layer's output is there for all",
+            "nobody reads the tile before any more",
+            "all have read g",
+            "the tile of the layer before is there for all",
+        )
+    ),
+    Mutant("a tile that nobody waits for", "mlp", MLP,
+           "cp_async_wait<0>();\n    __syncthreads();  // this tile", "__syncthreads();  // this tile"),
+    Mutant("the next tile comes into this one, forward", "mlp", MLP, "stages + kMlpForwardTile<Kind> : stages",
+           "stages : stages"),
+    Mutant("the next tile comes into this one, backward", "mlp", MLP, "stages + 2 * kMlpBackwardTile<Kind> : stages",
+           "stages : stages"),
+    Mutant("rows of a tile that do not exist", "mlp", MLP, "row >= rows || left <= 0 ? 0", "left <= 0 ? 0"),
+    Mutant("columns of a vector that do not exist", "mlp", MLP, "left < kVector<S> ? left : kVector<S>;",
+           "kVector<S>;"),
+    Mutant("elements of a tile that do not exist", "mlp", MLP, "row < rows && col < cols ? from", "row < rows ? from"),
+    Mutant("rows that do not exist are stored", "mlp", MLP, "if (row >= rows || left <= 0) continue;", ""),
+    Mutant("weights that are not transposed", "mlp", MLP, "tile + col * kPitch + row,", "tile + row * kPitch + col,"),
+    Mutant("a step of k that is not whole is left out", "mlp", MLP, "k < depth; k += Multiplier::kTileK",
+           "k + Multiplier::kTileK <= depth; k += Multiplier::kTileK"),
+    Mutant("another layer's bias", "mlp", MLP, "first + biases[l * width + col]", "first + biases[col]"),
+    Mutant("pre-activations over outputs", "mlp", MLP, "(layers - 1 + l) * shape.m * task.hidden_stride",
+           "l * shape.m * task.hidden_stride"),
+    Mutant("the derivative of another row", "mlp", MLP, "y_tile + row * pitch + col", "y_tile + col"),
+    Mutant("a row missing from a bias's gradient", "mlp", MLP, "row < tile_rows; ++row) bias_gradient",
+           "row < tile_rows - 1; ++row) bias_gradient"),
+    Mutant("a block missing from the sum", "mlp", MLP, "for (int64_t block = 0; block < blocks",
+           "for (int64_t block = 1; block < blocks"),
+    Mutant("rows of a fragment's pairs", "mlp", GEMM, "body(row + i * 16 + e * 8,", "body(row + i * 16,"),
+    Mutant("a thread's rows of A", "mlp", GEMM, "from_a[A::offset(i * 16 + r, k)]", "from_a[A::offset(i * 16, k)]"),
+    Mutant("columns of a thread's pairs", "mlp", GEMM, "j / 2 * 32 + j % 2 * 2, pair[0]", "j / 2 * 32, pair[0]"),
 ]  # fmt: skip
 
 
@@ -107,7 +146,7 @@ def run(folder: Path, check: str, kernels: Path) -> subprocess.CompletedProcess:
     return subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("check", ["gemm", "activation", "pool"])
+@pytest.mark.parametrize("check", ["gemm", "activation", "pool", "mlp"])
 def test_the_sources_as_they_are_succeed(tmp_path, check):
     result = run(tmp_path, check, ROOT / "csrc" / "kernels")
     assert result.returncode == 0, result.stdout

@@ -480,8 +480,12 @@ inline auto with_mask_kind(ActivationKind kind, Body&& body) {
 }
 
 // body(Derivative{}), whose backward works from y where from_output, else from x; sigmoid's and tanh's always from y.
+// On either side of a launch, too.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
 template <class Body>
-inline auto with_derivative(ActivationKind kind, bool from_output, Body&& body) {
+FASTOPS_HOST_FN auto with_derivative(ActivationKind kind, bool from_output, Body&& body) {
   switch (kind) {
     case ActivationKind::relu:
       return body(Piecewise<Relu>{});

@@ -42,6 +42,14 @@ Tensor linear(const Tensor& input, const Tensor& weight, const optional<Tensor>&
 // Whether the shapes of these arguments of linear() fit.
 bool linear_accepts(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias);
 
+// ---- mlp.cpp
+// A chain of linear layers, `hidden` after all but the last and `output` after that, in one kernel. A bias may be
+// undefined.
+Tensor mlp(const Tensor& input, at::TensorList weights, at::TensorList biases, Activation hidden, Activation output);
+// Whether the shapes of these arguments fit and there is a kernel for them, given tensors of one supported dtype on one
+// device. Where there is none, the layers are linear's.
+bool mlp_accepts(const Tensor& input, at::TensorList weights, at::TensorList biases);
+
 // ---- conv.cpp
 // What a convolution is besides its tensors, in `dims` spatial dimensions; arrays as in ConvGeometry. before and after
 // are the padding on either side; of a transposed convolution they are what is cut off, `after` less output_padding.

@@ -1,7 +1,7 @@
 """torch.nn.functional's linear, convolutions, pools and activations, to the letter, on fastops' kernels.
 
-linear and the convolutions also take activation=, which is fused into the kernel; conv_max_pool2d, which torch has not,
-also fuses the pool after them.
+linear and the convolutions also take activation=, which is fused into the kernel. What torch has not: conv_max_pool2d
+also fuses the pool after them, and mlp is a chain of linear layers as one op.
 
 The choice between the doors is made in this package and nowhere else. For a plain eager tensor that is one call of the
 fast door (`fastops._C`), which does everything in C++ or answers NotImplemented. Then the general door (fastops/ops) is
@@ -55,6 +55,7 @@ from fastops.functional._conv import (
 )
 from fastops.functional._conv_pool import conv_max_pool1d, conv_max_pool2d, conv_max_pool3d
 from fastops.functional._linear import linear
+from fastops.functional._mlp import mlp
 from fastops.functional._pool import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -76,6 +77,6 @@ __all__ = [
     "conv1d", "conv2d", "conv3d", "conv_max_pool1d", "conv_max_pool2d", "conv_max_pool3d", "conv_transpose1d",
     "conv_transpose2d", "conv_transpose3d", "elu", "elu_", "gelu", "glu", "hardshrink", "hardsigmoid", "hardswish",
     "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "linear", "logsigmoid", "max_pool1d", "max_pool2d",
-    "max_pool3d", "mish", "prelu", "relu", "relu6", "relu_", "selu", "selu_", "sigmoid", "silu", "softplus",
+    "max_pool3d", "mish", "mlp", "prelu", "relu", "relu6", "relu_", "selu", "selu_", "sigmoid", "silu", "softplus",
     "softshrink", "softsign", "tanh", "tanhshrink", "threshold", "threshold_",
 ]  # fmt: skip

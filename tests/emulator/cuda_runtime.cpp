@@ -34,9 +34,10 @@ cudaError_t cudaGetDeviceCount(int* count) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount      ? simt::settings().multiprocessors
-           : attribute == cudaDevAttrComputeCapabilityMajor ? 8
-                                                            : 0;
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? simt::settings().multiprocessors
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? static_cast<int>(simt::settings().shared)
+           : attribute == cudaDevAttrComputeCapabilityMajor       ? 8
+                                                                  : 0;
   return cudaSuccess;
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {

@@ -165,8 +165,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 PYBIND11_MODULE(_emulator, m) {
   (void)hooked;
   m.def("kernels", [] { return reinterpret_cast<uintptr_t>(&fastops::cuda::kernels()); });
-  m.def("configure", [](int schedule, uint64_t seed, int multiprocessors) {
-    simt::settings() = {static_cast<simt::Schedule>(schedule), seed, multiprocessors};
+  m.def("configure", [](int schedule, uint64_t seed, int multiprocessors, size_t shared) {
+    simt::settings() = {static_cast<simt::Schedule>(schedule), seed, multiprocessors, shared};
   });
   m.def("set_aligned", [](bool value) { aligned.store(value); });
   // Writes past the end of an allocation since the last call.

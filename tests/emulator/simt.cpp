@@ -255,7 +255,7 @@ const char* launch(Dim3 grid, Dim3 block, size_t shared, const std::function<voi
   if (block.y != 1 || block.z != 1 || grid.y != 1 || grid.z != 1) return "blocks and grids have one dimension here";
   if (m.threads == 0 || m.threads % kWarp != 0 || m.threads > kMostThreads)
     return "a block must be 1 to 32 whole warps";
-  if (shared > kMostShared) return "more shared memory than a block may have";
+  if (shared > settings().shared) return "more shared memory than a block may have";
   if (m.shared_arena == nullptr) {
     // A whole number of pages, so that its last byte is the last before the guard.
     static_assert(kMostShared % 4096 == 3072);

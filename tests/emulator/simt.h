@@ -48,12 +48,14 @@ enum class Schedule : int { forward, reverse, shuffled };
 struct Settings {
   Schedule schedule = Schedule::forward;
   uint64_t seed = 0;
-  int multiprocessors = 4;  // what kernels are told; they choose tiles and splits by it
+  // What kernels are told, and choose tiles, splits and what stays on the chip by.
+  int multiprocessors = 4;
+  size_t shared = size_t{99} << 10;  // a block's, if it asks: the least of all GPUs from sm_80 on
 };
 Settings& settings();
 
-// Most that a block may have: what every GPU from sm_80 on gives one that asks.
-constexpr size_t kMostShared = 99 << 10;
+// The most that `shared` can be: sm_90's.
+constexpr size_t kMostShared = 227 << 10;
 
 // Runs body in every thread of every block; returns what is wrong with it, or null.
 const char* launch(Dim3 grid, Dim3 block, size_t shared, const std::function<void()>& body);

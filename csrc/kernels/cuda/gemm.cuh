@@ -211,6 +211,9 @@ struct Loader {
 //   Layouts A and B, kThreads, the sum in `sum`
 //   multiply(a, b)      sum += a b^T for two tiles in shared memory
 //   store(tile, row)    the sum as rows of a tile in shared memory, `row` elements apart
+//   each_pair(body)     body(row, col, first, second) for the sum's elements of this thread, two of a row at a time
+//
+// kAPad and kBPad are the layouts': tiles that are parts of wider ones have the pad of those and what they leave out.
 
 // Where mma's fragments of C go: lane 4 g + t has rows g and g + 8, columns 2 t and 2 t + 1.
 template <int kWarpsN, int kM, int kN>
@@ -225,15 +228,28 @@ __device__ inline void store_fragments(const float (&sum)[kM / 16][kN / 8][4], f
       for (int e = 0; e < 4; ++e) corner[(i * 16 + e / 2 * 8) * row + j * 8 + e % 2] = sum[i][j][e];
 }
 
+template <int kWarpsN, int kM, int kN, class Body>
+__device__ inline void each_fragment_pair(const float (&sum)[kM / 16][kN / 8][4], Body body) {
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int row = warp / kWarpsN * kM + lane / 4, col = warp % kWarpsN * kN + lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kM / 16; ++i)
+#pragma unroll
+    for (int j = 0; j < kN / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) body(row + i * 16 + e * 8, col + j * 8, sum[i][j][2 * e], sum[i][j][2 * e + 1]);
+}
+
 // 16-bit numbers by mma.m16n8k16. Warps stand kWarpsM x kWarpsN, each with kM x kN of C.
-template <class Element, int kWarpsM, int kWarpsN, int kM, int kN, bool kAKMajor, bool kBKMajor>
+template <class Element, int kWarpsM, int kWarpsN, int kM, int kN, bool kAKMajor, bool kBKMajor,
+          int kAPad = kVector<Element>, int kBPad = kVector<Element>>
 struct Mma16 {
   using S = Element;
   using C = float;
   static constexpr int kTileM = kWarpsM * kM, kTileN = kWarpsN * kN, kTileK = 32;
   static constexpr int kThreads = kWarpsM * kWarpsN * 32;
-  using A = Layout<S, kTileM, kTileK, kAKMajor>;
-  using B = Layout<S, kTileN, kTileK, kBKMajor>;
+  using A = Layout<S, kTileM, kTileK, kAKMajor, kAPad>;
+  using B = Layout<S, kTileN, kTileK, kBKMajor, kBPad>;
   float sum[kM / 16][kN / 8][4] = {};
 
   __device__ void multiply(const S* a, const S* b) {
@@ -273,18 +289,22 @@ struct Mma16 {
   }
 
   __device__ void store(C* tile, int row) const { store_fragments<kWarpsN, kM, kN>(sum, tile, row); }
+  template <class Body>
+  __device__ void each_pair(Body body) const {
+    each_fragment_pair<kWarpsN, kM, kN>(sum, body);
+  }
 };
 
 // float32 rounded to tf32, by mma.m16n8k8.
-template <int kWarpsM, int kWarpsN, int kM, int kN>
+template <int kWarpsM, int kWarpsN, int kM, int kN, bool kAKMajor = false, int kAPad = 8, int kBPad = 8>
 struct MmaTf32 {
   using S = float;
   using C = float;
   static constexpr int kTileM = kWarpsM * kM, kTileN = kWarpsN * kN, kTileK = 16;
   static constexpr int kThreads = kWarpsM * kWarpsN * 32;
   // The 8 x 4 elements that a warp reads at once are 8 columns of 4 rows.
-  using A = Layout<S, kTileM, kTileK, false, 8>;
-  using B = Layout<S, kTileN, kTileK, false, 8>;
+  using A = Layout<S, kTileM, kTileK, kAKMajor, kAPad>;
+  using B = Layout<S, kTileN, kTileK, false, kBPad>;
   float sum[kM / 16][kN / 8][4] = {};
 
   __device__ void multiply(const S* a, const S* b) {
@@ -310,18 +330,23 @@ struct MmaTf32 {
   }
 
   __device__ void store(C* tile, int row) const { store_fragments<kWarpsN, kM, kN>(sum, tile, row); }
+  template <class Body>
+  __device__ void each_pair(Body body) const {
+    each_fragment_pair<kWarpsN, kM, kN>(sum, body);
+  }
 };
 
 // float32 and float64 by multiply-adds. The lanes of a warp stand 4 x 8, each with kBlocks x kBlocks squares of 4 x 4,
 // which lie 16 rows and 32 columns apart: a warp reads 16-byte vectors of neighbouring columns.
-template <class Element, int kWarpsM, int kWarpsN, int kBlocks>
+template <class Element, int kWarpsM, int kWarpsN, int kBlocks, bool kAKMajor = false, int kAPad = kVector<Element>,
+          int kBPad = kVector<Element>>
 struct Simt {
   using S = Element;
   using C = Element;
   static constexpr int kTileM = kWarpsM * 16 * kBlocks, kTileN = kWarpsN * 32 * kBlocks, kTileK = 16;
   static constexpr int kThreads = kWarpsM * kWarpsN * 32;
-  using A = Layout<S, kTileM, kTileK, false>;
-  using B = Layout<S, kTileN, kTileK, false>;
+  using A = Layout<S, kTileM, kTileK, kAKMajor, kAPad>;
+  using B = Layout<S, kTileN, kTileK, false, kBPad>;
   C sum[kBlocks][4][kBlocks][4] = {};
 
   static __device__ int first_row() {
@@ -332,14 +357,19 @@ struct Simt {
   }
 
   __device__ void multiply(const S* a, const S* b) {
-    const S* const from_a = a + first_row();
+    const S* const from_a = a + A::offset(first_row(), 0);
     const S* const from_b = b + first_col();
 #pragma unroll
     for (int k = 0; k < kTileK; ++k) {
       alignas(16) S fa[kBlocks][4], fb[kBlocks][4];
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
-        load_unit(fa[i], from_a + A::offset(i * 16, k), 4, true);
+        if constexpr (kAKMajor) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) fa[i][r] = from_a[A::offset(i * 16 + r, k)];
+        } else {
+          load_unit(fa[i], from_a + A::offset(i * 16, k), 4, true);
+        }
         load_unit(fb[i], from_b + B::offset(i * 32, k), 4, true);
       }
 #pragma unroll
@@ -359,6 +389,16 @@ struct Simt {
 #pragma unroll
       for (int j = 0; j < kBlocks; ++j)
         store_unit(corner + (i / 4 * 16 + i % 4) * row + j * 32, sum[i / 4][i % 4][j], 4, true);
+  }
+  template <class Body>
+  __device__ void each_pair(Body body) const {
+#pragma unroll
+    for (int i = 0; i < kBlocks * 4; ++i)
+#pragma unroll
+      for (int j = 0; j < kBlocks * 2; ++j) {
+        const C* const pair = sum[i / 4][i % 4][j / 2] + j % 2 * 2;
+        body(first_row() + i / 4 * 16 + i % 4, first_col() + j / 2 * 32 + j % 2 * 2, pair[0], pair[1]);
+      }
   }
 };
 

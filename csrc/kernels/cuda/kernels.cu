@@ -55,6 +55,13 @@ void describe_device(int device, char* text, size_t size) {
                 properties.multiProcessorCount);
 }
 
+int attribute(cudaDeviceAttr what, int otherwise) {
+  int device = 0, value = otherwise;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&value, what, device) == cudaSuccess;
+  return known ? value : otherwise;
+}
+
 constexpr KernelTable kTable{
     runtime,
     use_device,
@@ -77,15 +84,19 @@ constexpr KernelTable kTable{
     linear_backward_name,
     linear_backward_workspace,
     linear_backward,
+    mlp_applies,
+    mlp_name,
+    mlp_forward,
+    mlp_backward_workspace,
+    mlp_backward,
 };
 
 }  // namespace
 
-int multiprocessors() {
-  int device = 0, count = 1;
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
-  return known ? count : 1;
+int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount, 1); }
+
+size_t most_shared() {
+  return static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, static_cast<int>(kUnaskedShared)));
 }
 
 const KernelTable& kernels() { return kTable; }

@@ -4,6 +4,7 @@
 
 #include "../activation.h"
 #include "../linear.h"
+#include "../mlp.h"
 #include "../pool.h"
 
 struct CUstream_st;
@@ -32,9 +33,9 @@ struct Runtime {
 };
 
 // All work is queued on the stream, which belongs to the current device; so do all pointers. The contracts are those of
-// activation.h, linear.h and pool.h. The workspace is `workspace(args)` bytes of 256-byte aligned device memory whose
-// contents mean nothing before or after the call; zero bytes means null is fine. The same call on the same device gives
-// the same bits every time.
+// activation.h, linear.h, mlp.h and pool.h. The workspace is `workspace(args)` bytes of 256-byte aligned device memory
+// whose contents mean nothing before or after the call; zero bytes means null is fine. The same call on the same device
+// gives the same bits every time.
 struct KernelTable {
   Runtime (*runtime)();
   // Makes the device current for this thread in this copy of the CUDA runtime, which is not torch's.
@@ -64,6 +65,14 @@ struct KernelTable {
   const char* (*linear_backward_name)(const LinearBackward&);
   size_t (*linear_backward_workspace)(const LinearBackward&);
   Status (*linear_backward)(const LinearBackward&, void* workspace, Stream);
+
+  // Whether the fused kernels take this shape on the current device; nothing else of mlp may be asked where they do
+  // not.
+  bool (*mlp_applies)(const MlpShape&);
+  const char* (*mlp_name)(const MlpShape&);
+  Status (*mlp_forward)(const MlpForward&, Stream);
+  size_t (*mlp_backward_workspace)(const MlpBackward&);
+  Status (*mlp_backward)(const MlpBackward&, void* workspace, Stream);
 };
 
 const KernelTable& kernels();

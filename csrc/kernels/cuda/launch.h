@@ -39,5 +39,7 @@ Status launch(const Launch& how, void (*kernel)(Parameters...), std::type_identi
 
 // Of the current device.
 int multiprocessors();
+// Bytes of shared memory that a block may have.
+size_t most_shared();
 
 }  // namespace fastops::cuda

@@ -26,4 +26,10 @@ const char* linear_backward_name(const LinearBackward&);
 size_t linear_backward_workspace(const LinearBackward&);
 Status linear_backward(const LinearBackward&, void* workspace, Stream);
 
+bool mlp_applies(const MlpShape&);
+const char* mlp_name(const MlpShape&);
+Status mlp_forward(const MlpForward&, Stream);
+size_t mlp_backward_workspace(const MlpBackward&);
+Status mlp_backward(const MlpBackward&, void* workspace, Stream);
+
 }  // namespace fastops::cuda

@@ -1,0 +1,239 @@
+#include "../kernels/mlp.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "check.h"
+#include "fast_door.h"
+#include "gpu.h"
+#include "memory.h"
+#include "node.h"
+#include "ops.h"
+#include "record.h"
+
+namespace fastops {
+namespace {
+
+struct MlpActivations {
+  Activation hidden, output;
+};
+
+// The input as a matrix whose rows the kernels read as they lie.
+Tensor as_rows(const Tensor& tensor) {
+  const int64_t cols = tensor.size(-1);
+  const Tensor rows = tensor.reshape({cols == 0 ? 0 : tensor.numel() / cols, cols});
+  return rows.stride(1) == 1 || cols == 1 ? rows : rows.contiguous();
+}
+
+MlpShape shape_of(const Tensor& input, at::TensorList weights, bool allow_tf32) {
+  MlpShape shape{to_dtype(input.scalar_type()), allow_tf32, 1, static_cast<int>(weights.size()), {}};
+  for (int64_t i = 0; i + 1 < input.dim(); ++i) shape.m *= input.size(i);
+  shape.widths[0] = input.size(-1);
+  for (size_t l = 0; l < weights.size(); ++l) shape.widths[l + 1] = weights[l].size(0);
+  return shape;
+}
+
+record::Row row_of(const char* op, const Tensor& input, at::TensorList weights, const MlpShape& shape) {
+  std::string shapes = record::shapes_of({input});
+  for (const Tensor& weight : weights) shapes += ", " + record::shapes_of({weight});
+  return {op, gpu::table()->mlp_name(shape), shapes, dtype_name(input.scalar_type())};
+}
+
+struct MlpOutput {
+  Tensor y;
+  Tensor z;       // the pre-activation of y, where its activation saves that
+  Tensor hidden;  // what backward reads of the hidden layers
+};
+
+MlpOutput mlp_forward(const Tensor& input, at::TensorList weights, at::TensorList biases,
+                      const MlpActivations& activations, bool allow_tf32, bool need_saved) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const auto type = input.scalar_type();
+  const at::Device device = input.device();
+  MlpForward args{};
+  args.shape = shape_of(input, weights, allow_tf32);
+  c10::DimVector sizes(input.sizes());
+  sizes.back() = args.shape.widths[weights.size()];
+  MlpOutput out{empty_output(sizes, type, device), {}, {}};
+  if (need_saved && saved_by_linear(activations.output) == Saved::input) out.z = empty_output(sizes, type, device);
+  if (need_saved)
+    out.hidden =
+        empty_output({mlp_hidden_matrices(args.shape, activations.hidden), args.shape.m, mlp_hidden_stride(args.shape)},
+                     type, device);
+  if (args.shape.m == 0) return out;
+
+  const Tensor x = as_rows(input);
+  args.x = x.const_data_ptr();
+  args.x_row_stride = x.stride(0);
+  variable_list kept;
+  for (size_t l = 0; l < weights.size(); ++l) {
+    kept.push_back(weights[l].contiguous());
+    args.w[l] = kept.back().const_data_ptr();
+    if (!biases[l].defined()) continue;
+    kept.push_back(biases[l].contiguous());
+    args.b[l] = kept.back().const_data_ptr();
+  }
+  args.hidden = activations.hidden;
+  args.output = activations.output;
+  args.y = out.y.mutable_data_ptr();
+  args.z = out.z.defined() ? out.z.mutable_data_ptr() : nullptr;
+  args.hidden_outputs = out.hidden.defined() && out.hidden.numel() > 0 ? out.hidden.mutable_data_ptr() : nullptr;
+  gpu::call(
+      device, [&] { return row_of("mlp", input, weights, args.shape); },
+      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.mlp_forward(args, stream); });
+  return out;
+}
+
+// Gradients of the input, then of the weights, then of the biases, where `needs` says so.
+variable_list mlp_backward(const Tensor& grad_output, const Tensor& saved, const Tensor& input, at::TensorList weights,
+                           const Tensor& hidden, const MlpActivations& activations, bool allow_tf32, Needs needs) {
+  const auto type = input.scalar_type();
+  const at::Device device = input.device();
+  const size_t layers = weights.size();
+  variable_list result(1 + 2 * layers);
+  MlpBackward args{};
+  args.shape = shape_of(input, weights, allow_tf32);
+  if (needs(0)) result[0] = empty_output(input.sizes(), type, device);
+  for (size_t l = 0; l < layers; ++l) {
+    if (needs(1 + l)) result[1 + l] = empty_output(weights[l].sizes(), type, device);
+    if (needs(1 + layers + l)) result[1 + layers + l] = empty_output({weights[l].size(0)}, type, device);
+  }
+  if (args.shape.m == 0) {  // sums of nothing
+    for (const Tensor& gradient : result)
+      if (gradient.defined()) gradient.zero_();
+    return result;
+  }
+
+  const auto data = [](const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; };
+  const Tensor g = as_rows(grad_output), x = as_rows(input);
+  args.grad_y = g.const_data_ptr();
+  args.grad_y_row_stride = g.stride(0);
+  args.saved = saved.defined() ? saved.const_data_ptr() : nullptr;
+  args.x = x.const_data_ptr();
+  args.x_row_stride = x.stride(0);
+  variable_list kept;
+  for (size_t l = 0; l < layers; ++l) {
+    kept.push_back(weights[l].contiguous());
+    args.w[l] = kept.back().const_data_ptr();
+    args.grad_w[l] = data(result[1 + l]);
+    args.grad_b[l] = data(result[1 + layers + l]);
+  }
+  args.hidden_outputs = hidden.const_data_ptr();
+  args.hidden = activations.hidden;
+  args.output = activations.output;
+  args.grad_x = data(result[0]);
+  gpu::call(
+      device, [&] { return row_of("mlp_backward", input, weights, args.shape); },
+      [&](const cuda::KernelTable& table, cuda::Stream stream) {
+        const gpu::Workspace workspace(table.mlp_backward_workspace(args), device);
+        return table.mlp_backward(args, workspace.get(), stream);
+      });
+  return result;
+}
+
+// a b for a (m, n) and b (n, k): as a linear of our own where both are plain.
+Tensor product(const Tensor& a, const Tensor& b) {
+  if (fast_door::is_plain(a) && fast_door::is_plain(b)) return linear(a, b.t(), std::nullopt, {});
+  return at::matmul(a, b);
+}
+
+// The same, one differentiable op a step, from the arguments of the forward alone: for a gradient that will itself be
+// differentiated, or that is batched or dual.
+variable_list composite_backward(const Tensor& grad_output, const Tensor& input, at::TensorList weights,
+                                 at::TensorList biases, const MlpActivations& activations, Needs needs) {
+  const size_t layers = weights.size();
+  const auto activation_of = [&](size_t l) { return l + 1 == layers ? activations.output : activations.hidden; };
+  const auto rows = [](const Tensor& tensor) { return tensor.reshape({-1, tensor.size(-1)}); };
+  variable_list y{rows(input)}, saved;
+  for (size_t l = 0; l < layers; ++l) {
+    const Activation f = activation_of(l);
+    const Tensor z = linear(y[l], weights[l], biases[l].defined() ? optional<Tensor>(biases[l]) : std::nullopt, {});
+    y.push_back(f.kind == ActivationKind::identity ? z : activation(z, f));
+    saved.push_back(saved_by_linear(f) == Saved::input ? z : y.back());
+  }
+  variable_list result(1 + 2 * layers);
+  Tensor g = rows(grad_output);
+  for (size_t l = layers; l-- > 0;) {
+    const Activation f = activation_of(l);
+    if (f.kind != ActivationKind::identity) g = differentiable_activation_backward(g, saved[l], f, saved_by_linear(f));
+    if (needs(1 + l)) result[1 + l] = product(g.t(), y[l]);
+    if (needs(1 + layers + l)) result[1 + layers + l] = g.sum(0);
+    g = product(g, weights[l]);
+  }
+  if (needs(0)) result[0] = g.reshape(input.sizes());
+  return result;
+}
+
+struct MlpOp : CompiledBackward<MlpOp> {
+  struct Args {
+    MlpActivations activations;
+    bool allow_tf32;
+  };
+  static c10::IValue pack(const Args& args) {
+    std::vector<double> values;
+    for (const Activation& f : {args.activations.hidden, args.activations.output})
+      values.insert(values.end(), {static_cast<double>(f.kind), f.a, f.b});
+    values.push_back(args.allow_tf32);
+    return values;
+  }
+  static Args unpack(const c10::IValue& packed) {
+    const auto values = packed.toDoubleVector();
+    const auto activation_at = [&](size_t i) {
+      return Activation{static_cast<ActivationKind>(static_cast<int>(values[i])), values[i + 1], values[i + 2]};
+    };
+    return {{activation_at(0), activation_at(3)}, values[6] != 0};
+  }
+
+  // saved: hidden, y or z, input, weights, biases.
+  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
+                                 Needs needs) {
+    const size_t layers = (saved.size() - 3) / 2;
+    if (!grads[0].defined()) return variable_list(1 + 2 * layers);
+    const Tensor& input = saved[2];
+    const at::TensorList weights(saved.data() + 3, layers), biases(saved.data() + 3 + layers, layers);
+    if (at::GradMode::is_enabled() || !fast_door::is_plain(grads[0]))
+      return composite_backward(grads[0], input, weights, biases, args.activations, needs);
+    return mlp_backward(grads[0], saved[1], input, weights, saved[0], args.activations, args.allow_tf32, needs);
+  }
+};
+
+}  // namespace
+
+Tensor mlp(const Tensor& input, at::TensorList weights, at::TensorList biases, Activation hidden, Activation output) {
+  bool records = needs_grad(input);
+  variable_list operands{input};
+  for (const at::TensorList list : {weights, biases})
+    for (const Tensor& tensor : list) {
+      operands.push_back(tensor);
+      records = records || needs_grad(tensor);
+    }
+  records = records && at::GradMode::is_enabled();
+  const bool allow_tf32 = input.scalar_type() == at::kFloat && gpu::allows_tf32();
+  auto [y, z, hidden_outputs] = mlp_forward(input, weights, biases, {hidden, output}, allow_tf32, records);
+  if (!records) return y;
+  const auto node = make_node<MlpOp>({{hidden, output}, allow_tf32}, operands);
+  torch::autograd::set_history(y, node);
+  operands.insert(operands.begin(), output.kind == ActivationKind::identity ? Tensor() : z.defined() ? z : y);
+  operands.insert(operands.begin(), hidden_outputs);
+  save(node, std::move(operands));
+  return y;
+}
+
+bool mlp_accepts(const Tensor& input, at::TensorList weights, at::TensorList biases) {
+  if (!gpu::takes(input.device()) || input.dim() < 1 || weights.size() != biases.size() ||
+      weights.size() > static_cast<size_t>(kMostMlpLayers))
+    return false;
+  int64_t features = input.size(-1);
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const Tensor &w = weights[l], &b = biases[l];
+    if (w.dim() != 2 || w.size(1) != features) return false;
+    features = w.size(0);
+    if (b.defined() && (b.dim() != 1 || b.size(0) != features)) return false;
+  }
+  const c10::DeviceGuard guard(input.device());
+  gpu::table()->use_device(input.device().index());
+  return gpu::table()->mlp_applies(shape_of(input, weights, input.scalar_type() == at::kFloat && gpu::allows_tf32()));
+}
+
+}  // namespace fastops

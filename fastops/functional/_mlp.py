@@ -1,0 +1,79 @@
+"""A multilayer perceptron as one op."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling as _is_compiling
+
+from fastops import _C
+from fastops.functional._activation import Activation, resolve_activation, valid
+from fastops.functional._general import show
+from fastops.functional._linear import linear
+from fastops.ops import KIND
+
+_fast_mlp = _C.mlp
+
+
+def mlp(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    activation: Activation = "relu",
+    output_activation: Activation = None,
+) -> Tensor:
+    """A chain of linear layers with an activation after each but the last: y_l+1 = f(y_l W_l^T + b_l), y_0 = input.
+
+    On a GPU, where no layer is wider than 128 and the tensors are float32, bfloat16 or float16, it is one kernel
+    forward and one (and a sum) backward: small networks are bound by launches and by what goes to memory from layer to
+    layer. Everywhere else (the CPU, wider layers, float64, more than 16 layers, GPUs with too little shared memory,
+    under torch.compile, torch.export and torch.func) it is `linear` with its activation, layer by layer: the same
+    results, and visible in fastops.record().
+
+    Args:
+        input: (*, in_features), any leading dimensions, any strides.
+        weights: one (out_features, in_features) for each layer; in_features are the out_features of the layer before.
+        biases: one (out_features), or None, for each layer; None: no layer has one.
+        activation: after every layer but the last. None, a name or an activation module, as in `linear`.
+        output_activation: after the last.
+
+    Returns:
+        (*, out_features of the last layer), in the dtype of the arguments: float32, float64, bfloat16 or float16.
+        Hidden outputs are rounded to it. As with torch.relu, the result of an activation must not be changed in place
+        before its backward.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit. TypeError: an argument is not a Tensor, or not a sequence.
+        ValueError: no layers, biases for another number of layers, or an activation that cannot be fused.
+
+    Source: fully fused networks are Mueller, Rousselle, Novak and Keller, "Real-time Neural Radiance Caching for Path
+    Tracing" (2021), and tiny-cuda-nn.
+    """
+    _check(weights, biases)
+    layers = len(weights)
+    biases = (None,) * layers if biases is None else biases
+    if not _is_compiling():
+        hidden, output = resolve_activation(activation), resolve_activation(output_activation)
+        if valid(*hidden) and valid(*output):
+            result = _fast_mlp(
+                input, tuple(weights), tuple(biases), KIND[hidden[0]], *hidden[1:], KIND[output[0]], *output[1:]
+            )
+            if result is not NotImplemented:
+                return result
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        try:
+            input = linear(input, weight, bias, activation if layer < layers - 1 else output_activation)
+        except RuntimeError as error:
+            raise RuntimeError(f"mlp: weights[{layer}] or biases[{layer}]: {error}") from error
+    return input
+
+
+def _check(weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None) -> None:
+    """What only a chain of layers can get wrong; the rest is linear's."""
+    for name, value in (("weights", weights), ("biases", biases)):
+        # A Tensor is a sequence of its rows, which nobody means.
+        if not isinstance(value, Sequence) and not (name == "biases" and value is None):
+            raise TypeError(f"mlp: {name} must be a list or tuple of Tensors, got {show(value)}")
+    if len(weights) == 0:
+        raise ValueError("mlp: weights must have at least one layer, got none")
+    if biases is not None and len(biases) != len(weights):
+        raise ValueError(f"mlp: biases must have one entry for each of {len(weights)} weights, got {len(biases)}")
