@@ -26,4 +26,14 @@ const char* linear_backward_name(const LinearBackward&);
 size_t linear_backward_workspace(const LinearBackward&);
 Status linear_backward(const LinearBackward&, void* workspace, Stream);
 
+const char* conv_forward_name(const ConvForward&);
+size_t conv_forward_workspace(const ConvForward&);
+Status conv_forward(const ConvForward&, void* workspace, Stream);
+const char* conv_backward_input_name(const ConvBackwardInput&);
+size_t conv_backward_input_workspace(const ConvBackwardInput&);
+Status conv_backward_input(const ConvBackwardInput&, void* workspace, Stream);
+const char* conv_backward_weight_name(const ConvBackwardWeight&);
+size_t conv_backward_weight_workspace(const ConvBackwardWeight&);
+Status conv_backward_weight(const ConvBackwardWeight&, void* workspace, Stream);
+
 }  // namespace fastops::cuda
