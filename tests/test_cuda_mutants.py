@@ -103,7 +103,7 @@ MUTANTS = [
     Mutant("the next channel is not the next tap's first", "conv", CONV,
            "if (t.channel == operand.channels.count()) {", "if (false) {"),
     Mutant("the positions of a thread are all the same", "conv", CONV,
-           "advance(p, window, u * position_step());", ""),
+           "if (distance > 0) advance(p, window, distance);", ""),
     Mutant("a phase begins with the first tap", "conv", CONV, "int at = axis.tap_first;", "int at = 0;"),
     Mutant("the taps of a phase are neighbours", "conv", CONV, "jump = next(tap + 1) - tap;", "jump = 1;"),
     Mutant("images do not follow each other", "conv", CONV, "p.image += distance;", ""),

@@ -374,8 +374,9 @@ struct ConvLoader {
   __device__ Place place_at(int u, int depth) const {
     if constexpr (kKIsPosition) {
       ConvPosition p = position;
-      if (kLast) advance(p, window, u * position_step());
-      return place_of(p, first_position() + u * position_step() < depth);
+      const int distance = kLast ? u * position_step() : 0;
+      if (distance > 0) advance(p, window, distance);
+      return place_of(p, first_position() + distance < depth);
     } else {
       return places[kLast ? u : 0];
     }
