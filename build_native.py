@@ -390,7 +390,8 @@ def print_cuda_usage() -> int:
         )
     spilling = [row for row in rows if row.spill_stores or row.spill_loads]
     print(f"{len(rows)} kernels, {len(spilling)} of them spill registers")
-    return 1 if any(row.kernel.startswith(("gemm_kernel", "mlp_")) for row in spilling) else 0
+    kernels = ("gemm_kernel", "conv_kernel", "mlp_")
+    return 1 if any(row.kernel.startswith(kernels) for row in spilling) else 0
 
 
 def build_cpp_tests(folder: Path, sources: list[Path], extra: list[str]) -> list[Path]:

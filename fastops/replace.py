@@ -21,8 +21,6 @@ __all__ = ["Report", "Row", "replace_", "replaced", "restore_"]
 
 _TO_FASTOPS: dict[type, type] = {getattr(nn, name): getattr(fnn, name) for name in fnn.__all__}
 _TO_TORCH = {ours: theirs for theirs, ours in _TO_FASTOPS.items()}
-# Layers with parameters that have CUDA kernels.
-_ON_GPU = (nn.Linear, nn.PReLU)
 
 # Layers that a user may expect to be replaced: named in the report, with the reason.
 _PLANNED = (
@@ -194,6 +192,6 @@ def _why_not(module: nn.Module) -> str:
             return f"{name} has layout {tensor.layout}"
         if tensor.dtype not in DTYPES:
             return f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, which no fastops kernel takes"
-        if not supported(tensor, on_gpu=isinstance(module, _ON_GPU)):
+        if not supported(tensor, on_gpu=True):
             return f"{name} is on {tensor.device}: no fastops kernel for it there"
     return ""

@@ -303,22 +303,6 @@ def test_a_replaced_model_moves_to_the_device():
     torch.testing.assert_close(model(x.to(DEVICE)).cpu(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_what_stays_pytorchs_in_a_model():
-    """A convolution has no CUDA kernel: replaced before it moves it runs PyTorch's, and after that it is skipped."""
-    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(18, 4))
-    x = torch.randn(2, 1, 5, 5)
-    expected = model(x)
-    fastops.replace_(model)
-    model.to(DEVICE)
-    with fastops.record() as rows:
-        torch.testing.assert_close(model(x.to(DEVICE)).cpu(), expected, atol=1e-5, rtol=1e-5)
-    assert [row.kernel == "aten" for row in rows] == [True, False, False]
-    fastops.restore_(model)
-    report = str(fastops.replace_(model))
-    assert f"weight is on {DEVICE}: no fastops kernel for it there" in report
-    torch.testing.assert_close(model(x.to(DEVICE)).cpu(), expected, atol=1e-5, rtol=1e-5)
-
-
 def test_tensors_on_two_devices_are_refused():
     x, w, b = operands(3, 4, 5, torch.float32)
     with pytest.raises(RuntimeError, match=r"linear: weight must be a dense tensor on .*:0, got one on cpu"):

@@ -25,7 +25,8 @@ class Mutant(NamedTuple):
     new: str
 
 
-GEMM, ACTIVATION, FORMULAS, POOL, MLP = "gemm.cuh", "activation.cuh", "formulas.cuh", "pool.cuh", "mlp.cuh"
+GEMM, ACTIVATION, FORMULAS, POOL = "gemm.cuh", "activation.cuh", "formulas.cuh", "pool.cuh"
+CONV, DEPTHWISE, MLP = "conv.cuh", "conv_depthwise.cuh", "mlp.cuh"
 MUTANTS = [
     # ---- barriers
     Mutant("no barrier before a tile is read", "gemm", GEMM, "__syncthreads();  // this tile", "// this tile"),
@@ -128,6 +129,47 @@ MUTANTS = [
     Mutant("rows of a fragment's pairs", "mlp", GEMM, "body(row + i * 16 + e * 8,", "body(row + i * 16,"),
     Mutant("a thread's rows of A", "mlp", GEMM, "from_a[A::offset(i * 16 + r, k)]", "from_a[A::offset(i * 16, k)]"),
     Mutant("columns of a thread's pairs", "mlp", GEMM, "j / 2 * 32 + j % 2 * 2, pair[0]", "j / 2 * 32, pair[0]"),
+    # ---- convolutions
+    Mutant("no barrier after a phase is opened", "conv", CONV, "(axis.taps);\n  }\n  __syncthreads();",
+           "(axis.taps);\n  }"),
+    Mutant("no barrier before the places of C are read", "conv", CONV,
+           "}\n  __syncthreads();\n  constexpr int pairs", "}\n  constexpr int pairs"),
+    Mutant("windows reach over the edge", "conv", CONV, "static_cast<unsigned>(window.axis[i].size)", "0x7fffffffu"),
+    Mutant("positions that do not exist", "conv", CONV, "if (!exists) place.at[0]", "if (false) place.at[0]"),
+    Mutant("channels that do not exist", "conv", CONV, "i < channels && contains", "contains"),
+    Mutant("vectors of channels that do not exist", "conv", CONV, "first_channel() < (kKIsPosition ? mn_left : depth)",
+           "true"),
+    Mutant("the next channel is not the next tap's first", "conv", CONV,
+           "if (t.channel == operand.channels.count()) {", "if (false) {"),
+    Mutant("the positions of a thread are all the same", "conv", CONV,
+           "if (distance > 0) advance(p, window, distance);", ""),
+    Mutant("a phase begins with the first tap", "conv", CONV, "int at = axis.tap_first;", "int at = 0;"),
+    Mutant("the taps of a phase are neighbours", "conv", CONV, "jump = next(tap + 1) - tap;", "jump = 1;"),
+    Mutant("images do not follow each other", "conv", CONV, "p.image += distance;", ""),
+    Mutant("every group is the first", "conv", CONV, "group(operand.data + group * operand.group_stride)",
+           "group(operand.data + 0 * group)"),
+    Mutant("the derivative of another element", "conv", CONV, "operand.saved[from - operand.data]",
+           "operand.saved[0]"),
+    Mutant("a division that is none", "conv", CONV, "(high + static_cast<uint32_t>(n)) >> shift", "high >> shift"),
+    Mutant("a second column that does not exist", "conv", CONV, "cols[col + 1] < 0 ? -1 : rows", "rows"),
+    Mutant("columns that are no neighbours in memory", "conv", CONV, "neighbours = second_at == at + 1",
+           "neighbours = second_at >= 0"),
+    Mutant("C where there is none", "conv", CONV, "if (m >= extents.m || n >= extents.n) continue;", ""),
+    Mutant("parts of C where there is none", "conv", CONV, "if (m >= extents.m || n >= extents.n) return;", ""),
+    Mutant("a part missing from the sum of a row", "conv", CONV, "++split) sum += sums", "++split) sum = sums"),
+    Mutant("the bias of the wrong channel", "conv", CONV, "group * task.n + n + 1, value", "group * task.n + n, value"),
+    Mutant("filters that do not exist", "conv", CONV, "if (index >= task.count) return;", ""),
+    Mutant("depthwise windows reach over the edge", "conv_depthwise", DEPTHWISE, "if (!inside) continue;", ""),
+    Mutant("the same for the weight's gradient", "conv_depthwise", DEPTHWISE, "if (inside) sum[t]", "sum[t]"),
+    Mutant("depthwise channels that do not exist", "conv_depthwise", DEPTHWISE,
+           "channel < task.channels && position < end", "position < end"),
+    Mutant("no barrier while a block sums", "conv_depthwise", DEPTHWISE, "__syncthreads();\n      if (worker",
+           "if (worker"),
+    Mutant("no barrier before the next sum", "conv_depthwise", DEPTHWISE, "__syncthreads();  // the sums are read",
+           "//"),
+    Mutant("elements that depthwise kernels do not have", "conv_depthwise", DEPTHWISE,
+           "if (index >= task.count) return;", ""),
+    Mutant("sums of a split that do not exist", "conv_depthwise", DEPTHWISE, "if (index >= count) return;", ""),
 ]  # fmt: skip
 
 
@@ -146,7 +188,7 @@ def run(folder: Path, check: str, kernels: Path) -> subprocess.CompletedProcess:
     return subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("check", ["gemm", "activation", "pool", "mlp"])
+@pytest.mark.parametrize("check", ["gemm", "activation", "pool", "conv", "conv_depthwise", "mlp"])
 def test_the_sources_as_they_are_succeed(tmp_path, check):
     result = run(tmp_path, check, ROOT / "csrc" / "kernels")
     assert result.returncode == 0, result.stdout

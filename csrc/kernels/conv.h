@@ -21,6 +21,23 @@ struct ConvGeometry {
   int64_t in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
 };
 
+// Whether every coordinate that a convolution forms, and every index into a filter, is far from the limits of an int,
+// which is what the CUDA kernels count those in.
+inline bool fits_int(const ConvGeometry& g) {
+  constexpr int64_t limit = int64_t{1} << 29;
+  bool fits = g.in_channels < limit && g.out_channels < limit;
+  int64_t taps = 1;
+  for (int i = 0; i < 3; ++i) {
+    fits = fits && g.in[i] < limit && g.kernel[i] < limit && g.padding[i] < limit && g.stride[i] < limit &&
+           g.dilation[i] < limit && g.out[i] < limit;
+    if (!fits) return false;
+    fits = g.out[i] * g.stride[i] < limit && g.kernel[i] * g.dilation[i] < limit;
+    taps *= g.kernel[i];
+    fits = fits && taps < limit;
+  }
+  return fits && taps * (g.in_channels / g.groups) < limit && taps * (g.out_channels / g.groups) < limit;
+}
+
 // What the algorithms may trade for speed. Of `highest` the rms error stays within three times that of direct
 // summation; `medium` allows Winograd's F(4x4, 3x3).
 enum class ConvPrecision : int { highest, medium };
@@ -44,7 +61,8 @@ struct ConvForward {
   void* y;
   void* z;
   ConvPrecision precision = ConvPrecision::highest;
-  Bf16Multiply bf16_multiply = Bf16Multiply::automatic;
+  Bf16Multiply bf16_multiply = Bf16Multiply::automatic;  // CPU
+  bool allow_tf32 = false;                               // CUDA: float32 products of operands rounded to tf32
 };
 
 // The gradient of x, and at once the forward pass of a transposed convolution (whose input is then grad_y, whose output
@@ -67,7 +85,8 @@ struct ConvBackwardInput {
   void* grad_x;
   void* z;
   ConvPrecision precision = ConvPrecision::highest;
-  Bf16Multiply bf16_multiply = Bf16Multiply::automatic;
+  Bf16Multiply bf16_multiply = Bf16Multiply::automatic;  // CPU
+  bool allow_tf32 = false;                               // CUDA: float32 products of operands rounded to tf32
 };
 
 // The gradients of w and bias, each nullable when not needed:
@@ -84,7 +103,8 @@ struct ConvBackwardWeight {
   const void* x;
   void* grad_w;
   void* grad_bias;
-  Bf16Multiply bf16_multiply = Bf16Multiply::automatic;
+  Bf16Multiply bf16_multiply = Bf16Multiply::automatic;  // CPU
+  bool allow_tf32 = false;                               // CUDA: float32 products of operands rounded to tf32
 };
 
 }  // namespace fastops

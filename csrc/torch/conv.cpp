@@ -25,20 +25,66 @@ std::string op_name(const ConvPlan& plan, const char* suffix = "") {
 
 // ---- one kernel call each, in terms of the underlying convolution; operands lie as the plan says
 
+template <class Args>
+using NameOf = const char* (*)(const Args&);
+
+// One pass of the CPU's table, and of the GPU's, which are called alike.
+template <class Args>
+struct Pass {
+  NameOf<Args> KernelTable::* name;
+  size_t (*KernelTable::*workspace)(const Args&, int threads);
+  void (*KernelTable::*run)(const Args&, void* workspace, const Team& team);
+  NameOf<Args> cuda::KernelTable::* gpu_name;
+  size_t (*cuda::KernelTable::*gpu_workspace)(const Args&);
+  cuda::Status (*cuda::KernelTable::*gpu_run)(const Args&, void* workspace, cuda::Stream);
+};
+
+// row(kernel) describes the call, for record().
+template <class Args, class Row>
+void call(const Pass<Args>& pass, Args args, at::Device device, Row&& row) {
+  if (!device.is_cpu()) {
+    args.allow_tf32 = args.dtype == DType::f32 && gpu::conv_allows_tf32();
+    gpu::call(
+        device, [&] { return row((gpu::table()->*pass.gpu_name)(args)); },
+        [&](const cuda::KernelTable& table, cuda::Stream stream) {
+          const gpu::Workspace workspace((table.*pass.gpu_workspace)(args), device);
+          return (table.*pass.gpu_run)(args, workspace.get(), stream);
+        });
+    return;
+  }
+  const KernelTable& table = kernels(args.dtype);
+  const Team team = torch_team();
+  const Workspace workspace((table.*pass.workspace)(args, team.threads));
+  record::timed([&] { return row((table.*pass.name)(args)); }, [&] { (table.*pass.run)(args, workspace.get(), team); });
+}
+
+constexpr Pass<ConvForward> kForward{&KernelTable::conv_forward_name,
+                                     &KernelTable::conv_forward_workspace,
+                                     &KernelTable::conv_forward,
+                                     &cuda::KernelTable::conv_forward_name,
+                                     &cuda::KernelTable::conv_forward_workspace,
+                                     &cuda::KernelTable::conv_forward};
+constexpr Pass<ConvBackwardInput> kBackwardInput{&KernelTable::conv_backward_input_name,
+                                                 &KernelTable::conv_backward_input_workspace,
+                                                 &KernelTable::conv_backward_input,
+                                                 &cuda::KernelTable::conv_backward_input_name,
+                                                 &cuda::KernelTable::conv_backward_input_workspace,
+                                                 &cuda::KernelTable::conv_backward_input};
+constexpr Pass<ConvBackwardWeight> kBackwardWeight{&KernelTable::conv_backward_weight_name,
+                                                   &KernelTable::conv_backward_weight_workspace,
+                                                   &KernelTable::conv_backward_weight,
+                                                   &cuda::KernelTable::conv_backward_weight_name,
+                                                   &cuda::KernelTable::conv_backward_weight_workspace,
+                                                   &cuda::KernelTable::conv_backward_weight};
+
 void run_forward(const ConvPlan& plan, const Tensor& x, const Tensor& w, const Tensor& bias, Activation activation,
                  const Tensor& y, const Tensor& z, const char* suffix) {
   const ConvForward args{to_dtype(x.scalar_type()), plan.layout,        plan.w_layout,      plan.geometry,
                          x.const_data_ptr(),        w.const_data_ptr(), data_or_null(bias), activation,
                          y.mutable_data_ptr(),      mutable_or_null(z), conv_precision()};
-  const KernelTable& table = kernels(args.dtype);
-  const Team team = torch_team();
-  const Workspace workspace(table.conv_forward_workspace(args, team.threads));
-  record::timed(
-      [&] {
-        return record::Row{op_name(plan, suffix), table.conv_forward_name(args), record::shapes_of({x, w, bias}),
-                           dtype_name(x.scalar_type())};
-      },
-      [&] { table.conv_forward(args, workspace.get(), team); });
+  call(kForward, args, x.device(), [&](const char* kernel) {
+    return record::Row{op_name(plan, suffix), kernel, record::shapes_of({x, w, bias}), dtype_name(x.scalar_type())};
+  });
 }
 
 void run_backward_input(const ConvPlan& plan, const Tensor& g, Activation activation, const Tensor& saved,
@@ -48,15 +94,9 @@ void run_backward_input(const ConvPlan& plan, const Tensor& g, Activation activa
                                g.const_data_ptr(),        activation,  data_or_null(saved),  w.const_data_ptr(),
                                data_or_null(bias),        epilogue,    x.mutable_data_ptr(), mutable_or_null(z),
                                conv_precision()};
-  const KernelTable& table = kernels(args.dtype);
-  const Team team = torch_team();
-  const Workspace workspace(table.conv_backward_input_workspace(args, team.threads));
-  record::timed(
-      [&] {
-        return record::Row{op_name(plan, suffix), table.conv_backward_input_name(args), record::shapes_of({g, w, bias}),
-                           dtype_name(g.scalar_type())};
-      },
-      [&] { table.conv_backward_input(args, workspace.get(), team); });
+  call(kBackwardInput, args, g.device(), [&](const char* kernel) {
+    return record::Row{op_name(plan, suffix), kernel, record::shapes_of({g, w, bias}), dtype_name(g.scalar_type())};
+  });
 }
 
 void run_backward_weight(const ConvPlan& plan, const ConvGeometry& geometry, const Tensor& g, Activation activation,
@@ -71,15 +111,10 @@ void run_backward_weight(const ConvPlan& plan, const ConvGeometry& geometry, con
                                 data_or_null(x),
                                 mutable_or_null(grad_w),
                                 mutable_or_null(grad_bias)};
-  const KernelTable& table = kernels(args.dtype);
-  const Team team = torch_team();
-  const Workspace workspace(table.conv_backward_weight_workspace(args, team.threads));
-  record::timed(
-      [&] {
-        return record::Row{op_name(plan, "_backward_weight"), table.conv_backward_weight_name(args),
-                           record::shapes_of({g, x}), dtype_name(g.scalar_type())};
-      },
-      [&] { table.conv_backward_weight(args, workspace.get(), team); });
+  call(kBackwardWeight, args, g.device(), [&](const char* kernel) {
+    return record::Row{op_name(plan, "_backward_weight"), kernel, record::shapes_of({g, x}),
+                       dtype_name(g.scalar_type())};
+  });
 }
 
 // The gradients of w and of the bias over g, which is [batch, out_channels, out].
@@ -106,8 +141,10 @@ void sum_over_channels(const ConvPlan& plan, const Tensor& g, const Tensor& grad
 // Whether g = grad_y f'(saved) is worth a tensor of its own. The input's gradient reads g at every tap, and forms it
 // each time. Measured on Granite Rapids, one thread, 28x28, 4 to 128 channels to 32, silu: with g formed once, the
 // input's gradient of a 5x5 takes 0.25 to 0.63 of the time; of a 3x3, 0.3 with 4 channels and no less from 8 on.
-// Depthwise kernels copy a plane once themselves.
-bool formed_once(const ConvPlan& plan, const std::array<bool, 3>& output_mask) {
+// Depthwise kernels copy a plane once themselves. The CUDA kernels fold what follows from y, and nothing else.
+bool formed_once(const ConvPlan& plan, Activation activation, at::Device device,
+                 const std::array<bool, 3>& output_mask) {
+  if (!device.is_cpu()) return saved_by_linear(activation) == Saved::input;
   const auto& kernel = plan.geometry.kernel;
   const int64_t taps = kernel[0] * kernel[1] * kernel[2], channels = plan.geometry.in_channels / plan.geometry.groups;
   return output_mask[0] && taps > 1 && channels > 1 && (taps > 9 || channels < 8);
@@ -193,9 +230,9 @@ struct ConvWeightOp : CompiledBackward<ConvWeightOp> {
 
 Tensor conv_weight(const Tensor& g, const Tensor& x, const ConvPlan& plan) {
   if (!fast_door::is_plain(g) || !fast_door::is_plain(x)) return torch_conv_weight(g, x, plan);
-  check_operand(g, x.scalar_type(), out_sizes(plan), "grad_output");
-  check_operand(x, x.scalar_type(), in_sizes(plan), "input");
-  const Tensor grad_w = empty_in(weight_sizes(plan), plan.w_layout, g.scalar_type());
+  check_operand(g, x.scalar_type(), out_sizes(plan), "grad_output", g.device());
+  check_operand(x, x.scalar_type(), in_sizes(plan), "input", g.device());
+  const Tensor grad_w = empty_in(weight_sizes(plan), plan.w_layout, g.scalar_type(), g.device());
   if (plan.geometry.batch == 0)
     grad_w.zero_();
   else
@@ -359,13 +396,15 @@ std::string plan_conv(const Tensor& input, const Tensor& weight, const Tensor& b
 ConvOutput conv_forward(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvPlan& plan,
                         Activation activation, bool need_saved) {
   const auto type = input.scalar_type();
-  check_operand(input, type, plan.transposed ? out_sizes(plan) : in_sizes(plan), "input");
-  check_operand(weight, type, weight_sizes(plan), "weight");
-  const Tensor b = checked_bias(bias, type);
+  const auto device = input.device();
+  check_input(input, "conv", "input");
+  check_operand(input, type, plan.transposed ? out_sizes(plan) : in_sizes(plan), "input", device);
+  check_operand(weight, type, weight_sizes(plan), "weight", device);
+  const Tensor b = checked_bias(bias, type, device);
   const ConvSizes sizes = plan.transposed ? in_sizes(plan) : out_sizes(plan);
   ConvOutput out;
-  out.y = empty_in(sizes, plan.layout, type);
-  if (need_saved && saved_by_linear(activation) == Saved::input) out.z = empty_in(sizes, plan.layout, type);
+  out.y = empty_in(sizes, plan.layout, type, device);
+  if (need_saved && saved_by_linear(activation) == Saved::input) out.z = empty_in(sizes, plan.layout, type, device);
   if (out.y.numel() == 0) return out;
   const Tensor x = in_layout(input, plan), w = weight_in_layout(weight, plan);
   if (plan.transposed)
@@ -382,23 +421,25 @@ std::array<Tensor, 3> conv_backward(const Tensor& grad_output, const Tensor& sav
   const bool identity = activation.kind == ActivationKind::identity;
   const ConvSizes input_sizes = plan.transposed ? out_sizes(plan) : in_sizes(plan);
   const ConvSizes output_sizes = plan.transposed ? in_sizes(plan) : out_sizes(plan);
-  check_operand(grad_output, type, output_sizes, "grad_output");
+  const auto device = grad_output.device();
+  check_input(grad_output, "conv", "grad_output");
+  check_operand(grad_output, type, output_sizes, "grad_output", device);
   if (!identity) {
     TORCH_CHECK(saved.defined(), "conv: saved must be what the forward pass saved for ",
                 activation_name(activation.kind), ", got nothing");
-    check_operand(saved, type, output_sizes, "saved");
+    check_operand(saved, type, output_sizes, "saved", device);
   }
-  if (output_mask[0]) check_operand(weight, type, weight_sizes(plan), "weight");
-  if (output_mask[1]) check_operand(input, type, input_sizes, "input");
+  if (output_mask[0]) check_operand(weight, type, weight_sizes(plan), "weight", device);
+  if (output_mask[1]) check_operand(input, type, input_sizes, "input", device);
 
   const bool of_nothing = plan.geometry.batch == 0;
-  std::array<Tensor, 3> out = new_gradients(plan, type, output_mask, of_nothing);
+  std::array<Tensor, 3> out = new_gradients(plan, type, output_mask, of_nothing, device);
   if (of_nothing) return out;
 
   Tensor g = in_layout(grad_output, plan), s = identity ? Tensor() : in_layout(saved, plan);
   const Tensor x = output_mask[1] ? in_layout(input, plan) : Tensor();
   const Tensor w = output_mask[0] ? weight_in_layout(weight, plan) : Tensor();
-  if (!identity && (plan.transposed || formed_once(plan, output_mask))) {
+  if (!identity && (plan.transposed || formed_once(plan, activation, device, output_mask))) {
     g = activation_backward(g, s, activation, saved_by_linear(activation));
     s = Tensor();
     activation = {};

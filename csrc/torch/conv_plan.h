@@ -49,38 +49,39 @@ inline ConvSizes weight_sizes(const ConvPlan& plan) {
   return conv_sizes(g.out_channels, g.in_channels / g.groups, g.kernel, plan.dims);
 }
 
-inline Tensor empty_in(at::IntArrayRef sizes, Layout layout, at::ScalarType type) {
-  if (layout == Layout::channels_first) return empty_output(sizes, type);
+inline Tensor empty_in(at::IntArrayRef sizes, Layout layout, at::ScalarType type, at::Device device = at::kCPU) {
+  if (layout == Layout::channels_first) return empty_output(sizes, type, device);
   const auto strides =
       sizes.size() == 4 ? c10::get_channels_last_strides_2d(sizes) : c10::get_channels_last_strides_3d(sizes);
-  return empty_output_strided(sizes, strides, type);
+  return empty_output_strided(sizes, strides, type, device);
 }
 
 inline const void* data_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
 inline void* mutable_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
 
-inline void check_operand(const Tensor& tensor, at::ScalarType type, at::IntArrayRef sizes, const char* name) {
-  check_tensor(tensor, "conv", name);
+inline void check_operand(const Tensor& tensor, at::ScalarType type, at::IntArrayRef sizes, const char* name,
+                          at::Device device = at::kCPU) {
+  check_tensor(tensor, "conv", name, device);
   check_dtype(tensor, type, "conv", name);
   TORCH_CHECK(tensor.sizes() == sizes, "conv: ", name, " must have shape ", sizes, ", got ", tensor.sizes());
 }
 
-inline Tensor checked_bias(const optional<Tensor>& bias, at::ScalarType type) {
+inline Tensor checked_bias(const optional<Tensor>& bias, at::ScalarType type, at::Device device = at::kCPU) {
   const Tensor b = bias.value_or(Tensor());
   if (!b.defined()) return b;
-  check_tensor(b, "conv", "bias");
+  check_tensor(b, "conv", "bias", device);
   check_dtype(b, type, "conv", "bias");
   return b.contiguous();
 }
 
 // The gradients of input, weight and bias that are asked for: to be filled, or zeros where they are sums of nothing.
 inline std::array<Tensor, 3> new_gradients(const ConvPlan& plan, at::ScalarType type, std::array<bool, 3> output_mask,
-                                           bool of_nothing) {
+                                           bool of_nothing, at::Device device = at::kCPU) {
   const int64_t outputs = plan.transposed ? plan.geometry.in_channels : plan.geometry.out_channels;
   std::array<Tensor, 3> out;
-  if (output_mask[0]) out[0] = empty_in(plan.transposed ? out_sizes(plan) : in_sizes(plan), plan.layout, type);
-  if (output_mask[1]) out[1] = empty_in(weight_sizes(plan), plan.w_layout, type);
-  if (output_mask[2]) out[2] = empty_output({outputs}, type);
+  if (output_mask[0]) out[0] = empty_in(plan.transposed ? out_sizes(plan) : in_sizes(plan), plan.layout, type, device);
+  if (output_mask[1]) out[1] = empty_in(weight_sizes(plan), plan.w_layout, type, device);
+  if (output_mask[2]) out[2] = empty_output({outputs}, type, device);
   if (of_nothing)
     for (Tensor& gradient : out)
       if (gradient.defined()) gradient.zero_();

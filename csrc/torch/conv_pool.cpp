@@ -38,9 +38,9 @@ std::string op_name(const ConvPlan& plan, const char* suffix = "") {
 }
 
 // Whether there is one kernel for all of it.
-bool is_fused(const ConvPlan& plan, Activation activation, const PoolSize& pool) {
+bool is_fused(const Tensor& input, const ConvPlan& plan, Activation activation, const PoolSize& pool) {
   const bool known = activation.kind == ActivationKind::identity || activation.kind == ActivationKind::relu;
-  return known && !plan.transposed && pool[0] * pool[1] * pool[2] <= kNoGradient;
+  return input.is_cpu() && known && !plan.transposed && pool[0] * pool[1] * pool[2] <= kNoGradient;
 }
 
 MaxPoolOutput conv_pool_forward(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
@@ -158,7 +158,7 @@ struct ConvPoolOp : CompiledBackward<ConvPoolOp> {
 
 Tensor conv_max_pool(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvPlan& plan,
                      Activation activation, const PoolSize& pool) {
-  if (!is_fused(plan, activation, pool))
+  if (!is_fused(input, plan, activation, pool))
     return max_pool(conv(input, weight, bias, plan, activation), pool_plan(plan, pool), false).y;
   const bool grad_x = needs_grad(input), grad_w = needs_grad(weight);
   const bool records = at::GradMode::is_enabled() && (grad_x || grad_w || (bias && needs_grad(*bias)));

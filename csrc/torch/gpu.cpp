@@ -48,6 +48,11 @@ bool runs_on(int device) {
   return state == yes;
 }
 
+bool allows_tf32(at::Float32Op op) {
+  return !at::NoTF32Guard::should_disable_tf32() &&
+         at::globalContext().float32Precision(at::Float32Backend::CUDA, op) == at::Float32Precision::TF32;
+}
+
 std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
@@ -88,11 +93,9 @@ Description describe() {
 
 void use_emulator(const cuda::KernelTable* kernels) { emulator.store(kernels); }
 
-bool allows_tf32() {
-  return !at::NoTF32Guard::should_disable_tf32() &&
-         at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
-             at::Float32Precision::TF32;
-}
+bool allows_tf32() { return allows_tf32(at::Float32Op::MATMUL); }
+
+bool conv_allows_tf32() { return allows_tf32(at::Float32Op::CONV); }
 
 cuda::Stream current_stream(at::Device device) {
   if (device.type() != c10::DeviceType::CUDA) return nullptr;

@@ -34,6 +34,8 @@ void use_emulator(const cuda::KernelTable* kernels);
 
 // Whether PyTorch's own switches let a float32 product on this kind of device round its operands to TF32.
 bool allows_tf32();
+// The same of a convolution, which has a switch of its own (torch.backends.cudnn.conv.fp32_precision, allow_tf32).
+bool conv_allows_tf32();
 
 cuda::Stream current_stream(at::Device device);
 

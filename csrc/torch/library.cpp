@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> conv_forward_op(const Tensor& input, const Tensor& we
                                            double b, bool need_saved) {
   const ConvPlan plan = make_plan(input, weight, bias, stride, padding, dilation, transposed, groups);
   auto [y, z] = conv_forward(input, weight, bias, plan, make_activation(activation, a, b), need_saved);
-  return {y, or_empty(z, y.scalar_type())};
+  return {y, or_empty(z, y.scalar_type(), y.device())};
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_backward_op(const Tensor& grad_output, const optional<Tensor>& saved,
@@ -82,7 +82,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward_op(const Tensor& grad_output, c
   auto [x, w, bias] = conv_backward(grad_output, saved.value_or(Tensor()), input, weight, plan,
                                     make_activation(activation, a, b), output_mask);
   const auto type = grad_output.scalar_type();
-  return {or_empty(x, type), or_empty(w, type), or_empty(bias, type)};
+  const auto device = grad_output.device();
+  return {or_empty(x, type, device), or_empty(w, type, device), or_empty(bias, type, device)};
 }
 
 // The result in the strides that at::empty_like gives this tensor, as the fake kernels promise.
@@ -256,10 +257,12 @@ TORCH_LIBRARY(fastops, m) {
       "bool count_include_pad, int divisor_override, int dims, bool channels_last) -> Tensor");
 }
 
-// The ops that have CUDA kernels as well.
+// All but composites of torch's own ops have CUDA kernels as well.
 void implement_on_every_device(torch::Library& m) {
   m.impl("linear_forward", linear_forward_op);
   m.impl("linear_backward", linear_backward_op);
+  m.impl("conv_forward", conv_forward_op);
+  m.impl("conv_backward", conv_backward_op);
   m.impl("activation_forward", activation_forward_op);
   m.impl("activation_backward", activation_backward_op);
   m.impl("prelu_forward", prelu_forward);
@@ -274,11 +277,7 @@ void implement_on_every_device(torch::Library& m) {
 
 TORCH_LIBRARY_IMPL(fastops, CUDA, m) { implement_on_every_device(m); }
 
-TORCH_LIBRARY_IMPL(fastops, CPU, m) {
-  implement_on_every_device(m);
-  m.impl("conv_forward", conv_forward_op);
-  m.impl("conv_backward", conv_backward_op);
-}
+TORCH_LIBRARY_IMPL(fastops, CPU, m) { implement_on_every_device(m); }
 
 // ---- the fast door: _C.<op> returns NotImplemented for every call that is not plain; Python then takes the general
 // door or explains what is wrong. Kernels run without the interpreter's lock, as PyTorch's own do.
@@ -431,7 +430,6 @@ bool read_params(const ConvArguments& arguments, const Tensor& weight, ConvParam
 template <class Call>
 py::object conv_call(const ConvArguments& arguments, py::handle input, py::handle weight, py::handle bias,
                      Call&& call) {
-  if (THPVariable_CheckExact(input.ptr()) && !THPVariable_Unpack(input.ptr()).is_cpu()) return not_implemented();
   return layer_fast(input, weight, bias, [&](const Tensor& x, const Tensor& w, const optional<Tensor>& bias_tensor) {
     ConvParams params{arguments.dims, arguments.transposed, 1, {1, 1, 1}, {}, {}, {1, 1, 1}};
     if (!read_params(arguments, w, params)) return not_implemented();
@@ -439,6 +437,7 @@ py::object conv_call(const ConvArguments& arguments, py::handle input, py::handl
     const Tensor batch = batched ? x : x.unsqueeze(0);
     ConvPlan plan;
     if (!plan_conv(batch, w, bias_tensor.value_or(Tensor()), params, plan).empty()) return not_implemented();
+    if (!x.is_cpu() && !fits_int(plan.geometry)) return not_implemented();
     return call(batch, w, bias_tensor, plan, [&](const Tensor& y) { return batched ? y : y.squeeze(0); });
   });
 }

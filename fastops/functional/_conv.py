@@ -213,7 +213,7 @@ def _general(ours: Callable[..., Tensor], args: tuple[Any, ...], activation: Act
     if general(*tensors) and input is not None and weight is not None:
         x, w, v = _conv_ops.cast(input, weight, bias)
         geometry = _geometry(_numbers(tuple(rest)), dims, transposed, w)
-        if geometry is not None and supported(x) and valid(kind, a, b):
+        if geometry is not None and supported(x, on_gpu=True) and valid(kind, a, b):
             batched = x.dim() != dims + 1
             if not batched:
                 x = x.unsqueeze(0)

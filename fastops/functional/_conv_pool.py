@@ -45,7 +45,8 @@ def conv_max_pool2d(
     With relu or no activation it is one call of a kernel forward and one backward. Forward takes some images at a time
     through both, in a block of about a megabyte, and keeps no more than a byte for each element of the result for
     backward. 3x3 convolutions of stride 1 with one to four channels and a 2x2 pool, a model's first layer, in float32
-    or float64 and channels first, have a kernel that pools in registers. Any other activation is the two ops in turn.
+    or float64 and channels first, have a kernel that pools in registers. Any other activation is the two ops in turn,
+    and so is every call on a GPU.
 
     Args:
         input, weight, bias, stride, padding, dilation, groups, activation: as in conv2d.

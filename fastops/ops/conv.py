@@ -64,10 +64,10 @@ def supports(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     for tensor in (weight, bias):
         if tensor is None:
             continue
-        if not supported(tensor) or tensor.dtype != input.dtype or tensor.device != input.device:
+        if not supported(tensor, on_gpu=True) or tensor.dtype != input.dtype or tensor.device != input.device:
             return False
     dims, groups = len(geometry.stride), geometry.groups
-    if not supported(input) or input.dim() != dims + 2 or weight.dim() != dims + 2:
+    if not supported(input, on_gpu=True) or input.dim() != dims + 2 or weight.dim() != dims + 2:
         return False
     if groups < 1 or weight.shape[0] < 1 or weight.shape[1] < 1 or weight.shape[0] % groups != 0:
         return False
@@ -88,7 +88,18 @@ def supports(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
             return False
     elif min(after) < 0:
         return False
-    return all(size >= 1 for size in geometry.output_sizes(input, weight))
+    sizes = geometry.output_sizes(input, weight)
+    return all(size >= 1 for size in sizes) and (
+        input.device.type == "cpu" or _fits_int(input, weight, sizes, geometry)
+    )
+
+
+def _fits_int(input: Tensor, weight: Tensor, sizes: Sequence[int], geometry: Geometry) -> bool:
+    """What the CUDA kernels count in ints: see fits_int in csrc/kernels/conv.h, which takes a little more."""
+    around, strides = geometry.padding[: len(sizes)], geometry.stride
+    spans = (k * d for k, d in zip(weight.shape[2:], geometry.dilation, strict=True))
+    reaches = (n * s for n, s in zip((*input.shape[2:], *sizes), (*strides, *strides), strict=True))
+    return max(*around, *spans, *reaches, *input.shape[1:2], weight.numel()) < 2**29
 
 
 def cast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

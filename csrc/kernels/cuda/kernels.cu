@@ -89,6 +89,15 @@ constexpr KernelTable kTable{
     mlp_forward,
     mlp_backward_workspace,
     mlp_backward,
+    conv_forward_name,
+    conv_forward_workspace,
+    conv_forward,
+    conv_backward_input_name,
+    conv_backward_input_workspace,
+    conv_backward_input,
+    conv_backward_weight_name,
+    conv_backward_weight_workspace,
+    conv_backward_weight,
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../activation.h"
+#include "../conv.h"
 #include "../linear.h"
 #include "../mlp.h"
 #include "../pool.h"
@@ -33,9 +34,9 @@ struct Runtime {
 };
 
 // All work is queued on the stream, which belongs to the current device; so do all pointers. The contracts are those of
-// activation.h, linear.h, mlp.h and pool.h. The workspace is `workspace(args)` bytes of 256-byte aligned device memory
-// whose contents mean nothing before or after the call; zero bytes means null is fine. The same call on the same device
-// gives the same bits every time.
+// activation.h, conv.h, linear.h, mlp.h and pool.h. The workspace is `workspace(args)` bytes of 256-byte aligned device
+// memory whose contents mean nothing before or after the call; zero bytes means null is fine. The same call on the same
+// device gives the same bits every time.
 struct KernelTable {
   Runtime (*runtime)();
   // Makes the device current for this thread in this copy of the CUDA runtime, which is not torch's.
@@ -73,6 +74,19 @@ struct KernelTable {
   Status (*mlp_forward)(const MlpForward&, Stream);
   size_t (*mlp_backward_workspace)(const MlpBackward&);
   Status (*mlp_backward)(const MlpBackward&, void* workspace, Stream);
+  // The activation to differentiate is none or one that follows from its output (saved_by_linear); for others the
+  // gradient of the pre-activation is formed first, by activation_backward. No size of an axis (of input, output,
+  // kernel, in elements, with stride, padding and dilation) reaches 2^29, nor does a filter's number of elements:
+  // fits_int.
+  const char* (*conv_forward_name)(const ConvForward&);
+  size_t (*conv_forward_workspace)(const ConvForward&);
+  Status (*conv_forward)(const ConvForward&, void* workspace, Stream);
+  const char* (*conv_backward_input_name)(const ConvBackwardInput&);
+  size_t (*conv_backward_input_workspace)(const ConvBackwardInput&);
+  Status (*conv_backward_input)(const ConvBackwardInput&, void* workspace, Stream);
+  const char* (*conv_backward_weight_name)(const ConvBackwardWeight&);
+  size_t (*conv_backward_weight_workspace)(const ConvBackwardWeight&);
+  Status (*conv_backward_weight)(const ConvBackwardWeight&, void* workspace, Stream);
 };
 
 const KernelTable& kernels();

@@ -31,5 +31,14 @@ const char* mlp_name(const MlpShape&);
 Status mlp_forward(const MlpForward&, Stream);
 size_t mlp_backward_workspace(const MlpBackward&);
 Status mlp_backward(const MlpBackward&, void* workspace, Stream);
+const char* conv_forward_name(const ConvForward&);
+size_t conv_forward_workspace(const ConvForward&);
+Status conv_forward(const ConvForward&, void* workspace, Stream);
+const char* conv_backward_input_name(const ConvBackwardInput&);
+size_t conv_backward_input_workspace(const ConvBackwardInput&);
+Status conv_backward_input(const ConvBackwardInput&, void* workspace, Stream);
+const char* conv_backward_weight_name(const ConvBackwardWeight&);
+size_t conv_backward_weight_workspace(const ConvBackwardWeight&);
+Status conv_backward_weight(const ConvBackwardWeight&, void* workspace, Stream);
 
 }  // namespace fastops::cuda
