@@ -19,6 +19,7 @@ void test_dtype(bool quick) {
   };
   // Widths, channels and outputs from nothing to beyond the largest tile (32 x 32).
   for (int64_t s = 0; s <= (quick ? 34 : 66); ++s) {
+    if (quick && s > 4 && (s + 1) % 8 > 2) continue;  // around the widths of vectors and tiles
     both_layouts(make(2, 3, 5, 1, {3, s}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, {1, 1}));
     both_layouts(make(2, s, 5, 1, {4, 3}, {2, 3}, {1, 1}, {1, 1}, {1, 1}, {0, 1}));
     both_layouts(make(1, 3, s, 1, {4, 9}, {1, 2}, {1, 1}, {0, 0}, {1, 1}, {0, 1}));
@@ -57,7 +58,7 @@ void test_dtype(bool quick) {
   // Everything at random.
   std::mt19937 random(7);
   const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
-  const int rounds = quick ? 150 : 600;
+  const int rounds = quick ? 100 : 600;
   for (int i = 0; i < rounds; ++i) {
     const size_t dims = 1 + static_cast<size_t>(below(3));
     std::vector<int64_t> in(dims), kernel(dims), stride(dims), padding(dims), dilation(dims), after(dims);
