@@ -638,7 +638,7 @@ __global__ void __launch_bounds__(Multiplier::kThreads, kConvBlocksAtOnce<typena
 // Sums the parts in their order and ends like conv_kernel: blocks for every phase and group, a thread for every pair of
 // C, then one for every sum of a row.
 template <class S, ConvProduct product, bool kLast>
-__global__ void __launch_bounds__(kReduceThreads) conv_reduce_kernel(const __grid_constant__ ConvTask<S> task) {
+__global__ void __launch_bounds__(kReduceThreads, 4) conv_reduce_kernel(const __grid_constant__ ConvTask<S> task) {
   using C = Compute<S>;
   constexpr bool weight = product == ConvProduct::weight;
   const int64_t even_n = (task.n + 1) / 2 * 2, pairs = task.m * (even_n / 2);

@@ -48,7 +48,8 @@ struct DepthwiseTask {
 };
 
 template <class S>
-__global__ void __launch_bounds__(kDepthwiseThreads) depthwise_kernel(const __grid_constant__ DepthwiseTask<S> task) {
+__global__ void __launch_bounds__(kDepthwiseThreads, 4)
+    depthwise_kernel(const __grid_constant__ DepthwiseTask<S> task) {
   using C = Compute<S>;
   const ConvShape& s = task.shape;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kDepthwiseThreads + threadIdx.x;
