@@ -4,8 +4,10 @@ A mutant is a copy of the sources with one piece of text changed. The programs o
 kernels on small integers in every schedule; on the sources as they are they succeed.
 """
 
+import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -194,12 +196,26 @@ def test_the_sources_as_they_are_succeed(tmp_path, check):
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.what)
-def test_mutant_fails(tmp_path, mutant):
-    kernels = tmp_path / "kernels"
+def run_mutant(folder: Path, mutant: Mutant) -> int:
+    """The program's status."""
+    kernels = folder / "kernels"
     shutil.copytree(ROOT / "csrc" / "kernels", kernels)
     source = kernels / "cuda" / mutant.file
     text = source.read_text()
     assert mutant.old in text, "the source has changed; so must the mutant"
     source.write_text(text.replace(mutant.old, mutant.new))
-    assert run(tmp_path, mutant.check, kernels).returncode != 0
+    return run(folder, mutant.check, kernels).returncode
+
+
+@pytest.fixture(scope="module")
+def statuses(request, tmp_path_factory):
+    """Of the mutants that were asked for, as they come: to compile one takes seconds, and every core takes some."""
+    wanted = [item.callspec.params["mutant"] for item in request.session.items if item.name.startswith("test_mutant")]
+    pool = ThreadPoolExecutor(os.cpu_count())
+    yield {mutant: pool.submit(run_mutant, tmp_path_factory.mktemp("mutant"), mutant) for mutant in wanted}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.what)
+def test_mutant_fails(statuses, mutant):
+    assert statuses[mutant].result() != 0
