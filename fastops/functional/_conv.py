@@ -231,7 +231,7 @@ def _sizes(value: Any, dims: int) -> tuple[int, ...] | None:
     """A number for every dimension; None where it is not for fastops to say what was meant."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if len(values) == 1:
-        values *= dims
+        values = values * dims  # Dynamo of torch 2.11 knows no "*=" of tuples
     return values if len(values) == dims and all(type(v) is int for v in values) else None
 
 
