@@ -9,7 +9,7 @@ import importlib.util
 import itertools
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -86,3 +86,19 @@ def put(tensor: Tensor) -> Tensor:
     high = sum((size - 1) * max(stride, 0) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     flat = tensor.detach().as_strided((high - low + 1 if tensor.numel() else 0,), (1,)).to(DEVICE)
     return flat.as_strided(tensor.shape, tensor.stride()).requires_grad_(tensor.requires_grad)
+
+
+def compare_second_order(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *tensors: Tensor) -> None:
+    """The gradients of a gradient: of the first tensor's, of the function on DEVICE and of torch's on the CPU."""
+    g = torch.randn_like(theirs(*tensors))
+    h = torch.randn_like(tensors[0])
+
+    def second(function: Callable[..., Tensor], place: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
+        leaves = [place(t).requires_grad_() for t in (*tensors, g)]
+        (first,) = torch.autograd.grad(function(*leaves[:-1]), leaves[0], leaves[-1], create_graph=True)
+        found = torch.autograd.grad(first, leaves, place(h), allow_unused=True)
+        return [None if t is None else t.cpu() for t in found]
+
+    for p, q in zip(second(ours, put), second(theirs, torch.clone), strict=True):
+        p, q = (torch.zeros(()) if t is None else t for t in (p, q))
+        torch.testing.assert_close(p, q.expand_as(p) if q.dim() == 0 else q, check_dtype=False)

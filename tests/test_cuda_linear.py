@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import close, exact
-from gpu import DEVICE, EMULATED, SCHEDULES, configured, put
+from gpu import DEVICE, EMULATED, SCHEDULES, compare_second_order, configured, put
 from reference import DTYPES, LINEAR_SHAPES, gradients
 
 import fastops
@@ -230,21 +230,8 @@ def test_only_the_gradients_asked_for(wanted, activation):
 @pytest.mark.parametrize("name", [None, "relu", "gelu"])
 def test_double_backward(name):
     x, w, b = operands(6, 5, 4, torch.float64)
-    g, h = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
-
-    def second(function, place):
-        leaves = [place(t).requires_grad_() for t in (x, w, b, g)]
-        output = function(*leaves[:3])
-        (first,) = torch.autograd.grad(output, leaves[0], leaves[3], create_graph=True)
-        found = torch.autograd.grad(first, leaves, place(h), allow_unused=True)
-        return [None if t is None else t.cpu() for t in found]
-
     activate = (lambda z: z) if name is None else getattr(F, name)
-    ours = second(lambda *t: FF.linear(*t, activation=name), put)
-    theirs = second(lambda *t: activate(F.linear(*t)), torch.clone)
-    for p, q in zip(ours, theirs, strict=True):
-        p, q = (torch.zeros(()) if t is None else t for t in (p, q))
-        torch.testing.assert_close(p, q.expand_as(p) if q.dim() == 0 else q, check_dtype=False)
+    compare_second_order(lambda *t: FF.linear(*t, activation=name), lambda *t: activate(F.linear(*t)), x, w, b)
 
 
 def test_strides_beyond_two_to_the_31_elements():

@@ -7,7 +7,6 @@ namespace fastops::cuda {
 namespace {
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <int n>
 Units units_of(int64_t rows, int64_t cols) {

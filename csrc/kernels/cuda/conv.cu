@@ -1,15 +1,13 @@
 #include "conv.cuh"
 
 #include "conv_depthwise.cuh"
-#include "launch.h"
+#include "gemm_plan.cuh"
 #include "launchers.h"
 
 namespace fastops::cuda {
 namespace {
 
-int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 int64_t product_of(const int64_t (&sizes)[3]) { return sizes[0] * sizes[1] * sizes[2]; }
 
@@ -26,32 +24,11 @@ Algorithm algorithm_of(const ConvGeometry& g, fastops::Layout layout) {
   return pointwise ? Algorithm::pointwise : Algorithm::implicit;
 }
 
-// Large tiles read less, small ones fill the chip where there is less to do. Unmeasured.
-template <class S, bool weight, bool large>
-struct Tensor16 {
-  using type =
-      std::conditional_t<large, Mma16<S, 2, 4, 64, 32, !weight, !weight>, Mma16<S, 2, 2, 32, 32, !weight, !weight>>;
-};
-template <bool large>
-using Tensor32 = std::conditional_t<large, MmaTf32<2, 4, 64, 32>, MmaTf32<2, 2, 32, 32>>;
-template <bool large>
-using Scalar32 = std::conditional_t<large, Simt<float, 4, 2, 2>, Simt<float, 4, 2, 1>>;
-using Scalar64 = Simt<double, 4, 2, 1>;
-
-constexpr int kLarge = 128, kSmall = 64;  // of m and n, in every configuration
-// A part of k has at least this many tiles, and k at most so many parts. Unmeasured.
-constexpr int64_t kTilesInSplit = 8, kMostSplits = 32;
-
 // C is [m, n] for each of `slabs` phases and groups. registers: an operand goes through registers.
 struct Extents {
   int64_t m, n, k, slabs;
   bool registers, row_sums;
 };
-struct Plan {
-  bool large;
-  int64_t tiles_m, tiles_n, splits, k_per_split;
-};
-
 // Large tiles are compiled for what models spend their time on: asynchronous copies, and 16-bit numbers with channels
 // first, which are never neighbours.
 constexpr bool has_large(DType dtype, fastops::Layout layout, bool registers) {
@@ -60,28 +37,11 @@ constexpr bool has_large(DType dtype, fastops::Layout layout, bool registers) {
 }
 
 Plan plan_for(DType dtype, fastops::Layout layout, const Extents& e) {
-  const int64_t chip = multiprocessors();
-  Plan plan{};
-  plan.large = has_large(dtype, layout, e.registers) && e.m > kSmall && e.n > kSmall &&
-               quotient_up(e.m, kLarge) * quotient_up(e.n, kLarge) * e.slabs >= chip;
-  const int64_t tile = plan.large ? kLarge : kSmall, tile_k = size_of(dtype) == 2 ? 32 : 16;
-  plan.tiles_m = quotient_up(e.m, tile);
-  plan.tiles_n = e.n > 0 ? quotient_up(e.n, tile) : 1;  // without columns, for the sums of rows
-  const int64_t tiles_k = quotient_up(e.k, tile_k);
-  const int64_t idle = chip / (plan.tiles_m * plan.tiles_n * e.slabs);
-  int64_t splits = smaller(smaller(idle, tiles_k / kTilesInSplit), kMostSplits);
-  if (splits < 1) splits = 1;
-  plan.k_per_split = quotient_up(tiles_k, splits) * tile_k;
-  plan.splits = splits == 1 ? 1 : quotient_up(e.k, plan.k_per_split);
-  return plan;
+  return plan_product(dtype, has_large(dtype, layout, e.registers), e.m, e.n, e.k, e.slabs);
 }
 
 size_t partial_bytes(DType dtype, fastops::Layout layout, const Extents& e) {
-  const Plan plan = plan_for(dtype, layout, e);
-  if (plan.splits == 1) return 0;
-  const int64_t even_n = quotient_up(e.n, 2) * 2;
-  return static_cast<size_t>(plan.splits * e.slabs * e.m * (even_n + (e.row_sums ? 1 : 0))) *
-         (dtype == DType::f64 ? 8 : 4);
+  return partial_bytes(plan_for(dtype, layout, e), dtype, e.m, e.n, e.row_sums, e.slabs);
 }
 
 const char* name_of(DType dtype, bool tf32, bool large) {
@@ -190,7 +150,7 @@ Status run_tiles(const char* name, bool tf32, bool registers, const ConvTask<flo
 }
 template <ConvProduct product, bool last, bool large, class S>
 Status run_tiles(const char* name, bool, bool registers, const ConvTask<S>& task, Stream stream) {
-  using Multiplier = typename Tensor16<S, product == ConvProduct::weight, large>::type;
+  using Multiplier = Tensor16<S, large, product != ConvProduct::weight, product != ConvProduct::weight>;
   return run_product<Multiplier, product, last, large>(name, task, registers, stream);
 }
 

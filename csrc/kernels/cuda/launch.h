@@ -9,6 +9,10 @@
 
 namespace fastops::cuda {
 
+inline int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Parts of a workspace begin on 256 bytes.
+inline size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
 struct Launch {
   const char* kernel;  // its name, for errors
   int64_t blocks;

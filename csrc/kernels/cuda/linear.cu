@@ -1,11 +1,8 @@
-#include "gemm.cuh"
-#include "launch.h"
+#include "gemm_plan.cuh"
 #include "launchers.h"
 
 namespace fastops::cuda {
 namespace {
-
-int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The three products of a linear layer are one kernel over different views:
 //   output        C = y [m, n]       A = x [m, k]            B = w [n, k]
@@ -15,52 +12,11 @@ int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // third. Tiles of 16-bit numbers lie in shared memory as they do there; 32 and 64-bit ones always the last way.
 enum class View : int { output, grad_input, grad_weight };
 
-// ---- the configurations
-
-// Large tiles read less, small ones fill the chip where there is less to do. Unmeasured.
-template <class S, View view, bool large>
-struct Tensor16 {
-  static constexpr bool kAKMajor = view != View::grad_weight, kBKMajor = view == View::output;
-  using type =
-      std::conditional_t<large, Mma16<S, 2, 4, 64, 32, kAKMajor, kBKMajor>, Mma16<S, 2, 2, 32, 32, kAKMajor, kBKMajor>>;
-};
-template <bool large>
-using Tensor32 = std::conditional_t<large, MmaTf32<2, 4, 64, 32>, MmaTf32<2, 2, 32, 32>>;
-template <bool large>
-using Scalar32 = std::conditional_t<large, Simt<float, 4, 2, 2>, Simt<float, 4, 2, 1>>;
-using Scalar64 = Simt<double, 4, 2, 1>;
-
-constexpr int kLarge = 128, kSmall = 64;  // of m and n, in every configuration
-// A part of k has at least this many tiles, and k at most so many parts. Unmeasured.
-constexpr int64_t kTilesInSplit = 8, kMostSplits = 32;
-
-struct Plan {
-  bool large;
-  int64_t tiles_m, tiles_n, splits, k_per_split;
-};
-
-Plan plan_for(DType dtype, int64_t m, int64_t n, int64_t k) {
-  const int64_t chip = multiprocessors();
-  Plan plan{};
-  plan.large =
-      dtype != DType::f64 && m > kSmall && n > kSmall && quotient_up(m, kLarge) * quotient_up(n, kLarge) >= chip;
-  const int64_t tile = plan.large ? kLarge : kSmall, tile_k = size_of(dtype) == 2 ? 32 : 16;
-  plan.tiles_m = quotient_up(m, tile);
-  plan.tiles_n = n > 0 ? quotient_up(n, tile) : 1;  // without columns, for the sums of rows
-  const int64_t tiles_k = quotient_up(k, tile_k);
-  const auto at_most = [](int64_t a, int64_t b) { return a < b ? a : b; };
-  int64_t splits = at_most(at_most(chip / (plan.tiles_m * plan.tiles_n), tiles_k / kTilesInSplit), kMostSplits);
-  if (splits < 1) splits = 1;
-  plan.k_per_split = quotient_up(tiles_k, splits) * tile_k;
-  plan.splits = splits == 1 ? 1 : quotient_up(k, plan.k_per_split);
-  return plan;
-}
+// Every product of a linear layer has large tiles.
+Plan plan_for(DType dtype, int64_t m, int64_t n, int64_t k) { return plan_product(dtype, true, m, n, k); }
 
 size_t partial_bytes(DType dtype, int64_t m, int64_t n, int64_t k, bool row_sums) {
-  const Plan plan = plan_for(dtype, m, n, k);
-  if (plan.splits == 1) return 0;
-  const int64_t even_n = quotient_up(n, 2) * 2;
-  return static_cast<size_t>(plan.splits * m * (even_n + (row_sums ? 1 : 0))) * (dtype == DType::f64 ? 8 : 4);
+  return partial_bytes(plan_for(dtype, m, n, k), dtype, m, n, row_sums);
 }
 
 // ---- launching
@@ -111,7 +67,7 @@ Status run_view(const char* name, bool tf32, const GemmTask<float>& task, const 
 template <View view, bool large, class S>
 Status run_view(const char* name, bool, const GemmTask<S>& task, const Operand<S>& a, const Operand<S>& b,
                 Stream stream) {
-  return run_gemm<typename Tensor16<S, view, large>::type>(name, task, a, b, stream);
+  return run_gemm<Tensor16<S, large, view != View::grad_weight, view == View::output>>(name, task, a, b, stream);
 }
 
 const char* name_of(DType dtype, bool tf32, bool large) {
@@ -170,8 +126,6 @@ Status linear_forward_of(const LinearForward& args, void* workspace, Stream stre
 bool forms_gradient_first(const Activation& activation) {
   return activation.kind != ActivationKind::identity && !can_fold(activation);
 }
-
-size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // Where the gradient of the pre-activation goes if it is formed first; the partial sums come behind it.
 size_t gradient_bytes(const LinearBackward& args) {

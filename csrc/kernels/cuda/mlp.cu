@@ -6,9 +6,6 @@
 namespace fastops::cuda {
 namespace {
 
-int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
 constexpr int kNarrow = 64, kWide = static_cast<int>(kMostMlpWidth);
 
 bool is_wide(const MlpShape& shape) {

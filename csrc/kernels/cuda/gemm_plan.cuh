@@ -1,0 +1,55 @@
+// How a product of gemm.cuh is launched: the configurations of its tiles, their choice, and the parts of k.
+#pragma once
+
+#include "gemm.cuh"
+#include "launch.h"
+
+namespace fastops::cuda {
+namespace {
+
+// Large tiles read less, small ones fill the chip where there is less to do. Unmeasured.
+template <class S, bool large, bool kAKMajor, bool kBKMajor>
+using Tensor16 =
+    std::conditional_t<large, Mma16<S, 2, 4, 64, 32, kAKMajor, kBKMajor>, Mma16<S, 2, 2, 32, 32, kAKMajor, kBKMajor>>;
+template <bool large>
+using Tensor32 = std::conditional_t<large, MmaTf32<2, 4, 64, 32>, MmaTf32<2, 2, 32, 32>>;
+template <bool large>
+using Scalar32 = std::conditional_t<large, Simt<float, 4, 2, 2>, Simt<float, 4, 2, 1>>;
+using Scalar64 = Simt<double, 4, 2, 1>;
+
+constexpr int kLarge = 128, kSmall = 64;  // of m and n, in every configuration
+// A part of k has at least this many tiles, and k at most so many parts. Unmeasured.
+constexpr int64_t kTilesInSplit = 8, kMostSplits = 32;
+
+struct Plan {
+  bool large;
+  int64_t tiles_m, tiles_n, splits, k_per_split;
+};
+
+// For `slabs` products C [m, n]; n may be 0 where only sums of rows are wanted. may_be_large: there are such kernels.
+inline Plan plan_product(DType dtype, bool may_be_large, int64_t m, int64_t n, int64_t k, int64_t slabs = 1) {
+  const int64_t chip = multiprocessors();
+  Plan plan{};
+  plan.large = may_be_large && dtype != DType::f64 && m > kSmall && n > kSmall &&
+               quotient_up(m, kLarge) * quotient_up(n, kLarge) * slabs >= chip;
+  const int64_t tile = plan.large ? kLarge : kSmall, tile_k = size_of(dtype) == 2 ? 32 : 16;
+  plan.tiles_m = quotient_up(m, tile);
+  plan.tiles_n = n > 0 ? quotient_up(n, tile) : 1;
+  const int64_t tiles_k = quotient_up(k, tile_k);
+  const auto at_most = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  int64_t splits = at_most(at_most(chip / (plan.tiles_m * plan.tiles_n * slabs), tiles_k / kTilesInSplit), kMostSplits);
+  if (splits < 1) splits = 1;
+  plan.k_per_split = quotient_up(tiles_k, splits) * tile_k;
+  plan.splits = splits == 1 ? 1 : quotient_up(k, plan.k_per_split);
+  return plan;
+}
+
+// Of the parts' sums, with rows of C rounded up to even, and of A's rows where those are wanted.
+inline size_t partial_bytes(const Plan& plan, DType dtype, int64_t m, int64_t n, bool row_sums, int64_t slabs = 1) {
+  if (plan.splits == 1) return 0;
+  const int64_t even_n = quotient_up(n, 2) * 2;
+  return static_cast<size_t>(plan.splits * slabs * m * (even_n + (row_sums ? 1 : 0))) * (dtype == DType::f64 ? 8 : 4);
+}
+
+}  // namespace
+}  // namespace fastops::cuda
