@@ -238,7 +238,7 @@ Tensor conv_weight(const Tensor& g, const Tensor& x, const ConvPlan& plan) {
   else
     weight_gradients(plan, in_layout(g, plan), {}, {}, in_layout(x, plan), grad_w, {});
   const bool grad_g = needs_grad(g), grad_x = needs_grad(x);
-  if (!at::GradMode::is_enabled() || !(grad_g || grad_x)) return grad_w;
+  if (!is_recorded(grad_g || grad_x, g, x)) return grad_w;
   const auto node = make_node<ConvWeightOp>(plan, g, x);
   torch::autograd::set_history(grad_w, node);
   save(node, {grad_x ? g : Tensor(), grad_g ? x : Tensor()});
@@ -458,7 +458,8 @@ std::array<Tensor, 3> conv_backward(const Tensor& grad_output, const Tensor& sav
 Tensor conv(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvPlan& plan,
             Activation activation) {
   const bool grad_x = needs_grad(input), grad_w = needs_grad(weight);
-  const bool records = at::GradMode::is_enabled() && (grad_x || grad_w || (bias && needs_grad(*bias)));
+  const bool records = is_recorded(grad_x || grad_w || needs_grad(bias), input, weight, bias);
+  if (records) check_can_be_saved(input, weight);
   auto [y, z] = conv_forward(input, weight, bias, plan, activation, /*need_saved=*/records);
   if (!records) return y;
   // z, the pre-activation, is an output of the node that nobody else sees: gradients of gradients reach the inputs

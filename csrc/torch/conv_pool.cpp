@@ -161,7 +161,8 @@ Tensor conv_max_pool(const Tensor& input, const Tensor& weight, const optional<T
   if (!is_fused(input, plan, activation, pool))
     return max_pool(conv(input, weight, bias, plan, activation), pool_plan(plan, pool), false).y;
   const bool grad_x = needs_grad(input), grad_w = needs_grad(weight);
-  const bool records = at::GradMode::is_enabled() && (grad_x || grad_w || (bias && needs_grad(*bias)));
+  const bool records = is_recorded(grad_x || grad_w || needs_grad(bias), input, weight, bias);
+  if (records) check_can_be_saved(input, weight);
   const MaxPoolOutput out = conv_pool_forward(input, weight, bias, plan, activation, pool, records);
   if (!records) return out.y;
   const auto node = make_node<ConvPoolOp>({plan, pool}, input, weight, bias);

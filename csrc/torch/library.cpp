@@ -1,6 +1,7 @@
 // Everything that Python sees, in one page: the schemas of torch.ops.fastops and the module fastops._C.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 #include <torch/python.h>
@@ -115,10 +116,13 @@ Tensor activation_second_derivative_op(const Tensor& saved, c10::string_view act
   return activation_second_derivative(saved, make_activation(activation, a, b), saved_kind({kind.data(), kind.size()}));
 }
 
+Tensor prelu_forward_op(const Tensor& input, const Tensor& weight) { return like(input, prelu_forward(input, weight)); }
+
 std::tuple<Tensor, Tensor> prelu_backward_op(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                                              std::array<bool, 2> output_mask) {
   auto [x, w] = prelu_backward(grad_output, input, weight, output_mask);
-  return {or_empty(x, input.scalar_type(), input.device()), or_empty(w, input.scalar_type(), input.device())};
+  return {x.defined() ? like(input, x) : or_empty(x, input.scalar_type(), input.device()),
+          or_empty(w, input.scalar_type(), input.device())};
 }
 
 // output: the output's spatial sizes; kernel, stride, padding and dilation are empty for an adaptive pool. sizes: the
@@ -265,7 +269,7 @@ void implement_on_every_device(torch::Library& m) {
   m.impl("conv_backward", conv_backward_op);
   m.impl("activation_forward", activation_forward_op);
   m.impl("activation_backward", activation_backward_op);
-  m.impl("prelu_forward", prelu_forward);
+  m.impl("prelu_forward", prelu_forward_op);
   m.impl("prelu_backward", prelu_backward_op);
   m.impl("glu_forward", glu_forward);
   m.impl("glu_backward", glu_backward);
@@ -499,6 +503,9 @@ py::object activation_fast(py::handle input, int kind, double a, double b, bool 
   const Tensor& x = THPVariable_Unpack(input.ptr());
   if (!is_supported(x.scalar_type())) return not_implemented();
   const Activation f = make_activation(kind, a, b);
+  // PyTorch's threshold_ is the one in-place activation that takes expanded tensors.
+  if (inplace && f.kind == ActivationKind::threshold && at::has_internal_overlap(x) == at::MemOverlap::Yes)
+    return not_implemented();
   return without_gil([&] { return inplace ? activation_(x, f) : fastops::activation(x, f); });
 }
 

@@ -238,14 +238,14 @@ std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& s
 }
 
 Tensor linear(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, Activation activation) {
-  const bool grad_x = needs_grad(input), grad_w = needs_grad(weight);
-  const bool records = at::GradMode::is_enabled() && (grad_x || grad_w || (bias && needs_grad(*bias)));
+  const bool grad_x = needs_grad(input), grad_w = needs_grad_of_view(weight);
+  const bool records = is_recorded(grad_x || grad_w || needs_grad(bias), input, weight, bias);
   auto [y, z] = linear_forward(input, weight, bias, activation, /*need_saved=*/records);
   if (!records) return y;
   // z, the pre-activation, is an output of the node that nobody else sees: gradients of gradients reach the inputs
   // through it.
-  const auto node =
-      make_node<LinearOp>({activation, grad_w ? std::vector<int64_t>() : input.sizes().vec()}, input, weight, bias);
+  const auto node = make_node<LinearOp>({activation, grad_w ? std::vector<int64_t>() : input.sizes().vec()}, input,
+                                        grad_w ? weight : Tensor(), bias);
   torch::autograd::set_history(y, node);
   if (z.defined()) torch::autograd::set_history(z, node);
   const bool identity = activation.kind == ActivationKind::identity;

@@ -273,9 +273,9 @@ std::string plan_pool(at::IntArrayRef sizes, const PoolParams& params, PoolPlan&
     if (g.stride[i] <= 0) return c10::str("stride must be positive, got ", g.stride[i]);
     if (g.dilation[i] <= 0) return c10::str("dilation must be positive, got ", g.dilation[i]);
     if (g.padding[i] < 0) return c10::str("padding must not be negative, got ", g.padding[i]);
-    if (g.padding[i] > g.kernel[i] / 2 && g.padding[i] > ((g.kernel[i] - 1) * g.dilation[i] + 1) / 2)
-      return c10::str("padding must be at most half of the window, got ", g.padding[i], " with kernel_size ",
-                      g.kernel[i], " and dilation ", g.dilation[i]);
+    if (g.padding[i] > g.kernel[i] / 2)
+      return c10::str("padding must be at most half of kernel_size, got ", g.padding[i], " with kernel_size ",
+                      g.kernel[i]);
     g.out[i] = output_size(g.in[i], g.kernel[i], g.stride[i], g.padding[i], g.dilation[i], params.ceil_mode);
     if (g.out[i] < 1)
       return c10::str("kernel_size ", g.kernel[i], " with dilation ", g.dilation[i], " is larger than the input of ",
@@ -369,7 +369,7 @@ Tensor differentiable_max_pool_backward(const Tensor& grad_output, const Tensor&
 }
 
 MaxPoolOutput max_pool(const Tensor& input, const PoolPlan& plan, bool return_indices) {
-  const bool records = at::GradMode::is_enabled() && input.requires_grad();
+  const bool records = is_recorded(input);
   const PoolIndices kind = return_indices ? PoolIndices::plane
                            : records      ? compact_indices(plan.geometry)
                                           : PoolIndices::none;
@@ -411,7 +411,7 @@ Tensor avg_pool_backward(const Tensor& grad_output, const PoolPlan& plan, const 
 
 Tensor avg_pool(const Tensor& input, const PoolPlan& plan, const AvgDivisor& divisor) {
   const Tensor y = avg_pool_forward(input, plan, divisor);
-  if (!at::GradMode::is_enabled() || !input.requires_grad()) return y;
+  if (!is_recorded(input)) return y;
   const auto node = make_node<AvgPoolOp>({plan, divisor}, input);
   torch::autograd::set_history(y, node);
   node->save_variables_to_ctx();
@@ -424,7 +424,7 @@ Tensor differentiable_avg_pool_backward(const Tensor& grad_output, const PoolArg
   if (!fast_door::is_plain(grad_output))
     return TorchAvgPool(args).backward(grad_output, sizes_of(args.plan, args.plan.geometry.in));
   const Tensor grad_input = avg_pool_backward(grad_output, args.plan, args.divisor);
-  if (!at::GradMode::is_enabled() || !grad_output.requires_grad()) return grad_input;
+  if (!is_recorded(grad_output)) return grad_input;
   const auto node = make_node<AvgPoolBackwardOp>(args, grad_output);
   torch::autograd::set_history(grad_input, node);
   node->save_variables_to_ctx();

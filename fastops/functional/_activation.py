@@ -198,9 +198,16 @@ def _general_activation(
     if not _is_compiling() and overrides(input):
         return handle_torch_function(public, (input,), input, *args, **kwargs)
     if general(input) and supported(input, on_gpu=True) and valid(kind, a, b):
-        output = _activation_ops.activation(input, kind, float(a), float(b))
-        return input.copy_(output) if inplace else output
+        if not inplace:
+            return _activation_ops.activation(input, kind, float(a), float(b))
+        # PyTorch's threshold_ is the one in-place activation that takes expanded tensors.
+        if kind != "threshold" or not _is_expanded(input):
+            return _activation_ops.activation_(input, kind, float(a), float(b))
     return torch_op(kind, _EXPLAIN.get(kind, explain_activation), theirs, input, *args, **kwargs)
+
+
+def _is_expanded(input: Tensor) -> bool:
+    return any(n > 1 and step == 0 for n, step in zip(input.shape, input.stride(), strict=True))
 
 
 def explain_activation(input: Any, *args: Any, **kwargs: Any) -> str:

@@ -30,8 +30,18 @@ def general(*tensors: Any) -> bool:
     if _is_compiling():
         # An op with a gradient registered in Python does not work under torch.func inside a compiled function.
         return not torch._C._are_functorch_transforms_active()
+    if _is_functionalizing():
+        return False
     # torch.jit.trace writes a program that must run where fastops is not installed.
     return not torch.jit.is_tracing()
+
+
+def _is_functionalizing() -> bool:
+    """Whether torch.func.functionalize is active, for which PyTorch has no rule for an autograd.Function."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(layer.key() == torch._C._functorch.TransformType.Functionalize for layer in stack)
 
 
 def torch_op(name: str, explain: Callable[..., str], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

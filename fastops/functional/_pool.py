@@ -62,7 +62,7 @@ def max_pool2d(
     Args:
         input: (batch, channels, height, width) or (channels, height, width), any strides.
         kernel_size, stride, padding, dilation: a number, or one for each dimension. stride: kernel_size by default.
-            padding takes no part in a maximum, and may be at most half of the window.
+            padding takes no part in a maximum, and may be at most half of kernel_size.
         ceil_mode: also windows that reach beyond the padded input, as long as they start inside.
         return_indices: also where the maxima are (the first of equal ones): int64 positions in the input's planes.
 

@@ -78,6 +78,16 @@ def needs_function() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def viewed(weight: torch.Tensor) -> torch.Tensor:
+    """A parameter that PyTorch reads through a view.
+
+    Outside inference mode, a view of a tensor made in it records nothing.
+    """
+    if torch.compiler.is_compiling() or not weight.is_inference() or torch.is_inference_mode_enabled():
+        return weight
+    return weight.detach()
+
+
 def records(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd will want a backward of a call on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastops import _C
-from fastops.ops import KIND, autocast, forward_mode, records, register, supported, through, to_front
+from fastops.ops import KIND, autocast, forward_mode, records, register, supported, through, to_front, viewed
 from fastops.ops.activation import _backward as activation_backward
 from fastops.ops.activation import activation as apply_activation
 from fastops.ops.activation import slope_derivative
@@ -18,6 +18,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, 
     Shapes: input (*, k), weight (n, k), bias (n) -> (*, n). One of float32, float64, bfloat16, float16 for all.
     The caller has checked `supports`.
     """
+    weight = viewed(weight)
     return _forward(input, weight, bias, activation, a, b, records(input, weight, bias))[0]
 
 
