@@ -30,6 +30,10 @@ _LAYERS = [
     ("MaxPool2d", (3, 2, 1, 1, False, True)), ("GELU", ("tanh",)),
 ]  # fmt: skip
 
+# One layer for every op.
+_OPS = [("Linear", (6, 5)), ("Conv2d", (4, 6, 2, 1, "same")), ("ReLU", ()), ("PReLU", (4,)), ("GLU", ()),
+        ("MaxPool2d", (2,)), ("AvgPool2d", (2,))]  # fmt: skip
+
 
 def dims_of(name):
     return int(name[-2]) if name[-2:] in ("1d", "2d", "3d") else 0
@@ -252,7 +256,7 @@ def targets(program):
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_exported_programs_hold_pytorchs_ops(strict):
-    plain, ours, inputs = pair()
+    plain, ours, inputs = pair(_OPS if strict else _LAYERS)
     program = torch.export.export(ours, (inputs,), strict=strict)
     expected = targets(torch.export.export(plain, (inputs,), strict=strict))
     assert targets(program) - {"aten.relu6.default"} == expected  # nn.ReLU6 calls hardtanh
@@ -268,17 +272,12 @@ def test_exported_fused_layers_hold_pytorchs_ops(strict):
     torch.testing.assert_close(program.module()(x), model(x))
 
 
-def kept_program(strict=False):
-    plain, ours, inputs = pair()
-    with fastops.export_kernels():
-        program = torch.export.export(ours, (inputs,), strict=strict)
-    return plain, program, inputs
-
-
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_export_kernels(strict):
-    plain, program, inputs = kept_program(strict)
+    plain, ours, inputs = pair(_OPS if strict else _LAYERS)
+    with fastops.export_kernels():
+        program = torch.export.export(ours, (inputs,), strict=strict)
     kept = targets(program)
     assert {str(op) for op in fastops.decompositions()} <= kept
     torch.testing.assert_close(program.module()(inputs), plain(inputs))
@@ -304,7 +303,7 @@ except Exception as error:
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_exported_programs_load_without_fastops(tmp_path):
-    plain, ours, inputs = pair()
+    plain, ours, inputs = pair(_OPS)
     torch.export.save(torch.export.export(ours, (inputs,)), tmp_path / "plain.pt2")
     with fastops.export_kernels():
         torch.export.save(torch.export.export(ours, (inputs,)), tmp_path / "kept.pt2")
@@ -406,6 +405,13 @@ def test_decompositions_are_the_ops(case):
             geometry = args[0].shape, *args[2:6], len(args[1])
             ours = ours[0], torch.ops.fastops.max_pool_positions(ours[1], *geometry)
         torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_import_is_light():
+    """Dynamo and sympy take a second to import, and PyTorch loads them when they are needed."""
+    code = "import sys, fastops; print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
 
 
 def test_make_fx_and_shape_propagation():
