@@ -138,6 +138,7 @@ ActivationArgs unpack_activation(const c10::IValue& packed) {
 // y = f(x); saved: the mask, y or x.
 struct ActivationOp : CompiledBackward<ActivationOp> {
   using Args = ActivationArgs;
+  static std::string name(const Args& args) { return activation_name(args.activation.kind); }
   static c10::IValue pack(const Args& args) { return pack_activation(args); }
   static Args unpack(const c10::IValue& packed) { return unpack_activation(packed); }
   static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
@@ -152,6 +153,7 @@ struct ActivationOp : CompiledBackward<ActivationOp> {
 // grad_x = grad_y f'(saved); saved: grad_y and what f' is read from.
 struct ActivationBackwardOp : CompiledBackward<ActivationBackwardOp> {
   using Args = ActivationArgs;
+  static std::string name(const Args& args) { return c10::str(activation_name(args.activation.kind), "_backward"); }
   static c10::IValue pack(const Args& args) { return pack_activation(args); }
   static Args unpack(const c10::IValue& packed) { return unpack_activation(packed); }
   static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
@@ -204,6 +206,7 @@ void check_prelu(const Tensor& input, const Tensor& weight) {
 
 struct PreluOp : CompiledBackward<PreluOp> {
   struct Args {};
+  static std::string name(const Args&) { return "prelu"; }
   static c10::IValue pack(const Args&) { return 0; }
   static Args unpack(const c10::IValue&) { return {}; }
   static variable_list gradients(const Args&, const variable_list& saved, const variable_list& grads, Needs needs) {
@@ -255,6 +258,7 @@ struct GluOp : CompiledBackward<GluOp> {
   struct Args {
     int64_t dim;
   };
+  static std::string name(const Args&) { return "glu"; }
   static c10::IValue pack(const Args& args) { return args.dim; }
   static Args unpack(const c10::IValue& packed) { return {packed.toInt()}; }
   static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,

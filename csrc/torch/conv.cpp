@@ -19,10 +19,6 @@ namespace {
 
 std::atomic<ConvPrecision> precision_setting{ConvPrecision::highest};
 
-std::string op_name(const ConvPlan& plan, const char* suffix = "") {
-  return c10::str(plan.transposed ? "conv_transpose" : "conv", plan.dims, "d", suffix);
-}
-
 // ---- one kernel call each, in terms of the underlying convolution; operands lie as the plan says
 
 template <class Args>
@@ -215,6 +211,7 @@ Tensor conv_weight(const Tensor& g, const Tensor& x, const ConvPlan& plan);
 // grad_w from g and x, all of the underlying convolution; saved: g (where x needs a gradient), x (where g does).
 struct ConvWeightOp : CompiledBackward<ConvWeightOp> {
   using Args = ConvPlan;
+  static std::string name(const Args& plan) { return op_name(plan, "_backward_weight"); }
   static c10::IValue pack(const Args& plan) { return pack_plan(plan); }
   static Args unpack(const c10::IValue& packed) { return unpack_plan(packed.toIntVector()); }
 
@@ -250,6 +247,7 @@ struct ConvOp : CompiledBackward<ConvOp> {
     ConvPlan plan;
     Activation activation;
   };
+  static std::string name(const Args& args) { return op_name(args.plan); }
   static c10::IValue pack(const Args& args) {
     std::vector<double> values{static_cast<double>(args.activation.kind), args.activation.a, args.activation.b};
     const std::vector<int64_t> plan = pack_plan(args.plan);

@@ -33,10 +33,6 @@ ConvSizes pooled_sizes(const PoolPlan& pool) {
   return conv_sizes(pool.geometry.batch, pool.geometry.channels, pool.geometry.out, pool.dims);
 }
 
-std::string op_name(const ConvPlan& plan, const char* suffix = "") {
-  return c10::str("conv_max_pool", plan.dims, "d", suffix);
-}
-
 // Whether there is one kernel for all of it.
 bool is_fused(const Tensor& input, const ConvPlan& plan, Activation activation, const PoolSize& pool) {
   const bool known = activation.kind == ActivationKind::identity || activation.kind == ActivationKind::relu;
@@ -71,7 +67,7 @@ MaxPoolOutput conv_pool_forward(const Tensor& input, const Tensor& weight, const
   const Workspace workspace(table.conv_pool_forward_workspace(args, team.threads));
   record::timed(
       [&] {
-        return record::Row{op_name(plan), table.conv_pool_forward_name(args), record::shapes_of({x, w, b}),
+        return record::Row{conv_pool_name(plan), table.conv_pool_forward_name(args), record::shapes_of({x, w, b}),
                            dtype_name(type)};
       },
       [&] { table.conv_pool_forward(args, workspace.get(), team); });
@@ -109,7 +105,7 @@ std::array<Tensor, 3> conv_pool_backward(const Tensor& grad_output, const Tensor
   const Workspace workspace(table.conv_pool_backward_workspace(args, team.threads));
   record::timed(
       [&] {
-        return record::Row{op_name(plan, "_backward"), table.conv_pool_backward_name(args),
+        return record::Row{conv_pool_name(plan, "_backward"), table.conv_pool_backward_name(args),
                            record::shapes_of({g, x, w}), dtype_name(type)};
       },
       [&] { table.conv_pool_backward(args, workspace.get(), team); });
@@ -121,6 +117,7 @@ struct ConvPoolOp : CompiledBackward<ConvPoolOp> {
     ConvPlan plan;
     PoolSize pool;
   };
+  static std::string name(const Args& args) { return conv_pool_name(args.plan); }
   static c10::IValue pack(const Args& args) {
     std::vector<int64_t> values(args.pool.begin(), args.pool.end());
     const std::vector<int64_t> plan = pack_plan(args.plan);

@@ -73,6 +73,7 @@ struct LinearOp : CompiledBackward<LinearOp> {
     Activation activation;
     std::vector<int64_t> input_sizes;  // empty where the input itself was saved
   };
+  static std::string name(const Args&) { return "linear"; }
   static c10::IValue pack(const Args& args) {
     std::vector<double> values{static_cast<double>(args.activation.kind), args.activation.a, args.activation.b};
     values.insert(values.end(), args.input_sizes.begin(), args.input_sizes.end());

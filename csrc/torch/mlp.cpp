@@ -170,6 +170,7 @@ struct MlpOp : CompiledBackward<MlpOp> {
     MlpActivations activations;
     bool allow_tf32;
   };
+  static std::string name(const Args&) { return "mlp"; }
   static c10::IValue pack(const Args& args) {
     std::vector<double> values;
     for (const Activation& f : {args.activations.hidden, args.activations.output})

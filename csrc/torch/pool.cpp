@@ -85,10 +85,6 @@ bool overlaps_widely(const PoolGeometry& g) {
   return windows > 64;
 }
 
-std::string op_name(const PoolPlan& plan, const char* kind, const char* suffix = "") {
-  return c10::str(plan.geometry.adaptive ? "adaptive_" : "", kind, "_pool", plan.dims, "d", suffix);
-}
-
 // The kernel of the device that the tensor is on: on_cpu(table), or on_gpu(table, stream).
 template <class OnCpu, class OnGpu>
 void run_kernel(const PoolPlan& plan, const char* kind, const char* suffix, const Tensor& tensor, OnCpu&& on_cpu,
@@ -158,6 +154,7 @@ bool direct(const Tensor& grad) { return !at::GradMode::is_enabled() && fast_doo
 // grad_x = scatter(grad_y, indices); saved: the indices.
 struct MaxPoolOp : CompiledBackward<MaxPoolOp> {
   using Args = PoolArgs;
+  static std::string name(const Args& args) { return op_name(args.plan, "max"); }
   static c10::IValue pack(const Args& args) { return pack_pool(args); }
   static Args unpack(const c10::IValue& packed) { return unpack_pool(packed); }
   static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
@@ -174,6 +171,7 @@ Tensor differentiable_avg_pool_backward(const Tensor& grad_output, const PoolArg
 // Averaging is linear, and its gradient's gradient averages again.
 struct AvgPoolBackwardOp : CompiledBackward<AvgPoolBackwardOp> {
   using Args = PoolArgs;
+  static std::string name(const Args& args) { return op_name(args.plan, "avg", "_backward"); }
   static c10::IValue pack(const Args& args) { return pack_pool(args); }
   static Args unpack(const c10::IValue& packed) { return unpack_pool(packed); }
   static variable_list gradients(const Args& args, const variable_list&, const variable_list& grads, Needs needs);
@@ -181,6 +179,7 @@ struct AvgPoolBackwardOp : CompiledBackward<AvgPoolBackwardOp> {
 
 struct AvgPoolOp : CompiledBackward<AvgPoolOp> {
   using Args = PoolArgs;
+  static std::string name(const Args& args) { return op_name(args.plan, "avg"); }
   static c10::IValue pack(const Args& args) { return pack_pool(args); }
   static Args unpack(const c10::IValue& packed) { return unpack_pool(packed); }
   static variable_list gradients(const Args& args, const variable_list&, const variable_list& grads, Needs needs) {

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling as _is_compiling
 from torch.overrides import has_torch_function
 
+from fastops.export import exports_aten
 from fastops.record import aten as _aten
 
 _REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
@@ -25,7 +26,7 @@ def overrides(*tensors: Any) -> bool:
 
 def general(*tensors: Any) -> bool:
     """Whether the general door may be asked about these arguments; each door's own `supports` decides."""
-    if not all(isinstance(t, Tensor) for t in tensors if t is not None):
+    if not all(isinstance(t, Tensor) for t in tensors if t is not None) or exports_aten():
         return False
     if _is_compiling():
         # An op with a gradient registered in Python does not work under torch.func inside a compiled function.

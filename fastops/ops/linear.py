@@ -1,5 +1,7 @@
 """The general door of linear: y = f(x W^T + b). The fast door is _C.linear; both call csrc/torch/linear.cpp."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -263,7 +265,15 @@ def _backward_fake(grad_output, saved, input, weight, activation, a, b, output_m
     return tuple(grad_output.new_empty(shape if on else (0,)) for shape, on in zip(shapes, output_mask, strict=True))
 
 
+def _forward_flops(input, weight, *_, **__):
+    return 2 * math.prod(input) * weight[0]
+
+
+def _backward_flops(grad_output, saved, input, weight, activation, a, b, output_mask, **__):
+    return (output_mask[0] + output_mask[1]) * _forward_flops(input, weight)
+
+
 _forward = through(_Linear, _ops.linear_forward)
 _backward = through(_LinearBackward, _ops.linear_backward)
-register("linear_forward", _Linear, _forward_fake)
-register("linear_backward", _LinearBackward, _backward_fake)
+register("linear_forward", _Linear, _forward_fake, _forward_flops)
+register("linear_backward", _LinearBackward, _backward_fake, _backward_flops)
