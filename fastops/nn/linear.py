@@ -27,7 +27,7 @@ class Linear(Fusable, nn.Linear):
             be set later: layer.activation = "relu".
 
     A layer with an activation is a FusedLinear, and no torch.nn.Linear: tools that fold a factor into one, or wrap one,
-    would do so on the wrong side of the activation.
+    would do so on the wrong side of the activation. isinstance(layer, fastops.nn.Linear) is true of both.
 
     Shape: x (*, in_features), weight (out_features, in_features), bias (out_features), y (*, out_features).
     Dtypes: float32, float64, bfloat16, float16; others go to PyTorch's kernels.
