@@ -124,27 +124,6 @@ def resolve_activation(activation: Activation) -> tuple[str, float, float]:
     raise TypeError(f"activation must be None, a name or an activation module, got {cls.__name__}")
 
 
-def torch_activation(activation: str | nn.Module) -> nn.Module:
-    """torch.nn's module for an `activation=` argument."""
-    kind, a, b = resolve_activation(activation)
-    if kind == "gelu_tanh":
-        return nn.GELU(approximate="tanh")
-    classes = {cls.__name__.lower(): cls for cls in _MODULES}
-    cls = classes[kind.replace("_", "")]
-    # The parameters, as many as the kind has: torch.nn's constructors take them in the same order.
-    count = {
-        "leaky_relu": 1,
-        "elu": 1,
-        "celu": 1,
-        "softplus": 2,
-        "hardtanh": 2,
-        "hardshrink": 1,
-        "softshrink": 1,
-        "threshold": 2,
-    }
-    return cls(*(a, b)[: count.get(kind, 0)])
-
-
 # The same in PyTorch's own ops, for what fastops has no kernel for.
 _TORCH: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "identity": lambda x, a, b: x,
