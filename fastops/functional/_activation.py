@@ -131,7 +131,7 @@ def torch_activation(activation: str | nn.Module) -> nn.Module:
         return nn.GELU(approximate="tanh")
     classes = {cls.__name__.lower(): cls for cls in _MODULES}
     cls = classes[kind.replace("_", "")]
-    # How many parameters the kind has. torch.nn's constructors take them in the same order.
+    # The parameters, as many as the kind has: torch.nn's constructors take them in the same order.
     count = {
         "leaky_relu": 1,
         "elu": 1,
@@ -145,7 +145,7 @@ def torch_activation(activation: str | nn.Module) -> nn.Module:
     return cls(*(a, b)[: count.get(kind, 0)])
 
 
-# Every kind in PyTorch's own ops, for tensors that no kernel of fastops takes.
+# The same in PyTorch's own ops, for what fastops has no kernel for.
 _TORCH: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "identity": lambda x, a, b: x,
     "relu": lambda x, a, b: F.relu(x),
