@@ -335,9 +335,13 @@ def aims_table(aims: Sequence[dict]) -> str:
     width = max(len(aim["aim"]) for aim in aims)
     lines = []
     for aim in aims:
-        lowest = "-" if aim["lowest"] is None else f"{aim['lowest']:.2f}"
+        lowest = spread = "-"
+        if aim["lowest"] is not None:
+            lowest, spread = f"{aim['lowest']:.2f}", "{:.2f} - {:.2f}".format(*aim["spread"])
         where = f"{aim['measured']} of {aim['cases']} cases" + (f", lowest: {aim['where']}" if aim["where"] else "")
-        lines.append(f"{aim['verdict']:<12} {aim['aim']:<{width}}  >= {aim['reach']:<4} {lowest:>6}  {where}")
+        lines.append(
+            f"{aim['verdict']:<12} {aim['aim']:<{width}}  >= {aim['reach']:<4} {lowest:>6}  {spread:>13}  {where}"
+        )
     return "\n".join(lines)
 
 
