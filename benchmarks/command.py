@@ -80,6 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--isa", default=None, help="a lower tier than the best one (see `fastops info`)")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter samples, float32 and bfloat16 only")
     parser.add_argument("--out", type=Path, default=Path("fastops-bench"), help="folder for JSON, CSV and plot")
+    parser.add_argument(
+        "--add", action="store_true", help="keep what the results of this machine and day have, where --out has some"
+    )
 
 
 def choose(options: argparse.Namespace) -> list[Case]:
@@ -159,6 +162,8 @@ def run(options: argparse.Namespace) -> int:
             wrong += 1
             print(f"{case.op:<13} {case.shape:<16} {case.dtype:<5} {case.mode:<7} WRONG: {error}", flush=True)
     memory = footprint.measure(min(2, torch.get_num_threads())) if with_memory else None
+    if options.add:
+        rows, memory = report.added(options.out, stamp, rows, memory)
     results = figures.evaluate(rows, memory)
     print(f"\n{time.perf_counter() - begin:.0f} s")
     if results:

@@ -79,9 +79,7 @@ def write(folder: Path, stamp: dict, rows: Sequence[Row], memory: dict | None, r
     They are named after machine and day, and after the models where there is nothing else in them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", f"{stamp['cpu']} {stamp['cores']} cores {stamp['date']}".lower()).strip("-")
-    if all(row.op in models.FUNCTIONS for row in rows):
-        name += MODELS_ONLY
+    name = _name(stamp, rows)
     paths = [folder / f"{name}.json", folder / f"{name}.csv", folder / f"{name}-roofline.png"]
     content = {
         "machine": stamp,
@@ -98,6 +96,29 @@ def write(folder: Path, stamp: dict, rows: Sequence[Row], memory: dict | None, r
         return paths[:2]
     roofline(paths[2], stamp, rows)
     return paths
+
+
+def added(folder: Path, stamp: dict, rows: Sequence[Row], memory: dict | None) -> tuple[list[Row], dict | None]:
+    """The rows and memory of an earlier run on this machine and day, if the folder has one, and then these.
+
+    A case that both have is taken from these.
+    """
+    path = folder / f"{_name(stamp, rows)}.json"
+    if not path.exists():
+        return list(rows), memory
+    content = json.loads(path.read_text())
+
+    def case(row: Row) -> tuple:
+        return row.op, row.shape, row.dtype, row.mode, row.threads, row.isa
+
+    again = {case(row) for row in rows}
+    kept = [row for row in rows_of(content) if case(row) not in again]
+    return [*kept, *rows], memory or content["memory"]
+
+
+def _name(stamp: dict, rows: Sequence[Row]) -> str:
+    name = re.sub(r"[^a-z0-9]+", "-", f"{stamp['cpu']} {stamp['cores']} cores {stamp['date']}".lower()).strip("-")
+    return name + MODELS_ONLY if rows and all(row.op in models.FUNCTIONS for row in rows) else name
 
 
 def roofline(path: Path, stamp: dict, rows: Sequence[Row]) -> None:

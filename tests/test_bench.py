@@ -188,6 +188,20 @@ def test_command_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert next(tmp_path.glob("*-roofline.png")).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_in_parts_adds_up(tmp_path: Path) -> None:
+    """--add keeps the cases of an earlier run, except those that are measured again."""
+    arguments = ["--quick", "--out", str(tmp_path), "--threads", "1", "--shape", "5x6x7", "--op", "linear"]
+    command.run(options(*arguments))
+    (path,) = tmp_path.glob("*.json")
+    before = {row["op"]: row["torch_us"] for row in json.loads(path.read_text())["rows"]}
+    command.run(options(*arguments[:-1], "linear+relu", "--add"))
+    after = {row["op"]: row["torch_us"] for row in json.loads(path.read_text())["rows"]}
+    assert after.keys() == before.keys() == set(linear.FUNCTIONS)
+    assert {op for op in before if before[op] != after[op]} == {"linear+relu"}
+    command.run(options(*arguments[:-1], "linear+relu"))
+    assert [row["op"] for row in json.loads(path.read_text())["rows"]] == ["linear+relu"]
+
+
 @pytest.fixture
 def pages(tmp_path: Path) -> dict[str, str]:
     """README and RESULTS.md of made-up results: two rows faster than PyTorch, two slower."""
