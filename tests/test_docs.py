@@ -21,11 +21,13 @@ SYMBOLS = docs.symbols(MODULES)
 
 
 @pytest.fixture(autouse=True)
-def _printed_as_documented():
-    """Examples print tensors in PyTorch's default way."""
+def _settings():
+    """Examples print tensors in PyTorch's default way, and what they set is put back."""
     torch.set_printoptions(profile="default")
+    limit, precision = fastops.memory.stats()["limit_bytes"], fastops.get_conv_precision()
     yield
-    fastops.set_conv_precision("highest")
+    fastops.memory.set_limit(limit)
+    fastops.set_conv_precision(precision)
 
 
 # ---- docstrings ------------------------------------------------------------------------------------------------------
