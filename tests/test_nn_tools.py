@@ -89,6 +89,14 @@ def test_a_fused_layer_shares_all_else(name):
             close(other(x), plain(x).relu())
 
 
+def test_a_fused_layer_pickled_before_it_had_a_class_of_its_own(name):
+    plain, layer, x = plain_and_fused(name, None)
+    vars(layer)["activation"] = "relu"
+    layer = pickle.loads(pickle.dumps(layer))
+    assert not isinstance(layer, getattr(nn, name))
+    close(layer(x), plain(x).relu())
+
+
 def test_setting_the_activation_changes_the_class(name):
     plain, layer, x = plain_and_fused(name, None)
     theirs, ours, fused = getattr(nn, name), getattr(fnn, name), type(plain_and_fused(name)[1])

@@ -57,9 +57,10 @@ def made_by_a_tool(cls: type) -> bool:
     """Whether cls came out of a call of type(), and not out of a class statement."""
     if "<locals>" in cls.__qualname__ or getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is cls:
         return False
-    # A method with super() knows the class that it was written in.
-    return not any("__class__" in getattr(value, "__code__", made_by_a_tool.__code__).co_freevars
-                   for value in vars(cls).values())  # fmt: skip
+    # One that its module has no more, as in a notebook, left its name in its methods'.
+    return not any(
+        getattr(value, "__qualname__", "") == f"{cls.__qualname__}.{key}" for key, value in vars(cls).items()
+    )
 
 
 def set_activation(layer: nn.Module, activation: Activation) -> None:
@@ -97,6 +98,11 @@ class Fusable(metaclass=ABCMeta):  # noqa: B024 (for `register` alone, see pair)
             set_activation(self, value)
         else:
             super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "activation" in state:  # pickled before a layer with an activation had a class of its own
+            set_activation(self, state["activation"])
 
 
 class Fused(nn.Module):
