@@ -111,12 +111,16 @@ class Fused(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         vars(self).update(vars(self._plain(*args, **kwargs)))
+        if "activation" not in vars(self):
+            raise TypeError(
+                f"{type(self).__name__}: activation must be given, got None: without one it is {self._plain.__name__}"
+            )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "activation":
             set_activation(self, value)
             return
-        if type(value) is nn.Parameter and "_loading" not in vars(self):
+        if type(value) is nn.Parameter and name in ("weight", "bias") and "_loading" not in vars(self):
             old = self._parameters.get(name, value)
             # fully_shard sets parameters too, DTensors for plain ones and back.
             if old is not value and type(old) in (nn.Parameter, NoneType):
