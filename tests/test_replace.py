@@ -449,6 +449,16 @@ LAYERS = {
 }
 
 
+def arguments_of(name):
+    if name == "Linear":
+        return (6, 5), (2, 6)
+    if name.startswith("Conv"):
+        return (4, 6, 3), (2, 4, 5, 5, 5)[: 2 + int(name[-2])]
+    if "Pool" in name:
+        return (3,), (2, 4, 5, 5, 5)[: 2 + int(name[-2])]
+    return {"Threshold": (0.1, 0.2)}.get(name, ()), (2, 6)
+
+
 def wrap_in_a_closure(layer):
     old = layer.forward
     layer.forward = lambda *args: old(*args)
@@ -481,6 +491,18 @@ def test_a_forward_that_was_bound_runs_after_restore(name, wrap, scoped):
         assert row.result.startswith(f"torch.nn.{name}, but the forward that was set on it may go on")
     assert type(model[0]) is cls
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("name", fnn.__all__)
+def test_every_bound_forward_runs_after_restore(name):
+    arguments, shape = arguments_of(name)
+    layer, x = getattr(nn, name)(*arguments), torch.randn(shape)
+    expected = layer(x)
+    fastops.replace_(layer)
+    forward = layer.forward
+    fastops.restore_(layer)
+    assert type(layer) is getattr(nn, name)
+    torch.testing.assert_close(forward(x), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_forward_that_was_bound_while_fused_runs_after_everything():
@@ -744,16 +766,6 @@ def test_layers_that_are_sharded_already(mesh):
 
 
 # ---- torch.jit.script ------------------------------------------------------------------------------------------------
-
-
-def arguments_of(name):
-    if name == "Linear":
-        return (6, 5), (2, 6)
-    if name.startswith("Conv"):
-        return (4, 6, 3), (2, 4, 5, 5, 5)[: 2 + int(name[-2])]
-    if "Pool" in name:
-        return (3,), (2, 4, 5, 5, 5)[: 2 + int(name[-2])]
-    return {"Threshold": (0.1, 0.2)}.get(name, ()), (2, 6)
 
 
 def scripted(layer):
