@@ -89,6 +89,14 @@ def test_a_fused_layer_shares_all_else(name):
             close(other(x), plain(x).relu())
 
 
+def test_a_fused_layer_pickled_before_it_had_a_class_of_its_own(name):
+    plain, layer, x = plain_and_fused(name, None)
+    vars(layer)["activation"] = "relu"
+    layer = pickle.loads(pickle.dumps(layer))
+    assert not isinstance(layer, getattr(nn, name))
+    close(layer(x), plain(x).relu())
+
+
 def test_setting_the_activation_changes_the_class(name):
     plain, layer, x = plain_and_fused(name, None)
     theirs, ours, fused = getattr(nn, name), getattr(fnn, name), type(plain_and_fused(name)[1])
@@ -110,6 +118,17 @@ def test_setting_the_activation_changes_the_class(name):
             with pytest.raises(error):
                 layer.activation = bad
             assert layer.activation == value
+
+
+def test_a_forward_that_was_bound_knows_the_activation_of_now(name):
+    plain, layer, x = plain_and_fused(name, None)
+    forward = layer.forward
+    for activation, function in (("relu", torch.relu), (None, nn.Identity()), ("tanh", torch.tanh)):
+        layer.activation = activation
+        close(forward(x), function(plain(x)))
+        forward = layer.forward
+    layer.activation = None
+    close(forward(x), plain(x))
 
 
 def test_the_activation_of_a_parametrised_layer():
@@ -153,6 +172,8 @@ def test_derived_classes():
     ):
         Plain(4, 3, activation="relu")
     assert isinstance(Plain(4, 3), nn.Linear)
+    with pytest.raises(TypeError, match="FusedLinear: activation must be given, got None: without one it is Linear"):
+        FusedLinear(4, 3)
 
 
 @pytest.mark.parametrize("fold", [fuse_linear_bn_eval, fuse_conv_bn_eval])
@@ -189,7 +210,8 @@ def test_another_parameter_is_refused_and_the_ways_that_the_message_names(name):
     close(layer(x), plain(x).relu())
     layer.register_parameter("weight", plain.weight)
     assert layer.weight is plain.weight
-    layer.extra = nn.Parameter(torch.zeros(1))  # a new name is anybody's
+    layer.scale = nn.Parameter(torch.zeros(1))  # what else there is comes before no activation that is known here
+    layer.scale = nn.Parameter(torch.ones(1))
 
 
 def test_what_else_changes_parameters_goes_on_working(name):

@@ -449,6 +449,16 @@ LAYERS = {
 }
 
 
+def arguments_of(name):
+    if name == "Linear":
+        return (6, 5), (2, 6)
+    if name.startswith("Conv"):
+        return (4, 6, 3), (2, 4, 5, 5, 5)[: 2 + int(name[-2])]
+    if "Pool" in name:
+        return (3,), (2, 4, 5, 5, 5)[: 2 + int(name[-2])]
+    return {"Threshold": (0.1, 0.2)}.get(name, ()), (2, 6)
+
+
 def wrap_in_a_closure(layer):
     old = layer.forward
     layer.forward = lambda *args: old(*args)
@@ -481,6 +491,18 @@ def test_a_forward_that_was_bound_runs_after_restore(name, wrap, scoped):
         assert row.result.startswith(f"torch.nn.{name}, but the forward that was set on it may go on")
     assert type(model[0]) is cls
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("name", fnn.__all__)
+def test_every_bound_forward_runs_after_restore(name):
+    arguments, shape = arguments_of(name)
+    layer, x = getattr(nn, name)(*arguments), torch.randn(shape)
+    expected = layer(x)
+    fastops.replace_(layer)
+    forward = layer.forward
+    fastops.restore_(layer)
+    assert type(layer) is getattr(nn, name)
+    torch.testing.assert_close(forward(x), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_forward_that_was_bound_while_fused_runs_after_everything():
@@ -658,17 +680,20 @@ def test_what_cannot_go_back_is_in_the_report():
     class Local(fnn.ReLU):
         pass
 
+    notebook = {"fnn": fnn, "__name__": "notebook"}  # a class that its module has no more
+    exec("class Cell(fnn.Tanh):\n  def forward(self, x):\n    return super().forward(x)", notebook)
     model = nn.Sequential(Derived(3, 3), Local(), fnn.Conv2d(1, 1, 1, activation="relu"), fnn.Linear(3, 3))
-    parametrizations.weight_norm(Derived(3, 3))
     model.append(parametrizations.weight_norm(Derived(3, 3)))
     model.append(parametrizations.weight_norm(fnn.Linear(3, 3, activation="tanh")))
+    model.append(notebook["Cell"]())
     report = fastops.restore_(model)
     reasons = {row.name: row.result for row in report.skipped}
     assert names(report.replaced) == ["3"]
-    assert list(reasons) == on_fastops(model) == ["0", "1", "2", "4", "5"]
+    assert list(reasons) == on_fastops(model) == ["0", "1", "2", "4", "5", "6"]
     assert reasons["0"].startswith("a subclass of fastops.nn.Linear")
     assert reasons["1"].startswith("a subclass of fastops.nn.ReLU")
     assert reasons["4"].startswith("a subclass of fastops.nn.Linear")
+    assert reasons["6"].startswith("a subclass of fastops.nn.Tanh")
     assert reasons["5"] == "activation='tanh' has no equal in torch.nn.Linear"
     model(torch.randn(1, 3, 3))
 
@@ -741,16 +766,6 @@ def test_layers_that_are_sharded_already(mesh):
 
 
 # ---- torch.jit.script ------------------------------------------------------------------------------------------------
-
-
-def arguments_of(name):
-    if name == "Linear":
-        return (6, 5), (2, 6)
-    if name.startswith("Conv"):
-        return (4, 6, 3), (2, 4, 5, 5, 5)[: 2 + int(name[-2])]
-    if "Pool" in name:
-        return (3,), (2, 4, 5, 5, 5)[: 2 + int(name[-2])]
-    return {"Threshold": (0.1, 0.2)}.get(name, ()), (2, 6)
 
 
 def scripted(layer):
@@ -835,3 +850,14 @@ def test_jit_script_keeps_hooks_and_mode_and_loads_without_fastops(tmp_path):
         "torch.testing.assert_close(torch.jit.load(sys.argv[1])(x), y)\n"
     )
     subprocess.run([sys.executable, "-c", program, tmp_path / "model.pt", tmp_path / "pair.pt"], check=True)
+
+
+def test_jit_script_of_padding_modes_and_output_sizes():
+    x = torch.randn(2, 4, 5, 6)
+    layer = fnn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode="reflect", bias=False)
+    torch.testing.assert_close(scripted(layer)(x), layer(x), atol=1e-5, rtol=1e-5)
+    for activation in (None, "relu"):
+        layer = fnn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, activation=activation)
+        script = torch.jit.script(layer)
+        for size in ([10, 11], [9, 12]):
+            torch.testing.assert_close(script(x, size), layer(x, size), atol=1e-5, rtol=1e-5)

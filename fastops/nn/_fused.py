@@ -57,9 +57,10 @@ def made_by_a_tool(cls: type) -> bool:
     """Whether cls came out of a call of type(), and not out of a class statement."""
     if "<locals>" in cls.__qualname__ or getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is cls:
         return False
-    # A method with super() knows the class that it was written in.
-    return not any("__class__" in getattr(value, "__code__", made_by_a_tool.__code__).co_freevars
-                   for value in vars(cls).values())  # fmt: skip
+    # One that its module has no more, as in a notebook, left its name in its methods'.
+    return not any(
+        getattr(value, "__qualname__", "") == f"{cls.__qualname__}.{key}" for key, value in vars(cls).items()
+    )
 
 
 def set_activation(layer: nn.Module, activation: Activation) -> None:
@@ -98,6 +99,11 @@ class Fusable(metaclass=ABCMeta):  # noqa: B024 (for `register` alone, see pair)
         else:
             super().__setattr__(name, value)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "activation" in state:  # pickled before a layer with an activation had a class of its own
+            set_activation(self, state["activation"])
+
 
 class Fused(nn.Module):
     """What the layers with an activation share. `_plain`, the class without one, is given by each."""
@@ -105,12 +111,16 @@ class Fused(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         vars(self).update(vars(self._plain(*args, **kwargs)))
+        if "activation" not in vars(self):
+            raise TypeError(
+                f"{type(self).__name__}: activation must be given, got None: without one it is {self._plain.__name__}"
+            )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "activation":
             set_activation(self, value)
             return
-        if type(value) is nn.Parameter and "_loading" not in vars(self):
+        if type(value) is nn.Parameter and name in ("weight", "bias") and "_loading" not in vars(self):
             old = self._parameters.get(name, value)
             # fully_shard sets parameters too, DTensors for plain ones and back.
             if old is not value and type(old) in (nn.Parameter, NoneType):

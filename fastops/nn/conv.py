@@ -79,7 +79,7 @@ class _FusedConvTranspose(_FusedConv):
 
 
 # The forwards are made by functions around what they need, and ask the class for nothing of ours: bound before
-# `restore_`, they run after it.
+# `restore_`, or before the layer was given an activation, they run after it.
 
 
 def _conv(fast: Callable[..., Any], function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -87,11 +87,12 @@ def _conv(fast: Callable[..., Any], function: Callable[..., Tensor]) -> Callable
         if _is_scripting():
             return self._conv_forward(input, self.weight, self.bias)
         weight, bias = weight_and_bias(self)
-        if self.padding_mode == "zeros" and not _is_compiling():
+        activation = self.__dict__.get("activation")
+        if activation is None and self.padding_mode == "zeros" and not _is_compiling():
             result = fast(input, weight, bias, self.stride, self.padding, self.dilation, self.groups, 0, 0.0, 0.0)
             if result is not NotImplemented:
                 return result
-        return _padded(function, self, input, weight, bias, None)
+        return _padded(function, self, input, weight, bias, activation)
 
     return forward
 
@@ -132,11 +133,12 @@ def _conv_transpose(
                 input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
             )
         args = _transposed_arguments(self, input, output_size)
-        if not _is_compiling():
+        activation = self.__dict__.get("activation")
+        if activation is None and not _is_compiling():
             result = fast(*args, 0, 0.0, 0.0)
             if result is not NotImplemented:
                 return result
-        return function(*args)
+        return function(*args, activation)
 
     return forward
 

@@ -58,11 +58,13 @@ class Linear(Fusable, nn.Linear):
         if _is_scripting():
             return F.linear(input, self.weight, self.bias)
         weight, bias = weight_and_bias(self)
-        if not _is_compiling():
+        # A FusedLinear's, if this was bound before it became one.
+        activation = self.__dict__.get("activation")
+        if activation is None and not _is_compiling():
             result = _fast_linear(input, weight, bias, 0, 0.0, 0.0)
             if result is not NotImplemented:
                 return result
-        return FF.linear(input, weight, bias)
+        return FF.linear(input, weight, bias, activation)
 
 
 class FusedLinear(Fused):
