@@ -4,13 +4,13 @@ selective checkpoints, tracers."""
 import functools
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -377,34 +377,45 @@ def test_compiled_selective_checkpoint_saves_the_products():
 # ---- others ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", _LAYERS, ids=str)
-def test_decompositions_are_the_ops(case):
-    """Every result, those that are only there for backward as well."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+def both_ways(layer, x):
+    """(args, the op's results, its decomposition's) of every op in a call of the layer, with and without gradient."""
+    table, found = fastops.decompositions(), []
 
-    table, compared = fastops.decompositions(), []
-
-    class Compare(TorchDispatchMode):
+    class Both(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             result = op(*args, **(kwargs or {}))
             if op in table:
-                compared.append((op, args, result, table[op](*args)))
+                found.append((args, result, table[op](*args)))
             return result
 
-    name, args = case
-    layer, x = getattr(fnn, name)(*args), layer_input(name)
-    if not dims_of(name) and name != "Linear":
-        x[0, 0, 0] = torch.nan
     for wanted in (False, True):
-        with Compare(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with Both():
             layer(x.requires_grad_(wanted))
-    assert len(compared) == 2
-    for _, args, ours, theirs in compared:
-        if args[-1] == "compact":  # written out, they are positions in the plane
-            geometry = args[0].shape, *args[2:6], len(args[1])
+    assert len(found) == 2
+    return found
+
+
+@pytest.mark.parametrize("case", _LAYERS, ids=str)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_decompositions_give_every_result(case):
+    """Those that only backward reads as well."""
+    name, args = case
+    x = layer_input(name)
+    if not dims_of(name) and name != "Linear":  # every bound of the piecewise linear ones, and beyond
+        bounds = [torch.nan, *(x / 2 for x in range(-14, 15)), 0.1, -0.0, 1e30, -1e30]
+        x = torch.tensor(bounds + [0.2] * 6).reshape(1, 4, 10)
+    for call, ours, theirs in both_ways(getattr(fnn, name)(*args), x):
+        if call[-1] == "compact":  # written out, they are positions in the plane
+            geometry = call[0].shape, *call[2:6], len(call[1])
             ours = ours[0], torch.ops.fastops.max_pool_positions(ours[1], *geometry)
         torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "softplus"])
+def test_decompositions_of_fused_layers(activation):
+    for layer in (fnn.Linear(6, 5, activation=activation), fnn.ConvTranspose1d(4, 6, 3, activation=activation)):
+        for _, ours, theirs in both_ways(layer, torch.randn(2, 4, 6)):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_import_is_light():
