@@ -5,9 +5,10 @@ import fastops
 report = fastops.replace_(model)   # in place: torch.nn's modules now run fastops' kernels
 fastops.restore_(model)            # and back
 
-fastops.functional and fastops.nn have torch.nn's signatures; fastops.info() says what is running, fastops.record()
-which kernels ran, fastops.set_conv_precision() what convolutions may trade for speed, and fastops.memory holds the pool
-that large outputs come from.
+torch.export writes PyTorch's own ops, or fastops' inside fastops.export_kernels(), which fastops.decompositions() turn
+into PyTorch's. fastops.functional and fastops.nn have torch.nn's signatures; fastops.info() says what is running,
+fastops.record() which kernels ran, fastops.set_conv_precision() what convolutions may trade for speed, and
+fastops.memory holds the pool that large outputs come from.
 """
 
 from fastops._load import load as _load

@@ -192,6 +192,15 @@ def test_profiler_names_every_layer(name):
     assert node.name() in events
 
 
+def test_profiler_names_a_fused_pool():
+    x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3, requires_grad=True)
+    seen = ours_of(
+        profiled(lambda: FF.conv_max_pool2d(x, w, activation="relu", pool_size=2).sum().backward(), record_shapes=True)
+    )
+    assert seen[0] == ("fastops::conv_max_pool2d", [[2, 3, 8, 8], [4, 3, 3, 3], []])
+    assert seen[1][0] == "fastops::conv_max_pool2d_backward"
+
+
 def test_profiler_names_the_general_door():
     layer = fnn.Linear(4, 3)
     events = profiled(lambda: torch.func.vmap(layer)(torch.randn(2, 5, 4)), record_shapes=True)
@@ -244,6 +253,24 @@ def test_profiled_memory_balances(size):
     ours, theirs = balance(fnn.Sigmoid()), balance(nn.Sigmoid())
     assert ours == theirs
     assert theirs[1] >= 3 * size * 1024 * 4
+
+
+def test_profiled_memory_of_a_training_step():
+    model = nn.Sequential(
+        fnn.Conv2d(3, 32, 3), fnn.ReLU(), fnn.MaxPool2d(2), nn.Flatten(), fnn.Linear(32 * 31 * 31, 10)
+    )
+    x = torch.randn(16, 3, 64, 64)
+
+    def step():
+        model(x).sum().backward()
+
+    step()  # the gradients stay
+    events = profiled(step, profile_memory=True).key_averages()
+    bytes_of = {event.key: event.self_cpu_memory_usage for event in events}
+    assert bytes_of["fastops::conv2d"] == 16 * 32 * 62 * 62 * 4
+    assert bytes_of["fastops::linear"] == 16 * 10 * 4
+    assert bytes_of["fastops::max_pool2d_backward"] == 16 * 32 * 62 * 62 * 4
+    assert sum(bytes_of.values()) == 0
 
 
 # ---- exporters -------------------------------------------------------------------------------------------------------
@@ -321,14 +348,23 @@ def test_exported_programs_load_without_fastops(tmp_path):
 def test_onnx(dynamo, tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    refused = {"AdaptiveMaxPool", "AdaptiveAvgPool"}
-    plain, ours, inputs = pair([layer for layer in _LAYERS if layer[0][:-2] not in refused])
-    operators = []
-    for model in (plain, ours):
+
+    def operators(model, inputs):
         torch.onnx.export(model, (inputs,), tmp_path / "net.onnx", dynamo=dynamo, verbose=False)
-        graph = onnx.load(tmp_path / "net.onnx").graph
-        operators.append([node.op_type for node in graph.node])
-    assert operators[0] == operators[1]
+        return [node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node]
+
+    # What PyTorch's exporters refuse themselves.
+    refused = (
+        ("AdaptiveAvgPool3d", "AdaptiveMaxPool1d", "AdaptiveMaxPool2d", "AdaptiveMaxPool3d")
+        if dynamo
+        else ("Threshold",)
+    )
+    plain, ours, inputs = pair([layer for layer in _LAYERS if layer[0] not in refused])
+    assert operators(ours, inputs) == operators(plain, inputs)
+    plain, ours, inputs = pair(_OPS[:2])
+    with fastops.export_kernels():
+        kept = operators(ours, inputs)
+    assert kept == operators(plain, inputs)
 
 
 # ---- selective checkpoints -------------------------------------------------------------------------------------------

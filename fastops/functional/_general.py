@@ -31,7 +31,7 @@ def general(*tensors: Any) -> bool:
     if _is_compiling():
         # An op with a gradient registered in Python does not work under torch.func inside a compiled function.
         return not torch._C._are_functorch_transforms_active()
-    # torch.jit.trace writes a program that must run where fastops is not installed.
+    # torch.jit.trace writes a program that must run where fastops is not installed, as exports_aten() above.
     return not torch.jit.is_tracing()
 
 
