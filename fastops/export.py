@@ -31,5 +31,5 @@ def export_kernels() -> Iterator[None]:
 
 def exports_aten() -> bool:
     """Whether this call is being exported, to a program of PyTorch's own ops."""
-    # Not is_exporting(), which Dynamo took for true under torch.compile as well until torch 2.12.
+    # Not is_exporting(), which older Dynamos take for true under torch.compile as well.
     return torch.compiler._is_exporting_flag and (not _kept or torch.onnx.is_in_onnx_export())

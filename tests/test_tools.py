@@ -4,13 +4,13 @@ selective checkpoints, tracers."""
 import functools
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -192,6 +192,15 @@ def test_profiler_names_every_layer(name):
     assert node.name() in events
 
 
+def test_profiler_names_a_fused_pool():
+    x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3, requires_grad=True)
+    seen = ours_of(
+        profiled(lambda: FF.conv_max_pool2d(x, w, activation="relu", pool_size=2).sum().backward(), record_shapes=True)
+    )
+    assert seen[0] == ("fastops::conv_max_pool2d", [[2, 3, 8, 8], [4, 3, 3, 3], []])
+    assert seen[1][0] == "fastops::conv_max_pool2d_backward"
+
+
 def test_profiler_names_the_general_door():
     layer = fnn.Linear(4, 3)
     events = profiled(lambda: torch.func.vmap(layer)(torch.randn(2, 5, 4)), record_shapes=True)
@@ -244,6 +253,24 @@ def test_profiled_memory_balances(size):
     ours, theirs = balance(fnn.Sigmoid()), balance(nn.Sigmoid())
     assert ours == theirs
     assert theirs[1] >= 3 * size * 1024 * 4
+
+
+def test_profiled_memory_of_a_training_step():
+    model = nn.Sequential(
+        fnn.Conv2d(3, 32, 3), fnn.ReLU(), fnn.MaxPool2d(2), nn.Flatten(), fnn.Linear(32 * 31 * 31, 10)
+    )
+    x = torch.randn(16, 3, 64, 64)
+
+    def step():
+        model(x).sum().backward()
+
+    step()  # the gradients stay
+    events = profiled(step, profile_memory=True).key_averages()
+    bytes_of = {event.key: event.self_cpu_memory_usage for event in events}
+    assert bytes_of["fastops::conv2d"] == 16 * 32 * 62 * 62 * 4
+    assert bytes_of["fastops::linear"] == 16 * 10 * 4
+    assert bytes_of["fastops::max_pool2d_backward"] == 16 * 32 * 62 * 62 * 4
+    assert sum(bytes_of.values()) == 0
 
 
 # ---- exporters -------------------------------------------------------------------------------------------------------
@@ -321,14 +348,23 @@ def test_exported_programs_load_without_fastops(tmp_path):
 def test_onnx(dynamo, tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    refused = {"AdaptiveMaxPool", "AdaptiveAvgPool"}
-    plain, ours, inputs = pair([layer for layer in _LAYERS if layer[0][:-2] not in refused])
-    operators = []
-    for model in (plain, ours):
+
+    def operators(model, inputs):
         torch.onnx.export(model, (inputs,), tmp_path / "net.onnx", dynamo=dynamo, verbose=False)
-        graph = onnx.load(tmp_path / "net.onnx").graph
-        operators.append([node.op_type for node in graph.node])
-    assert operators[0] == operators[1]
+        return [node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node]
+
+    # What PyTorch's exporters refuse themselves.
+    refused = (
+        ("AdaptiveAvgPool3d", "AdaptiveMaxPool1d", "AdaptiveMaxPool2d", "AdaptiveMaxPool3d")
+        if dynamo
+        else ("Threshold",)
+    )
+    plain, ours, inputs = pair([layer for layer in _LAYERS if layer[0] not in refused])
+    assert operators(ours, inputs) == operators(plain, inputs)
+    plain, ours, inputs = pair(_OPS[:2])
+    with fastops.export_kernels():
+        kept = operators(ours, inputs)
+    assert kept == operators(plain, inputs)
 
 
 # ---- selective checkpoints -------------------------------------------------------------------------------------------
@@ -377,34 +413,45 @@ def test_compiled_selective_checkpoint_saves_the_products():
 # ---- others ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", _LAYERS, ids=str)
-def test_decompositions_are_the_ops(case):
-    """Every result, those that are only there for backward as well."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+def both_ways(layer, x):
+    """(args, the op's results, its decomposition's) of every op in a call of the layer, with and without gradient."""
+    table, found = fastops.decompositions(), []
 
-    table, compared = fastops.decompositions(), []
-
-    class Compare(TorchDispatchMode):
+    class Both(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             result = op(*args, **(kwargs or {}))
             if op in table:
-                compared.append((op, args, result, table[op](*args)))
+                found.append((args, result, table[op](*args)))
             return result
 
-    name, args = case
-    layer, x = getattr(fnn, name)(*args), layer_input(name)
-    if not dims_of(name) and name != "Linear":
-        x[0, 0, 0] = torch.nan
     for wanted in (False, True):
-        with Compare(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with Both():
             layer(x.requires_grad_(wanted))
-    assert len(compared) == 2
-    for _, args, ours, theirs in compared:
-        if args[-1] == "compact":  # written out, they are positions in the plane
-            geometry = args[0].shape, *args[2:6], len(args[1])
+    assert len(found) == 2
+    return found
+
+
+@pytest.mark.parametrize("case", _LAYERS, ids=str)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_decompositions_give_every_result(case):
+    """Those that only backward reads as well."""
+    name, args = case
+    x = layer_input(name)
+    if not dims_of(name) and name != "Linear":  # every bound of the piecewise linear ones, and beyond
+        bounds = [torch.nan, *(x / 2 for x in range(-14, 15)), 0.1, -0.0, 1e30, -1e30]
+        x = torch.tensor(bounds + [0.2] * 6).reshape(1, 4, 10)
+    for call, ours, theirs in both_ways(getattr(fnn, name)(*args), x):
+        if call[-1] == "compact":  # written out, they are positions in the plane
+            geometry = call[0].shape, *call[2:6], len(call[1])
             ours = ours[0], torch.ops.fastops.max_pool_positions(ours[1], *geometry)
         torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "softplus"])
+def test_decompositions_of_fused_layers(activation):
+    for layer in (fnn.Linear(6, 5, activation=activation), fnn.ConvTranspose1d(4, 6, 3, activation=activation)):
+        for _, ours, theirs in both_ways(layer, torch.randn(2, 4, 6)):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_import_is_light():

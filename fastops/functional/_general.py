@@ -33,7 +33,7 @@ def general(*tensors: Any) -> bool:
         return not torch._C._are_functorch_transforms_active()
     if _is_functionalizing():
         return False
-    # torch.jit.trace writes a program that must run where fastops is not installed.
+    # torch.jit.trace writes a program that must run where fastops is not installed, as exports_aten() above.
     return not torch.jit.is_tracing()
 
 

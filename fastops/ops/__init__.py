@@ -1,8 +1,8 @@
 """The general door: torch.ops.fastops.* for everything that has to see an op.
 
-torch.compile, torch.export, FakeTensor and other dispatch modes, torch.func and forward-mode differentiation come this
-way; plain eager tensors take the fast door, fastops._C, which runs the same C++ functions (see fastops/functional.py,
-the only place that chooses). For every op a file here holds
+torch.compile, torch.export inside fastops.export_kernels(), FakeTensor and other dispatch modes, torch.func and
+forward-mode differentiation come this way; plain eager tensors take the fast door, fastops._C, which runs the same C++
+functions (see fastops/functional/, the only place that chooses). For every op a file here holds
 
 - its fake kernel,
 - its gradient, registered on the op itself, so that a compiled or exported graph can be differentiated,
