@@ -158,7 +158,7 @@ def test_both_doors_and_record():
     x = torch.randn(40, device=DEVICE)
     with fastops.record() as rows:
         fast = FF.gelu(x)
-    assert [(row.op, row.kernel, row.shapes) for row in rows] == [("gelu", "cuda", "40")]
+    assert [(row.op, row.kernel, row.shapes) for row in rows] == [("gelu", "elementwise_cuda", "40")]
     exact(torch.ops.fastops.activation_forward(x, "gelu", 0.0, 0.0, False)[0].cpu(), fast.cpu())
     exact(torch.func.vmap(FF.gelu)(x.view(4, 10)).cpu().flatten(), fast.cpu())
     compiled = torch.compile(lambda t: FF.relu(FF.gelu(t)), backend="aot_eager", fullgraph=True)
@@ -200,8 +200,8 @@ def test_a_failed_launch_names_kernel_and_shapes():
         configured(multiprocessors=-1),
         pytest.raises(
             RuntimeError,
-            match=r"gelu: kernel activation_forward for float32 tensors of shapes 3x40 failed on a grid of .* blocks "
-            r"of 256 threads and 0 bytes of shared memory: invalid configuration argument",
+            match=r"gelu: kernel activation_forward_cuda for float32 tensors of shapes 3x40 failed on a grid of "
+            r".* blocks of 256 threads and 0 bytes of shared memory: invalid configuration argument",
         ),
     ):
         FF.gelu(x)

@@ -79,11 +79,12 @@ void check_saved_kind(Activation activation, Saved kind) {
 template <class Op, class OnCpu, class OnGpu>
 void run_kernel(at::Device device, DType dtype, Op&& op, std::initializer_list<Tensor> operands, OnCpu&& on_cpu,
                 OnGpu&& on_gpu) {
-  const auto row = [&](const char* kernel) {
-    return record::Row{op(), kernel, record::shapes_of(operands), dtype_name(operands.begin()->scalar_type())};
+  const auto row = [&](const char* tier) {
+    return record::Row{op(), record::kernel_text({"elementwise"}, tier), record::shapes_of(operands),
+                       dtype_name(operands.begin()->scalar_type())};
   };
   if (!device.is_cpu()) {
-    gpu::call(device, [&] { return row("cuda"); }, on_gpu);
+    gpu::call(device, [&] { return row(cuda::kTier); }, on_gpu);
     return;
   }
   const KernelTable& table = kernels(dtype);

@@ -26,7 +26,7 @@ std::string op_name(const ConvPlan& plan, const char* suffix = "") {
 // ---- one kernel call each, in terms of the underlying convolution; operands lie as the plan says
 
 template <class Args>
-using NameOf = const char* (*)(const Args&);
+using NameOf = KernelName (*)(const Args&);
 
 // One pass of the CPU's table, and of the GPU's, which are called alike.
 template <class Args>
@@ -45,7 +45,7 @@ void call(const Pass<Args>& pass, Args args, at::Device device, Row&& row) {
   if (!device.is_cpu()) {
     args.allow_tf32 = args.dtype == DType::f32 && gpu::conv_allows_tf32();
     gpu::call(
-        device, [&] { return row((gpu::table()->*pass.gpu_name)(args)); },
+        device, [&] { return row(record::kernel_text((gpu::table()->*pass.gpu_name)(args), cuda::kTier)); },
         [&](const cuda::KernelTable& table, cuda::Stream stream) {
           const gpu::Workspace workspace((table.*pass.gpu_workspace)(args), device);
           return (table.*pass.gpu_run)(args, workspace.get(), stream);
@@ -55,7 +55,8 @@ void call(const Pass<Args>& pass, Args args, at::Device device, Row&& row) {
   const KernelTable& table = kernels(args.dtype);
   const Team team = torch_team();
   const Workspace workspace((table.*pass.workspace)(args, team.threads));
-  record::timed([&] { return row((table.*pass.name)(args)); }, [&] { (table.*pass.run)(args, workspace.get(), team); });
+  record::timed([&] { return row(record::kernel_text((table.*pass.name)(args), table.isa)); },
+                [&] { (table.*pass.run)(args, workspace.get(), team); });
 }
 
 constexpr Pass<ConvForward> kForward{&KernelTable::conv_forward_name,
@@ -82,7 +83,7 @@ void run_forward(const ConvPlan& plan, const Tensor& x, const Tensor& w, const T
   const ConvForward args{to_dtype(x.scalar_type()), plan.layout,        plan.w_layout,      plan.geometry,
                          x.const_data_ptr(),        w.const_data_ptr(), data_or_null(bias), activation,
                          y.mutable_data_ptr(),      mutable_or_null(z), conv_precision()};
-  call(kForward, args, x.device(), [&](const char* kernel) {
+  call(kForward, args, x.device(), [&](const std::string& kernel) {
     return record::Row{op_name(plan, suffix), kernel, record::shapes_of({x, w, bias}), dtype_name(x.scalar_type())};
   });
 }
@@ -94,7 +95,7 @@ void run_backward_input(const ConvPlan& plan, const Tensor& g, Activation activa
                                g.const_data_ptr(),        activation,  data_or_null(saved),  w.const_data_ptr(),
                                data_or_null(bias),        epilogue,    x.mutable_data_ptr(), mutable_or_null(z),
                                conv_precision()};
-  call(kBackwardInput, args, g.device(), [&](const char* kernel) {
+  call(kBackwardInput, args, g.device(), [&](const std::string& kernel) {
     return record::Row{op_name(plan, suffix), kernel, record::shapes_of({g, w, bias}), dtype_name(g.scalar_type())};
   });
 }
@@ -111,7 +112,7 @@ void run_backward_weight(const ConvPlan& plan, const ConvGeometry& geometry, con
                                 data_or_null(x),
                                 mutable_or_null(grad_w),
                                 mutable_or_null(grad_bias)};
-  call(kBackwardWeight, args, g.device(), [&](const char* kernel) {
+  call(kBackwardWeight, args, g.device(), [&](const std::string& kernel) {
     return record::Row{op_name(plan, "_backward_weight"), kernel, record::shapes_of({g, x}),
                        dtype_name(g.scalar_type())};
   });

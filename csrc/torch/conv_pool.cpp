@@ -71,8 +71,8 @@ MaxPoolOutput conv_pool_forward(const Tensor& input, const Tensor& weight, const
   const Workspace workspace(table.conv_pool_forward_workspace(args, team.threads));
   record::timed(
       [&] {
-        return record::Row{op_name(plan), table.conv_pool_forward_name(args), record::shapes_of({x, w, b}),
-                           dtype_name(type)};
+        return record::Row{op_name(plan), record::kernel_text(table.conv_pool_forward_name(args), table.isa),
+                           record::shapes_of({x, w, b}), dtype_name(type)};
       },
       [&] { table.conv_pool_forward(args, workspace.get(), team); });
   return out;
@@ -109,7 +109,8 @@ std::array<Tensor, 3> conv_pool_backward(const Tensor& grad_output, const Tensor
   const Workspace workspace(table.conv_pool_backward_workspace(args, team.threads));
   record::timed(
       [&] {
-        return record::Row{op_name(plan, "_backward"), table.conv_pool_backward_name(args),
+        return record::Row{op_name(plan, "_backward"),
+                           record::kernel_text(table.conv_pool_backward_name(args), table.isa),
                            record::shapes_of({g, x, w}), dtype_name(type)};
       },
       [&] { table.conv_pool_backward(args, workspace.get(), team); });

@@ -145,13 +145,14 @@ LinearOutput linear_forward(const Tensor& input, const Tensor& weight, const opt
                      out.y.mutable_data_ptr(),
                      n,
                      out.z.defined() ? out.z.mutable_data_ptr() : nullptr};
-  const auto row = [&](const char* kernel) {
-    return record::Row{"linear", kernel, record::shapes_of({input, weight, b}), dtype_name(type)};
+  const auto row = [&](const KernelName& kernel, const char* tier) {
+    return record::Row{"linear", record::kernel_text(kernel, tier), record::shapes_of({input, weight, b}),
+                       dtype_name(type)};
   };
   if (!input.is_cpu()) {
     args.allow_tf32 = type == at::kFloat && gpu::allows_tf32();
     gpu::call(
-        input.device(), [&] { return row(gpu::table()->linear_forward_name(args)); },
+        input.device(), [&] { return row(gpu::table()->linear_forward_name(args), cuda::kTier); },
         [&](const cuda::KernelTable& table, cuda::Stream stream) {
           const gpu::Workspace workspace(table.linear_forward_workspace(args), input.device());
           return table.linear_forward(args, workspace.get(), stream);
@@ -161,7 +162,7 @@ LinearOutput linear_forward(const Tensor& input, const Tensor& weight, const opt
   const KernelTable& table = kernels(args.dtype);
   const Team team = torch_team();
   const Workspace workspace(table.linear_forward_workspace(args, team.threads));
-  record::timed([&] { return row(table.linear_forward_name(args)); },
+  record::timed([&] { return row(table.linear_forward_name(args), table.isa); },
                 [&] { table.linear_forward(args, workspace.get(), team); });
   return out;
 }
@@ -216,13 +217,14 @@ std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& s
                       data(out[1]),
                       data(out[2])};
   if (args.grad_x == nullptr && args.grad_w == nullptr && args.grad_b == nullptr) return out;
-  const auto row = [&](const char* kernel) {
-    return record::Row{"linear_backward", kernel, record::shapes_of({grad_output, input, weight}), dtype_name(type)};
+  const auto row = [&](const KernelName& kernel, const char* tier) {
+    return record::Row{"linear_backward", record::kernel_text(kernel, tier),
+                       record::shapes_of({grad_output, input, weight}), dtype_name(type)};
   };
   if (!device.is_cpu()) {
     args.allow_tf32 = type == at::kFloat && gpu::allows_tf32();
     gpu::call(
-        device, [&] { return row(gpu::table()->linear_backward_name(args)); },
+        device, [&] { return row(gpu::table()->linear_backward_name(args), cuda::kTier); },
         [&](const cuda::KernelTable& table, cuda::Stream stream) {
           const gpu::Workspace workspace(table.linear_backward_workspace(args), device);
           return table.linear_backward(args, workspace.get(), stream);
@@ -232,7 +234,7 @@ std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& s
   const KernelTable& table = kernels(args.dtype);
   const Team team = torch_team();
   const Workspace workspace(table.linear_backward_workspace(args, team.threads));
-  record::timed([&] { return row(table.linear_backward_name(args)); },
+  record::timed([&] { return row(table.linear_backward_name(args), table.isa); },
                 [&] { table.linear_backward(args, workspace.get(), team); });
   return out;
 }

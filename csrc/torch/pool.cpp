@@ -89,20 +89,20 @@ std::string op_name(const PoolPlan& plan, const char* kind, const char* suffix =
   return c10::str(plan.geometry.adaptive ? "adaptive_" : "", kind, "_pool", plan.dims, "d", suffix);
 }
 
-// The kernel of the device that the tensor is on: on_cpu(table), or on_gpu(table, stream).
-template <class OnCpu, class OnGpu>
-void run_kernel(const PoolPlan& plan, const char* kind, const char* suffix, const Tensor& tensor, OnCpu&& on_cpu,
-                OnGpu&& on_gpu) {
-  const auto row = [&](const char* kernel) {
-    return record::Row{op_name(plan, kind, suffix), kernel, record::shapes_of({tensor}),
+// The kernel of the device that the tensor is on: on_cpu(table), named by name(table), or on_gpu(table, stream).
+template <class Name, class OnCpu, class OnGpu>
+void run_kernel(const PoolPlan& plan, const char* kind, const char* suffix, const Tensor& tensor, Name&& name,
+                OnCpu&& on_cpu, OnGpu&& on_gpu) {
+  const auto row = [&](const KernelName& kernel, const char* tier) {
+    return record::Row{op_name(plan, kind, suffix), record::kernel_text(kernel, tier), record::shapes_of({tensor}),
                        dtype_name(tensor.scalar_type())};
   };
   if (!tensor.is_cpu()) {
-    gpu::call(tensor.device(), [&] { return row("cuda"); }, on_gpu);
+    gpu::call(tensor.device(), [&] { return row({"pool_gather"}, cuda::kTier); }, on_gpu);
     return;
   }
   const KernelTable& table = kernels(to_dtype(tensor.scalar_type()));
-  record::timed([&] { return row(table.isa); }, [&] { on_cpu(table); });
+  record::timed([&] { return row(name(table), table.isa); }, [&] { on_cpu(table); });
 }
 
 void check_operand(const Tensor& tensor, const PoolPlan& plan, const int64_t (&spatial)[3], const char* op,
@@ -304,7 +304,8 @@ MaxPoolOutput max_pool_forward(const Tensor& input, const PoolPlan& plan, PoolIn
                             kind,
                             out.indices.defined() ? out.indices.mutable_data_ptr() : nullptr};
   run_kernel(
-      plan, "max", "", x, [&](const KernelTable& table) { table.max_pool_forward(args, torch_team()); },
+      plan, "max", "", x, [&](const KernelTable& table) { return table.max_pool_forward_name(args); },
+      [&](const KernelTable& table) { table.max_pool_forward(args, torch_team()); },
       [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.max_pool_forward(args, stream); });
   return out;
 }
@@ -335,7 +336,8 @@ Tensor max_pool_backward(const Tensor& grad_output, const Tensor& indices, const
                              i.const_data_ptr(),
                              grad_input.mutable_data_ptr()};
   run_kernel(
-      plan, "max", "_backward", g, [&](const KernelTable& table) { table.max_pool_backward(args, torch_team()); },
+      plan, "max", "_backward", g, [&](const KernelTable& table) { return table.max_pool_backward_name(args); },
+      [&](const KernelTable& table) { table.max_pool_backward(args, torch_team()); },
       [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.max_pool_backward(args, stream); });
   return grad_input;
 }
@@ -389,7 +391,8 @@ Tensor avg_pool_forward(const Tensor& input, const PoolPlan& plan, const AvgDivi
   const AvgPoolForward args{to_dtype(x.scalar_type()), plan.layout,        plan.geometry,       divisor.include_pad,
                             divisor.override,          x.const_data_ptr(), y.mutable_data_ptr()};
   run_kernel(
-      plan, "avg", "", x, [&](const KernelTable& table) { table.avg_pool_forward(args, torch_team()); },
+      plan, "avg", "", x, [&](const KernelTable& table) { return table.avg_pool_forward_name(args); },
+      [&](const KernelTable& table) { table.avg_pool_forward(args, torch_team()); },
       [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.avg_pool_forward(args, stream); });
   return y;
 }
@@ -404,7 +407,8 @@ Tensor avg_pool_backward(const Tensor& grad_output, const PoolPlan& plan, const 
                              divisor.include_pad,          divisor.override, g.const_data_ptr(),
                              grad_input.mutable_data_ptr()};
   run_kernel(
-      plan, "avg", "_backward", g, [&](const KernelTable& table) { table.avg_pool_backward(args, torch_team()); },
+      plan, "avg", "_backward", g, [&](const KernelTable& table) { return table.avg_pool_backward_name(args); },
+      [&](const KernelTable& table) { table.avg_pool_backward(args, torch_team()); },
       [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.avg_pool_backward(args, stream); });
   return grad_input;
 }

@@ -42,9 +42,15 @@ std::vector<Row> stop() {
 void add(Row row) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (verbose)
-    std::fprintf(stderr, "fastops: %-22s %-18s %-10s %10.1f us  %s\n", row.op.c_str(), row.kernel.c_str(),
+    std::fprintf(stderr, "fastops: %-22s %-32s %-10s %10.1f us  %s\n", row.op.c_str(), row.kernel.c_str(),
                  row.dtype.c_str(), row.microseconds, row.shapes.c_str());
   if (!starts.empty()) rows.push_back(std::move(row));
+}
+
+std::string kernel_text(const KernelName& name, const char* tier) {
+  std::string text = name.algorithm;
+  for (int i = 0; i < 3 && name.tile[i] != 0; ++i) text += (i == 0 ? '_' : 'x') + std::to_string(name.tile[i]);
+  return text + '_' + tier;
 }
 
 std::string shapes_of(std::initializer_list<at::Tensor> tensors) {

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "../kernels/kernel_name.h"
+
 namespace fastops::record {
 
 struct Row {
@@ -19,6 +21,9 @@ bool enabled();           // somebody listens; one relaxed load
 void start();             // begins a recording; recordings nest
 std::vector<Row> stop();  // ends the innermost one: its rows, in order of call
 void add(Row row);
+
+// The name of a kernel by the rule of csrc/kernels/kernel_name.h: "gemm_12x32_avx512".
+std::string kernel_text(const KernelName& name, const char* tier);
 
 std::string shapes_of(std::initializer_list<at::Tensor> tensors);  // "16x10, 5x10, 5"; undefined ones are left out
 
