@@ -200,8 +200,8 @@ def test_a_failed_launch_names_kernel_and_shapes():
         configured(multiprocessors=-1),
         pytest.raises(
             RuntimeError,
-            match=r"gelu: kernel activation_forward for float32 tensors of shapes 3x40 failed on a grid of .* blocks "
-            r"of 256 threads and 0 bytes of shared memory: invalid configuration argument",
+            match=r"gelu: kernel activation_forward_cuda for float32 tensors of shapes 3x40 failed on a grid of "
+            r".* blocks of 256 threads and 0 bytes of shared memory: invalid configuration argument",
         ),
     ):
         FF.gelu(x)

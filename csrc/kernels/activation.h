@@ -1,4 +1,7 @@
 // Contract of the activation kernels: y = f(x), elementwise, and the gradient of x.
+//
+// Strides are in elements and may be any number: zero (an expanded tensor), negative, or less than a row. No output
+// overlaps an operand unless a struct below allows it. Sizes are >= 1: an empty tensor needs no kernel.
 #pragma once
 
 #include "parallel.h"
@@ -6,7 +9,8 @@
 
 namespace fastops {
 
-// The elementwise activations, with torch.nn's formulas. a and b are the parameters named in the comment.
+// The elementwise activations, with the formulas of torch.nn. The right-hand column says what the parameters a and b
+// are.
 enum class ActivationKind : int {
   identity,
   relu,         // max(x, 0)
@@ -43,27 +47,31 @@ struct Activation {
 // What backward reads besides the incoming gradient.
 enum class Saved : int {
   nothing,  // identity
-  mask,     // one bit an element: the derivative takes two values and the bit says which
+  mask,     // one bit per element, which selects one of the derivative's two values
   output,   // y
   input,    // x
 };
 
-// The default choice for an activation of its own: a mask for the piecewise linear kinds (relu, relu6, leaky_relu,
-// hardtanh, hardsigmoid, hardshrink, softshrink, threshold), y for sigmoid and tanh, x for the others.
+// What an activation that is not fused saves: a mask for the piecewise linear kinds (relu, relu6, leaky_relu, hardtanh,
+// hardsigmoid, hardshrink, softshrink, threshold), y for sigmoid and tanh, x for the others.
 Saved saved_by_default(Activation activation);
 
-// What a fused linear saves: y where f'(x) follows exactly from y (relu, relu6, leaky_relu with a > 0, hardtanh,
-// hardshrink and softshrink with a >= 0, sigmoid, tanh), else x, the pre-activation. Never a mask.
+// What a fused linear layer saves. It is y where f'(x) can be computed exactly from y: relu, relu6, leaky_relu with
+// a > 0, hardshrink with a >= 0, hardtanh and softshrink (a >= 0) if 16-bit types hold their bounds exactly, sigmoid,
+// tanh. Otherwise it is x, the pre-activation. It is never a mask.
 Saved saved_by_linear(Activation activation);
 
-// True where backward can also work from y, which an in-place call needs: the kinds of saved_by_linear's output, and
-// elu (a >= 0), selu, celu (a > 0) as torch does it.
+// Whether backward can be computed from y, as an in-place call requires: the kinds for which saved_by_linear returns
+// output, and elu (a >= 0), selu and celu (a > 0), as in torch.
 bool can_save_output(Activation activation);
 
-// y[r, c] = f(x[r, c]) for r < rows, c < cols. x has unit column stride and x_row_stride between rows; y is contiguous.
-// x == y (in place) is allowed when x is contiguous. A flat tensor is one row. mask, when not null, gets bit c of row r
-// at mask[r * mask_row_bytes(cols) + c / 8], bit c % 8; bits past cols are zero. It is set where the derivative takes
-// the value of the "inside" piece, with torch's own decision on NaN.
+// y[r, c] = f(x[r, c]) for r < rows, c < cols.
+//
+// x has unit column stride and x_row_stride between rows. y is contiguous. x == y (in place) is allowed if x is
+// contiguous. A contiguous tensor of any shape is one row.
+//
+// mask may be null. Otherwise element (r, c) sets bit c % 8 of mask[r * mask_row_bytes(cols) + c / 8] if the derivative
+// takes the value of the piece "inside", with torch's decision on NaN. Bits past cols are zero.
 struct ActivationForward {
   DType dtype;
   Activation activation;
@@ -76,10 +84,12 @@ struct ActivationForward {
 
 inline int64_t mask_row_bytes(int64_t cols) { return (cols + 7) / 8; }
 
-// grad_x[r, c] = grad_y[r, c] * f'(x[r, c]), read from `saved` (a mask, y or x, as saved_kind says: x will do for every
-// kind but sigmoid and tanh, y where can_save_output allows, a mask where it is the default; dense rows for mask, row
-// strides for the others). grad_x is contiguous and may be the same memory as grad_y or saved only when those are
-// contiguous.
+// grad_x[r, c] = grad_y[r, c] * f'(x[r, c]), where the derivative is read from `saved`.
+//
+// saved_kind says what `saved` is: x (every kind except sigmoid and tanh), y (where can_save_output is true), or
+// forward's mask (where saved_by_default is mask). grad_y, x and y have unit column stride and their own row strides;
+// the rows of a mask are mask_row_bytes(cols) apart. grad_x is contiguous. It may be the same memory as grad_y or saved
+// if that operand is contiguous.
 struct ActivationBackward {
   DType dtype;
   Activation activation;
@@ -92,8 +102,8 @@ struct ActivationBackward {
   void* grad_x;
 };
 
-// PReLU over x[outer, channels, inner], contiguous: y = x > 0 ? x : w[c] x. channels == 1 shares one weight. w_stride
-// in elements between weights.
+// PReLU: y[o, c, i] = x[o, c, i] > 0 ? x[o, c, i] : w[c] x[o, c, i]. x and y are contiguous [outer, channels, inner].
+// channels == 1 is one weight for all elements. Weights are w_stride apart.
 struct PreluForward {
   DType dtype;
   int64_t outer, channels, inner;
@@ -103,9 +113,11 @@ struct PreluForward {
   void* y;
 };
 
-// grad_x and grad_w[channels] (contiguous), each nullable when not needed. grad_w[c] = sum of grad_y * x over x <= 0,
-// summed in float32 (float64 for float64) in an order that does not depend on the number of threads. workspace: see
-// KernelTable::prelu_backward_workspace.
+// grad_x[o, c, i] = grad_y[o, c, i] * (x[o, c, i] > 0 ? 1 : w[c]), and grad_w[c] = sum of grad_y * x over x <= 0.
+//
+// grad_y, x and grad_x are contiguous [outer, channels, inner]; grad_w is contiguous [channels]. A null gradient is not
+// computed. Sums are float32 (float64 for float64); their order does not depend on the number of threads. The workspace
+// is KernelTable::prelu_backward_workspace bytes.
 struct PreluBackward {
   DType dtype;
   int64_t outer, channels, inner;
@@ -117,7 +129,7 @@ struct PreluBackward {
   void* grad_w;
 };
 
-// GLU over x[outer, 2, inner], contiguous: y[o, i] = x[o, 0, i] * sigmoid(x[o, 1, i]).
+// GLU: y[o, i] = x[o, 0, i] * sigmoid(x[o, 1, i]). x [outer, 2, inner] and y [outer, inner] are contiguous.
 struct GluForward {
   DType dtype;
   int64_t outer, inner;
@@ -125,7 +137,8 @@ struct GluForward {
   void* y;
 };
 
-// grad_x[outer, 2, inner] from grad_y[outer, inner] and x.
+// With s = sigmoid(x[o, 1, i]): grad_x[o, 0, i] = grad_y[o, i] s, and grad_x[o, 1, i] = grad_y[o, i] x[o, 0, i] s (1 -
+// s). grad_y, x and grad_x are contiguous.
 struct GluBackward {
   DType dtype;
   int64_t outer, inner;

@@ -1,16 +1,16 @@
-// Every activation and its derivative over any Vec. Included after math.inl.
+// Every activation and its derivative, for any Vec. Included after math.inl.
 //
 // A kind is a struct of static functions:
 //   forward(x, p)                  f(x)
-//   backward(g, s, p)              g f'(x) from s = x
-//   backward_from_output(g, s, p)  the same from s = y, where that is possible
-//   inside(x, p)                   the kinds with a mask: which of the derivative's two values x takes;
-//   apply(inside, g, p)            and g times that value
-// Where PyTorch's vectorised loops and its loops over tails disagree about the gradient at NaN, these follow the
-// latter, which are PyTorch's documented formulas. At infinities they give the limit, also where PyTorch's formulas
+//   backward(g, x, p)              g f'(x)
+//   backward_from_output(g, y, p)  g f'(x), computed from y = f(x), for the kinds where that is possible
+//   inside(x, p)                   for the kinds with a mask: which of its two values the derivative takes at x
+//   apply(inside, g, p)            for the same kinds: g times that value
+// PyTorch's vectorised loops and its scalar loops disagree about the gradient at NaN. The functions here agree with the
+// scalar loops, which are the documented formulas. At infinities they give the limit, also where PyTorch's formulas
 // give NaN.
 
-// An Activation's numbers in the form the formulas use, one broadcast each.
+// The parameters of an activation in the form that the formulas use, broadcast to vectors.
 template <class S>
 struct Parameters {
   Vec<Compute<S>> a, b, c;
@@ -36,7 +36,7 @@ inline Parameters<S> parameters(const Activation& activation) {
       a = 0;
       b = 6;
       break;
-    case ActivationKind::elu:  // elu, selu and celu are x > 0 ? b x : a (exp(c x) - 1)
+    case ActivationKind::elu:  // elu, selu and celu: x > 0 ? b x : a (exp(c x) - 1)
       b = 1;
       c = 1;
       break;
@@ -65,7 +65,7 @@ inline Parameters<S> parameters(const Activation& activation) {
   return {set<C>(a), set<C>(b), set<C>(c)};
 }
 
-// Activations whose derivative takes two values, one of them usually zero.
+// The base of the piecewise linear kinds whose derivative is one inside and zero outside.
 struct ZeroOutside {
   template <class S, class C = Compute<S>>
   static FASTOPS_FN Vec<C> apply(Mask<C> inside, Vec<C> g, const Parameters<S>&) {
@@ -163,7 +163,7 @@ struct Hardshrink : ZeroOutside {
   }
 };
 
-struct Softshrink : ZeroOutside {  // a = lambda; b = lambda in the storage type, which PyTorch's backward compares with
+struct Softshrink : ZeroOutside {  // a = lambda; b = lambda rounded to the storage type, as in PyTorch's backward
   template <class S, class C = Compute<S>>
   static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>& p) {
     return select(ge(x, -p.a) & le(x, p.a), Vec<C>::zero(), x - copysign(p.a, x));
@@ -172,7 +172,7 @@ struct Softshrink : ZeroOutside {  // a = lambda; b = lambda in the storage type
   static FASTOPS_FN Mask<C> inside(Vec<C> x, const Parameters<S>& p) {
     return !(ge(x, -p.b) & le(x, p.b));
   }
-  // Of y (c = 0: y is zero nowhere else) or of x (c = b), as saved_by_linear decides.
+  // From y (c = 0, as y is zero exactly outside) or from x (c = b), whichever saved_by_linear says.
   template <class S, class C = Compute<S>>
   static FASTOPS_FN Mask<C> inside_from_output(Vec<C> y, const Parameters<S>& p) {
     return !(ge(y, -p.c) & le(y, p.c));
@@ -218,15 +218,15 @@ struct Elu {  // and selu, celu
   }
 };
 
-// gelu, gelu_tanh and silu are x h(x) with h(-x) = 1 - h(x). All that needs care is q = h(-t) <= 1/2, t = |x|:
+// gelu, gelu_tanh and silu are x h(x) with h(-x) = 1 - h(x). With t = |x|, only q = h(-t) <= 1/2 must be accurate:
 //   y = max(x, 0) - t q         f'(x) = x > 0 ? 1 - d : d,  d = q - t h'(-t)
-// d is zero somewhere, so the derivatives (mish's too) take float32's polynomials in 16 bits as well.
+// d has a zero. For a small relative error near it, 16-bit derivatives (also mish's) use the float32 polynomials.
 template <class C>
 FASTOPS_FN Vec<C> gated_derivative(Vec<C> x, Vec<C> d) {
   return select(gt(x, Vec<C>::zero()), set<C>(1) - d, d);
 }
 
-// t e / (1 + e), as t e (1 - e / (1 + e)): where e is small, the error of what follows t e counts little.
+// t e / (1 + e), computed as t e (1 - e / (1 + e)): if e is small, the error of the second factor counts little.
 template <class S, class C>
 FASTOPS_FN Vec<C> gated_tail(Vec<C> t, ExpParts<C> parts) {
   const Vec<C> whole = times_exp(t, parts), e = whole_exp(parts);
@@ -282,9 +282,9 @@ struct Silu {
 template <class T>
 constexpr double mish_limit = is_single<T> ? 20 : 40;  // tanh(softplus(x)) rounds to 1 from here on
 
-// With e = exp(x) and d = e (e + 2) + 2, tanh(softplus(x)) = 1 - 2 / d = e (1 - e (e + 1) / d): the first for x > -1/4,
-// the second below, so that what is subtracted is less than a half and its errors count less. In float32 they count
-// most where d is just above 4 and rounds most coarsely: 7/8 d does not.
+// With e = exp(x) and d = e (e + 2) + 2, tanh(softplus(x)) = 1 - 2 / d = e (1 - e (e + 1) / d). The first form is used
+// for x > -1/4, the second below. Both then subtract less than a half, so that its errors count less. They count most
+// where d is just above 4, a power of two, where float32 is coarsest relative to d. 7/8 d, which is not, replaces d.
 struct Mish {
   template <class S, class C = Compute<S>>
   static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>&) {
@@ -294,7 +294,7 @@ struct Mish {
     const Mask<C> right = gt(x, set<C>(-0.25));
     const Vec<C> whole = select(right, x, times_exp(t, parts));
     const Vec<C> part = quotient_for<S>(select(right, set<C>(1.75), fma(e, e78, e78)), d78);
-    return fnma(min(set<C>(mish_limit<C>), whole), part, whole);  // min: not infinity times what is left of part
+    return fnma(min(set<C>(mish_limit<C>), whole), part, whole);  // min, as infinity times part would be NaN
   }
   // sech^2(softplus(x)) sigmoid(x) = 4 e (1 + e) / d^2, so f'(x) = e ((e + 2) d + 4 x (1 + e)) / d^2.
   template <class S, class C = Compute<S>>
@@ -378,7 +378,7 @@ struct Tanhshrink {
   }
 };
 
-// As Kind, working from saved y.
+// The derivative of Kind, from y.
 template <class Kind>
 struct FromOutput {
   template <class S, class C = Compute<S>>
@@ -386,7 +386,7 @@ struct FromOutput {
     return Kind::backward_from_output(g, y, p);
   }
 };
-// A piecewise linear Kind, working from x.
+// The derivative of a piecewise linear Kind, from x.
 template <class Kind>
 struct Piecewise {
   template <class S, class C = Compute<S>>
@@ -402,7 +402,7 @@ struct PiecewiseFromOutput {
   }
 };
 
-// body(Kind{}) with the struct of this kind, on either side of a launch.
+// body(Kind{}) with the struct of this kind, on the host and in CUDA kernels.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
 #endif
@@ -457,7 +457,7 @@ FASTOPS_HOST_FN auto with_kind(ActivationKind kind, Body&& body) {
   return body(Identity{});
 }
 
-// The same for the kinds of saved_by_default's mask.
+// body(Kind{}) for the kinds for which saved_by_default is mask.
 template <class Body>
 inline auto with_mask_kind(ActivationKind kind, Body&& body) {
   switch (kind) {
@@ -479,8 +479,8 @@ inline auto with_mask_kind(ActivationKind kind, Body&& body) {
   }
 }
 
-// body(Derivative{}), whose backward works from y where from_output, else from x; sigmoid's and tanh's always from y.
-// On either side of a launch, too.
+// body(Derivative{}), whose backward reads y if from_output, else x. For sigmoid and tanh it always reads y. On the
+// host and in CUDA kernels.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
 #endif
@@ -535,7 +535,7 @@ FASTOPS_HOST_FN auto with_derivative(ActivationKind kind, bool from_output, Body
   return body(Identity{});
 }
 
-// body(Kind{}), whose apply works from a mask.
+// body(Kind{}), whose apply takes a mask.
 template <class Body>
 inline auto with_mask_derivative(ActivationKind kind, Body&& body) {
   switch (kind) {

@@ -1,5 +1,7 @@
 // Contract of the convolution kernels: y = f(conv(x, w) + b) and the gradients of x, w and b, in one, two or three
 // spatial dimensions.
+//
+// There are no strides here: every tensor is dense in one of two layouts. Outputs overlap no operand.
 #pragma once
 
 #include "activation.h"
@@ -9,20 +11,24 @@
 
 namespace fastops {
 
-// How x and y lie in memory, both dense: (batch, channels, depth, height, width), or channels innermost.
+// The memory order of a dense image: (batch, channels, depth, height, width) or (batch, depth, height, width,
+// channels).
 enum class Layout : int { channels_first, channels_last };
 
-// Spatial arrays are (depth, height, width); what a 1-D or 2-D convolution lacks has size, kernel, stride and dilation
-// 1 and padding 0. in_channels and out_channels count all groups; both are divisible by groups. `padding` is what lies
-// before the first element; what is needed after the last one follows from `out`, so padding may be uneven ('same' with
-// an even kernel). The tap r of output p reads input p * stride - padding + r * dilation, zero where that lies outside.
+// Spatial arrays are (depth, height, width). A dimension that a 1-D or 2-D convolution does not have has size, kernel,
+// stride and dilation 1, and padding 0.
+//
+// in_channels and out_channels count all groups, and groups divides both. Sizes are >= 0; kernel, stride, dilation and
+// groups are >= 1. Tap r of output p reads input element p * stride - padding + r * dilation, or zero if that lies
+// outside the input. `padding` >= 0 is the padding before the first element. The padding after the last element follows
+// from `out`. It may be another one ('same' with an even kernel), or negative, which crops the input.
 struct ConvGeometry {
   int64_t batch, in_channels, out_channels, groups;
   int64_t in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
 };
 
-// Whether every coordinate that a convolution forms, and every index into a filter, is far from the limits of an int,
-// which is what the CUDA kernels count those in.
+// Whether every coordinate of this convolution and every index into one filter is far from the limits of int, the type
+// in which the CUDA kernels compute them.
 inline bool fits_int(const ConvGeometry& g) {
   constexpr int64_t limit = int64_t{1} << 29;
   bool fits = g.in_channels < limit && g.out_channels < limit;
@@ -38,18 +44,20 @@ inline bool fits_int(const ConvGeometry& g) {
   return fits && taps * (g.in_channels / g.groups) < limit && taps * (g.out_channels / g.groups) < limit;
 }
 
-// What the algorithms may trade for speed. Of `highest` the rms error stays within three times that of direct
-// summation; `medium` allows Winograd's F(4x4, 3x3).
+// How much accuracy an algorithm may give up for speed. `highest`: the rms error is at most three times that of direct
+// summation. `medium` also allows Winograd's F(4x4, 3x3).
 enum class ConvPrecision : int { highest, medium };
 
 // y[b, k, p] = f(sum_{c, r} w[k, c, r] x[b, group(k) C + c, p * stride - padding + r * dilation] + bias[k])
 //
-// x is [batch, in_channels, in], y [batch, out_channels, out], each dense in `layout`; w is
-// [out_channels, in_channels / groups, kernel], dense in its own layout (w_layout: channels_last is
-// [out_channels, kernel, in_channels / groups]). bias is null or contiguous. Sizes may be zero; a sum over nothing
-// gives f(bias). Products accumulate in float32 (float64 for float64); 16-bit results are rounded once, after bias and
-// activation. z is null, or takes the pre-activation with y's dtype and layout. The result is bitwise the same for any
-// number of threads.
+// where C = in_channels / groups and group(k) = k / (out_channels / groups).
+//
+// x [batch, in_channels, in] and y [batch, out_channels, out] are dense in `layout`. w [out_channels, C, kernel] is
+// dense in w_layout; channels_last is [out_channels, kernel, C]. bias is null or contiguous. z is null, or receives the
+// pre-activation in the dtype and layout of y. An empty sum gives f(bias).
+//
+// Products accumulate in float32 (float64 for float64). 16-bit results are rounded once, after bias and activation. The
+// result is bitwise the same for any number of threads.
 struct ConvForward {
   DType dtype;
   Layout layout, w_layout;
@@ -65,13 +73,17 @@ struct ConvForward {
   bool allow_tf32 = false;                               // CUDA: float32 products of operands rounded to tf32
 };
 
-// The gradient of x, and at once the forward pass of a transposed convolution (whose input is then grad_y, whose output
-// grad_x, with `geometry` that of the convolution it transposes):
-//   g = grad_y * f'(saved), formed while grad_y is read; saved is y or z as saved_by_linear(activation) says, dense in
-//   `layout`, not read for identity
+// The gradient of x:
+//
+//   g = grad_y * f'(saved), computed while grad_y is read
 //   grad_x[b, c, q] = h(sum_{k, r, p: p * stride - padding + r * dilation = q} w[k, c, r] g[b, k, p] + bias[c])
-// bias [in_channels] and the epilogue's activation h are a transposed convolution's: null and identity for a gradient.
-// z as in ConvForward, with grad_x's layout, for h.
+//
+// saved is y or z, as saved_by_linear(activation) says, dense in `layout`; for identity it is not read.
+//
+// The same call is the forward pass of a transposed convolution: grad_y is its input, grad_x its output, `geometry` the
+// geometry of the convolution that it transposes. Only then are there a bias [in_channels] and an activation h (the
+// epilogue); for a gradient they are null and identity. z is null, or receives the argument of h in the dtype and
+// layout of grad_x.
 struct ConvBackwardInput {
   DType dtype;
   Layout layout, w_layout;
@@ -89,10 +101,12 @@ struct ConvBackwardInput {
   bool allow_tf32 = false;                               // CUDA: float32 products of operands rounded to tf32
 };
 
-// The gradients of w and bias, each nullable when not needed:
+// The gradients of w and bias, with g as in ConvBackwardInput:
+//
 //   grad_w[k, c, r] = sum_{b, p} g[b, k, p] x[b, group(k) C + c, p * stride - padding + r * dilation]
 //   grad_bias[k] = sum_{b, p} g[b, k, p]
-// with g as in ConvBackwardInput. grad_w is dense in w_layout, grad_bias contiguous.
+//
+// grad_w is dense in w_layout, grad_bias contiguous. A null gradient is not computed.
 struct ConvBackwardWeight {
   DType dtype;
   Layout layout, w_layout;

@@ -1,5 +1,5 @@
 // Contract of the fused convolution + activation + max pool: y = max_pool(f(conv(x, w) + b)), and the gradients of x, w
-// and b. What lies between is not an output: it passes through a workspace, some images at a time.
+// and b. The convolution's result is not an output: it goes through the workspace, a few images at a time.
 #pragma once
 
 #include "conv.h"
@@ -11,15 +11,16 @@ namespace fastops {
 
 // y[b, k, p] = the maximum of f(conv(x, w) + bias)[b, k, :] over the window p * pool ... p * pool + pool - 1
 //
-// Windows do not overlap, are not padded and lie inside: there are pooled[i] = out[i] / pool[i] of them along axis i,
-// rounded down, and what is left over at the end takes no part. At most 255 elements a window. The convolution is that
-// of ConvForward; f is identity or relu. The result is that of the three operations one after the other: 16-bit values
-// are rounded before they are compared, the first of equal maxima counts, and a NaN counts as greater than anything,
-// the last of a window being taken.
+// Windows do not overlap and are not padded. Along axis i there are pooled[i] = out[i] / pool[i] windows, rounded down;
+// the elements after the last window are ignored. A window has at most 255 elements. The convolution is that of
+// ConvForward. f is identity or relu.
 //
-// y is [batch, out_channels, pooled], dense in `layout`. indices is null, or takes what backward needs, one byte an
-// element of y: the position of the maximum within the window, ((d * pool_h) + h) * pool_w + w, or kNoGradient where f'
-// is zero there. The result is bitwise the same for any number of threads.
+// The result is that of the three operations in sequence: 16-bit values are rounded before they are compared. The first
+// of equal maxima counts. A NaN is greater than any number; of several, the last one in the window counts.
+//
+// y is [batch, out_channels, pooled], dense in `layout`. indices is null, or receives one byte per element of y, for
+// backward: the position of the maximum in its window, ((d * pool_h) + h) * pool_w + w, or kNoGradient if f' is zero
+// there. The result is bitwise the same for any number of threads.
 struct ConvPoolForward {
   DType dtype;
   Layout layout, w_layout;
@@ -37,10 +38,11 @@ struct ConvPoolForward {
 
 constexpr uint8_t kNoGradient = 255;
 
-// The gradients of x, w and bias, each nullable when not needed, from grad_y, the gradient of y, and forward's indices:
-// those of ConvBackwardInput and ConvBackwardWeight, whose gradient g has grad_y at the positions of the maxima, where
-// they have one, and zeros elsewhere. f need not be known: indices say where f' is zero, and elsewhere it is one. w is
-// read for grad_x alone, x for grad_w alone.
+// The gradients of x, w and bias from grad_y, the gradient of y, and forward's indices.
+//
+// They are those of ConvBackwardInput and ConvBackwardWeight for a gradient g that holds grad_y at the positions of the
+// maxima and zeros everywhere else. The activation is not an argument: the indices say where f' is zero, and elsewhere
+// it is one. A null gradient is not computed. w is read only for grad_x, x only for grad_w.
 struct ConvPoolBackward {
   DType dtype;
   Layout layout, w_layout;

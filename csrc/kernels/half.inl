@@ -1,5 +1,6 @@
-// The 16-bit storage types by integer arithmetic alone, for what has no instruction for them. Included in a namespace
-// of its own like vec.h. Rounds to nearest even; overflow goes to infinity, NaN stays NaN, denormals are kept.
+// Conversions of the 16-bit storage types by integer arithmetic, for targets without instructions for them. Included
+// inside a namespace, like vec.h. They round to nearest even. Overflow gives infinity, NaN stays NaN, denormals are
+// kept.
 
 FASTOPS_HOST_FN float float_of_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 FASTOPS_HOST_FN uint32_t bits_of_float(float x) { return __builtin_bit_cast(uint32_t, x); }

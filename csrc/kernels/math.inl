@@ -1,16 +1,16 @@
-// Elementary functions over any Vec, on the ranges that the activations need. Included in the tier's namespace after
-// vec.h, and in that of the CUDA kernels after cuda/lane.cuh, where a Vec is the one number of a thread.
+// Elementary functions of a Vec, on the ranges that the activations need. Included in a tier's namespace after vec.h,
+// and in the namespace of the CUDA kernels after cuda/lane.cuh, where a Vec has one lane.
 //
-// FASTOPS_FN, FASTOPS_HOST_FN and FASTOPS_TABLE declare what runs where the kernels run, what the host calls as well,
-// and a table that the kernels read: cpu/bodies_prelude.h and cuda/lane.cuh say how.
+// FASTOPS_FN declares a function of the kernels, FASTOPS_HOST_FN one that the host calls as well, FASTOPS_TABLE a table
+// that the kernels read. cpu/bodies_prelude.h and cuda/formulas.cuh define them.
 //
-// Polynomials and rationals are minimax fits of relative error, found by the Remez exchange in 60-digit arithmetic; the
-// error named beside each is the fit's own, before rounding. Rationals are written so that the rounding of the small
-// part counts little: x + x^3 P/Q, t + t^2 P. NaN goes in and comes out, provided that clamps keep the variable last
-// (see vec.h).
+// Polynomials and rational functions are minimax fits of the relative error, computed by the Remez exchange in 60-digit
+// arithmetic. The error stated beside each is that of the fit, before rounding. They are written as x + x^3 P/Q or
+// t + t^2 P, so that rounding errors of the small term count little. NaN gives NaN, which requires that the variable is
+// the last argument of min and max (vec.h).
 //
-// S is the storage type of the result: where it has 8 or 11 bits, shorter polynomials do, whose error (2^-14 to 2^-16
-// for bf16_t, 2^-19 for f16_t) adds at most 0.03 ulp to the 0.5 of the rounding that follows.
+// S is the storage type of the result. For 8 or 11 bits of precision shorter polynomials suffice: their error (2^-14 to
+// 2^-16 for bf16_t, 2^-19 for f16_t) adds at most 0.03 ulp to the 0.5 ulp of the final rounding.
 
 template <class S>
 struct ComputeType {
@@ -20,7 +20,7 @@ template <>
 struct ComputeType<double> {
   using type = double;
 };
-// What a storage type is computed in: float32 for the 16-bit ones.
+// The type in which values of a storage type are computed: float32 for the 16-bit types.
 template <class S>
 using Compute = typename ComputeType<S>::type;
 
@@ -48,14 +48,14 @@ FASTOPS_FN Vec<T> horner(Vec<T> x, double c0, Rest... rest) {
   return fma(horner(x, rest...), x, set<T>(c0));
 }
 
-// x clamped to [low, high]; NaN stays.
+// x clamped to [low, high]; NaN stays NaN.
 template <class T>
 FASTOPS_FN Vec<T> clamp(Vec<T> x, double low, double high) {
   return max(set<T>(low), min(set<T>(high), x));
 }
 
-// x = n ln 2 + r with integral n and |r| <= ln(2) / 2, for |x| < 2^20. Cody and Waite: the first constant has so few
-// bits that n times it is exact, with or without a fused multiply-add.
+// x = n ln 2 + r with integral n and |r| <= ln(2) / 2, for |x| < 2^20. ln 2 is a sum of two constants (Cody and Waite).
+// The first has so few bits that its product with n is exact, with or without a fused multiply-add.
 template <class T>
 struct Reduced {
   Vec<T> n, r;
@@ -70,8 +70,8 @@ FASTOPS_FN Reduced<T> reduce_by_ln2(Vec<T> x) {
   return {n, fnma(n, set<T>(low), fnma(n, set<T>(high), x))};
 }
 
-// (exp(r) - 1 - r) / r^2 for |r| <= ln(2) / 2. Error of expm1(r): 2^-26.2 (2^-55.6 for float64), 2^-21 for f16_t, and
-// 2^-17.5 of exp(r) for bf16_t.
+// (exp(r) - 1 - r) / r^2 for |r| <= ln(2) / 2. Error of expm1(r): 2^-26.2 for float32, 2^-55.6 for float64, 2^-21 for
+// f16_t. For bf16_t the error of exp(r) is 2^-17.5.
 template <class S, class T>
 FASTOPS_FN Vec<T> exp_series(Vec<T> r) {
   if constexpr (is_bf16<S>) {
@@ -87,8 +87,8 @@ FASTOPS_FN Vec<T> exp_series(Vec<T> r) {
   }
 }
 
-// exp(x) = (1 + p) 2^n in two parts. t exp(x) is then scale(fma(t, p, t), n): one rounding, and all its bits where
-// exp(x) alone is denormal.
+// exp(x) = (1 + p) 2^n, as the parts p and n. t exp(x) is scale(fma(t, p, t), n), which is accurate also where exp(x)
+// itself is denormal.
 template <class T>
 struct ExpParts {
   Vec<T> p, n;
@@ -101,7 +101,7 @@ template <class S, class T>
 FASTOPS_FN ExpParts<T> exp_parts(Vec<T> x) {
   return exp_parts<S>(reduce_by_ln2<S>(x));
 }
-// Of x + low, |low| much smaller than |x|.
+// The parts of exp(x + low), for |low| much smaller than |x|.
 template <class S, class T>
 FASTOPS_FN ExpParts<T> exp_parts(Vec<T> x, Vec<T> low) {
   const Reduced<T> reduced = reduce_by_ln2<S>(x);
@@ -122,7 +122,7 @@ FASTOPS_FN Vec<T> exp(Vec<T> x) {
   return whole_exp(exp_parts<S>(x));
 }
 
-// exp(x) - 1 for x <= 88 (709), with all its digits near 0.
+// exp(x) - 1 for x <= 88 (709), accurate near 0.
 template <class S, class T>
 FASTOPS_FN Vec<T> expm1(Vec<T> x) {
   x = clamp(x, is_single<T> ? -20 : -40, is_single<T> ? 88.7 : 709.7);
@@ -131,7 +131,7 @@ FASTOPS_FN Vec<T> expm1(Vec<T> x) {
   return fma(s, e.p, s - set<T>(1));
 }
 
-// a / b: the estimate alone for bf16_t.
+// a / b; for bf16_t to 14 bits.
 template <class S, class T>
 FASTOPS_FN Vec<T> quotient_for(Vec<T> a, Vec<T> b) {
   if constexpr (is_bf16<S>)
@@ -161,13 +161,13 @@ FASTOPS_FN Vec<T> log1p(Vec<T> t) {
   }
 }
 
-// exp(-|x|) reaches zero before |x| gets here, even multiplied by |x|.
+// From here on both exp(-|x|) and |x| exp(-|x|) are zero.
 template <class T>
 constexpr double exp_limit = is_single<T> ? 110 : 755;
 
 #if defined(FASTOPS_VEC_AVX512)
 
-// (1 + 2^-15.1) 2^(j / 32), which times 1 + r is exp(r) 2^(j / 32) to 2^-15.1 for |r| <= ln(2) / 64.
+// (1 + 2^-15.1) 2^(j / 32). Multiplied by 1 + r it is exp(r) 2^(j / 32) with error 2^-15.1, for |r| <= ln(2) / 64.
 constexpr float kCoarsePowers[kTableColumns] = {
     1.00002932f, 1.02192712f, 1.04430441f, 1.06717169f, 1.09053971f, 1.11441942f, 1.13882203f, 1.16375898f,
     1.18924199f, 1.215283f,   1.24189423f, 1.26908817f, 1.29687758f, 1.32527551f, 1.35429526f, 1.38395046f,
@@ -177,10 +177,10 @@ constexpr float kCoarsePowers[kTableColumns] = {
 
 // exp(-t) for 0 <= t <= exp_limit, error 2^-15.
 FASTOPS_FN VecF coarse_exp_minus(VecF t) {
-  const VecF shifted = fma(t, set<float>(-1.4426950408889634), set<float>(0x1.8p18));  // rounds to 32nds
+  const VecF shifted = fma(t, set<float>(-1.4426950408889634), set<float>(0x1.8p18));  // rounded to multiples of 1/32
   const VecF n = shifted - set<float>(0x1.8p18), minus_r = fma(n, set<float>(0.6931471805599453), t);
   const VecF power = look_up(kCoarsePowers, columns_of(shifted, 0));
-  return scale(fnma(power, minus_r, power), n);  // 2^n by the largest integer below n
+  return scale(fnma(power, minus_r, power), n);  // this scale uses floor(n); `power` is the rest of 2^n
 }
 
 #endif
@@ -194,15 +194,15 @@ FASTOPS_FN Vec<T> exp_minus_abs(Vec<T> x) {
   return exp<S>(-t);
 }
 
-// 1 / (1 + exp(-x)); with e = exp(-|x|) it is 1 / (1 + e) or e / (1 + e), and neither cancels.
+// 1 / (1 + exp(-x)). With e = exp(-|x|) it is 1 / (1 + e) or e / (1 + e), both without cancellation.
 template <class S, class T>
 FASTOPS_FN Vec<T> sigmoid(Vec<T> x) {
   const Vec<T> e = exp_minus_abs<S>(x), one = set<T>(1);
   return quotient_for<S>(select(lt(x, Vec<T>::zero()), e, one), one + e);
 }
 
-// The float64 tanh(x) is base + numerator / denominator: x + x^3 P/Q near 0, 1 - 2 e / (1 + e) with e = exp(-2|x|)
-// beyond. x^3 P/Q: error 2^-57 of itself.
+// float64 tanh(t) = base + numerator / denominator for t = |x|: t + t^3 P/Q near 0, and 1 - 2 e / (1 + e) with
+// e = exp(-2 t) elsewhere. The relative error of t^3 P/Q is 2^-57.
 struct TanhParts {
   MaskD near_zero;
   VecD numerator, denominator;
@@ -224,10 +224,10 @@ FASTOPS_FN VecD tanh(VecD x) {
   return copysign(base + quotient(parts.numerator, parts.denominator), x);
 }
 
-// A function on [0, 15) by polynomials, looked up: 1 + t has a piece for each value of its exponent and of the first
-// bits of its fraction, 32 or 8 of them (kTableColumns). The rows are a point of the piece, and the coefficients of t
-// less that; the columns are in the order of the low bits of that piece of 1 + t, so that the piece at 0 has column 3 /
-// 4 kTableColumns.
+// A function on [0, 15) by a piecewise polynomial with kTableColumns (32 or 8) pieces. The exponent of 1 + t and the
+// first bits of its fraction select the piece. Row 0 of the table has a point of each piece, the other rows the
+// coefficients of the polynomial in the distance from that point. A piece's column is the value of those bits modulo
+// kTableColumns, so the piece that begins at 0 is in column 3/4 kTableColumns.
 template <int kRows>
 FASTOPS_FN VecF by_pieces(VecF t, const float (&table)[kRows][kTableColumns]) {
   const Columns column = columns_of(t + set<float>(1), kTableColumns == 32 ? 20 : 22);
@@ -239,7 +239,7 @@ FASTOPS_FN VecF by_pieces(VecF t, const float (&table)[kRows][kTableColumns]) {
 
 #if defined(FASTOPS_VEC_AVX512)
 
-// tanh, error 2^-28.4; 1 from 9 on.
+// tanh(t), error 2^-28.4; from t = 9 on it is 1.
 // clang-format off
 constexpr float kTanhPieces[7][32] = {
     {1, 1.25f, 1.5f, 1.75f, 2, 2.25f, 2.5f, 2.75f, 3, 3.5f, 4, 4.5f, 5, 5.5f, 6, 6.5f, 7, 8, 9, 10, 11, 12, 13, 14, 0,
@@ -286,7 +286,7 @@ FASTOPS_FN VecF tanh_in_full(VecF x) {
 
 #endif
 
-// In 16 bits x P(x^2) / Q(x^2) on |x| <= 9.02: error 2^-19 for f16_t, 2^-15.7 for bf16_t.
+// In 16 bits tanh(x) is x P(x^2) / Q(x^2), for |x| <= 9.02: error 2^-19 for f16_t, 2^-15.7 for bf16_t.
 template <class S>
 FASTOPS_FN VecF tanh(VecF x) {
   if constexpr (!is_half<S>) return tanh_in_full(x);
@@ -303,7 +303,7 @@ FASTOPS_FN VecF tanh(VecF x) {
   }
 }
 
-// x - tanh(x), from the parts of tanh where the difference cancels nothing.
+// x - tanh(x). Near 0 it is computed from the parts of tanh, so that nothing cancels.
 template <class S>
 FASTOPS_FN VecD tanhshrink(VecD x) {
   const VecD t = abs(x);
@@ -312,9 +312,9 @@ FASTOPS_FN VecD tanhshrink(VecD x) {
   return copysign(base - quotient(parts.numerator, parts.denominator), x);
 }
 
-// x w P(w) / Q(w) with w = x^2, error 2^-24.8 (16 bits: 2^-17) on |x| <= 9.02; tanh is +-1 beyond. In float32 it is
-// x - x (Q - w P) / Q from |x| = 2 on, where what is subtracted is the smaller part. The 4 ulp of rounding below are a
-// fraction of what x - tanh(x) loses for |x| < 1.
+// x - tanh(x) = x w P(w) / Q(w) with w = x^2, error 2^-24.8 (16 bits: 2^-17) for |x| <= 9.02; beyond, tanh is +-1. In
+// float32, from |x| = 2 on, it is x - x (Q - w P) / Q, where the subtrahend is the smaller term. Below 2, rounding
+// costs 4 ulp, a fraction of what the subtraction x - tanh(x) would lose for |x| < 1.
 template <class S>
 FASTOPS_FN VecF tanhshrink(VecF x) {
   const VecF c = clamp(x, -9.02, 9.02), w = c * c;
@@ -331,13 +331,13 @@ FASTOPS_FN VecF tanhshrink(VecF x) {
   }
 }
 
-// Phi(-t) = exp(-t^2 / 2) g(t) for 0 <= t <= normal_limit, where t Phi(-t) is zero. normal_ratio is g: error 2^-62 in
-// float64, 2^-20.4 in 16 bits.
+// Phi(-t) = exp(-t^2 / 2) g(t) for 0 <= t <= normal_limit; from normal_limit on t Phi(-t) is zero. normal_ratio is g:
+// error 2^-62 in float64, 2^-20.4 in 16 bits.
 template <class T>
 constexpr double normal_limit = is_single<T> ? 14.5 : 38.7;
 
-// g in pieces for float32: a rational is as fast, and has 3 ulp of rounding. The points are near the middles, where g
-// is a float32 to 2^-30.
+// g as a piecewise polynomial for float32. A rational function is as fast but has 3 ulp of rounding error. The points
+// lie near the middles of the pieces, at arguments where g is within 2^-30 of a float32.
 // clang-format off
 #if defined(FASTOPS_VEC_AVX2)
 // Error 2^-28.2.
@@ -422,8 +422,8 @@ FASTOPS_FN Vec<T> normal_ratio(Vec<T> t) {
   }
 }
 
-// w exp(-t^2 / 2) 2^normal_bias, so that the product is a normal number for all t <= normal_limit. What comes of it is
-// multiplied by unbias.
+// times_normal_exp(w, t) = w exp(-t^2 / 2) 2^normal_bias. The bias keeps it a normal number for all t <= normal_limit.
+// Callers multiply their result by unbias.
 template <class T>
 constexpr double normal_bias = is_single<T> ? 64 : 512;
 template <class T>
@@ -431,7 +431,7 @@ constexpr double unbias = is_single<T> ? 0x1p-64 : 0x1p-512;
 
 template <class S>
 FASTOPS_FN VecD times_normal_exp(VecD w, VecD t) {
-  // The part of t^2 that rounding loses would be hundreds of ulp of the result.
+  // The rounding error of t^2 alone would be hundreds of ulp of the result.
   const VecD square = t * t;
   const ExpParts<double> e = exp_parts<S>(set<double>(-0.5) * square, set<double>(0.5) * product_error(t, t, square));
   return fma(w, e.p, w) * power_of_two(e.n + set<double>(normal_bias<double>));
@@ -448,7 +448,8 @@ FASTOPS_FN VecF times_normal_exp(VecF w, VecF t) {
 
 #else
 
-// 2^(64 + j / kTableColumns) for column j, less j where n is added below.
+// The bits of 2^(64 + j / kTableColumns) for column j, minus j << 18 (20): add_shifted below adds the bits of n, whose
+// low bits are j.
 constexpr uint32_t kPowers[kTableColumns] = {
 #if defined(FASTOPS_VEC_AVX512)
     0x5f800000, 0x5f7ecd87, 0x5f7daac3, 0x5f7c980f, 0x5f7b95c2, 0x5f7aa43a, 0x5f79c3d3, 0x5f78f4f0,
@@ -460,14 +461,14 @@ constexpr uint32_t kPowers[kTableColumns] = {
 #endif
 };
 
-// t^2 = r - n step with integral n and |r| <= step / 2, step = 2 ln 2 / kTableColumns: exp(-t^2 / 2) is 2^(-n /
-// kTableColumns), looked up, times exp(-r / 2). All but the last step of r are exact, or as good: the first constant
-// has so few bits that n times it is a float32, and t^2 is not rounded before it is less than 0.1. exp(-r / 2) by a
-// polynomial: error 2^-33 of degree 3 with 32 columns, and of degree 4 with 8.
+// t^2 = r - n step with integral n <= 0, |r| <= step / 2 and step = 2 ln 2 / kTableColumns. exp(-t^2 / 2) is then
+// 2^(n / kTableColumns), from the table, times exp(-r / 2), by a polynomial with error 2^-33 (of degree 3 with 32
+// columns, of degree 4 with 8). step is a sum of two constants. The first has so few bits that its product with n is
+// exact, and fma(t, t, part) rounds only after the subtraction, when the sum is less than 0.1.
 template <class S>
 FASTOPS_FN VecF times_normal_exp(VecF w, VecF t) {
   constexpr bool wide = kTableColumns == 32;
-  constexpr double magic = 0x1.8p23, step = wide ? 0x1.63p-5 : 0x1.62ep-3;  // step: its first 9 (12) bits
+  constexpr double magic = 0x1.8p23, step = wide ? 0x1.63p-5 : 0x1.62ep-3;  // the first 9 (12) bits of step
   const VecF square = t * t;
   const VecF n = fma(square, set<float>(wide ? -23.083120654223414 : -5.7707801635558535), set<float>(magic));
   const VecF whole = w * add_shifted(look_up(kPowers, columns_of(n, 0)), n, wide ? 18 : 20);
@@ -485,8 +486,8 @@ FASTOPS_FN VecF times_normal_exp(VecF w, VecF t) {
 
 #endif
 
-// exp(-(c1 t + c3 t^3)) for 0 <= t <= tanh_gelu_limit, c1 = 2 sqrt(2/pi) and c3 = 0.044715 c1: the argument in two
-// words, as its rounding would be hundreds of ulp of the result.
+// exp(-(c1 t + c3 t^3)) for 0 <= t <= tanh_gelu_limit, c1 = 2 sqrt(2/pi) and c3 = 0.044715 c1. The argument is a sum of
+// two words, as the rounding error of one word would be hundreds of ulp of the result.
 template <class T>
 constexpr double tanh_gelu_limit = is_single<T> ? 11 : 21.8;
 constexpr double kTanhGelu1 = 1.59576912160573071, kTanhGelu3 = 0.0713548162726002488;
@@ -494,7 +495,7 @@ constexpr double kTanhGelu1 = 1.59576912160573071, kTanhGelu3 = 0.07135481627260
 template <class S, class T>
 FASTOPS_FN ExpParts<T> tanh_gelu_exp(Vec<T> t) {
   if constexpr (is_half<S>) return exp_parts<S>(-t * fma(t * t, set<T>(kTanhGelu3), set<T>(kTanhGelu1)));
-  // The high word of c1 has 12 (26) bits, so that w - c1 is exact and the sum's error follows in two steps.
+  // The high word of c1 has 12 (26) bits. Then w - c1 is exact, and cubic - (w - c1) is the rounding error of the sum.
   const Vec<T> c1 = set<T>(is_single<T> ? 1.595703125 : 1.59576910734176636);
   const Vec<T> c1_low = set<T>(is_single<T> ? 0.0000659966057307117598 : 1.42639643543379092e-8);
   const Vec<T> c3 = set<T>(is_single<T> ? 0.0713548138737678528 : 0.0713548162726002494);

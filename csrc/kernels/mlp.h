@@ -1,10 +1,12 @@
-// Contract of the fully fused multilayer perceptron: every layer of a narrow network in one kernel, forward and
-// backward. CUDA only; elsewhere, and where mlp_applies says no, it is a chain of linear layers (linear.h).
+// Contract of the fully fused multilayer perceptron: all layers of a narrow network in one kernel, forward and
+// backward. CUDA only. On the CPU, and where mlp_applies is false, the op is a chain of linear layers (linear.h).
 //
 //   y_0 = x,   y_l+1 = f(y_l W_l^T + b_l) for l < layers - 1,   y = g(y_layers-1 W_layers-1^T + b_layers-1)
 //
-// Hidden outputs are rounded to the storage type, as a chain rounds them. The idea is from Mueller, Rousselle, Novak
-// and Keller, "Real-time Neural Radiance Caching for Path Tracing" (2021): weights and activations stay on the chip.
+// Hidden outputs are rounded to the storage type, as in a chain of layers. Weights and activations stay on the chip, an
+// idea of Mueller, Rousselle, Novak and Keller, "Real-time Neural Radiance Caching for Path Tracing" (2021).
+//
+// Strides are in elements. Outputs overlap no operand.
 #pragma once
 
 #include "activation.h"
@@ -24,8 +26,9 @@ struct MlpShape {
   int64_t widths[kMostMlpLayers + 1];  // of x, then of each layer's output
 };
 
-// What a forward leaves for its backward: layers - 1 matrices [m, mlp_hidden_stride], the hidden outputs, and behind
-// them, where saved_by_linear(f) is the input, their pre-activations. What lies between width and stride means nothing.
+// What forward saves for backward: layers - 1 matrices [m, mlp_hidden_stride] with the hidden outputs. If
+// saved_by_linear(f) is input, layers - 1 more with their pre-activations follow. Columns past a layer's width are
+// undefined.
 inline int64_t mlp_hidden_stride(const MlpShape& shape) {
   int64_t widest = 0;
   for (int l = 1; l < shape.layers; ++l) widest = shape.widths[l] > widest ? shape.widths[l] : widest;
@@ -35,7 +38,7 @@ inline int64_t mlp_hidden_matrices(const MlpShape& shape, const Activation& hidd
   return (shape.layers - 1) * (saved_by_linear(hidden) == Saved::input ? 2 : 1);
 }
 
-// x has unit column stride; W_l [widths[l + 1], widths[l]], b_l and y are contiguous. No output overlaps an operand.
+// x has unit column stride and any x_row_stride. W_l [widths[l + 1], widths[l]], b_l and y are contiguous.
 struct MlpForward {
   MlpShape shape;
   const void* x;
@@ -44,13 +47,15 @@ struct MlpForward {
   const void* b[kMostMlpLayers];  // each nullable
   Activation hidden, output;
   void* y;
-  void* z;               // nullable: the pre-activation of y, in its layout
-  void* hidden_outputs;  // nullable: see above; 16-byte aligned
+  void* z;               // nullable: the pre-activation of y, in the layout of y
+  void* hidden_outputs;  // nullable: what backward needs (see above); 16-byte aligned
 };
 
-// The gradients from grad_y, of unit column stride, and what forward left: `saved` is y or z as saved_by_linear(output)
-// says and contiguous, not read for identity. Every gradient is contiguous and nullable; a null one is not computed.
-// Weights' and biases' gradients are summed in float32 in an order that depends on the shape and the chip alone.
+// The gradients of x, every W_l and every b_l, from grad_y and what forward saved.
+//
+// grad_y and x have unit column stride and any row stride. saved is y or z, as saved_by_linear(output) says, and
+// contiguous; for identity it is not read. Every gradient is contiguous. A null gradient is not computed. The gradients
+// of weights and biases are summed in float32, in an order that depends only on the shape and the chip.
 struct MlpBackward {
   MlpShape shape;
   const void* grad_y;

@@ -1,16 +1,16 @@
-// How a kernel gets its threads: the caller hands in a Team. Kernels create no threads and know no OpenMP.
+// How a kernel gets its threads: the caller passes a Team. Kernels create no threads and do not use OpenMP.
 #pragma once
 
 namespace fastops {
 
-// run(threads, body, context) calls body(context, thread, actual) once for every thread in [0, actual), all of them at
-// the same time, and returns when all have returned; 1 <= actual <= threads. The calls run concurrently, so the body
-// may use a barrier among `actual` threads. A kernel must give bitwise the same result for every `actual`.
+// run(threads, body, context) calls body(context, thread, actual) once for every thread in [0, actual), where
+// 1 <= actual <= threads, and returns when all calls have returned. All calls run at the same time, so the body may use
+// a barrier among `actual` threads. A kernel's result must be bitwise the same for every `actual`.
 struct Team {
-  int threads = 1;  // how many the caller is willing to give
+  int threads = 1;  // the most that a kernel may use
   void (*run)(int threads, void (*body)(void* context, int thread, int actual), void* context) = nullptr;
 
-  // Calls body(thread, actual) on at most `wanted` threads; runs in the calling thread alone when one is enough.
+  // Calls body(thread, actual) on at most `wanted` threads. One thread is the calling thread.
   template <class Body>
   void parallel(int wanted, Body&& body) const {
     const int n = wanted < threads ? wanted : threads;

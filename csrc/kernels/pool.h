@@ -1,4 +1,6 @@
 // Contract of the pooling kernels: maximum and average over windows in one, two or three spatial dimensions.
+//
+// There are no strides here: every tensor is dense in `layout`. Outputs overlap no operand.
 #pragma once
 
 #include "conv.h"
@@ -7,30 +9,35 @@
 
 namespace fastops {
 
-// Windows over x[batch, channels, in] -> y[batch, channels, out], spatial arrays as in ConvGeometry. Fixed windows
-// start at p * stride - padding and step by dilation; elements outside the input do not take part. Adaptive windows of
-// output p are [floor(p * in / out), ceil((p + 1) * in / out)), and kernel, stride, padding and dilation are not read.
+// Windows over x [batch, channels, in] for y [batch, channels, out]. Spatial arrays are as in ConvGeometry.
+//
+// Fixed windows: output p reads elements p * stride - padding + r * dilation for r < kernel and ignores those outside
+// the input. Every window has at least one element inside the input. Sizes are >= 0; kernel, stride and dilation are >=
+// 1.
+//
+// Adaptive windows: output p reads elements floor(p * in / out) up to, not including, ceil((p + 1) * in / out). kernel,
+// stride, padding and dilation are not read.
 struct PoolGeometry {
   int64_t batch, channels;
   int64_t in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
   bool adaptive;
 };
 
-// The length of a window along axis i; of adaptive windows, the largest that may occur.
+// The length of a window along axis i; for adaptive windows, an upper bound of their lengths.
 inline int64_t pool_box(const PoolGeometry& g, int i) {
   if (!g.adaptive) return g.kernel[i];
   return g.out[i] == 0 ? 0 : g.in[i] / g.out[i] + (g.in[i] % g.out[i] == 0 ? 0 : 2);
 }
 
-// What a max pool keeps of where its maxima were.
+// The form in which a max pool returns the positions of its maxima.
 enum class PoolIndices : int {
   none,
-  window,  // uint8: the position within the window, ((d * box_h) + h) * box_w + w; boxes of up to 256 elements
-  plane,   // int64: the position within the input plane, ((d * in_h) + h) * in_w + w, as PyTorch returns it
+  window,  // uint8: the position in the window, ((d * box_h) + h) * box_w + w, box = pool_box <= 256 elements
+  plane,   // int64: the position in the input plane, ((d * in_h) + h) * in_w + w, as PyTorch returns it
 };
 
-// y = max over the window; the first of equal maxima counts, and a NaN counts as greater than anything, the last NaN of
-// a window being taken, as in PyTorch. x and y are dense in `layout`; indices has y's shape and layout.
+// y = the maximum of the window. The first of equal maxima counts. A NaN is greater than any number; of several, the
+// last one in the window counts, as in PyTorch. indices has the shape and layout of y.
 struct MaxPoolForward {
   DType dtype;
   Layout layout;
@@ -41,8 +48,8 @@ struct MaxPoolForward {
   void* indices;
 };
 
-// grad_x[i] = sum of grad_y[p] over the windows p whose maximum was at i, summed in float32 (float64 for float64) in
-// the order of p. Every element of grad_x is written.
+// grad_x[i] = the sum of grad_y[p] over the windows p whose maximum was at i, in float32 (float64 for float64) and in
+// the order of p. Every element of grad_x is written. Indices must be those of a forward call with this geometry.
 struct MaxPoolBackward {
   DType dtype;
   Layout layout;
@@ -53,9 +60,11 @@ struct MaxPoolBackward {
   void* grad_x;
 };
 
-// y[p] = sum over the window / divisor. divisor_override where it is not 0; else with count_include_pad the window's
-// size clipped to the padded input [-padding, in + padding), else the number of elements inside the input. Sums in
-// float32 (float64 for float64). Adaptive pools divide by the elements of the window.
+// y[p] = (sum of the window) / divisor. Sums are float32 (float64 for float64). Dilation is 1.
+//
+// The divisor is divisor_override, unless that is 0. Otherwise, with count_include_pad, it is the size of the window
+// clipped to the padded input [-padding, in + padding); without, the number of its elements inside the input. An
+// adaptive pool divides by the number of elements of the window.
 struct AvgPoolForward {
   DType dtype;
   Layout layout;
@@ -66,6 +75,7 @@ struct AvgPoolForward {
   void* y;
 };
 
+// grad_x[i] = the sum of grad_y[p] / divisor over the windows p that contain i. Every element of grad_x is written.
 struct AvgPoolBackward {
   DType dtype;
   Layout layout;

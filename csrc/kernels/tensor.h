@@ -1,4 +1,4 @@
-// The plain types every kernel contract is written in. No torch below csrc/kernels.
+// The plain types that every kernel contract is written in. No torch header is included below csrc/kernels.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@ namespace fastops {
 
 enum class DType : int { f32, f64, bf16, f16 };
 
-// 16-bit storage types. Kernels compute on them in float32 and round once, to nearest even, on the way out.
+// 16-bit storage types. Kernels widen them to float32, compute, and round the result once, to nearest even.
 struct bf16_t {
   uint16_t bits;
 };
@@ -18,8 +18,8 @@ struct f16_t {
 
 inline constexpr size_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-// A read-only matrix with arbitrary strides, counted in elements: (i, j) lies at data + i * row_stride + j *
-// col_stride. Strides may be zero (an expanded tensor) or negative.
+// A read-only matrix: element (i, j) is at data + i * row_stride + j * col_stride. Strides are in elements. Any stride
+// is legal: zero (an expanded tensor), negative, and strides that make rows overlap.
 struct Matrix {
   const void* data = nullptr;
   int64_t row_stride = 0;

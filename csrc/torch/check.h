@@ -1,5 +1,5 @@
-// What every op of the torch layer asks of its tensors, and the small conversions between torch's types and the
-// kernels'.
+// The checks of tensors that all ops of the torch layer share, and conversions between torch's types and those of the
+// kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -62,7 +62,7 @@ inline void check_dtype(const at::Tensor& tensor, at::ScalarType expected, const
               tensor.scalar_type());
 }
 
-// Of an op that has CUDA kernels too; its other tensors are checked to be on this one's device.
+// For ops that also have CUDA kernels. Their other tensors must be on the device of this one (check_tensor).
 inline void check_input(const at::Tensor& tensor, const char* op, const char* argument) {
   TORCH_CHECK(tensor.device().is_cpu() || gpu::takes(tensor.device()), op, ": ", argument,
               " must be on the CPU or a CUDA device that has kernels, got one on ", tensor.device());

@@ -19,12 +19,12 @@ namespace {
 
 std::atomic<ConvPrecision> precision_setting{ConvPrecision::highest};
 
-// ---- one kernel call each, in terms of the underlying convolution; operands lie as the plan says
+// ---- single kernel calls, in terms of the underlying convolution; operands have the layouts of the plan
 
 template <class Args>
 using NameOf = KernelName (*)(const Args&);
 
-// One pass of the CPU's table, and of the GPU's, which are called alike.
+// The functions of one pass, in the tables of the CPU and of the GPU.
 template <class Args>
 struct Pass {
   NameOf<Args> KernelTable::* name;
@@ -114,15 +114,15 @@ void run_backward_weight(const ConvPlan& plan, const ConvGeometry& geometry, con
   });
 }
 
-// The gradients of w and of the bias over g, which is [batch, out_channels, out].
+// The gradients of w and of the bias from g [batch, out_channels, out].
 void weight_gradients(const ConvPlan& plan, const Tensor& g, Activation activation, const Tensor& saved,
                       const Tensor& x, const Tensor& grad_w, const Tensor& grad_bias) {
   if (!grad_w.defined() && !grad_bias.defined()) return;
   run_backward_weight(plan, plan.geometry, g, activation, saved, x, grad_w, grad_bias);
 }
 
-// The sum of a transposed convolution's gradient over all but its channels: the bias's gradient of a 1x1 convolution
-// whose output it would be.
+// The bias gradient of a transposed convolution: the sum of g over all dimensions but channels. It is computed as the
+// bias gradient of a 1x1 convolution with the output gradient g.
 void sum_over_channels(const ConvPlan& plan, const Tensor& g, const Tensor& grad_bias) {
   ConvGeometry geometry = plan.geometry;
   geometry.out_channels = geometry.in_channels;
@@ -135,10 +135,10 @@ void sum_over_channels(const ConvPlan& plan, const Tensor& g, const Tensor& grad
   run_backward_weight(plan, geometry, g, {}, {}, {}, {}, grad_bias);
 }
 
-// Whether g = grad_y f'(saved) is worth a tensor of its own. The input's gradient reads g at every tap, and forms it
-// each time. Measured on Granite Rapids, one thread, 28x28, 4 to 128 channels to 32, silu: with g formed once, the
-// input's gradient of a 5x5 takes 0.25 to 0.63 of the time; of a 3x3, 0.3 with 4 channels and no less from 8 on.
-// Depthwise kernels copy a plane once themselves. The CUDA kernels fold what follows from y, and nothing else.
+// Whether to compute g = grad_y f'(saved) once, into a tensor of its own. Otherwise the input's gradient computes it
+// again at every tap. Measured on Granite Rapids, one thread, 28x28, 4 to 128 channels to 32, silu: with g in a tensor,
+// the input's gradient of a 5x5 takes 0.25 to 0.63 of the time; of a 3x3, 0.3 with 4 channels and the same from 8 on.
+// Depthwise kernels copy each plane once anyway. CUDA kernels can only fold derivatives that are computed from y.
 bool formed_once(const ConvPlan& plan, Activation activation, at::Device device,
                  const std::array<bool, 3>& output_mask) {
   if (!device.is_cpu()) return saved_by_linear(activation) == Saved::input;
@@ -147,20 +147,19 @@ bool formed_once(const ConvPlan& plan, Activation activation, at::Device device,
   return output_mask[0] && taps > 1 && channels > 1 && (taps > 9 || channels < 8);
 }
 
-// ---- gradients that are themselves differentiated: each of y, grad_x and grad_w is linear in two of the others
+// ---- differentiable gradients: each of y, grad_x and grad_w is linear in two of the others
 
 ConvPlan flipped(ConvPlan plan) {
   plan.transposed = !plan.transposed;
   return plan;
 }
 
-// How far the underlying convolution's input reaches past its last element, as padding; negative where the last
-// elements are not read.
+// The padding of the underlying convolution after its last element; negative if the last elements are not read.
 int64_t padding_after(const ConvGeometry& g, int i) {
   return (g.out[i] - 1) * g.stride[i] + g.dilation[i] * (g.kernel[i] - 1) + 1 - g.padding[i] - g.in[i];
 }
 
-// at::constant_pad_nd's argument: the padding on either side, or that much cut off, the last dimension first.
+// The argument of at::constant_pad_nd: the padding on either side, last dimension first. sign -1 crops instead.
 std::vector<int64_t> padding_pairs(const ConvPlan& plan, int64_t sign) {
   std::vector<int64_t> pairs;
   for (int i = 2; i >= 3 - plan.dims; --i) {
@@ -172,7 +171,7 @@ std::vector<int64_t> padding_pairs(const ConvPlan& plan, int64_t sign) {
 
 at::IntArrayRef last(const int64_t (&values)[3], int dims) { return {values + 3 - dims, static_cast<size_t>(dims)}; }
 
-// conv without bias and activation for tensors that are batched or dual, in torch's ops.
+// The convolution without bias and activation in torch's ops, for batched and dual tensors.
 Tensor torch_conv(const Tensor& input, const Tensor& weight, const ConvPlan& plan) {
   const ConvGeometry& g = plan.geometry;
   const std::vector<int64_t> none(static_cast<size_t>(plan.dims), 0);
@@ -184,7 +183,7 @@ Tensor torch_conv(const Tensor& input, const Tensor& weight, const ConvPlan& pla
   return run(at::constant_pad_nd(input, padding_pairs(plan, 1)));
 }
 
-// The gradient of the weight for such tensors: the convolution of x with g, batch and channels having changed places.
+// The gradient of the weight for such tensors: the convolution of x with g, with batch and channels exchanged.
 Tensor torch_conv_weight(const Tensor& g, const Tensor& x, const ConvPlan& plan) {
   const ConvGeometry& geometry = plan.geometry;
   const std::vector<int64_t> none(static_cast<size_t>(plan.dims), 0);
@@ -209,7 +208,7 @@ Tensor product(const Tensor& input, const Tensor& weight, const ConvPlan& plan) 
 
 Tensor conv_weight(const Tensor& g, const Tensor& x, const ConvPlan& plan);
 
-// grad_w from g and x, all of the underlying convolution; saved: g (where x needs a gradient), x (where g does).
+// grad_w from g and x, all of the underlying convolution. saved: g (if x needs a gradient), x (if g needs one).
 struct ConvWeightOp : CompiledBackward<ConvWeightOp> {
   using Args = ConvPlan;
   static std::string name(const Args& plan) { return op_name(plan, "_backward_weight"); }
@@ -261,8 +260,7 @@ struct ConvOp : CompiledBackward<ConvOp> {
             {static_cast<ActivationKind>(static_cast<int>(values[0])), values[1], values[2]}};
   }
 
-  // saved: input (where weight needs a gradient), weight (where input does), y or z. grads: of y, and of z where there
-  // is one.
+  // saved: input (if weight needs a gradient), weight (if input needs one), y or z. grads: of y, and of z if it exists.
   static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
                                  Needs needs) {
     variable_list result(3);
@@ -271,8 +269,8 @@ struct ConvOp : CompiledBackward<ConvOp> {
     const Tensor &input = saved[0], &weight = saved[1], &output = saved[2];
     const auto& [plan, activation] = args;
 
-    // A gradient that will itself be differentiated, or that is batched or dual (is_grads_batched, forward over
-    // reverse): one differentiable op a step.
+    // The gradient will be differentiated again, or is batched or dual (is_grads_batched, forward over reverse): every
+    // step is a differentiable op.
     if (at::GradMode::is_enabled() || grad_z.defined() || !fast_door::is_plain(grad_y)) {
       Tensor g = grad_y;
       if (g.defined() && activation.kind != ActivationKind::identity)
@@ -383,7 +381,7 @@ std::string plan_conv(const Tensor& input, const Tensor& weight, const Tensor& b
 
   plan.dims = dims;
   plan.transposed = params.transposed;
-  // As PyTorch: channels_last out where either operand is; one dimension is always channels first.
+  // As in PyTorch, the output is channels_last if either operand is. With one dimension it is always channels first.
   const bool channels_last = dims > 1 && (suggests_channels_last(input) || suggests_channels_last(weight));
   plan.layout = channels_last ? Layout::channels_last : Layout::channels_first;
   const bool weight_last =
@@ -461,8 +459,7 @@ Tensor conv(const Tensor& input, const Tensor& weight, const optional<Tensor>& b
   if (records) check_can_be_saved(input, weight);
   auto [y, z] = conv_forward(input, weight, bias, plan, activation, /*need_saved=*/records);
   if (!records) return y;
-  // z, the pre-activation, is an output of the node that nobody else sees: gradients of gradients reach the inputs
-  // through it.
+  // z, the pre-activation, is a hidden output of the node: second-order gradients reach the inputs through it.
   const auto node = make_node<ConvOp>({plan, activation}, input, weight, bias);
   torch::autograd::set_history(y, node);
   if (z.defined()) torch::autograd::set_history(z, node);

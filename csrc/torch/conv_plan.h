@@ -1,4 +1,4 @@
-// What the ops on convolutions share: a plan's layouts and sizes, and what is checked of its operands.
+// Helpers of the ops on convolutions: the layouts and sizes of a plan, and checks of its operands.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -20,7 +20,7 @@ inline bool suggests_channels_last(const Tensor& tensor) {
   return tensor.suggest_memory_format() != at::MemoryFormat::Contiguous;
 }
 
-// What the kernels read: the tensor where it lies if that is the plan's layout, else a copy.
+// The tensor itself if it has the layout of the plan, else a copy that has.
 inline Tensor in_layout(const Tensor& tensor, const ConvPlan& plan) {
   return tensor.contiguous(format_of(plan.layout, plan.dims));
 }
@@ -37,7 +37,7 @@ inline ConvSizes conv_sizes(int64_t first, int64_t second, const int64_t (&spati
   return sizes;
 }
 
-// The sizes of the underlying convolution's operands: x (in), y (out) and w.
+// The sizes of the operands of the underlying convolution: x (in), y (out) and w.
 inline ConvSizes in_sizes(const ConvPlan& plan) {
   return conv_sizes(plan.geometry.batch, plan.geometry.in_channels, plan.geometry.in, plan.dims);
 }
@@ -74,7 +74,7 @@ inline Tensor checked_bias(const optional<Tensor>& bias, at::ScalarType type, at
   return b.contiguous();
 }
 
-// PyTorch saves both for backward, whichever gradient is wanted, and refuses one that was made in inference mode.
+// PyTorch saves both for backward, whichever gradient is wanted, and refuses a tensor that was made in inference mode.
 inline void check_can_be_saved(const Tensor& input, const Tensor& weight) {
   for (const auto& [tensor, name] : {std::pair(&input, "input"), {&weight, "weight"}})
     TORCH_CHECK(!tensor->is_inference(), "conv: ", name,
@@ -82,7 +82,8 @@ inline void check_can_be_saved(const Tensor& input, const Tensor& weight) {
                 "Clone it outside of inference mode, or use torch.no_grad() instead of torch.inference_mode()");
 }
 
-// The gradients of input, weight and bias that are asked for: to be filled, or zeros where they are sums of nothing.
+// New tensors for the gradients of input, weight and bias that are wanted. They are zeros if there is nothing to sum,
+// else uninitialised.
 inline std::array<Tensor, 3> new_gradients(const ConvPlan& plan, at::ScalarType type, std::array<bool, 3> output_mask,
                                            bool of_nothing, at::Device device = at::kCPU) {
   const int64_t outputs = plan.transposed ? plan.geometry.in_channels : plan.geometry.out_channels;
@@ -96,7 +97,7 @@ inline std::array<Tensor, 3> new_gradients(const ConvPlan& plan, at::ScalarType 
   return out;
 }
 
-// A plan as numbers, for the nodes that compiled autograd packs.
+// A plan as numbers, which compiled autograd can pack.
 inline std::vector<int64_t> pack_plan(const ConvPlan& plan) {
   static_assert(sizeof(ConvGeometry) % sizeof(int64_t) == 0);
   std::vector<int64_t> values{plan.dims, plan.transposed, static_cast<int64_t>(plan.layout),

@@ -33,7 +33,7 @@ ConvSizes pooled_sizes(const PoolPlan& pool) {
   return conv_sizes(pool.geometry.batch, pool.geometry.channels, pool.geometry.out, pool.dims);
 }
 
-// Whether there is one kernel for all of it.
+// Whether a single kernel computes convolution, activation and pool.
 bool is_fused(const Tensor& input, const ConvPlan& plan, Activation activation, const PoolSize& pool) {
   const bool known = activation.kind == ActivationKind::identity || activation.kind == ActivationKind::relu;
   return input.is_cpu() && known && !plan.transposed && pool[0] * pool[1] * pool[2] <= kNoGradient;
@@ -130,7 +130,7 @@ struct ConvPoolOp : CompiledBackward<ConvPoolOp> {
     return {unpack_plan({values.begin() + 3, values.end()}), {values[0], values[1], values[2]}};
   }
 
-  // saved: input (where weight needs a gradient), weight (where input does), indices.
+  // saved: input (if weight needs a gradient), weight (if input needs one), indices.
   static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
                                  Needs needs) {
     variable_list result(3);

@@ -20,7 +20,7 @@ const cuda::KernelTable* compiled() { return nullptr; }
 
 std::atomic<const cuda::KernelTable*> emulator{nullptr};
 
-// torch's current stream, by its C shim: c10/cuda is not in every build of torch.
+// torch's current stream, through its C shim, as not every build of torch has c10/cuda.
 using GetStream = int32_t (*)(int32_t device, void** stream);
 GetStream find_get_stream() {
   void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
@@ -34,7 +34,7 @@ GetStream get_stream() {
 
 constexpr int kMostDevices = 64;
 
-// Asking needs the device's context, so it is done once.
+// Whether the kernels run on a device. The query needs the context of the device, so its result is kept.
 bool runs_on(int device) {
   enum : int { unknown, yes, no };
   static std::array<std::atomic<int>, kMostDevices> known{};

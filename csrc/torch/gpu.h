@@ -1,5 +1,5 @@
-// Calling the CUDA kernels on torch's device, stream and memory, without a CUDA header of torch's: one build serves
-// machines with and without a GPU, against a torch with and without CUDA.
+// Calls of the CUDA kernels with torch's device, stream and memory. No CUDA header of torch is included, so one build
+// runs on machines with and without a GPU, and with a torch built with or without CUDA.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,33 +13,33 @@
 
 namespace fastops::gpu {
 
-// The kernels, or null where none were compiled in.
+// The kernels, or null if none were compiled in.
 const cuda::KernelTable* table();
 
-// The type of the devices they run on: CUDA.
+// The device type on which they run: CUDA, or with the emulator PrivateUse1.
 c10::DeviceType device_type();
 
-// Whether tensors on this device take them: there are kernels, and they run on it.
+// Whether tensors on this device use the kernels: there are kernels, and they run on the device.
 bool takes(at::Device device);
 
-// Why no tensor takes them, or the devices whose tensors do; for info().
+// The devices whose tensors use the kernels, or why there are none; for info().
 struct Description {
   bool available;
   std::string text;
 };
 Description describe();
 
-// Takes kernels with another origin, for devices of type PrivateUse1: the test suite's emulator.
+// Uses the kernels of the test suite's emulator, for devices of type PrivateUse1.
 void use_emulator(const cuda::KernelTable* kernels);
 
-// Whether PyTorch's own switches let a float32 product on this kind of device round its operands to TF32.
+// Whether PyTorch's settings allow float32 matrix products to round their operands to TF32.
 bool allows_tf32();
-// The same of a convolution, which has a switch of its own (torch.backends.cudnn.conv.fp32_precision, allow_tf32).
+// The same for convolutions, which have their own settings (torch.backends.cudnn.conv.fp32_precision, allow_tf32).
 bool conv_allows_tf32();
 
 cuda::Stream current_stream(at::Device device);
 
-// Device memory for one call, of which torch's allocator knows that only this stream uses it.
+// Device memory for one call, from torch's allocator, used on the current stream only.
 class Workspace {
  public:
   Workspace(size_t bytes, at::Device device);
@@ -51,8 +51,9 @@ class Workspace {
 
 [[noreturn]] void throw_failed(const cuda::Status& status, const record::Row& row);
 
-// launch(table, stream) with `device` as the current one; returns a Status. An error names the op, the kernel and the
-// shapes. Recorded is the time until the work is queued: nobody waits for the device.
+// Calls launch(table, stream) with `device` as the current device. If its Status is a failure, throws an error that
+// names the op, the kernel and the shapes. The recorded time ends when the work is queued; it does not wait for the
+// device.
 template <class Describe, class Launch>
 void call(at::Device device, Describe&& describe, Launch&& launch) {
   const c10::DeviceGuard guard(device);

@@ -14,8 +14,8 @@
 namespace fastops {
 namespace {
 
-// A tensor as a matrix of its last dimension, all others collapsed into rows. `tensor` is replaced by a contiguous copy
-// only when the leading dimensions do not collapse into one stride.
+// A tensor as a matrix: columns are its last dimension, rows all others. `tensor` is replaced by a contiguous copy only
+// if the leading dimensions do not have one common stride.
 Matrix as_matrix(Tensor& tensor) {
   const int64_t dims = tensor.dim();
   if (dims == 1) return {tensor.const_data_ptr(), 0, tensor.stride(0)};
@@ -30,7 +30,8 @@ Matrix as_matrix(Tensor& tensor) {
       expected = tensor.stride(i) * tensor.size(i);
     }
   }
-  // The innermost leading dimension that has more than one element carries the row stride.
+  // The row stride is that of the innermost leading dimension with more than one element. Without one, there is one
+  // row.
   int64_t row_stride = 0;
   for (int64_t i = dims - 2; i >= 0; --i) {
     if (tensor.size(i) != 1) {
@@ -62,7 +63,7 @@ void check_linear(const Tensor& input, const Tensor& weight, const Tensor& bias)
               ",) (weight's out_features), got ", bias.sizes());
 }
 
-// a b for a (*, m, n) and b (n, k): as a linear of our own where both are plain.
+// a b for a (*, m, n) and b (n, k). If both are plain tensors, it is a linear of this library.
 Tensor product(const Tensor& a, const Tensor& b) {
   if (fast_door::is_plain(a) && fast_door::is_plain(b)) return linear(a, b.t(), std::nullopt, {});
   return at::matmul(a, b);
@@ -71,7 +72,7 @@ Tensor product(const Tensor& a, const Tensor& b) {
 struct LinearOp : CompiledBackward<LinearOp> {
   struct Args {
     Activation activation;
-    std::vector<int64_t> input_sizes;  // empty where the input itself was saved
+    std::vector<int64_t> input_sizes;  // empty if the input itself was saved
   };
   static std::string name(const Args&) { return "linear"; }
   static c10::IValue pack(const Args& args) {
@@ -85,8 +86,7 @@ struct LinearOp : CompiledBackward<LinearOp> {
             {values.begin() + 3, values.end()}};
   }
 
-  // saved: input (where weight needs a gradient), weight (where input does), y or z. grads: of y, and of z where there
-  // is one.
+  // saved: input (if weight needs a gradient), weight (if input needs one), y or z. grads: of y, and of z if it exists.
   static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
                                  Needs needs) {
     variable_list result(3);
@@ -95,8 +95,8 @@ struct LinearOp : CompiledBackward<LinearOp> {
     const Tensor &input = saved[0], &weight = saved[1], &output = saved[2];
     const Activation& activation = args.activation;
 
-    // A gradient that will itself be differentiated, or that is batched or dual (is_grads_batched, forward over
-    // reverse): one differentiable op a step.
+    // The gradient will be differentiated again, or is batched or dual (is_grads_batched, forward over reverse): every
+    // step is a differentiable op.
     if (at::GradMode::is_enabled() || grad_z.defined() || !fast_door::is_plain(grad_y)) {
       Tensor g = grad_y;
       if (g.defined() && activation.kind != ActivationKind::identity)
@@ -190,7 +190,7 @@ std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& s
   if (output_mask[0]) out[0] = empty_output(input_sizes, type, device);
   if (output_mask[1]) out[1] = empty_output({n, k}, type, device);
   if (output_mask[2]) out[2] = empty_output({n}, type, device);
-  if (m == 0 || n == 0) {  // sums of nothing
+  if (m == 0 || n == 0) {  // empty sums
     for (Tensor& gradient : out)
       if (gradient.defined()) gradient.zero_();
     return out;
@@ -200,7 +200,7 @@ std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& s
   const auto data = [](Tensor& tensor) {
     return tensor.defined() && tensor.numel() > 0 ? tensor.mutable_data_ptr() : nullptr;
   };
-  // What the CUDA kernels read in rows (linear.h).
+  // The CUDA kernels require unit column strides here (linear.h).
   if (!device.is_cpu() && saved_by_linear(activation) == Saved::input) {
     if (g.stride(-1) != 1) g = g.contiguous();
     if (s.stride(-1) != 1) s = s.contiguous();
@@ -245,8 +245,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const optional<Tensor>&
   const bool records = is_recorded(grad_x || grad_w || needs_grad(bias), input, weight, bias);
   auto [y, z] = linear_forward(input, weight, bias, activation, /*need_saved=*/records);
   if (!records) return y;
-  // z, the pre-activation, is an output of the node that nobody else sees: gradients of gradients reach the inputs
-  // through it.
+  // z, the pre-activation, is a hidden output of the node: second-order gradients reach the inputs through it.
   const auto node = make_node<LinearOp>({activation, grad_w ? std::vector<int64_t>() : input.sizes().vec()}, input,
                                         grad_w ? weight : Tensor(), bias);
   torch::autograd::set_history(y, node);

@@ -19,7 +19,7 @@ struct MlpActivations {
   Activation hidden, output;
 };
 
-// The input as a matrix whose rows the kernels read as they lie.
+// The input as a matrix with unit column stride, as the kernels require (mlp.h).
 Tensor as_rows(const Tensor& tensor) {
   const int64_t cols = tensor.size(-1);
   const Tensor rows = tensor.reshape({cols == 0 ? 0 : tensor.numel() / cols, cols});
@@ -42,8 +42,8 @@ record::Row row_of(const char* op, const Tensor& input, at::TensorList weights, 
 
 struct MlpOutput {
   Tensor y;
-  Tensor z;       // the pre-activation of y, where its activation saves that
-  Tensor hidden;  // what backward reads of the hidden layers
+  Tensor z;       // the pre-activation of y, if its activation saves that
+  Tensor hidden;  // what backward reads from the hidden layers
 };
 
 MlpOutput mlp_forward(const Tensor& input, at::TensorList weights, at::TensorList biases,
@@ -85,7 +85,7 @@ MlpOutput mlp_forward(const Tensor& input, at::TensorList weights, at::TensorLis
   return out;
 }
 
-// Gradients of the input, then of the weights, then of the biases, where `needs` says so.
+// The gradients of the input, of the weights and of the biases, in this order, as far as `needs` asks for them.
 variable_list mlp_backward(const Tensor& grad_output, const Tensor& saved, const Tensor& input, at::TensorList weights,
                            const Tensor& hidden, const MlpActivations& activations, bool allow_tf32, Needs needs) {
   const auto type = input.scalar_type();
@@ -99,7 +99,7 @@ variable_list mlp_backward(const Tensor& grad_output, const Tensor& saved, const
     if (needs(1 + l)) result[1 + l] = empty_output(weights[l].sizes(), type, device);
     if (needs(1 + layers + l)) result[1 + layers + l] = empty_output({weights[l].size(0)}, type, device);
   }
-  if (args.shape.m == 0) {  // sums of nothing
+  if (args.shape.m == 0) {  // empty sums
     for (const Tensor& gradient : result)
       if (gradient.defined()) gradient.zero_();
     return result;
@@ -132,14 +132,14 @@ variable_list mlp_backward(const Tensor& grad_output, const Tensor& saved, const
   return result;
 }
 
-// a b for a (m, n) and b (n, k): as a linear of our own where both are plain.
+// a b for a (m, n) and b (n, k). If both are plain tensors, it is a linear of this library.
 Tensor product(const Tensor& a, const Tensor& b) {
   if (fast_door::is_plain(a) && fast_door::is_plain(b)) return linear(a, b.t(), std::nullopt, {});
   return at::matmul(a, b);
 }
 
-// The same, one differentiable op a step, from the arguments of the forward alone: for a gradient that will itself be
-// differentiated, or that is batched or dual.
+// mlp_backward in differentiable ops, from the arguments of forward alone. For gradients that will be differentiated
+// again, or that are batched or dual.
 variable_list composite_backward(const Tensor& grad_output, const Tensor& input, at::TensorList weights,
                                  at::TensorList biases, const MlpActivations& activations, Needs needs) {
   const size_t layers = weights.size();

@@ -16,8 +16,8 @@ std::atomic<bool> forked{false};
 const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
 void run(int threads, void (*body)(void*, int, int), void* context) {
-// No num_threads clause: libgomp rebuilds its pool whenever the team's size changes (PyTorch issue 32008), so the whole
-// pool starts and the threads that are not wanted return at once.
+// There is no num_threads clause, as libgomp rebuilds its pool whenever the size of the team changes (PyTorch issue
+// 32008). All threads of the pool start; those that are not wanted return at once.
 #pragma omp parallel
   {
     const int actual = std::min(threads, omp_get_num_threads());

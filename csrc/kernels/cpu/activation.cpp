@@ -1,11 +1,11 @@
-// Which tensor backward needs, for each activation. Compiled for the baseline.
+// Which tensor each activation saves for backward. Compiled without flags of an instruction set.
 #include "../activation.h"
 
 namespace fastops {
 namespace {
 
-// A value that float32, bf16_t and f16_t all hold: 8 significant bits, in float16's normal range. Only then is a bound,
-// as forward rounds it to the storage type, the bound that backward compares with.
+// Whether float32, bf16_t and f16_t all hold x exactly: 8 significant bits, in the normal range of float16. Forward
+// rounds a bound to the storage type. Only an exact bound is still the one that backward compares y with.
 bool exact_in_16_bits(double x) {
   if (x == 0) return true;
   int exponent = 0;

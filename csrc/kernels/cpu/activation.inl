@@ -1,13 +1,13 @@
-// activation_forward, activation_backward, prelu_* and glu_*: one pass each. Included in the tier's namespace after
+// activation_forward, activation_backward, prelu_* and glu_*, each in one pass. Included in the tier's namespace after
 // activation_rows.inl.
 //
-// Work is cut into blocks that depend on the shape alone, and every element (or partial sum) belongs to one block, so
-// that the number of threads changes no bit of the result.
+// Work is divided into blocks that depend only on the shape. Every element and every partial sum belongs to one block,
+// so the result is bitwise the same for any number of threads.
 
 constexpr int64_t kBlock = 8192;  // elements; a multiple of 64, so that a mask word belongs to one block
 
-// Elements that a thread must have to be worth waking: it takes some microseconds. Measured: PyTorch's own grain,
-// 32768, suits loops that stream; a transcendental costs several times as much an element.
+// The least number of elements per thread: waking a thread takes some microseconds. Measured: 32768, PyTorch's own
+// value, for loops bound by memory. An element of a transcendental function costs several times as much.
 inline int64_t grain(ActivationKind kind) {
   switch (kind) {
     case ActivationKind::identity:
@@ -28,16 +28,15 @@ inline int64_t grain(ActivationKind kind) {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Threads for `elements` of work in `blocks` pieces.
+// The number of threads for `elements` elements in `blocks` blocks.
 inline int threads_for(const Team& team, int64_t elements, int64_t blocks, int64_t grain) {
   const int64_t wanted = smaller(elements / grain, blocks);
   return wanted < 1 ? 1 : static_cast<int>(smaller(wanted, team.threads));
 }
 
-// body(row, first, count) over rows x cols, `step` columns at a time.
-//
-// From the last block to the first: what a kernel before this one wrote last is still in the second level cache, and
-// what is written here last is what the next one, which goes upwards like all others, reads first.
+// body(row, first, count) for every block of rows x cols, `step` columns at a time, from the last block to the first.
+// What the kernel before this one wrote last is then still in the L2 cache, and what is written last here is what the
+// next kernel, which goes from first to last, reads first.
 template <class Body>
 void for_blocks(const Team& team, int64_t rows, int64_t cols, int64_t step, int64_t grain, Body body) {
   if (rows == 0 || cols == 0) return;
@@ -57,8 +56,8 @@ void for_blocks(const Team& team, int64_t rows, int64_t cols, int64_t step, int6
   });
 }
 
-// Outputs from this many bytes on are written past the caches: they would not stay there, and a store that misses reads
-// its line first. 64 MB of ReLU on Granite Rapids, 2 threads: see benchmarks/results.
+// Outputs of at least this many bytes are written with non-temporal stores. They would not stay in the caches, and an
+// ordinary store that misses reads its cache line first. Measured with 64 MB of ReLU on Granite Rapids, 2 threads.
 constexpr int64_t kStreamOutputBytes = int64_t{32} << 20;
 
 template <class S>
@@ -67,7 +66,7 @@ inline bool streams(const S* y, const void* x, int64_t rows, int64_t cols) {
          reinterpret_cast<uintptr_t>(y) % 64 == 0;
 }
 
-// to is aligned to 64 bytes.
+// A copy with non-temporal stores. `to` is aligned to 64 bytes.
 inline void stream_copy(const unsigned char* from, unsigned char* to, int64_t bytes) {
   int64_t i = 0;
 #if defined(FASTOPS_VEC_AVX512)
@@ -80,10 +79,11 @@ inline void stream_copy(const unsigned char* from, unsigned char* to, int64_t by
   for (; i < bytes; ++i) to[i] = from[i];
 }
 
-// Writes y[0, count) past the caches, through a buffer that stays in L1: row(first, buffer, n) computes n elements.
+// Writes y[0, count) with non-temporal stores. row(first, buffer, n) computes n elements into a buffer that stays in
+// L1.
 template <class S, class Row>
 inline void stream_row(S* y, int64_t count, Row row) {
-  constexpr int64_t step = 1024;  // a multiple of 64, so that pieces start on whole mask words and cache lines
+  constexpr int64_t step = 1024;  // a multiple of 64, so that each piece begins a mask word and a cache line
   alignas(64) S buffer[step];
   for (int64_t first = 0; first < count; first += step) {
     const int64_t n = smaller(step, count - first);
@@ -105,7 +105,7 @@ inline void store_bits(uint8_t* p, int bytes, uint64_t bits) {
   for (int i = 0; i < bytes; ++i) p[i] = static_cast<uint8_t>(bits >> (8 * i));
 }
 
-// As forward_row, and the bit of element i at mask[i / 8], bit i % 8.
+// Like forward_row. It also writes the mask: element i is bit i % 8 of mask[i / 8].
 template <class Kind, class S>
 void forward_mask_row(const S* x, S* y, uint8_t* mask, int64_t n, const Activation& activation) {
   using V = Vec<Compute<S>>;
@@ -235,7 +235,7 @@ void activation_backward_of(const ActivationBackward& args, const Team& team) {
         row_kernel(from, bits, to, count, args.activation);
     });
   } else {
-    // The identity reads nothing that was saved; its loop may look at grad_y instead.
+    // Nothing was saved for the identity. Its loop gets grad_y as `saved` and ignores the value.
     const bool nothing = args.saved_kind == Saved::nothing;
     const S* saved = nothing ? grad_y : static_cast<const S*>(args.saved);
     const int64_t saved_stride = nothing ? args.grad_y_row_stride : args.saved_row_stride;
@@ -261,14 +261,16 @@ void activation_backward(const ActivationBackward& args, const Team& team) {
   with_dtype(args.dtype, [&](auto type) { activation_backward_of<decltype(type)>(args, team); });
 }
 
-// ---- PReLU. x[outer, channels, inner] is two shapes of loop: one weight a row where inner > 1 (or one channel: a
-// single row), one weight a column where inner == 1.
+// ---- PReLU
+//
+// x[outer, channels, inner] is treated as a matrix. If inner > 1, it is [outer * channels, inner] with one weight per
+// row; if inner == 1, [outer, channels] with one weight per column. With one channel, it is a single row.
 
 struct PreluShape {
-  int64_t rows, cols;  // of x as a matrix
+  int64_t rows, cols;
   bool weight_per_column;
-  int64_t blocks_per_row;  // one weight a row: partial sums of grad_w in a row
-  int64_t chunk, chunks;   // one weight a column: rows in a partial sum of grad_w, and how many
+  int64_t blocks_per_row;  // with a weight per row: partial sums of grad_w in a row
+  int64_t chunk, chunks;   // with a weight per column: the rows of a partial sum of grad_w, and the number of chunks
 };
 
 inline PreluShape prelu_shape(int64_t outer, int64_t channels, int64_t inner) {
@@ -280,7 +282,7 @@ inline PreluShape prelu_shape(int64_t outer, int64_t channels, int64_t inner) {
     shape.rows = outer;
     shape.cols = channels;
     shape.weight_per_column = true;
-    // At most 64 partial sums a column, so that the workspace stays small.
+    // At most 64 partial sums per column, to keep the workspace small.
     shape.chunk = outer / 64 + 1 > 64 ? outer / 64 + 1 : 64;
     shape.chunks = (outer + shape.chunk - 1) / shape.chunk;
   }
@@ -295,9 +297,9 @@ inline Compute<S> load_one(const S* p) {
   return value;
 }
 
-constexpr int kColumns = 256;  // weights held as compute values at a time
+constexpr int kColumns = 256;  // weights that are converted to the compute type at a time
 
-// Columns [first, first + count) of w, count <= kColumns, into a buffer padded with zeros to whole vectors.
+// Converts weights [first, first + count), count <= kColumns, and pads them with zeros to whole vectors.
 template <class S>
 void load_weights(const S* w, int64_t stride, int64_t first, int64_t count, Compute<S>* buffer) {
   using V = Vec<Compute<S>>;
@@ -339,7 +341,7 @@ void prelu_forward_of(const PreluForward& args, const Team& team) {
     });
     return;
   }
-  // Blocks of rows, so that a weight is fetched once for many of them.
+  // In blocks of rows, so that a weight is loaded once for many rows.
   const int64_t chunk = kBlock / cols + 1, chunks = (shape.rows + chunk - 1) / chunk;
   for_blocks(team, chunks, cols, kColumns, grain / chunk + 1, [&](int64_t block, int64_t first, int64_t count) {
     C weights[kColumns];
@@ -362,7 +364,7 @@ size_t prelu_backward_workspace(const PreluBackward& args) {
   return static_cast<size_t>(sums) * (args.dtype == DType::f64 ? 8 : 4);
 }
 
-// The sum of `count` partial sums, first + i * stride.
+// The sum of first[i * stride] for i < count.
 template <class C>
 inline double sum_partials(const C* first, int64_t count, int64_t stride) {
   double sum = 0;
@@ -383,7 +385,7 @@ void prelu_backward_of(const PreluBackward& args, void* workspace, const Team& t
   const PreluShape shape = prelu_shape(args.outer, args.channels, args.inner);
   const int64_t cols = shape.cols, grain = 24576;
 
-  // One vector: stores what is wanted of grad_x and returns what it adds to grad_w.
+  // One vector: stores grad_x, if wanted, and returns the contribution to grad_w.
   const auto step = [&](int64_t at, int tail, V weight) {
     const V g = tail ? V::load(grad_y + at, tail) : V::load(grad_y + at);
     const V v = tail ? V::load(x + at, tail) : V::load(x + at);
@@ -498,7 +500,7 @@ void glu_backward_of(const GluBackward& args, const Team& team) {
     for (int64_t i = 0; i < count; i += V::size) {
       const int tail = static_cast<int>(smaller(V::size, count - i));
       const V gate = sigmoid<C>(V::load(a + args.inner + i, tail)), from = V::load(g + i, tail);
-      const V grad_a = from * gate;  // gate in full float32, as 1 - gate cancels
+      const V grad_a = from * gate;  // gate has float32 precision also for 16-bit types, as 1 - gate cancels
       const V grad_b = grad_a * (set<C>(1) - gate) * V::load(a + i, tail);
       grad_a.store(to + i, tail);
       grad_b.store(to + args.inner + i, tail);

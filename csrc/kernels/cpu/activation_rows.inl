@@ -1,7 +1,7 @@
-// Every activation and its derivative over rows, which linear also runs in its epilogue and while it packs. Included in
-// the tier's namespace after activation_math.inl.
+// Activations and their derivatives over rows of elements. Linear also calls these, in its epilogue and while it packs
+// operands. Included in the tier's namespace after activation_math.inl.
 
-// y[i] = f(x[i]); In is S or its compute type. x == y is fine where In is S.
+// y[i] = f(x[i]). In is S or its compute type. If In is S, x == y is allowed.
 template <class Kind, class In, class S>
 void forward_row(const In* x, S* y, int64_t n, const Activation& activation) {
   using V = Vec<Compute<S>>;
@@ -14,7 +14,7 @@ void forward_row(const In* x, S* y, int64_t n, const Activation& activation) {
   }
 }
 
-// g[i] = grad_y[i] f'(saved[i]); Out is S or its compute type. g may be grad_y or saved where Out is S.
+// g[i] = grad_y[i] f'(saved[i]). Out is S or its compute type. If Out is S, g may be grad_y or saved.
 template <class Kind, class S, class Out>
 void backward_row(const S* grad_y, const S* saved, Out* g, int64_t n, const Activation& activation) {
   using V = Vec<Compute<S>>;
@@ -37,14 +37,14 @@ ForwardRow<In, S> find_forward_row(ActivationKind kind) {
   return with_kind(kind, [](auto k) -> ForwardRow<In, S> { return forward_row<decltype(k), In, S>; });
 }
 
-// From y where from_output, else from x. sigmoid and tanh always work from y.
+// Reads y if from_output, else x. For sigmoid and tanh it always reads y.
 template <class S, class Out>
 BackwardRow<S, Out> find_backward_row(ActivationKind kind, bool from_output) {
   return with_derivative(kind, from_output,
                          [](auto k) -> BackwardRow<S, Out> { return backward_row<decltype(k), S, Out>; });
 }
 
-// For linear: the epilogue's y = f(z), and g = grad_y f'(saved) with saved = y or z as saved_by_linear says.
+// For linear: y = f(z) in the epilogue, and g = grad_y f'(saved), where saved is y or z as saved_by_linear says.
 template <class S>
 using RowForward = ForwardRow<Compute<S>, S>;
 template <class S>

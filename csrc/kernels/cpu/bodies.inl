@@ -1,4 +1,4 @@
-// Every kernel body of the library, in the namespace of the tier that includes this page.
+// Every kernel body of the library, for the namespace of the tier that includes this file.
 // clang-format off
 #include "vec.h"
 #include "dtype.inl"

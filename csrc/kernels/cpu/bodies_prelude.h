@@ -1,4 +1,4 @@
-// The only headers that an isa_<tier>.cpp sees, outside the tier's namespace: intrinsics and plain declarations.
+// What an isa_<tier>.cpp includes outside the tier's namespace: intrinsics and plain declarations, nothing else.
 #pragma once
 
 #include <sched.h>
@@ -7,7 +7,7 @@
 #include <time.h>
 
 #if defined(__x86_64__)
-// GCC's own AVX-512 intrinsics start from a register declared "__Y = __Y", and -Wall reports it in every caller.
+// GCC's AVX-512 intrinsics initialise a register by "__Y = __Y". -Wall reports that in every caller.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -17,7 +17,7 @@
 
 #include "kernel_table.h"
 
-// How math.inl and activation_math.inl declare their functions and tables.
+// How math.inl and activation_math.inl declare functions and tables. cuda/formulas.cuh has the CUDA definitions.
 #define FASTOPS_FN inline
 #define FASTOPS_HOST_FN inline
 #define FASTOPS_TABLE constexpr

@@ -1,4 +1,4 @@
-// Convolution (csrc/kernels/conv.h is the contract): which algorithm takes a call, and the entry points.
+// The entry points of convolution, and the choice of the algorithm. The contract is csrc/kernels/conv.h.
 
 inline bool is_empty(const ConvForward& args) {
   return args.geometry.batch * args.geometry.out_channels * volume(args.geometry.out) == 0;
@@ -10,8 +10,9 @@ inline bool is_empty(const ConvBackwardWeight& args) {
   return args.geometry.out_channels == 0 || (args.grad_w == nullptr && args.grad_bias == nullptr);
 }
 
-// visit(name, workspace, run) of the first algorithm that takes the call: each takes what it was measured to be the
-// best for on Granite Rapids (the figures stand with its own limits), and the matrix product takes all that is left.
+// visit(name, workspace, run) for the first algorithm in this order whose *_takes is true. Each of them accepts the
+// calls for which it was measured to be the fastest on Granite Rapids; the measurements are in its file. The matrix
+// product computes all other calls.
 template <class T, class Args, class Visit>
 inline auto with_algorithm(const Args& args, Visit&& visit) {
   if (depthwise_takes<T>(args))

@@ -1,22 +1,22 @@
-// Correlation of a padded copy of a plane (conv_planes.inl) with the taps of a filter, and its weight gradient: the
-// direct kernels of channels_first convolutions in which one plane meets one filter.
+// Correlation of a padded copy of a plane (conv_planes.inl) with the taps of a filter, and its weight gradient. These
+// are the direct kernels of channels_first convolutions that apply one filter to one plane.
 
 template <int N>
 struct Number {
   static constexpr int value = N;
 };
 
-// Taps in columns of KH: tap i of a column lies at offset + i * step, seen from the output's position in the copy.
+// Taps in columns of KH. Tap i of a column is offset + i * step elements from the output's position in the copy.
 template <class C>
 struct TapColumns {
   int64_t columns;
   int64_t* offsets;
-  C* weights;        // columns x KH; in the weight gradient sums, columns x KH vectors
-  int64_t step;      // between the taps of a column
-  int64_t row_step;  // between output rows: SH * step where KH > 1
+  C* weights;        // columns x KH; for the weight gradient columns x KH vectors of sums
+  int64_t step;      // elements between the taps of a column
+  int64_t row_step;  // elements between output rows: SH * step if KH > 1
 };
 
-// Rows of a block, and vectors along a row: what 32 (16) registers hold beside the column's weights.
+// Rows of a block and vectors along a row, so many that 32 (16) registers also hold the weights of a column.
 #if defined(FASTOPS_VEC_AVX512)
 constexpr int kPlaneRows = 7;
 constexpr int kPlaneVectors = 2;
@@ -62,12 +62,12 @@ inline void correlate_block(const TapColumns<C>& taps, const C* in, Vec<C> (&acc
   }
 }
 
-// Where rows of outputs go: y = f(sums + bias). What is not done in registers (16-bit storage, z, other activations
-// than ReLU) is done by `finish`, so that the bodies above exist for the compute types alone.
+// The output: y = f(sums + bias). `finish` does what is not done in registers: 16-bit storage, z, activations other
+// than ReLU. So the functions above are instantiated only for the compute types.
 template <class C>
 struct PlaneOutput {
   int64_t rs;  // elements between rows
-  C* y;        // where finish is null
+  C* y;        // used if finish is null
   C bias;
   bool relu;
   void (*finish)(const PlaneOutput& out, const C* sums, int64_t at, int count);
@@ -153,13 +153,13 @@ inline void correlate_rows(const TapColumns<C>& taps, const C* in, int64_t cols,
       correlate_tile<KH, SH, R, 1>(taps, in + j, out, at + j, static_cast<int>(smaller<int64_t>(S, cols - j)));
 }
 
-// rows x cols outputs, `out` starting at the first.
+// rows x cols outputs; `out` is the first of them.
 template <int KH, int SH, class C>
 void correlate(const TapColumns<C>& taps, const C* in, int64_t rows, int64_t cols, const PlaneOutput<C>& out) {
   const auto blocks = [&](auto height) {
     constexpr int R = decltype(height)::value;
     for (int64_t r = 0; r < rows; r += R) {
-      const int64_t first = smaller(r, rows - R);  // the last block computes some rows twice, to the same bits
+      const int64_t first = smaller(r, rows - R);  // the last block computes some rows a second time
       correlate_rows<KH, SH, R>(taps, in + first * taps.row_step, cols, out, first * out.rs);
     }
   };
@@ -171,7 +171,7 @@ void correlate(const TapColumns<C>& taps, const C* in, int64_t rows, int64_t col
     blocks(Number<1>{});
 }
 
-// sums[column][tap] += g x over one block of R rows of positions. g has zeros past cols, and x is not read past it.
+// sums[column][tap] += g x for a block of R rows of positions. g is zero past cols; x is not read past cols.
 template <int KH, int SH, int R, class C>
 inline void weight_rows(const TapColumns<C>& taps, const C* x, const C* g, int64_t g_rs, int64_t cols) {
   using Lanes = Vec<C>;
@@ -222,8 +222,8 @@ void weight_sums(const TapColumns<C>& taps, const C* x, const C* g, int64_t g_rs
   for (; r < rows; ++r) weight_rows<KH, SH, 1>(taps, x + r * taps.row_step, g + r * g_rs, g_rs, cols);
 }
 
-// body(KH, SH) with the kernel's height and vertical stride as constants where there is a body for them: else 1, 1, and
-// every tap is a column of its own.
+// body(KH, SH) with the height and vertical stride of the kernel, if there is an instance for them. Otherwise body(1,
+// 1), with every tap as a column.
 template <class Body>
 inline void with_column(int64_t kh, int64_t sh, int64_t dh, Body&& body) {
   const Number<1> one;

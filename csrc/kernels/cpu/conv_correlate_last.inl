@@ -1,25 +1,25 @@
-// Correlation of the rows of a channels_last image with one filter a channel, and its weight gradient. Vectors run
-// along the channels, and a block of neighbouring positions shares every input it loads. Rows are read where they lie;
-// a position outside the image reads as zero. E is what rows hold: the compute type or one that is widened as it is
-// loaded, once for each row of taps, which costs less than a pass that writes and reads a wide copy.
+// Correlation of rows of a channels_last image with one filter per channel, and its weight gradient. Vectors run along
+// the channels, and a block of neighbouring positions shares its loads. Rows are read in place; positions outside the
+// image read as zero. E is the element type of the rows: the compute type, or a 16-bit type. A 16-bit element is
+// widened at every load, once per row of taps, which is cheaper than writing and reading a widened copy.
 
-// One row of an image that a row of outputs reads, and the weights it meets: KW taps, or one where the taps are listed
-// one by one.
+// A row of the image that a row of outputs reads, and the weights for it: KW taps, or a single one if every tap has its
+// own entry.
 template <class E>
 struct LastTap {
   const E* row;
-  int64_t column;             // of the first tap, seen from the position times the step
-  const Compute<E>* weights;  // the first vector of channels
+  int64_t column;             // of the first tap, relative to position * step
+  const Compute<E>* weights;  // of the first vector of channels
 };
 
-// How rows are read: position i reads columns first + i * step + tap.
+// The columns that a row of outputs reads: position i reads columns first + i * step + tap.
 struct LastRow {
-  int64_t first, step, width;  // width of the rows that are read
+  int64_t first, step, width;  // width: of the rows that are read
   int64_t channels;
-  int64_t weight_pitch;  // elements of the weights of one vector of channels
+  int64_t weight_pitch;  // elements between the weights of successive vectors of channels
 };
 
-// One row of outputs: its taps, and its distance from the first output.
+// A row of outputs: its taps, and its distance from the first output.
 template <class E>
 struct LastJob {
   const LastTap<E>* taps;
@@ -27,7 +27,7 @@ struct LastJob {
   int64_t at;
 };
 
-// Positions of a block, and vectors of channels.
+// Positions and vectors of channels per block.
 #if defined(FASTOPS_VEC_AVX512)
 constexpr int kLastPositions = 7;
 constexpr int kLastVectors = 2;
@@ -36,7 +36,7 @@ constexpr int kLastPositions = 4;
 constexpr int kLastVectors = 1;
 #endif
 
-// Loads V vectors of channels, `count` lanes of the last, or zeros outside the row.
+// Loads V vectors of channels, with `count` lanes in the last one; zeros outside the row.
 template <bool Inside, bool Whole, int V, class E>
 inline void load_channels(const E* row, int64_t column, const LastRow& at, int64_t c, int count,
                           Vec<Compute<E>> (&x)[V]) {
@@ -55,7 +55,7 @@ inline void load_channels(const E* row, int64_t column, const LastRow& at, int64
   }
 }
 
-// acc[i][v] += the taps of P positions from `position` on.
+// acc[i][v] += the sum over the taps, for P positions from `position` on.
 template <int KW, int SW, int P, int V, bool Inside, bool Whole, class E>
 inline void correlate_last_block(const LastTap<E>* taps, int count, const LastRow& at, int64_t position, int64_t c,
                                  int lanes, Vec<Compute<E>> (&acc)[P][V]) {
@@ -98,11 +98,11 @@ inline void correlate_last_block(const LastTap<E>* taps, int count, const LastRo
   }
 }
 
-// Where outputs go; `position` elements lie between two of them.
+// The output; successive positions are `position` elements apart.
 template <class E>
 struct LastOutput {
   PlaneOutput<Compute<E>> out;
-  E* y;  // where they are stored as they are, or after a ReLU; else null, and `out` finishes them
+  E* y;  // set if results are stored directly or after ReLU; null if `out` has the epilogue
   int64_t position;
   const Compute<E>* bias;  // padded to whole vectors
 };
@@ -147,7 +147,7 @@ inline void correlate_last_tile(const LastJob<E>& job, const LastRow& at, int64_
   for (int i = 0; i < P; ++i) to.out.finish(to.out, sums + i * V * S, first + i * to.position, (V - 1) * S + lanes);
 }
 
-// body(c, V, whole, lanes) over the channels, V vectors at a time.
+// body(c, V, whole, lanes) for all channels, V vectors at a time.
 template <class C, class Body>
 inline void for_channels(int64_t channels, Body&& body) {
   constexpr int S = Vec<C>::size, V = kLastVectors;
@@ -156,7 +156,7 @@ inline void for_channels(int64_t channels, Body&& body) {
   for (; c < channels; c += S) body(c, Number<1>{}, Number<0>{}, static_cast<int>(smaller<int64_t>(S, channels - c)));
 }
 
-// Whether P positions from `position` on read nothing outside the row.
+// Whether P positions from `position` on read only inside the row.
 template <int KW, int SW, int P, class E>
 inline bool reads_inside(const LastTap<E>* taps, int count, const LastRow& at, int64_t position) {
   const int64_t step = KW == 1 ? at.step : SW;
@@ -168,7 +168,8 @@ inline bool reads_inside(const LastTap<E>* taps, int count, const LastRow& at, i
   return inside;
 }
 
-// Rows of `positions` outputs, a few channels of all of them at a time: what several rows read stays in L1.
+// Rows of `positions` outputs. It computes a few channels of all rows before the next channels, so that inputs of
+// several rows stay in L1.
 template <int KW, int SW, class E>
 void correlate_last(const LastJob<E>* jobs, int64_t rows, const LastRow& at, int64_t positions,
                     const LastOutput<E>& to) {
@@ -181,7 +182,7 @@ void correlate_last(const LastJob<E>* jobs, int64_t rows, const LastRow& at, int
       for (int64_t i = 0; i < positions && positions < P; ++i)
         correlate_last_tile<KW, SW, 1, V, false, kWhole>(job, at, i, c, lanes, to);
       for (int64_t i = 0; i < positions && positions >= P; i += P) {
-        const int64_t p = smaller(i, positions - P);  // the last block computes some positions twice, to the same bits
+        const int64_t p = smaller(i, positions - P);  // the last block computes some positions a second time
         if (reads_inside<KW, SW, P>(job.taps, job.count, at, p))
           correlate_last_tile<KW, SW, P, V, true, kWhole>(job, at, p, c, lanes, to);
         else
@@ -191,7 +192,8 @@ void correlate_last(const LastJob<E>* jobs, int64_t rows, const LastRow& at, int
   });
 }
 
-// The weights of a job's taps are sums: sums[tap] += x g over rows of positions. grad[at] is a job's first gradient.
+// The weight gradient: sums[tap] += x g over rows of positions. The sums are in the place of the taps' weights.
+// grad[at] is the first gradient of a job.
 template <int KW, int SW, class E>
 void weight_sums_last(const LastJob<E>* jobs, int64_t rows, const Compute<E>* grads, const LastRow& at,
                       int64_t positions) {

@@ -1,32 +1,33 @@
-// Depthwise convolution of channels_first planes: every input channel has its own filters, out_channels / in_channels
-// of them. One or two dimensions, any kernel, stride, padding and dilation.
+// Depthwise convolution of channels_first planes: every input channel has its own out_channels / in_channels filters.
+// One or two dimensions, any kernel, stride, padding and dilation.
 //
-// A band of rows of one plane is copied with its padding (conv_planes.inl), small enough for L1, and correlated from
-// there: vectors run along a row, and a row that is loaded serves every output row of the block it touches. The
-// gradient of the input is the same correlation of the gradient's plane: with a stride, each residue of the position
-// modulo the stride has taps of its own. The gradient of the weights keeps one vector of sums a tap.
+// A band of rows of one plane is copied with its padding (conv_planes.inl). The copy fits in L1 and is correlated with
+// the filters. Vectors run along a row, and a loaded row is used for all output rows of a block that read it. The
+// gradient of the input is the same correlation of planes of grad_y, where every residue of the position modulo the
+// stride has its own taps. The gradient of the weights keeps one vector of sums per tap.
 
 constexpr KernelName kDepthwiseName = {"depthwise"};
 
 inline bool is_depthwise(const ConvGeometry& g) { return g.groups > 1 && g.groups == g.in_channels && is_flat(g); }
 
-// The weight gradient of a single channel's filters, which meet one plane like those of a depthwise convolution.
+// The name for the weight gradient with a single input channel, whose filters are applied to one plane as well.
 constexpr KernelName kPlanesName = {"conv_planes"};
 
-// The copy of a band, measured on Granite Rapids (48 KB L1d).
+// The largest copy of a band. Measured on Granite Rapids (48 KB L1d).
 constexpr int64_t kBandBytes = 32 * 1024;
-// Of several planes that one output sums over, the bands may take as much as this many of one: they are read once.
+// If an output is a sum over several planes, their bands together may be this many times as large. They are read once,
+// from L2.
 constexpr int64_t kPlanesInL2 = 16;
 
-// Filters of one input channel whose gradients are summed side by side.
+// The filters of an input channel whose gradients are computed at the same time.
 constexpr int64_t kFilterBlock = 8;
 
 struct DepthwisePlan {
   PaddedRow row;        // of the copy
-  int64_t band;         // output rows at a time
-  int64_t copy_rows;    // rows of the copy that they need
+  int64_t band;         // output rows per band
+  int64_t copy_rows;    // rows of the copy that a band reads
   int64_t plane;        // elements between the copies of several planes
-  int64_t phase_pitch;  // the input gradient: elements of one residue's row
+  int64_t phase_pitch;  // for the input gradient: elements of a row of one residue
   int threads;
   int64_t copy_at, tap_at, extra_at, per_thread;  // bytes
 };
@@ -38,7 +39,7 @@ inline int depthwise_threads(const ConvGeometry& g, int64_t units, int threads) 
   return static_cast<int>(larger(1.0, smaller(most, work / static_cast<double>(kFlopPerThread) * 4)));
 }
 
-// Places the copies of `planes` bands, the taps, their weights (or sums), and `extra_elements`.
+// Lays out a thread's memory: the copies of `planes` bands, the taps, their weights or sums, and `extra_elements`.
 template <class C>
 inline void place_depthwise(DepthwisePlan& plan, int64_t planes, int64_t taps, int64_t weight_elements,
                             int64_t extra_elements) {
@@ -73,7 +74,7 @@ DepthwisePlan plan_depthwise_forward(const ConvGeometry& g, int threads, bool we
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 
-// The gradient's rows (or columns) that positions [q0, q1) of the input's gradient need.
+// The rows (or columns) of grad_y that positions [q0, q1) of grad_x read.
 struct GradientSpan {
   int64_t first, count;
 };
@@ -118,12 +119,12 @@ inline DepthwiseScratch<C> depthwise_scratch(const DepthwisePlan& plan, int64_t 
   scratch.taps.offsets = reinterpret_cast<int64_t*>(mine + plan.tap_at);
   scratch.taps.weights = reinterpret_cast<C*>(mine + plan.tap_at + round_up(taps * 8, 64));
   scratch.extra = reinterpret_cast<C*>(mine + plan.extra_at);
-  // The padding stays zero from here on; only what has a source is written again.
+  // From here on the padding stays zero: only elements with a source are written again.
   __builtin_memset(scratch.copy, 0, static_cast<size_t>(planes * plan.plane) * sizeof(C));
   return scratch;
 }
 
-// The taps of the forward pass and of the weight gradient, which read the same copy.
+// The taps of the forward pass and of the weight gradient, which read the same kind of copy.
 template <class C>
 void forward_taps(const ConvGeometry& g, const PaddedRow& row, bool columns, TapColumns<C>& taps) {
   taps.step = row.elements();
@@ -134,7 +135,7 @@ void forward_taps(const ConvGeometry& g, const PaddedRow& row, bool columns, Tap
       taps.offsets[taps.columns++] = rh * g.dilation[1] * row.elements() + row.at(rw * g.dilation[2]);
 }
 
-// A filter in the order of its taps: columns one after the other, or rows.
+// Copies a filter in the order of its taps: by columns, or by rows.
 template <class T>
 void load_filter(const T* w, int64_t kh, int64_t kw, bool columns, Compute<T>* to) {
   const int64_t rs = columns ? 1 : kw, cs = columns ? kh : 1;
@@ -142,7 +143,7 @@ void load_filter(const T* w, int64_t kh, int64_t kw, bool columns, Compute<T>* t
     for (int64_t rw = 0; rw < kw; ++rw) to[rh * rs + rw * cs] = widen_one(w + rh * kw + rw);
 }
 
-// depthwise_takes: whether it can compute this; then it is the best.
+// depthwise_takes: whether these kernels can compute the call. They are then the fastest.
 template <class T>
 bool depthwise_takes(const ConvForward& args) {
   return args.layout == Layout::channels_first && is_depthwise(args.geometry);
@@ -197,18 +198,18 @@ size_t depthwise_workspace(const ConvBackwardInput& args, int threads) {
   return static_cast<size_t>(plan.per_thread * plan.threads);
 }
 
-// The positions of [q0, q1) that are q0 + residue modulo the stride: tap r reads the gradient for position q at
-// (u - r * dilation) / stride, u = q + padding, where that is integral, so that all of them have the same taps.
+// The positions of [q0, q1) that equal q0 + residue modulo the stride. For position q, tap r reads the gradient at
+// (u - r * dilation) / stride, u = q + padding, if that is an integer. So all these positions have the same taps.
 struct Residue {
-  int64_t u;  // the first position's
+  int64_t u;  // of the first position
   int64_t count;
 };
 inline Residue residue_of(const ConvGeometry& g, int d, int64_t q0, int64_t q1, int64_t residue) {
   const int64_t count = q1 - q0 > residue ? ceil_div(q1 - q0 - residue, g.stride[d]) : 0;
   return {q0 + residue + g.padding[d], count};
 }
-// The taps of a dimension that read the gradient for position u, counted down from the last: tap `last` reads at `at`,
-// the one `period` before it `step` further on.
+// The taps of a dimension that read the gradient for position u, from the last one down. Tap `last` reads at `at`; each
+// tap `period` before the previous one reads `step` further on.
 struct ReachingTaps {
   int64_t count, last, period, at, step;
 };
@@ -221,7 +222,7 @@ inline ReachingTaps reaching_taps(const ConvGeometry& g, int d, int64_t u) {
   return {last / period + 1, last, period, (u - last * dilation) / stride, period * dilation / stride};
 }
 
-// Fills `taps` for one pair of residues; w is channel c's first filter. Returns the height of the columns.
+// Fills `taps` for a pair of residues. w is the first filter of the channel. Returns the height of the columns.
 template <class T>
 int64_t input_taps(const ConvGeometry& g, const DepthwisePlan& plan, const T* w, int64_t u_h, int64_t u_w,
                    int64_t first_row, int64_t first_col, TapColumns<Compute<T>>& taps) {
@@ -245,7 +246,7 @@ int64_t input_taps(const ConvGeometry& g, const DepthwisePlan& plan, const T* w,
   return columns ? high.count : 1;
 }
 
-// One band [q0, q1) of rows of a plane of the input's gradient.
+// Computes rows [q0, q1) of a plane of grad_x.
 template <class T>
 void depthwise_input_band(const ConvGeometry& g, const DepthwisePlan& plan, const T* w,
                           const PlaneOutput<Compute<T>>& out, int64_t q0, int64_t q1, int64_t first_row,
@@ -255,7 +256,7 @@ void depthwise_input_band(const ConvGeometry& g, const DepthwisePlan& plan, cons
   const int64_t first_col = -plan.row.pad;
   const int64_t residue_size = ceil_div(plan.band, sh) * plan.phase_pitch;
   C* const row = scratch.extra + sw * residue_size;
-  constexpr int64_t kFinish = 1024;  // elements at a time, while they are in L1
+  constexpr int64_t kFinish = 1024;  // elements per call of the epilogue, which are still in L1
   for (int64_t a = 0; a < sh && a < q1 - q0; ++a) {
     const Residue high = residue_of(g, 1, q0, q1, a);
     PlaneOutput<C> to = offset<T>(out, (q0 + a) * width);
@@ -340,8 +341,8 @@ inline Vec<C> sum_rows(const C* g, int64_t rs, int64_t rows, int64_t cols, Vec<C
   return sum;
 }
 
-// Both gradients of filters [m0, m1) of input channel c, over all images: the copy of a band serves all of them. The
-// sums of a filter are a vector a tap and one for the bias.
+// The weight and bias gradients of filters [m0, m1) of input channel c, over all images. All these filters use the same
+// copy of a band. The sums of a filter are one vector per tap and one for the bias.
 template <class T>
 void depthwise_weight_filters(const ConvBackwardWeight& args, const DepthwisePlan& plan, int64_t c, int64_t m0,
                               int64_t m1, bool columns, const DepthwiseScratch<Compute<T>>& scratch) {

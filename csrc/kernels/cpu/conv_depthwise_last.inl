@@ -1,29 +1,28 @@
-// Depthwise convolution of channels_last images, one filter a channel, in bands of output rows
-// (conv_correlate_last.inl). The gradient of the input is the same sum over the gradient's rows, for each residue of
-// the position modulo the stride with taps of its own. Gradients that an activation passes back are formed a band at a
-// time.
+// Depthwise convolution of channels_last images with one filter per channel, in bands of output rows
+// (conv_correlate_last.inl). The gradient of the input is the same sum over rows of grad_y, where every residue of the
+// position modulo the stride has its own taps. Gradients of a fused activation are computed one band at a time.
 
-// Output rows that are computed one after the other by one thread, and chunks of them whose weight gradients are summed
-// apart and then added in order.
+// The output rows of a band, and the number of chunks of bands whose weight gradients are summed separately and then
+// added in order.
 constexpr int64_t kLastBand = 8;
 constexpr int64_t kLastChunks = 16;
 
 struct LastPlan {
   int64_t vectors, pitch;
-  int64_t bands, units;  // of an image, and of all
+  int64_t bands, units;  // bands per image; bands of all images
   int threads;
   int64_t bias_at, job_at, tap_at, grads_at, per_thread;  // bytes
   int64_t chunks, chunk_bytes;
 };
 
-// Bands of `rows` output rows. grad_rows: elements of the gradient that a band needs in the compute type.
+// Plans bands for `rows` output rows. grad_rows: elements of the gradient in the compute type that a band needs.
 template <class C>
 LastPlan plan_depthwise_last(const ConvGeometry& g, int64_t rows, int64_t grad_rows, bool weights, int threads) {
   constexpr int64_t S = Vec<C>::size, kC = sizeof(C);
   LastPlan plan{};
   const int64_t window = g.kernel[1] * g.kernel[2];
   plan.vectors = round_up(ceil_div(g.in_channels, S), kLastVectors);
-  plan.pitch = (window + (weights ? 1 : 0)) * S;  // the last vector is the bias'
+  plan.pitch = (window + (weights ? 1 : 0)) * S;  // the last vector is that of the bias
   plan.bands = ceil_div(rows, kLastBand);
   plan.units = g.batch * plan.bands;
   plan.chunks = weights ? smaller(plan.units, kLastChunks) : 0;
@@ -37,7 +36,7 @@ LastPlan plan_depthwise_last(const ConvGeometry& g, int64_t rows, int64_t grad_r
   return plan;
 }
 
-// E: what rows hold that are read.
+// E: the element type of the rows that are read.
 template <class E>
 struct LastScratch {
   Compute<E>*weights, *bias;
@@ -60,8 +59,8 @@ inline bool is_depthwise_last(Layout layout, const ConvGeometry& g) {
   return layout == Layout::channels_last && is_depthwise(g) && g.in_channels == g.out_channels;
 }
 
-// Rows [first, end) of a gradient in the compute type: where they lie, else converted into `to`. The result points to
-// row `first`.
+// Rows [first, end) of a gradient in the compute type, either in place or converted into `to`. Returns a pointer to row
+// `first`.
 template <class T>
 const Compute<T>* last_rows(const Plane<T>& image, int64_t first, int64_t end, Compute<T>* to) {
   if constexpr (same_type<T, Compute<T>>)
@@ -79,8 +78,8 @@ inline bool converts(const Activation& activation) {
   return !same_type<T, Compute<T>> || activation.kind != ActivationKind::identity;
 }
 
-// Where the input gradient keeps tap rw of a row of a filter: the taps that reach the same positions side by side, the
-// last first, as they meet the gradient from left to right.
+// The slot of tap rw of a row of a filter for the input gradient. Taps that reach the same positions are contiguous,
+// the last one first, which is the order in which they read the gradient from left to right.
 inline int64_t input_slot(const ConvGeometry& g, int64_t rw) {
   const int64_t step = g.stride[2], residue = rw % step;
   int64_t slot = 0;
@@ -103,7 +102,7 @@ void load_filters_last(const T* w, const T* bias, const ConvGeometry& g, const L
     scratch.bias[c] = bias != nullptr && c < g.in_channels ? widen_one(bias + c) : 0;
 }
 
-// body(KW, SW) where there is a body for so many neighbouring taps, else body(1, 1).
+// body(KW, SW) if there is an instance for so many contiguous taps, else body(1, 1).
 template <class Body>
 inline void with_row(int64_t kw, int64_t sw, int64_t dw, Body&& body) {
   const Number<1> one;
@@ -144,7 +143,7 @@ void forward_jobs_last(const ConvGeometry& g, const E* x, int64_t p0, int64_t p1
   }
 }
 
-// Where rows of E are read, and T is stored.
+// The output for results of type T from rows of type E.
 template <class T, class E>
 inline LastOutput<E> last_output(const PlaneOutput<Compute<T>>& out, int64_t position, const Compute<T>* bias) {
   const bool plain = out.z == nullptr && (out.relu || out.activation.kind == ActivationKind::identity);
@@ -206,13 +205,13 @@ size_t depthwise_last_workspace(const ConvBackwardInput& args, int threads) {
   return static_cast<size_t>(plan.per_thread * plan.threads);
 }
 
-// Whether tap `tap` reads the gradient for position u.
+// Whether `tap` reads the gradient for position u.
 inline bool reaches(const ConvGeometry& g, int d, int64_t u, int64_t tap) {
   return (u - tap * g.dilation[d]) % g.stride[d] == 0;
 }
 
-// The jobs of rows [q0, q1) of grad_x, positions `residue` modulo the stride, which read rows of the gradient from
-// `first` on. Returns how many neighbouring taps each entry has.
+// The jobs of rows [q0, q1) of grad_x, for the positions with `residue` modulo the stride. They read rows of the
+// gradient from `first` on. Returns the number of contiguous taps of each entry.
 template <class E>
 int64_t input_jobs_last(const ConvGeometry& g, const E* grad, int64_t first, int64_t q0, int64_t q1, int64_t residue,
                         const LastScratch<E>& scratch) {
@@ -241,7 +240,7 @@ int64_t input_jobs_last(const ConvGeometry& g, const E* grad, int64_t first, int
   return together ? width : 1;
 }
 
-// E: T where the gradient is read where it lies, its compute type where an activation forms it first.
+// E is T if the gradient is read in place, and the compute type if the derivative of an activation is applied first.
 template <class T, class E>
 void depthwise_last_input(const ConvBackwardInput& args, const LastPlan& plan, void* workspace, const Team& team) {
   const ConvGeometry& g = args.geometry;
@@ -255,7 +254,7 @@ void depthwise_last_input(const ConvBackwardInput& args, const LastPlan& plan, v
     for (int64_t unit = plan.units * thread / actual; unit < plan.units * (thread + 1) / actual; ++unit) {
       const int64_t b = unit / plan.bands, q0 = unit % plan.bands * kLastBand, q1 = smaller(q0 + kLastBand, g.in[1]);
       const Plane<T> image = offset(grad_y, b * g.out[1] * row);
-      int64_t first = 0;  // the gradient's row that `grad` points to
+      int64_t first = 0;  // the row of the gradient that `grad` points to
       const E* grad = nullptr;
       if constexpr (same_type<T, E>) grad = image.p;
       if constexpr (same_type<E, Compute<T>>)
@@ -303,7 +302,7 @@ size_t depthwise_last_workspace(const ConvBackwardWeight& args, int threads) {
   return static_cast<size_t>(plan.per_thread * plan.threads + plan.chunks * plan.chunk_bytes);
 }
 
-// bias sums += rows of the gradient; the sums are the last of each vector of channels.
+// Adds rows of the gradient to the bias sums, which follow the taps' sums of each vector of channels.
 template <class C>
 void bias_sums_last(const LastPlan& plan, const C* grad, int64_t rows, int64_t channels, C* sums) {
   constexpr int64_t S = Vec<C>::size;
@@ -316,7 +315,7 @@ void bias_sums_last(const LastPlan& plan, const C* grad, int64_t rows, int64_t c
   }
 }
 
-// What output rows [p0, p1) of image b add to the sums of a chunk.
+// Adds output rows [p0, p1) of image b to the sums of a chunk.
 template <class T>
 void weight_band_last(const ConvBackwardWeight& args, const LastPlan& plan, int64_t b, int64_t p0, int64_t p1,
                       Compute<T>* sums, const LastScratch<T>& scratch) {

@@ -1,12 +1,12 @@
-// Convolution of few input channels, channels_first: the first layer of a network. Sums over one to some hundred taps
-// are too short to pay for gathering patches, so inputs are read from padded copies of the planes (conv_planes.inl):
-// a vector of neighbouring positions meets several output channels at once.
+// Convolution of few input channels, channels_first: the first layer of a network. Sums over a hundred taps or fewer
+// are too short to pay for gathering patches. Inputs are read from padded copies of the planes (conv_planes.inl), and a
+// vector of neighbouring positions is multiplied by the weights of several output channels.
 //
-// kFirstChannels output channels x kFirstVectors vectors of positions stay in registers, over all taps. Forward alone:
-// the gradient of the weights is a long sum, for which gathering patches pays (7x7, stride 2, 3 -> 64 channels: 11 ms
-// against 17 ms with this file's way of reading, Granite Rapids, one thread).
+// kFirstChannels output channels x kFirstVectors vectors of positions stay in registers over all taps. Forward only:
+// the gradient of the weights is a long sum, for which gathering patches pays (7x7, stride 2, 3 -> 64 channels: 11 ms,
+// and 17 ms from padded copies; Granite Rapids, one thread).
 
-constexpr int64_t kFirstInputs = 4;  // input channels
+constexpr int64_t kFirstInputs = 4;  // the most input channels
 #if defined(FASTOPS_VEC_AVX512)
 constexpr int kFirstChannels = 8;
 #else
@@ -14,7 +14,7 @@ constexpr int kFirstChannels = 4;
 #endif
 constexpr int kFirstVectors = 3;
 
-// Bytes of a band's copy: it stays in L2, and the rows of one output row in L1.
+// The largest copy of a band in bytes. It stays in L2, and the rows that one output row reads stay in L1.
 constexpr int64_t kFirstBandBytes = 128 * 1024;
 
 struct FirstPlan {
@@ -53,13 +53,13 @@ FirstPlan plan_first(const ConvGeometry& g, int threads) {
   return plan;
 }
 
-// Where few channels meet enough positions to fill a vector.
+// Whether there are few input channels, and enough positions to fill a vector.
 inline bool is_first_layer(Layout layout, const ConvGeometry& g, int64_t lanes) {
   return layout == Layout::channels_first && is_flat(g) && g.groups == 1 && g.out_channels > 0 && g.in_channels >= 1 &&
          g.in_channels <= kFirstInputs && 2 * g.out[2] >= lanes;
 }
 
-// Offsets of the taps, (channel, row, column), in the copy.
+// The offsets of the taps (channel, row, column) in the copy.
 inline void first_offsets(const ConvGeometry& g, const FirstPlan& plan, int64_t* offsets) {
   for (int64_t c = 0; c < g.in_channels; ++c)
     for (int64_t rh = 0; rh < g.kernel[1]; ++rh)
@@ -67,7 +67,7 @@ inline void first_offsets(const ConvGeometry& g, const FirstPlan& plan, int64_t*
         *offsets++ = c * plan.plane + rh * g.dilation[1] * plan.row.elements() + plan.row.at(rw * g.dilation[2]);
 }
 
-// Where tap t = (channel, row, column) of a filter lies in w.
+// The index in w of tap t = (channel, row, column) of a filter.
 inline int64_t first_tap(const ConvGeometry& g, Layout w_layout, int64_t t) {
   const int64_t window = g.kernel[1] * g.kernel[2];
   return w_layout == Layout::channels_last ? t % window * g.in_channels + t / window : t;
@@ -137,8 +137,8 @@ inline void first_tile(const C* in, const int64_t* offsets, int64_t taps, const 
   for (int k = 0; k < channels; ++k) out.finish(out, sums + k * V * S, at + k * out.rs, count);
 }
 
-// bfloat16 tiles are faster with several input channels (3 -> 64 channels, 7x7: 11.6 ms against 12.7, Granite Rapids,
-// one thread).
+// With several input channels, AMX tiles are faster for bfloat16 (3 -> 64 channels, 7x7: 11.6 ms, here 12.7; Granite
+// Rapids, one thread).
 template <class T>
 bool conv_first_takes(const ConvForward& args) {
 #if defined(FASTOPS_HAS_AMX)

@@ -1,28 +1,30 @@
 // Convolution as an implicit matrix product: the forward pass and the gradient of the input.
 //
-// Both are sums over channels and taps, outputs[o, n] = sum_f weights[o, f] patches[n, f]. The gradient of the input is
-// one such product for every phase of the stride: the elements q with the same q mod stride meet the same subset of
-// taps, at distance 1 in grad_y, and lie stride apart in grad_x. Channels first, outputs are rows of C and positions
-// columns; channels last the other way round: C lies as y does.
+// Both are sums over features, that is channels and taps: outputs[o, n] = sum_f weights[o, f] patches[n, f]. The
+// gradient of the input is one such product for every phase of the stride. A phase is the elements q with the same q
+// mod stride. They read the same subset of taps, which are 1 apart in grad_y, and are `stride` apart in grad_x. For
+// channels first, rows of C are outputs and columns are positions; for channels last the reverse. So C has the layout
+// of y.
 //
-// The weights are packed by the team together, then a barrier; positions are cut into strips that threads draw, pack
-// and multiply with all weights of the group, a block of features at a time. Every element of C is one chain of
-// multiply-adds a block, and blocks are added in order.
+// The team packs the weights together, then waits at a barrier. Positions are divided into strips. A thread draws a
+// strip, packs it and multiplies it by all weights of the group, one block of features at a time. Within a block, every
+// element of C is one chain of multiply-adds; blocks are added in order.
 
-// The weights of as many groups, or of as many outputs of one group, as fit in this are packed at a time.
+// The largest packed weights, in bytes. If there are more, some groups, or some outputs of a group, are packed at a
+// time.
 constexpr int64_t kConvWeightBytes = 16 << 20;
 
-// A strip of positions, packed: it shares the L2 with the weights.
+// The largest packed strip of positions, in bytes. It shares L2 with the weights.
 constexpr int64_t kStripBytes = 512 << 10;
 
-// Outputs whose weights one unit of work packs.
+// The outputs whose weights are packed in one unit of work.
 constexpr int64_t kWeightLanes = 96;
 
 struct ConvPlan {
   int threads;
   int64_t kc, k_padded;
   int64_t groups_at_once, outputs_at_once, strip, strips, parts;
-  RowsPlan rows;             // where the image is not packed
+  RowsPlan rows;             // if the image is not packed (conv_gemm_rows.inl)
   int64_t w_panel, x_panel;  // elements between panels
   int64_t sums_rs;
   size_t shared_at, private_at, panel_bytes, private_bytes, total;
@@ -56,7 +58,7 @@ ConvPlan plan_conv(const ConvProduct<T>& g, int threads) {
 
   const int64_t wanted = plan.threads == 1 ? 1 : ceil_div(4 * plan.threads, plan.groups_at_once);
   const bool sums = plan.kc < k;
-  const int64_t kc = sums ? kBlocking.kc : plan.kc;  // more positions of fewer features, unless they have sums to keep
+  const int64_t kc = sums ? kBlocking.kc : plan.kc;  // fewer features, so more positions, unless sums are kept
   const int64_t most_positions = larger(kStripBytes / (kc / step * kElement) / pw * pw, pw);
   plan.strip = smaller(most_positions, round_up(ceil_div(g.positions, wanted), pw));
   plan.strips = ceil_div(g.positions, plan.strip);
@@ -94,7 +96,7 @@ inline ConvProduct<T> of_group(const ConvProduct<T>& g, int64_t group) {
   return one;
 }
 
-// A strip of positions [n0, n1) times the outputs [o0, o1), whose weights' panels start at w_panels.
+// Positions [n0, n1) and outputs [o0, o1). w_panels are the packed weights of these outputs.
 template <class P, class T>
 void conv_strip(const ConvProduct<T>& g, const ConvPlan& plan, const void* w_panels, int64_t o0, int64_t o1, int64_t n0,
                 int64_t n1, void* x_panels, Compute<T>* sums) {
@@ -230,7 +232,7 @@ inline void set_plain(Patches<T>& s) {
   s.step[2] = 1;
 }
 
-// The image x as the operand of its forward pass; also of the weight gradient.
+// The image x as Patches, for the forward pass and the weight gradient.
 template <class T>
 inline Patches<T> image_patches(const ConvGeometry& geometry, Layout layout, const void* x) {
   const ImageStrides strides(layout, geometry.in_channels, geometry.in);
@@ -251,7 +253,7 @@ inline Patches<T> image_patches(const ConvGeometry& geometry, Layout layout, con
   return s;
 }
 
-// grad_y with the activation's derivative, one tap that reads the position itself.
+// grad_y with the derivative of the activation, as Patches with one tap at offset 0.
 template <class T>
 inline Patches<T> gradient_patches(const ConvGeometry& geometry, Layout layout, const void* grad_y,
                                    const Activation& activation, const void* saved) {
@@ -294,7 +296,7 @@ inline ConvOutput<T> image_output(void* y, void* z, const void* bias, const Acti
   return out;
 }
 
-// w as a matrix of lanes (out channels of a group, or in channels where `transposed`) by features.
+// w as a matrix of lanes by features. Lanes are the output channels of a group, or the input channels if `transposed`.
 template <class T>
 inline ConvWeights<T> conv_weights(const ConvGeometry& geometry, Layout layout, Layout w_layout, const void* w,
                                    bool transposed) {
@@ -347,8 +349,8 @@ inline int64_t greatest_common_divisor(int64_t a, int64_t b) {
   return a;
 }
 
-// The phase of grad_x whose first element is `phase`, phase[d] < stride[d]. Position j of the phase is q = phase + j
-// stride, and tap r reads grad_y at (q + padding - r dilation) / stride where that is an integer.
+// The product for the phase of grad_x that starts at `phase`, phase[d] < stride[d]. Position j of the phase is the
+// element q = phase + j stride. Tap r reads grad_y at (q + padding - r dilation) / stride, if that is an integer.
 template <class T>
 inline ConvProduct<T> input_product(const ConvBackwardInput& args, const int64_t* phase) {
   const ConvGeometry& geometry = args.geometry;
@@ -401,7 +403,7 @@ inline void for_phases(const ConvBackwardInput& args, Body&& body) {
       for (phase[2] = 0; phase[2] < phases[2]; ++phase[2]) body(input_product<T>(args, phase));
 }
 
-// Multiply-adds, for the choice of panels.
+// The number of multiply-adds, for the choice of panels.
 inline int64_t conv_work(const ConvGeometry& geometry) {
   return geometry.batch * volume(geometry.out) * geometry.out_channels * (geometry.in_channels / geometry.groups) *
          volume(geometry.kernel);

@@ -1,13 +1,13 @@
-// The product of a copy of image rows (conv_gemm_rows.inl) by AMX: a tile of A is 16 pixels of 32 channels where they
-// lie in the copy, one of B the weights of 16 outputs.
+// The product of a copy of image rows (conv_gemm_rows.inl) by AMX. A tile of A is 16 pixels of 32 channels, read in
+// place from the copy; a tile of B is the weights of 16 outputs.
 //
-// An image that lies channels first is transposed while it is copied, its channels padded with zeros to whole tiles,
-// and the sums are transposed back. Tiles straight from planes of channel pairs would need neither, but their rows
-// cross cache lines, which takes three times as long to load (8x64x56x56 to 64 channels, 3x3: 1.73 ms against 1.26 when
-// they are aligned; Granite Rapids).
+// A channels_first image is transposed while it is copied, its channels padded with zeros to whole tiles. The sums are
+// transposed back. Tiles of planes of channel pairs would need no transposition, but their rows cross cache lines, and
+// loading those takes three times as long (8x64x56x56 to 64 channels, 3x3: 1.73 ms, with aligned rows 1.26 ms; Granite
+// Rapids).
 #if defined(FASTOPS_HAS_AMX)
 
-// 16 pixels of 32 channels, which lie `plane` apart: pixel i goes to to + i * col.
+// Transposes 16 pixels of 32 channels, which are `plane` apart. Pixel i is written to to + i * col.
 inline void transpose_pixels(const bf16_t* from, int64_t plane, int channels, int pixels, bf16_t* to, int64_t col) {
   using As = PackAs<bf16_pair, bf16_t>;
   Vec<float> r[16];
@@ -28,7 +28,7 @@ inline void transpose_pixels(const bf16_t* from, int64_t plane, int channels, in
   }
 }
 
-// copy_image_rows of an image that lies channels first.
+// copy_image_rows for a channels_first image.
 inline void copy_transposed(const Patches<bf16_t>& s, const RowsPlan& plan, int64_t image, const int64_t* p,
                             bf16_t* to) {
   const int64_t first = p[2] * s.step[2] + plan.low[2];
@@ -63,8 +63,8 @@ inline void copy_transposed(const Patches<bf16_t>& s, const RowsPlan& plan, int6
     }
 }
 
-// 2 x 2 tiles of C, 32 pixels by 32 outputs; or 4 x 1, 64 pixels by 16 outputs, both in rows of 32 sums. Pixels lie
-// `pixel` elements apart, and tap t reads `chunks` times 32 k from taps[t] on.
+// 2 x 2 tiles of C, 32 pixels by 32 outputs, or 4 x 1 tiles, 64 pixels by 16 outputs; rows of sums are 32 long in both.
+// Pixels are `pixel` elements apart, and tap t reads `chunks` tiles of 32 k from taps[t] on.
 template <int Height>
 __attribute__((noinline)) void multiply_pixels(int64_t chunks, const bf16_t* a, int64_t pixel, const int64_t* taps,
                                                int64_t tap_count, const amx_b* b, int64_t tiles, float* sums) {
@@ -107,7 +107,7 @@ __attribute__((noinline)) void multiply_pixels(int64_t chunks, const bf16_t* a, 
   memory_fence_for_compiler();
 }
 
-// to[o][n] = from[n][o], both in rows of kMaxTile.
+// to[o][n] = from[n][o], both with rows of kMaxTile.
 inline void transpose_sums(const float* from, int positions, int outputs, float* to) {
   for (int n = 0; n < positions; n += 16)
     for (int o = 0; o < outputs; o += 16) {
@@ -120,13 +120,13 @@ inline void transpose_sums(const float* from, int positions, int outputs, float*
     }
 }
 
-// The product of a job whose copy is ready, taps[t] is where tap t reads in it. With steps of 1, columns run on through
-// the padding into the next row.
+// The product of a job after its copy was made. Tap t reads the copy from taps[t] on. With steps of 1, columns continue
+// through the padding into the next row.
 inline void conv_pixels(const ConvProduct<bf16_t>& g, const RowsPlan& plan, const amx_b* w, int64_t w_panel, int64_t o0,
                         int64_t o1, int64_t n0, int64_t rows, int64_t cols, const int64_t* taps, const bf16_t* copy) {
   const Patches<bf16_t>& s = g.patches;
   alignas(64) float sums[kPixels * kMaxTile];
-  alignas(64) float turned[(kMaxTile + 1) * kMaxTile];  // a row may be read whole from any column on
+  alignas(64) float turned[(kMaxTile + 1) * kMaxTile];  // kMaxTile elements may be read from any column on
   const int64_t step = s.step[2] * plan.col, chunks = plan.pixel / kTileK;
   const bool run_on = s.step[1] == 1 && s.step[2] == 1;
   const int64_t pitch = run_on ? plan.copy_cols : cols;
@@ -156,10 +156,10 @@ inline void conv_pixels(const ConvProduct<bf16_t>& g, const RowsPlan& plan, cons
   }
 }
 
-// Rows of A that are gathered from the copy: `line` k for each of `count` positions `step` elements apart, where every
-// row of the kernel gives `width` neighbours, row r from at[r] on, in Vectors vectors. These are written whole: what is
-// too much, the next one replaces, and after the last one there are zeros. (In a loop of its own for every row, GCC
-// would call memcpy.)
+// Gathers rows of A from the copy: `line` elements of k for each of `count` positions, which are `step` elements apart.
+// Row r of the kernel contributes `width` contiguous elements from at[r] on, copied as Vectors whole vectors. The next
+// row overwrites the excess; zeros follow the last row. (From a separate loop for every row, GCC would make a call of
+// memcpy.)
 template <int Vectors>
 inline void gather_lines(const bf16_t* from, int64_t step, int64_t count, const int64_t* at, int64_t rows,
                          int64_t width, int64_t line, bf16_t* to) {
@@ -176,7 +176,8 @@ inline void gather_lines(const bf16_t* from, int64_t step, int64_t count, const 
   }
 }
 
-// conv_pixels of few channels, channels last: a position's features are gathered first, so that all tiles are full.
+// conv_pixels for few channels, channels last. The features of a position are gathered first, so that all tiles are
+// full.
 inline void conv_lines(const ConvProduct<bf16_t>& g, const RowsPlan& plan, const amx_b* w, int64_t w_panel, int64_t o0,
                        int64_t o1, int64_t n0, int64_t rows, int64_t cols, const int64_t* taps, const bf16_t* copy) {
   const Patches<bf16_t>& s = g.patches;

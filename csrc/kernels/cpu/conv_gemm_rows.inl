@@ -1,31 +1,32 @@
-// Products without panels of the image. The rows of the image that some rows of the output read are copied once, with
-// zeros around them, and every tap reads the same copy from another place: channels last as A, whose rows may lie any
-// distance apart; channels first as B, whose columns are contiguous where the stride is 1.
+// Products that do not pack the image. The rows of the image that a block of output rows reads are copied once, padded
+// with zeros, and every tap reads the same copy at an offset. For channels last the copy is A, whose rows may be any
+// distance apart; for channels first it is B, whose columns are contiguous if the stride is 1.
 //
-// A job is a block of output rows of one slice (image, p0). Channels last, tiles run along one row of the output. Where
-// tiles are 32 positions wide they run on through the padding into the next row; what falls into it is not stored.
+// A job is a block of output rows of one slice (image, p0). For channels last, tiles run along one row of the output.
+// Tiles of 32 positions continue through the padding into the next row; results for the padding are not stored.
 
-// Output positions in a job, channels last and first, and the bound of the copy: it shares the L2 with the weights.
+// Output positions per job, for channels last and channels first, and the largest copy in bytes. The copy shares L2
+// with the weights.
 constexpr int64_t kJobPositions = 256, kJobColumns = 1024;
 constexpr int64_t kCopyBytes = 512 << 10;
 constexpr int64_t kMaxTaps = 128;
-// In float32, low tiles read the weights from L2 faster than it gives them, and packing costs little where there are
-// many outputs to spread it over. Granite Rapids, 3x3, GF/s of a core, this against packing: 64 channels of 56x56 198
-// and 134, 128 to 256 channels at stride 2 to 14x14 164 and 151, 256 channels of 14x14 169 and 188.
+// Limits for float32. Tiles of fewer rows would be bound by reading the weights from L2, and with many outputs packing
+// costs little. Granite Rapids, 3x3, GF/s per core, this and packing: 64 channels of 56x56 198 and 134, 128 to 256
+// channels at stride 2 to 14x14 164 and 151, 256 channels of 14x14 169 and 188.
 constexpr int64_t kTileRows = 10, kRowsOutputs = 128;
-// Channels first, the columns of C run on through the padding, which costs as much as it is wide; packing costs about
-// this many times what one output does.
+// Channels first, columns of C that fall into the padding are computed in vain. Packing costs about as much as
+// computing this many outputs.
 constexpr int64_t kPackCycles = 8;
-// Channels from which a channels_first image is copied to channels last for AMX, whose tiles take 32 of them: better
-// than packing.
+// From this many channels on, AMX transposes a channels_first image while copying it, which is faster than packing. Its
+// tiles take 32 channels.
 constexpr int64_t kTransposedChannels = 16;
-// Features up to which the lines of a tile, gathered from the copy, fit in L1; and of a row of the kernel, whose copy
+// The most features for which the gathered lines of a tile fit in L1, and the most in one row of the kernel, whose copy
 // is unrolled.
 constexpr int64_t kLineFeatures = 512, kLineWidth = 128;
-// Positions of the highest tile of such a product.
+// Positions in the highest tile of such a product.
 constexpr int64_t kPixels = 64;
 
-// What the copy holds.
+// The element type of the copy.
 template <class P, class T>
 struct CopyOf {
   using type = Compute<T>;
@@ -39,18 +40,18 @@ struct CopyOf<bf16_amx, bf16_t> {
 
 struct RowsPlan {
   bool taken;
-  int64_t rows, cols;  // of the output in a job
+  int64_t rows, cols;  // output rows and columns per job
   int64_t row_blocks, col_blocks;
-  int64_t low[3];                   // first element that a tap reads, from position * step on
-  int64_t copy_rows, copy_cols;     // rows and columns of a slab of the copy; there is one slab for every tap of depth
+  int64_t low[3];                   // the lowest offset of a tap from position * step
+  int64_t copy_rows, copy_cols;     // of a slab of the copy; there is one slab for every tap along depth
   int64_t channel, col, row, slab;  // strides of the copy, in elements
   int64_t bytes;
-  int64_t pixel;  // channels of a pixel, padded to whole tiles of AMX; 0 without it
-  int64_t line;   // features of a position, padded to whole tiles, where they are gathered from the copy; else 0
+  int64_t pixel;  // with AMX: channels of a pixel, padded to whole tiles; else 0
+  int64_t line;   // with gathered lines: features of a position, padded to whole tiles; else 0
 };
 
-// The shape of the copy, channels last of so many channels or (0) channels first, for jobs of about so many positions
-// and at most so many rows; false where it is too large.
+// Plans the copy for jobs of about `positions` positions and at most most_rows rows. inner is the number of channels of
+// a channels_last copy, or 0 for a channels_first copy. Returns false if the copy would be too large.
 template <class T>
 bool plan_copy(const Patches<T>& s, int64_t size, int64_t inner, int64_t most_rows, int64_t positions, RowsPlan* plan) {
   int64_t span[3];
@@ -65,14 +66,14 @@ bool plan_copy(const Patches<T>& s, int64_t size, int64_t inner, int64_t most_ro
   plan->rows = smaller(smaller(s.grid[1], most_rows), ceil_div(positions, plan->cols));
   for (;; plan->rows = ceil_div(plan->rows, 2)) {
     plan->copy_rows = (plan->rows - 1) * s.step[1] + span[1] + 1;
-    // Lanes of a tile that are a page apart, or lines apart by a power of two, would compete for the same sets of L1.
+    // Lanes of a tile a page apart, or a power of two of cache lines apart, would compete for the same sets of L1.
     plan->channel = plan->col = 1;
     if (inner > 0) plan->col = inner + (inner * s.step[2] * size % 4096 == 0 ? 64 / size : 0);
     plan->row = plan->copy_cols * plan->col;
     plan->slab = plan->copy_rows * plan->row;
     plan->bytes = s.taps[0].count * plan->slab * size;
     if (inner == 0) {
-      const int64_t lines = ceil_div(plan->bytes + 64, 64) | 1;  // rows are written in whole vectors
+      const int64_t lines = ceil_div(plan->bytes + 64, 64) | 1;  // an odd number; rows are written in whole vectors
       plan->channel = lines * 64 / size;
       plan->bytes = s.channels * lines * 64;
     }
@@ -105,8 +106,7 @@ RowsPlan plan_rows(const ConvProduct<T>& g, int threads) {
   const int64_t most_rows = threads > 1 ? ceil_div(s.grid[1] * slices, 4 * threads) : s.grid[1];
   if (!plan_copy(s, kSize, inner, most_rows, wanted, &plan)) return RowsPlan{};
   if (plan.line > 0 && plan.col != s.channels) return RowsPlan{};
-  plan.bytes +=
-      2 * kLineWidth + kPixels * plan.col * kSize * s.step[2];  // tiles and lines of AMX are always read whole
+  plan.bytes += 2 * kLineWidth + kPixels * plan.col * kSize * s.step[2];  // AMX always reads whole tiles and lines
   if (kAmx) {
     plan.taken = true;
   } else if (s.channels_inner) {
@@ -118,7 +118,7 @@ RowsPlan plan_rows(const ConvProduct<T>& g, int threads) {
   return plan;
 }
 
-// `count` elements of g as the copy has them.
+// `count` elements of the source, converted to the type of the copy.
 template <class T, class Copy>
 inline void copy_pixels(const Patches<T>& s, int64_t at, int64_t count, Copy* to) {
   if (s.derivative == nullptr) {
@@ -141,10 +141,10 @@ inline void copy_pixels(const Patches<T>& s, int64_t at, int64_t count, Copy* to
   }
 }
 
-// The copy for output rows from p1 on and columns from p2 on of the slice (image, p0).
+// Makes the copy for output rows from p[1] on and columns from p[2] on of the slice (image, p[0]).
 template <class T, class Copy>
 void copy_image_rows(const Patches<T>& s, const RowsPlan& plan, int64_t image, const int64_t* p, Copy* to) {
-  const int64_t first = p[2] * s.step[2] + plan.low[2];  // column of the image that the copy begins at
+  const int64_t first = p[2] * s.step[2] + plan.low[2];  // the first column of the copy, as a column of the image
   const int64_t begin = smaller(larger<int64_t>(-first, 0), plan.copy_cols);
   const int64_t end = larger(begin, smaller(s.size[2] - first, plan.copy_cols));
   for (int64_t slab = 0; slab < s.taps[0].count; ++slab)
@@ -166,7 +166,7 @@ void copy_image_rows(const Patches<T>& s, const RowsPlan& plan, int64_t image, c
     }
 }
 
-// Channels first: the copy has a plane for every channel and slab.
+// The same for channels first: the copy has a plane for every channel and slab.
 template <class T, class Copy>
 void copy_image_planes(const Patches<T>& s, const RowsPlan& plan, int64_t image, const int64_t* p, Copy* copy) {
   const int64_t first = p[2] * s.step[2] + plan.low[2];
@@ -182,7 +182,7 @@ void copy_image_planes(const Patches<T>& s, const RowsPlan& plan, int64_t image,
       const bool inside = q0 >= 0 && q0 < s.size[0] && q1 >= 0 && q1 < s.size[1] && begin < end;
       const int64_t at = image * s.batch_stride + q0 * s.stride[0] + q1 * s.stride[1] + first + begin;
       if constexpr (same_type<T, Copy>) {
-        if (s.derivative == nullptr) {  // whole vectors: what is written too much, the next row overwrites
+        if (s.derivative == nullptr) {  // whole vectors: the next row overwrites the excess
           copy_rows(&piece, inside ? 1 : 0, true, inside ? s.x + at : s.x, s.channel_stride, 1, s.channels, to,
                     plan.channel, static_cast<int>(round_up(plan.copy_cols, kVector)));
           continue;
@@ -197,8 +197,8 @@ void copy_image_planes(const Patches<T>& s, const RowsPlan& plan, int64_t image,
     }
 }
 
-// Rows [m, m + count) of a tile in the running index of a job, whose rows are `pitch` long and have `cols` positions:
-// body(first row of the tile, position, count) for what is not padding.
+// Positions of a job are numbered through rows of `pitch`, of which `cols` are real and the rest padding. For the real
+// ones in [m, end): body(index in the tile, position, count).
 template <class Body>
 inline void for_stored(int64_t m, int64_t end, int64_t pitch, int64_t cols, int64_t n0, int64_t n_row, Body&& body) {
   for (int64_t at = m; at < end;) {
@@ -209,7 +209,7 @@ inline void for_stored(int64_t m, int64_t end, int64_t pitch, int64_t cols, int6
   }
 }
 
-// A job: some rows and columns of the output in one slice, times the outputs [o0, o1), whose panels start at w.
+// A job: a block of output rows and columns of one slice, for outputs [o0, o1), whose packed weights are w_panels.
 template <class P, class T>
 void conv_rows(const ConvProduct<T>& g, const RowsPlan& plan, const void* w_panels, int64_t w_panel, int64_t o0,
                int64_t o1, int64_t job, void* buffer) {
@@ -243,11 +243,11 @@ void conv_rows(const ConvProduct<T>& g, const RowsPlan& plan, const void* w_pane
   if constexpr (same_type<P, C>) {
     const C* w = static_cast<const C*>(w_panels);
     if (s.channels_inner) {
-      // The taps of a row lie side by side, like their weights.
+      // The taps of a row are contiguous, like their weights.
       const int64_t joined = s.taps[2].offset_step == 1 && plan.col == s.channels ? s.taps[2].count : 1;
       for (int64_t t = 0; t < s.tap_count; t += joined) x_at[t / joined] = x_at[t];
       const Pieces pieces = {s.tap_count / joined, x_at};
-      const int64_t tiles = ceil_div(cols, mr);  // of a row, about equally high
+      const int64_t tiles = ceil_div(cols, mr);  // per row, of about equal height
       for (int64_t o = o0; o < o1; o += nr, w += w_panel)
         for (int64_t i = 0; i < rows * tiles; ++i) {
           const int64_t row = i / tiles, first = cols * (i % tiles) / tiles, n = n0 + row * s.grid[2] + first;

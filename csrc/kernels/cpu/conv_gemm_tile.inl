@@ -1,28 +1,28 @@
-// Tiles of a convolution's matrix product: what a product is, and how a register tile gets from sums to the image.
+// The matrix product of a convolution, and the epilogue that stores a register tile to the image.
 //
 //   outputs[o, n] = f(sum_k weights[o, k] patches[n, k] + bias[o])
 //
-// Channels first, outputs are rows of C and positions columns; channels last the other way round: C lies as y does.
+// For channels first, rows of C are outputs and columns are positions; for channels last the reverse.
 
-// Where position n = (image, p0, p1, p2) and output o lie: y + image * batch_stride + o * channel_stride +
-// sum p[d] * stride[d].
+// The output image. Position n = (image, p0, p1, p2) and output o are at y + image * batch_stride + o * channel_stride
+// + sum p[d] * stride[d].
 template <class T>
 struct ConvOutput {
   T* y;
-  T* z;           // null, or as y
+  T* z;           // null, or in the layout of y
   const T* bias;  // null, or contiguous
   bool relu;
   RowForward<T> f;  // null for identity and relu
   Activation activation;
   int64_t batch_stride, channel_stride, stride[3];
-  bool dense;   // neighbouring positions are stride[2] apart, also across rows of the grid
-  bool stream;  // past the caches, where a tile is aligned
+  bool dense;   // successive positions are stride[2] apart, also from one row of the grid to the next
+  bool stream;  // aligned tiles are written with non-temporal stores
 };
 
 template <class T>
 struct ConvProduct {
   int64_t groups, outputs, features, positions, image_positions;
-  Patches<T> patches;  // of the first group, like all pointers here
+  Patches<T> patches;  // this and all pointers: of the first group
   ConvWeights<T> weights;
   ConvOutput<T> out;
   int64_t x_group, w_group;  // elements between groups
@@ -31,7 +31,7 @@ struct ConvProduct {
 
 constexpr int kMaxTile = 32;  // rows and columns of the largest register tile
 
-// to = prev + A B over one block of k; prev is null or where the sums so far lie. to may be prev.
+// to = prev + A B over one block of k. prev is null, or the sums of the blocks before. to may be prev.
 template <class P, class C>
 inline void product_tile(P, int64_t k, const P* a, const P* b, int rows, int cols, const C* prev, int64_t prev_rs,
                          C* to, int64_t to_rs) {
@@ -42,7 +42,7 @@ inline void product_tile(P, int64_t k, const P* a, const P* b, int rows, int col
   tile.prev_rs = prev_rs;
   micro_tile(k, a, 1, Tile<P>::mr, b, Tile<P>::nr, rows, cols, tile);
 }
-// The same in a buffer of kMaxTile x kMaxTile, all of which may be written.
+// The same, into a buffer of kMaxTile x kMaxTile. Elements outside the tile are undefined.
 template <class P, class C>
 inline void product_buffer(P, int64_t k, const P* a, const P* b, int rows, int cols, const C* prev, int64_t prev_rs,
                            C* buffer) {
@@ -69,7 +69,7 @@ inline void product_tile(bf16_amx, int64_t pairs, const amx_a* a, const amx_b* b
 }
 #endif
 
-// to[i * step] = from[i]. With a step of 2, the lanes between are masked out instead of storing one element at a time.
+// to[i * step] = from[i]. For a step of 2 it uses masked vector stores instead of one store per element.
 template <class T>
 inline void store_spread(const T* from, int count, int64_t step, T* to) {
 #if defined(FASTOPS_VEC_AVX512)
@@ -96,7 +96,7 @@ inline void store_spread(const T* from, int count, int64_t step, T* to) {
   for (int i = 0; i < count; ++i) to[i * step] = from[i];
 }
 
-// One row of finished sums to y + at (and z), `step` elements apart.
+// The epilogue of one row of complete sums. Results are `step` elements apart, from y + at (and z + at) on.
 template <class T>
 inline void finish_run(const ConvOutput<T>& out, const Compute<T>* sums, int64_t at, int64_t step, int count) {
   if (step == 1) {
@@ -121,7 +121,7 @@ inline void finish_run(const ConvOutput<T>& out, const Compute<T>* sums, int64_t
   store_spread(values, count, step, out.y + at);
 }
 
-// Bias and relu in registers, then one rounding, for a tile whose rows lie y_rs apart in y.
+// The epilogue of a tile whose rows are y_rs apart in y: bias and relu in registers, then one rounding.
 template <class T>
 inline void finish_dense(const ConvOutput<T>& out, const Compute<T>* sums, int64_t rs, const Compute<T>* bias,
                          bool bias_of_rows, T* y, int64_t y_rs, int rows, int cols) {
@@ -146,8 +146,8 @@ inline void finish_dense(const ConvOutput<T>& out, const Compute<T>* sums, int64
   }
 }
 
-// Bias, activation, rounding and storing of a tile of finished sums: rows and columns as positions_are_rows says,
-// o the first output, n the first position. All kMaxTile columns of sums may be read.
+// The epilogue of a tile of complete sums: bias, activation, rounding, stores. o is the first output, n the first
+// position; positions_are_rows says which of them are rows. It may read all kMaxTile columns of sums.
 template <class T>
 void finish_tile(const ConvProduct<T>& g, Compute<T>* sums, int64_t rs, int64_t o, int outputs, int64_t n,
                  int positions) {
@@ -196,8 +196,7 @@ void finish_tile(const ConvProduct<T>& g, Compute<T>* sums, int64_t rs, int64_t 
   }
 }
 
-// Whether the tile of outputs from o on and positions from n on can go from registers to where it belongs; and where
-// that is.
+// Whether the microkernel can store the tile at output o and position n directly to y; if so, `tile` says how.
 template <class T>
 inline bool dense_tile(const ConvProduct<T>& g, int64_t o, int64_t n, int positions, TileOut<Compute<T>>* tile) {
   if constexpr (same_type<T, Compute<T>>) {
@@ -223,7 +222,7 @@ inline bool dense_tile(const ConvProduct<T>& g, int64_t o, int64_t n, int positi
   }
 }
 
-// One tile of the product over one block of features.
+// A tile of the product over one block of features.
 template <class P, class T>
 inline void conv_tile(const ConvProduct<T>& g, int64_t k, const typename Tile<P>::A* a, const typename Tile<P>::B* b,
                       int64_t o, int outputs, int64_t n, int positions, bool first, bool last, Compute<T>* sums,

@@ -1,12 +1,13 @@
 // The gradients of w and bias as matrix products: grad_w[o, f] = sum_n g[n, o] patches[n, f], for every group.
 //
-// C is cut into blocks, and the positions into chunks where there are few blocks; how many depends on the shape alone.
-// A thread draws a block of a chunk, packs both operands a piece of k at a time into its own cache and adds up in the
-// chunk's copy of C. Then a barrier, and the copies are added in order.
+// C is divided into blocks. If there are few blocks, positions are also divided into chunks. Both numbers depend only
+// on the shape. A thread draws a block of a chunk, packs both operands one piece of k at a time, and adds to the
+// chunk's copy of C. After a barrier, the copies are added in order.
 
-// Blocks of C: both operands' panels and the sums stay in L2. Measured on Granite Rapids (2 MB).
+// The size of a block of C and of a piece of k: the panels of both operands and the sums stay in L2. Measured on
+// Granite Rapids (2 MB).
 constexpr int64_t kWeightRows = 240, kWeightCols = 512, kWeightK = 384;
-// Jobs that the team should at least have, and positions that make a copy of C worthwhile.
+// The least number of jobs for a team, and the least number of positions in a chunk.
 constexpr int64_t kWeightJobs = 8, kLeastChunk = 1024;
 
 template <class T>
@@ -15,14 +16,14 @@ struct ConvWeightProduct {
   Patches<T> gradient, image;
   T* grad_w;
   T* grad_bias;
-  bool in_order;  // grad_w's features lie in the order of the patches
+  bool in_order;  // the features of grad_w are in the order of the patches
 };
 
 struct ConvWeightPlan {
   int threads;
   int64_t kc, mb, nb, m_blocks, n_blocks, chunk, chunks;
   int64_t a_panel, b_panel;
-  bool direct;  // sums are formed in grad_w itself
+  bool direct;  // sums are kept in grad_w itself
   size_t private_at, a_bytes, private_bytes, bias_at, slots_at, total;
 };
 
@@ -58,7 +59,7 @@ ConvWeightPlan plan_conv_weight(const ConvWeightProduct<T>& g, int threads) {
   return plan;
 }
 
-// Adds the copies of C from feature f on in row `row` of all groups' outputs, and stores them.
+// Adds the copies of C for row `row`, counted over the outputs of all groups, and stores the result.
 template <class T>
 void reduce_row(const ConvWeightProduct<T>& g, const Compute<T>* slots, int64_t chunks, int64_t row) {
   using C = Compute<T>;

@@ -1,31 +1,31 @@
-// A convolution is a matrix product one of whose operands is gathered from the image while it is packed ("implicit
-// im2col"; Chetlur et al., "cuDNN", 2014). That operand is Patches: positions x features, where feature (channel, tap)
-// of position p is the channel's element that the tap reads there, zero outside the image.
+// A convolution is a matrix product, one operand of which is gathered from the image while it is packed ("implicit
+// im2col"; Chetlur et al., "cuDNN", 2014). That operand is Patches, a matrix of positions by features. Feature
+// (channel, tap) of position p is the element of the channel that the tap reads for p, or zero outside the image.
 //
-// This page describes it and copies blocks of it along the dimension that memory is contiguous in.
+// This file defines Patches and copies blocks of it along the dimension in which memory is contiguous.
 
-// The taps of one dimension that take part: tap i < count reads at position * step + offset + i * offset_step and has
-// weight first + i * first_step.
+// The taps of a product along one dimension. Tap i < count reads element position * step + offset + i * offset_step of
+// the image, and its index in the kernel is first + i * first_step.
 struct TapRange {
   int64_t count, offset, offset_step, first, first_step;
 };
 
-// Position n is (image, p0, p1, p2) of batch x grid. The order of features is the one in which memory is contiguous:
-// channels_inner is (tap, channel), otherwise (channel, tap).
+// Position n is (image, p0, p1, p2) of batch x grid. The order of features is (tap, channel) if channels_inner, else
+// (channel, tap).
 template <class T>
 struct Patches {
   const T* x;
-  const T* saved;  // as in Source, with x's layout
+  const T* saved;  // as in Source, in the layout of x
   RowDerivative<T> derivative;
   Activation activation;
   bool channels_inner;
   int64_t channels, batch_stride, channel_stride;
-  int64_t size[3], stride[3];  // of the image, the strides in elements
+  int64_t size[3], stride[3];  // of the image; strides in elements
   int64_t grid[3], step[3];
   TapRange taps[3];
   int64_t tap_count;
-  // A single tap that reads the position itself: channels last, the batch is the matrix without any gathering; channels
-  // first, every image is, and its positions are one row.
+  // There is one tap, with offset 0 and step 1, so nothing has to be gathered. For channels last the batch is the
+  // matrix as it is; for channels first every image is, and its positions are a single row.
   bool plain;
 };
 
@@ -38,7 +38,7 @@ struct TapCursor {
     i[0] = t / taps[2].count / taps[1].count;
   }
   template <class Taps>
-  void advance(const Taps& taps) {  // past the last comes the first
+  void advance(const Taps& taps) {  // after the last tap follows the first
     for (int d = 2; d >= 0; --d) {
       if (++i[d] < taps[d].count) return;
       i[d] = 0;
@@ -56,7 +56,7 @@ struct GridCursor {
     p[0] = position % grid[0];
     image = position / grid[0];
   }
-  void advance(const int64_t* grid, int64_t count) {  // within the row or to the start of the next one
+  void advance(const int64_t* grid, int64_t count) {  // within a row, or to the start of the next row
     if ((p[2] += count) < grid[2]) return;
     p[2] = 0;
     if (++p[1] < grid[1]) return;
@@ -79,15 +79,15 @@ inline void zero_run(int64_t count, T* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = T{};
 }
 
-// Positions are handled up to this many at a time.
+// The most positions that are copied at a time.
 constexpr int kPatchChunk = 64;
 
-// Positions [n, n + count) that lie in one row of the grid, at columns [first, first + count) of a block.
+// `count` positions in one row of the grid, which are columns [first, first + count) of a block.
 struct PatchRun {
   int64_t base, p[3];
   int first, count;
 };
-// What one tap reads of a run: from x + at, `step` elements apart.
+// The elements that one tap reads for a run: from x + at on, `step` elements apart.
 struct PatchPiece {
   int64_t at;
   int first, count;
@@ -106,7 +106,7 @@ inline int patch_runs(const Patches<T>& s, int64_t position, int count, PatchRun
   return n;
 }
 
-// The pieces that the tap at `tap` reads; `covered` is the sum of their counts.
+// The pieces that `tap` reads inside the image; `covered` is the sum of their counts.
 template <class T>
 inline int patch_pieces(const Patches<T>& s, const TapCursor& tap, const PatchRun* runs, int run_count,
                         PatchPiece* pieces, int* covered) {
@@ -132,7 +132,7 @@ inline int patch_pieces(const Patches<T>& s, const TapCursor& tap, const PatchRu
 }
 
 #if defined(FASTOPS_VEC_AVX512)
-// 64 bytes of any element, of which a mask chooses lanes; those it leaves alone are not touched, wherever they lie.
+// Loads the lanes of 64 bytes that a mask selects. Memory of the other lanes is not accessed.
 template <class T>
 inline __m512i load_lanes(__m512i other, uint32_t mask, const T* p) {
   if constexpr (sizeof(T) == 2)
@@ -151,7 +151,7 @@ inline void store_lanes(__m512i v, uint32_t mask, T* p) {
   else
     _mm512_mask_storeu_epi64(p, static_cast<__mmask8>(mask), v);
 }
-// The elements of even number of two vectors.
+// The elements with even indices of two vectors.
 template <class T>
 inline __m512i even_lanes(__m512i low, __m512i high) {
   if constexpr (sizeof(T) == 2) {
@@ -163,7 +163,7 @@ inline __m512i even_lanes(__m512i low, __m512i high) {
   }
 }
 
-// Bit i of the mask in bit 2 i.
+// Moves bit i of the mask to bit 2 i.
 inline uint64_t spread_bits(uint64_t mask) {
   mask = (mask | mask << 16) & 0x0000ffff0000ffffu;
   mask = (mask | mask << 8) & 0x00ff00ff00ff00ffu;
@@ -172,13 +172,13 @@ inline uint64_t spread_bits(uint64_t mask) {
   return (mask | mask << 1) & 0x5555555555555555u;
 }
 
-// What a piece gives to one vector of a row: `at` is where the vector's first lane would lie, from x.
+// The part of a piece in one vector of a row. `at` is the offset from x of the vector's first lane.
 struct PatchLanes {
   int64_t at;
   uint64_t mask;
 };
 
-// Rows of vectors, each of as many pieces as counts says, or of Pieces where that is not 0.
+// Assembles rows of vectors. Vector v consists of counts[v] pieces, or of Pieces pieces if that is not 0.
 template <class T, int Step, int Vectors, int Pieces>
 inline void assemble_rows(const PatchLanes* lanes, const int* counts, const T* from, int64_t from_rs, int64_t rows,
                           T* to, int64_t to_rs) {
@@ -199,7 +199,7 @@ inline void assemble_rows(const PatchLanes* lanes, const int* counts, const T* f
   }
 }
 
-// Columns [first, first + Vectors * S) of rows that are assembled from pieces; `Step` elements between lanes, 1 or 2.
+// Columns [first, first + Vectors * S) of rows that are assembled from pieces. Lanes are Step (1 or 2) elements apart.
 template <class T, int Step, int Vectors>
 inline void copy_vectors(const PatchPiece* pieces, int n, int first, const T* from, int64_t from_rs, int64_t rows,
                          T* to, int64_t to_rs) {
@@ -210,7 +210,7 @@ inline void copy_vectors(const PatchPiece* pieces, int n, int first, const T* fr
   for (int v = 0; v < Vectors; ++v) {
     counts[v] = 0;
     for (int i = 0; i < n; ++i) {
-      const int shift = pieces[i].first - first - v * S;  // of the piece against the vector
+      const int shift = pieces[i].first - first - v * S;  // the start of the piece in the vector
       const int begin = larger(shift, 0), end = smaller(shift + pieces[i].count, S);
       if (begin >= end) continue;
       const uint64_t mask = (kAll >> (S - (end - begin))) << begin;
@@ -220,7 +220,7 @@ inline void copy_vectors(const PatchPiece* pieces, int n, int first, const T* fr
   to += first;
   int most = 0;
   for (int v = 0; v < Vectors; ++v) most = larger(most, counts[v]);
-  if (most <= 2) {  // lanes that no piece gives stay zero
+  if (most <= 2) {  // lanes of no piece are zero
     for (int v = 0; v < Vectors; ++v)
       for (int i = counts[v]; i < 2; ++i) lanes[v][i] = {i > 0 ? lanes[v][0].at : 0, 0};
     if (most <= 1) return assemble_rows<T, Step, Vectors, 1>(&lanes[0][0], counts, from, from_rs, rows, to, to_rs);
@@ -240,8 +240,8 @@ inline void copy_wide_rows(const PatchPiece* pieces, int n, const T* from, int64
 }
 #endif
 
-// `rows` rows of `width` elements, a multiple of 64 bytes: the pieces, `step` elements from lane to lane and from_rs
-// from row to row, and zeros elsewhere.
+// Copies `rows` rows of `width` elements, a multiple of 64 bytes: the elements of the pieces, and zeros elsewhere.
+// Lanes are `step` elements apart, rows from_rs elements.
 template <class T>
 inline void copy_rows(const PatchPiece* pieces, int n, bool gaps, const T* from, int64_t from_rs, int64_t step,
                       int64_t rows, T* to, int64_t to_rs, int width) {
@@ -255,8 +255,8 @@ inline void copy_rows(const PatchPiece* pieces, int n, bool gaps, const T* from,
   }
 }
 
-// Channels first: to[i * rs + j] = feature f0 + i at position n0 + j, for i < features, j < count <= kPatchChunk, and
-// zero for count <= j < width.
+// For channels first: to[i * rs + j] = feature f0 + i of position n0 + j, for i < features and j < count <=
+// kPatchChunk, and zero for count <= j < width.
 template <class T>
 void copy_features(const Patches<T>& s, const T* image, int64_t n0, int count, int64_t f0, int64_t features, T* to,
                    int64_t rs, int width) {
@@ -279,7 +279,7 @@ void copy_features(const Patches<T>& s, const T* image, int64_t n0, int count, i
   }
 }
 
-// `rows` runs of `count` contiguous elements.
+// Copies `rows` runs of `count` contiguous elements.
 template <class T>
 inline void copy_runs(const T* from, int64_t from_rs, int64_t rows, int64_t count, T* to, int64_t to_rs) {
 #if defined(FASTOPS_VEC_AVX512)
@@ -295,8 +295,8 @@ inline void copy_runs(const T* from, int64_t from_rs, int64_t rows, int64_t coun
 #endif
 }
 
-// body(tap, channel, first, count) for the parts of features [f0, f0 + features) that belong to one tap, channels last:
-// `count` channels from `channel` on are features from f0 + first on.
+// For channels last: body(tap, channel, first, count) for each tap in features [f0, f0 + features). Its `count`
+// channels from `channel` on are the features from f0 + first on.
 template <class T, class Body>
 inline void for_taps(const Patches<T>& s, int64_t f0, int64_t features, Body&& body) {
   TapCursor tap(s.taps, f0 / s.channels);
@@ -308,14 +308,14 @@ inline void for_taps(const Patches<T>& s, int64_t f0, int64_t features, Body&& b
   }
 }
 
-// Whether the taps of a kernel's row and their channels lie side by side, as in an image that is read whole.
+// Whether the channels of all taps of a row of the kernel are contiguous in the image.
 template <class T>
 inline bool has_solid_rows(const Patches<T>& s) {
   return s.channels_inner && s.taps[2].count > 1 && s.taps[2].offset_step == 1 && s.stride[2] == s.channels;
 }
 
-// copy_positions where a kernel's row is one run: of the few channels of a first layer, 7 runs of 21 elements are
-// copied instead of 49 of 3.
+// copy_positions if each row of the kernel is one contiguous run. A first layer of 7x7 with 3 channels then copies 7
+// runs of 21 elements, not 49 runs of 3.
 template <class T>
 void copy_solid_rows(const Patches<T>& s, const T* image, int64_t n0, int count, int64_t f0, int64_t features, T* to,
                      int64_t rs) {
@@ -328,7 +328,7 @@ void copy_solid_rows(const Patches<T>& s, const T* image, int64_t n0, int count,
     const int64_t length = smaller(width - begin, features - done), end = begin + length;
     int64_t offset[2];
     for (int d = 0; d < 2; ++d) offset[d] = s.taps[d].offset + tap.i[d] * s.taps[d].offset_step;
-    // Columns whose elements [begin, end) all lie in the image.
+    // The columns whose elements [begin, end) are all inside the image.
     const int64_t shift = s.taps[2].offset * s.channels;
     const int64_t least = larger<int64_t>(0, ceil_div(-shift - begin, step * s.channels));
     const int64_t most = row - shift - end < 0 ? 0 : (row - shift - end) / (step * s.channels) + 1;
@@ -344,7 +344,7 @@ void copy_solid_rows(const Patches<T>& s, const T* image, int64_t n0, int count,
       const int inner = static_cast<int>(smaller<int64_t>(run.count, larger<int64_t>(0, least - run.p[2])));
       const int outer = static_cast<int>(smaller<int64_t>(run.count, larger<int64_t>(inner, most - run.p[2])));
       const auto edge = [&](int j) {
-        const int64_t at = (run.p[2] + j) * step * s.channels + shift;  // of element 0, from the row's start
+        const int64_t at = (run.p[2] + j) * step * s.channels + shift;  // element 0, from the start of the row
         const int64_t low = smaller(larger(begin, -at), end), high = larger(low, smaller(end, row - at));
         zero_run(low - begin, out + j * rs);
         copy_run(from + at + low, 1, high - low, out + j * rs + low - begin);
@@ -361,7 +361,7 @@ void copy_solid_rows(const Patches<T>& s, const T* image, int64_t n0, int count,
   }
 }
 
-// Channels last: to[j * rs + i] = feature f0 + i at position n0 + j, for i < features, j < count <= kPatchChunk.
+// For channels last: to[j * rs + i] = feature f0 + i of position n0 + j, for i < features and j < count <= kPatchChunk.
 template <class T>
 void copy_positions(const Patches<T>& s, const T* image, int64_t n0, int count, int64_t f0, int64_t features, T* to,
                     int64_t rs) {

@@ -1,8 +1,8 @@
-// Panels of Patches, as pack() makes them of a Source: straight from the image where what is to be copied is what the
-// panel holds, else through a buffer in L1.
+// Packing of Patches: what pack() is for a Source. If elements are copied without conversion, panels are packed
+// directly from the image, else through a buffer in L1.
 
-// Panels of lanes that lie anywhere, each contiguous along k; null is a lane of zeros. What pack_along_k does for lanes
-// at equal distances.
+// One panel from lanes at any addresses, each contiguous along k; a null lane is zero. pack_along_k does the same for
+// lanes at equal distances.
 template <class P, class T, int W>
 inline void pack_lanes(const T* const* lanes, int64_t k, P* to) {
   using As = PackAs<P, T>;
@@ -34,7 +34,7 @@ inline void pack_lanes(const T* const* lanes, int64_t k, P* to) {
     }
   }
 }
-// Whether panels of P can be packed a tap at a time: where one begins at any element.
+// Whether panels of P can be packed one tap at a time: the first k of a tap must begin a panel element.
 template <class P, class T>
 inline bool packs_lanes(int64_t channels) {
   (void)channels;
@@ -56,7 +56,7 @@ inline void pack_lanes<amx_a, bf16_t, 32>(const bf16_t* const* lanes, int64_t k,
 }
 #endif
 
-// One panel of positions, channels last, straight from the image.
+// One panel of positions, directly from a channels_last image.
 template <class P, class T, int W>
 void pack_positions(const Patches<T>& s, int64_t n0, int count, int64_t k0, int64_t k, P* to) {
   PatchRun runs[kPatchChunk];
@@ -86,7 +86,7 @@ inline void add_rows(const C* from, int64_t rs, int rows, int count, C* sums) {
   }
 }
 
-// Patches of a single tap as an ordinary operand, from element `at` on.
+// Patches with a single tap as a Source, from element `at` on.
 template <class T>
 inline Source<T> plain_patches(const Patches<T>& s, bool positions_are_lanes, int64_t position_stride,
                                int64_t channel_stride, int64_t at) {
@@ -101,7 +101,7 @@ inline Source<T> plain_patches(const Patches<T>& s, bool positions_are_lanes, in
   return source;
 }
 
-// As pack() of a Source; lanes are positions and k features, or the other way round.
+// What pack() is for a Source. Lanes are positions and k is features, or the reverse.
 template <class P, class T, int W>
 void pack_patches(const Patches<T>& s, bool positions_are_lanes, int64_t lane, int64_t lanes, int64_t k0, int64_t k,
                   P* to, int64_t panel_stride, Compute<T>* sums) {
@@ -151,7 +151,8 @@ void pack_patches(const Patches<T>& s, bool positions_are_lanes, int64_t lane, i
       }
     }
   }
-  // Finding what a tap reads costs more than a row of it, so channels first it is done for many channels at once.
+  // Finding the elements that a tap reads costs more than copying a row of them. So, for channels first, it is done
+  // once for many channels.
   constexpr int kElements = sizeof(T) == 8 ? 4096 : 8192;
   const int most_lanes = rows_are_lanes && !s.channels_inner ? kElements / kPatchChunk / W * W : W;
   const int most_k = rows_are_lanes || s.channels_inner ? kPatchChunk : kElements / W / kPatchChunk * kPatchChunk;

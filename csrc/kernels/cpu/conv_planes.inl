@@ -1,21 +1,21 @@
-// Padded copies of image planes (channels_first), which direct convolutions read without asking where a plane ends.
+// Padded copies of planes of channels_first images, which direct convolutions read without tests for the border.
 //
-// A copy is in the compute type, has zeros where the padding is, and holds a row split into `phases`: with a stride of
-// two the even columns lie before the odd ones, so that the inputs of neighbouring outputs are neighbours again and
-// every tap is a plain vector load.
+// A copy is in the compute type, with zeros for the padding. Its rows are split into phases of the stride: for a stride
+// of two, even columns precede odd columns. The inputs of neighbouring outputs are then contiguous, and every tap is an
+// ordinary vector load.
 
-// Two-dimensional, and not empty.
+// Whether the convolution is two-dimensional and not empty.
 inline bool is_flat(const ConvGeometry& g) {
   const bool flat = g.in[0] == 1 && g.out[0] == 1 && g.kernel[0] == 1 && g.padding[0] == 0;
   return flat && g.batch * g.in[1] * g.in[2] * g.out[1] * g.out[2] * g.kernel[1] * g.kernel[2] > 0;
 }
 
-// What a plane is copied from: elements, or the gradient of an activation, grad_y * f'(saved).
+// The source of a plane: its elements, or grad_y * f'(saved) for an activation f.
 template <class T>
 struct Plane {
   const T* p;
-  int64_t rs;                   // elements between rows, of saved too
-  RowDerivative<T> derivative;  // null for plain elements
+  int64_t rs;                   // elements between rows, also of saved
+  RowDerivative<T> derivative;  // null: the elements themselves
   const T* saved;
   Activation activation;
 };
@@ -34,16 +34,16 @@ inline Plane<T> offset(Plane<T> plane, int64_t elements) {
   return plane;
 }
 
-// A row of a copy: element u in [0, size) lies at at(u) and holds source element u - pad, where there is one of `in`.
-// pad may be negative, which leaves source elements out.
+// A row of a copy. Element u in [0, size) is at at(u). It holds source element u - pad if that is one of the `in`
+// elements of the source, else zero. A negative pad crops the source.
 struct PaddedRow {
   int64_t in, pad, size, phases, pitch, shift;
   int64_t elements() const { return phases * pitch; }
   int64_t at(int64_t u) const { return u % phases * pitch + u / phases + shift; }
 };
 
-// Leaves room for vectors that start at any element and reach past the last one. What has a source starts at a whole
-// vector, so that half the stores and loads cross no cache line.
+// The row has room for vectors that start at any element. The first source element starts a whole vector, so that half
+// of the loads and stores cross no cache line.
 template <class C>
 inline PaddedRow padded_row(int64_t in, int64_t pad, int64_t size, int64_t phases) {
   constexpr int64_t S = Vec<C>::size;
@@ -51,7 +51,7 @@ inline PaddedRow padded_row(int64_t in, int64_t pad, int64_t size, int64_t phase
   return {in, pad, size, phases, round_up(shift + ceil_div(size, phases), S) + S, shift};
 }
 
-// Keeps a loaded vector that serves several multiply-adds in a register: GCC would fold the load into each of them.
+// Keeps a loaded vector in a register for several multiply-adds. GCC would make the load an operand of each of them.
 template <class C>
 inline void keep_loaded(Vec<C>& x) {
 #if defined(FASTOPS_VEC_AVX512)
@@ -143,7 +143,7 @@ inline void widen_all(const T* from, int64_t n, Compute<T>* to) {
   if (i < n) Lanes::load(from + i, static_cast<int>(n - i)).store(to + i, static_cast<int>(n - i));
 }
 
-// even[i] = from[2 i], odd[i] = from[2 i + 1], over n elements of `from`.
+// even[i] = from[2 i] and odd[i] = from[2 i + 1], for n elements of `from`.
 template <class T>
 inline void deinterleave_row(const T* from, int64_t n, Compute<T>* even, Compute<T>* odd) {
   using Lanes = Vec<Compute<T>>;
@@ -163,7 +163,7 @@ inline void deinterleave_row(const T* from, int64_t n, Compute<T>* even, Compute
   o.store(odd + i / 2, rest / 2);
 }
 
-// The inverse, over n elements of `to`.
+// The inverse, for n elements of `to`.
 template <class C>
 inline void interleave_row(const C* even, const C* odd, int64_t n, C* to) {
   using Lanes = Vec<C>;
@@ -182,8 +182,8 @@ inline void interleave_row(const C* even, const C* odd, int64_t n, C* to) {
   if (rest > S) b.store(to + i + S, rest - S);
 }
 
-// Rows [first, first + rows) of a plane of in_rows rows. What has no source keeps the zeros that `to` starts with; rows
-// outside are cleared unless `to` always holds the same rows.
+// Copies rows [first, first + rows) of a plane with in_rows rows. Elements without a source are not written: `to` was
+// zero at first. Rows outside the plane are cleared, unless `to` always holds the same rows.
 template <class T>
 void copy_rows(const Plane<T>& plane, int64_t in_rows, int64_t first, int64_t rows, bool same_rows,
                const PaddedRow& layout, Compute<T>* to) {

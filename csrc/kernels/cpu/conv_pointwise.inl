@@ -1,5 +1,5 @@
-// 1x1 convolutions of channels_last images, forward and the gradient of the input: a batch is a matrix of positions by
-// channels, which linear's products read where it lies or pack without looking for taps.
+// 1x1 convolutions of channels_last images, forward and the gradient of the input. The batch is a matrix of positions
+// by channels, so they are the products of a linear layer, which reads or packs that matrix without searching for taps.
 
 inline bool is_pointwise(Layout layout, const ConvGeometry& g) {
   bool same = layout == Layout::channels_last && g.groups == 1;
@@ -43,7 +43,7 @@ inline LinearBackward pointwise_linear(const ConvBackwardInput& args) {
           args.bf16_multiply};
 }
 
-// The weight gradient is better cut into chunks of positions (conv_gemm_weight).
+// Not the weight gradient: it is faster with chunks of positions (conv_gemm_weight.inl).
 inline bool pointwise_takes(const ConvForward& args) { return is_pointwise(args.layout, args.geometry); }
 inline bool pointwise_takes(const ConvBackwardInput& args) {
   return is_pointwise(args.layout, args.geometry) && args.bias == nullptr && args.z == nullptr &&

@@ -1,9 +1,9 @@
-// Convolution + activation + max pool (csrc/kernels/conv_pool.h is the contract): a block of images at a time goes
-// through the convolution into a workspace that stays in the cache and is pooled from there; backward forms the
-// unpooled gradient of a block and hands it to the convolution's gradients.
+// Convolution + activation + max pool. The contract is csrc/kernels/conv_pool.h. The convolution of a block of images
+// is written to a workspace that stays in the cache, and pooled from there. Backward computes the unpooled gradient of
+// a block and calls the gradients of the convolution with it.
 
-// Bytes of a block between the two: half of the L2 of Granite Rapids for a thread, and what the whole team works on in
-// backward, where a block costs a pass over the weights' gradient.
+// The size of a block between the two steps. Forward, it is half of a thread's L2 (Granite Rapids). Backward, it is
+// shared by the whole team, as every block costs a pass over the weight gradient.
 constexpr int64_t kPoolBlockBytes = 1 << 20;
 constexpr int64_t kUnpoolBlockBytes = 8 << 20;
 
@@ -12,14 +12,14 @@ inline void pooled_size(const ConvGeometry& g, const int64_t* pool, int64_t* poo
 }
 
 template <class Args>
-inline int64_t pooled_elements(const Args& args) {  // of one channel of one image
+inline int64_t pooled_elements(const Args& args) {  // per channel and image
   int64_t pooled[3];
   pooled_size(args.geometry, args.pool, pooled);
   return pooled[0] * pooled[1] * pooled[2];
 }
 inline int64_t spatial_elements(const int64_t* sizes) { return sizes[0] * sizes[1] * sizes[2]; }
 
-// Images in a block, the same for any number of threads.
+// The images of a block; the number does not depend on the number of threads.
 template <class T, class Args>
 inline int64_t images_in_block(const Args& args, int64_t bytes) {
   const ConvGeometry& g = args.geometry;
@@ -48,7 +48,7 @@ ConvForward convolution_of(const ConvPoolForward& args, int64_t first, int64_t i
 
 struct ConvPoolPlan {
   int64_t images, blocks;
-  bool apart;  // every thread takes blocks of its own, else the team works on one after the other
+  bool apart;  // every thread computes its own blocks; else the team computes one block after the other
   size_t conv_bytes, block_bytes;
 };
 
@@ -68,7 +68,7 @@ ConvPoolPlan plan_conv_pool(const ConvPoolForward& args, int threads) {
   return plan;
 }
 
-// Where y, after the pool, is not positive, ReLU's derivative is zero.
+// Sets the index to kNoGradient where the pooled y is not positive: there the derivative of ReLU is zero.
 template <class T>
 void mark_no_gradient(const T* y, int64_t n, uint8_t* indices) {
   using C = Compute<T>;
@@ -126,7 +126,7 @@ void conv_pool(const ConvPoolForward& args, void* workspace, const Team& team) {
   });
 }
 
-// One row of the unpooled gradient: element j * width + i is grad[j] where indices[j] == tap + i.
+// A row of the unpooled gradient: element j * width + i is grad[j] if indices[j] == tap + i, else zero.
 template <class T>
 void unpool_row(const T* grad, const uint8_t* indices, int64_t n, int64_t width, int64_t tap, int64_t row, T* to) {
   using C = Compute<T>;
@@ -153,8 +153,8 @@ void unpool_row(const T* grad, const uint8_t* indices, int64_t n, int64_t width,
   for (int64_t i = n * width; i < row; ++i) to[i] = T{};
 }
 
-// The unpooled gradient of images [first, first + images): a unit is a row of it, of one channel or (channels_last) of
-// all.
+// The unpooled gradient of images [first, first + images). A unit of work is one of its rows, of one channel or, for
+// channels_last, of all channels.
 template <class T>
 void unpool(const ConvPoolBackward& args, int64_t first, int64_t images, T* to, const Team& team) {
   using C = Compute<T>;
@@ -214,10 +214,10 @@ Conv gradient_of(const ConvPoolBackward& args, int64_t images, const void* grad)
 }
 
 struct UnpoolPlan {
-  bool first;  // the gradient of the weights goes through conv_pool_first_weight
+  bool first;  // conv_pool_first_weight computes the gradient of the weights
   int64_t images, blocks;
   int64_t weight_elements;
-  size_t conv_bytes, block_bytes, sums_bytes;  // sums: of grad_w and grad_bias, where there are several blocks
+  size_t conv_bytes, block_bytes, sums_bytes;  // sums: of grad_w and grad_bias over several blocks
 };
 
 template <class T>
@@ -230,7 +230,7 @@ UnpoolPlan plan_unpool(const ConvPoolBackward& args, int threads) {
     if (plan.first) plan.conv_bytes = static_cast<size_t>(plan_pooled<T>(g, true, threads).total);
   plan.weight_elements = g.out_channels * (g.in_channels / g.groups) * spatial_elements(g.kernel);
   if (plan.first && args.grad_x == nullptr) return plan;
-  // Gradients of several blocks are added in their own type, which 16 bits would round.
+  // The gradients of several blocks are added in the compute type. In a 16-bit type every addition would round.
   const bool whole = weights && !plan.first && !same_type<T, Compute<T>>;
   plan.images = whole ? larger<int64_t>(g.batch, 1) : images_in_block<T>(args, kUnpoolBlockBytes);
   plan.blocks = larger<int64_t>(1, ceil_div(g.batch, plan.images));

@@ -1,19 +1,20 @@
-// A first layer with its max pool: 3x3 convolution of few channels, stride 1, then windows of 2x2.
+// A first layer with its max pool: a 3x3 convolution of few channels with stride 1, then 2x2 windows.
 //
-// The padded planes are split into even and odd columns, so that the 4 x 4 inputs of a vector of windows are 16 plain
-// vectors. From those come the four convolutions of each window, in registers, for one output channel after the other:
-// with one input channel the 16 vectors stay in registers all the while. Backward meets each tap's sum with the one
-// input that the maximum's position selects: 9 multiply-adds where the unpooled gradient would need 36.
+// The padded planes are split into even and odd columns, so that the 4 x 4 inputs of a vector of windows are 16
+// contiguous vectors. From these the four convolutions of each window are computed in registers, for one output channel
+// after the other. With one input channel, the 16 vectors stay in registers for all output channels. Backward
+// multiplies the gradient, for each tap, by the one input that the position of the maximum selects: 9 multiply-adds per
+// window, where the unpooled gradient would need 36.
 
 constexpr int64_t kPooledChannels = 4;
 
 struct PooledPlan {
   PaddedRow row;
   int64_t rows, cols;   // of windows
-  int64_t band, bands;  // rows of windows at a time
+  int64_t band, bands;  // rows of windows per band; bands per image
   int64_t plane, units;
   int threads;
-  int64_t chunks, sums;       // of the weight gradient: elements of a chunk's sums
+  int64_t chunks, sums;       // of the weight gradient: chunks, and elements of the sums of a chunk
   int64_t per_thread, total;  // bytes
 };
 
@@ -73,7 +74,7 @@ inline void load_windows(const PaddedRow& row, const T* at, int count, Vec<T> (&
     }
 }
 
-// acc[2 i + j] += the convolution at row i, column j of the windows.
+// acc[2 i + j] += the convolution at row i and column j of the windows.
 template <class T>
 inline void convolve_windows(const Vec<T> (&x)[4][4], const T* w, Vec<T> (&acc)[4]) {
 #pragma GCC unroll 3
@@ -86,7 +87,7 @@ inline void convolve_windows(const Vec<T> (&x)[4][4], const T* w, Vec<T> (&acc)[
     }
 }
 
-// The maximum of the four and where it was: NaNs only where kNaN.
+// The maximum of the four and its position. NaN is only handled if kNaN.
 template <bool kNaN, class T>
 inline Vec<T> maximum_of_four(const Vec<T> (&acc)[4], Taps<T>& at) {
   Vec<T> most = acc[0];
@@ -120,7 +121,7 @@ inline void pool_windows(const Vec<T> (&acc)[4], bool relu, T* y, uint8_t* indic
     most.store(y, count);
 }
 
-// One row of windows of one image, all output channels. x points to its first input row in the copy.
+// A row of windows of one image, for all output channels. x is its first input row in the copy.
 template <bool kOne, class T>
 void pool_first_row(const ConvPoolForward& args, const PooledPlan& plan, const T* x, T* y, uint8_t* indices) {
   constexpr int64_t S = Vec<T>::size;
@@ -129,7 +130,7 @@ void pool_first_row(const ConvPoolForward& args, const PooledPlan& plan, const T
   const T* const bias = static_cast<const T*>(args.bias);
   const bool relu = args.activation.kind == ActivationKind::relu;
   const int64_t channels = kOne ? 1 : g.in_channels, pooled = plan.rows * plan.cols;
-  const bool inner = args.w_layout == Layout::channels_last;  // taps of one channel lie `channels` apart
+  const bool inner = args.w_layout == Layout::channels_last;  // the taps of a channel are `channels` apart
   for (int64_t j = 0; j < plan.cols; j += S) {
     const int count = static_cast<int>(smaller(S, plan.cols - j));
     Vec<T> in[4][4];
@@ -178,7 +179,7 @@ void conv_pool_first(const ConvPoolForward& args, void* workspace, const Team& t
   });
 }
 
-// sums[tap] += g times the input that the maximum's position selects.
+// sums[tap] += g times the input that the position of the maximum selects.
 template <class T>
 inline void add_windows(const Vec<T> (&x)[4][4], Vec<T> g, Mask<T> low, Mask<T> right, T* sums) {
   constexpr int S = Vec<T>::size;
@@ -195,7 +196,7 @@ inline void add_windows(const Vec<T> (&x)[4][4], Vec<T> g, Mask<T> low, Mask<T> 
   }
 }
 
-// Adds one row of windows to the sums, [channel][9 taps an input channel, bias][lane].
+// Adds a row of windows to the sums [output channel][9 taps per input channel, then the bias][lane].
 template <bool kOne, class T>
 void weight_first_row(const ConvPoolBackward& args, const PooledPlan& plan, const T* x, const T* grad,
                       const uint8_t* indices, T* sums) {

@@ -1,37 +1,37 @@
-// The gradient of an input of few channels (a first layer's), which is also a transposed convolution to few channels.
+// The gradient of an input with few channels, as of a first layer. It is also a transposed convolution to few channels.
 //
-// As a product for every phase of the stride (conv_gemm.inl) it would have as few rows as there are channels, and leave
-// most of a register tile empty. Here channels and taps together are the rows of one product,
+// In the products of conv_gemm.inl, one for every phase of the stride, C would have only as many rows as there are
+// channels, and most of a register tile would be empty. Here channels and taps together are the rows of one product,
 //   C[(channel, tap), position] = sum_o w[o, channel, tap] g[position, o]
-// whose rows are then added to the rows of the image that they belong to ("col2im"). These lie in a buffer in L1 or L2,
-// split into the phases of the stride (conv_planes.inl), so that neighbouring positions are neighbours there, too.
+// whose rows are then added to the rows of the image ("col2im"). The rows of the image are in a buffer in L1 or L2,
+// split into the phases of the stride (conv_planes.inl), so that neighbouring positions are contiguous.
 //
-// The output is cut into strips of rows, which depends on the shape alone; an element of the image is added up in the
-// order of the strips. Between strips the buffer moves on, and the rows that no later strip reaches are stored. A job
-// is some strips of one image; the rows that it shares with the strips before are computed by both.
+// The output is divided into strips of rows, by the shape alone. The sum for an element of the image is in the order of
+// the strips. After each strip the buffer moves on, and the rows that no later strip adds to are stored. A job is some
+// strips of one image. It also computes the strips before it that add to its rows, which another job computes as well.
 //
-// Granite Rapids, one thread, 7x7, stride 2, 8 x 3 x 224 x 224 from 64 channels, ms, this against conv_gemm:
+// Granite Rapids, one thread, 7x7, stride 2, 8 x 3 x 224 x 224 from 64 channels, ms, this and conv_gemm:
 // float32 13.6 and 25.7, channels last 14.0 and 68.8; bfloat16 4.6 and 41.1, channels last 3.8 and 15.2.
 
-// Positions of a strip that are packed and multiplied at a time, and the bound of their panels, which stay in L2.
+// The positions of a strip that are packed and multiplied at a time, and the largest panels, which stay in L2.
 constexpr int64_t kScatterPositions = 512, kScatterPanelBytes = 256 << 10;
-// Widest rows: with few of them, threads would have nothing to share.
+// The widest rows: with wider ones, there would be too few strips for several threads.
 constexpr int64_t kScatterColumns = 1024;
-// Fewer outputs make sums that are shorter than the adding: of 8, 1 channel, 3x3, 28x28 conv_gemm takes 0.26 ms, this
-// 0.32.
+// The least number of outputs: with fewer, adding to the image costs more than the sums. 8 outputs, 1 channel, 3x3,
+// 28x28: conv_gemm takes 0.26 ms, this 0.32.
 constexpr int64_t kScatterOutputs = 16;
 
 struct ScatterPlan {
   int threads;
   int64_t features, kc, block;        // rows and k of the product; positions at a time
-  int64_t rows, strips, band, bands;  // output rows of a strip; strips of a job
-  int64_t pitch, row, held, plane;    // of the buffer: elements of a phase, row and plane; rows of a plane
+  int64_t rows, strips, band, bands;  // output rows per strip; strips per image and per job; jobs per image
+  int64_t pitch, row, held, plane;    // of the buffer: elements of a phase and of a row; rows and elements of a plane
   int64_t w_panel, g_panel;           // elements between panels
   int64_t at_at, shared_end;
   int64_t buffer_at, line_at, private_bytes, total;  // bytes
 };
 
-// What differs between a tier's kinds of products is only what the panels are made of.
+// The products of a tier differ only in their panels.
 template <class P, class T>
 ScatterPlan plan_scatter(const ConvGeometry& g, int threads) {
   using Kind = Tile<P>;
@@ -76,7 +76,7 @@ bool conv_scatter_takes(const ConvBackwardInput& args) {
          taps <= kMaxTaps && g.stride[2] <= 4 && g.padding[1] >= 0 && g.padding[2] >= 0;
 }
 
-// Adds rows of a tile to the buffer: `count` sums of every row, at[i] elements behind `to`.
+// Adds rows of a tile to the buffer: `count` sums of row i to to + at[i].
 template <class C>
 inline void add_scattered(const C* sums, int rows, int count, const int64_t* at, C* to) {
   constexpr int S = Vec<C>::size;
@@ -96,7 +96,7 @@ inline void add_scattered(const C* sums, int rows, int count, const int64_t* at,
     }
 }
 
-// The phases of a row of the buffer, from element `first` on, as a row of the image.
+// Interleaves the phases of a row of the buffer to a row of the image, from element `first` on.
 template <class C>
 inline void join_phases(const C* from, int64_t pitch, int64_t phases, int64_t first, int64_t count, C* to) {
   if (phases == 1) return copy_runs(from + first, 0, 1, count, to, 0);
@@ -111,7 +111,7 @@ inline void join_phases(const C* from, int64_t pitch, int64_t phases, int64_t fi
   for (int64_t i = 0; i < count; ++i) to[i] = from[(first + i) % phases * pitch + (first + i) / phases];
 }
 
-// Stores row q of the image from row `row` of the buffer's planes.
+// Stores row q of the image, which is `row` in the planes of the buffer.
 template <class T>
 void store_scattered(const ConvGeometry& g, const ScatterPlan& plan, const ConvOutput<T>& out, int64_t image, int64_t q,
                      const Compute<T>* row, Compute<T>* line) {
@@ -162,7 +162,7 @@ void scatter_member(const ConvBackwardInput& args, const ScatterPlan& plan, unsi
   Patches<T> gradient = gradient_patches<T>(g, args.layout, args.grad_y, args.activation, args.saved);
   set_plain(gradient);
 
-  // Rows of the product lie in the order of w's memory.
+  // The rows of the product are in the order of w in memory.
   crew.share(1, [&](int64_t) {
     pack<A, T, mr>(plain_source(static_cast<const T*>(args.w), 1, plan.features), 0, plan.features, 0, g.out_channels,
                    w, plan.w_panel, nullptr);
@@ -177,14 +177,14 @@ void scatter_member(const ConvBackwardInput& args, const ScatterPlan& plan, unsi
   crew.share(g.batch * plan.bands, [&](int64_t job) {
     const int64_t image = job / plan.bands, s0 = job % plan.bands * plan.band;
     const int64_t s1 = smaller(s0 + plan.band, plan.strips);
-    const int64_t strip_rows = plan.rows * g.stride[1];  // rows of the image that no strip after this one reaches
-    const int64_t shared = plan.held - strip_rows;       // and those that the next ones do
+    const int64_t strip_rows = plan.rows * g.stride[1];  // rows of the image that no later strip adds to
+    const int64_t shared = plan.held - strip_rows;       // rows that later strips add to as well
     const int64_t before = smaller(s0, ceil_div(shared, strip_rows));
     const int64_t own_begin = s0 * strip_rows;
     const int64_t own_end = s1 == plan.strips ? g.padding[1] + g.in[1] : s1 * strip_rows;
     zero_run(g.in_channels * plan.plane, buffer);
     for (int64_t strip = s0 - before; strip < s1; ++strip) {
-      const int64_t base = strip * strip_rows;  // padded row of the image that the buffer begins with
+      const int64_t base = strip * strip_rows;  // the first row of the buffer, as a row of the padded image
       if (strip > s0 - before)
         for (int64_t c = 0; c < g.in_channels; ++c) {
           C* const plane = buffer + c * plan.plane;

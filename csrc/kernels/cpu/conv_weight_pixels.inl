@@ -1,27 +1,27 @@
-// The gradient of w by AMX from a copy of image rows (conv_gemm_rows.inl) that lies channels last, whichever way the
-// image does.
+// The gradient of w by AMX, from a copy of image rows (conv_gemm_rows.inl). The copy is channels last for images of
+// either layout.
 //
 //   C[o, (tap, channel)] = sum_n g[n, o] copy[n's pixel for the tap, channel]
 //
-// A block is some rows of the output in one slice. For every block g is packed as A; B's panels are interleaved from
-// pairs of the copy's pixels, without asking where the image ends, and used while they are in L1. A job adds up some
-// blocks for the channels of a part in a copy of C, whose tiles are read and written where they lie.
+// A block is some output rows of one slice. For every block, g is packed as A. Panels of B are interleaved from pairs
+// of pixels of the copy, without tests for the border of the image, and used while they are in L1. A job adds some
+// blocks, for one part of the channels, to a copy of C, whose tiles are loaded and stored in place.
 #if defined(FASTOPS_HAS_AMX)
 
-// Positions of a block, and the widest row: A's panel and B's stay in L1 together. Granite Rapids, 64 channels of 56x56
-// to 64, ms: 448 2.4, 256 2.06, 168 1.94, 112 2.05.
+// The most positions of a block, and the widest row. A panel of A and a panel of B together stay in L1. Granite Rapids,
+// 64 channels of 56x56 to 64, positions and ms: 448 2.4, 256 2.06, 168 1.94, 112 2.05.
 constexpr int64_t kPixelBlock = 200, kPixelColumns = 512;
-// A part's share of C, which stays in L2 beside the operands.
+// The largest part of C in bytes. It stays in L2 beside the operands.
 constexpr int64_t kPixelSumBytes = 640 << 10;
-// Fewer channels leave too much of a panel empty.
+// The least number of channels: with fewer, too much of a panel would be empty.
 constexpr int64_t kPixelChannels = 16;
 
 struct WeightPixelsPlan {
   bool taken;
   RowsPlan rows;
-  int64_t channels, parts;    // of a part; of all channels of a group
-  int64_t lanes;              // columns of C for every tap
-  int64_t features, outputs;  // columns and rows of C in whole tiles
+  int64_t channels, parts;    // channels per part; parts per group
+  int64_t lanes;              // columns of C per tap
+  int64_t features, outputs;  // columns and rows of C, rounded up to whole tiles
   int64_t blocks, chunks;     // blocks of output rows; copies of C
   int64_t a_panel;
   int threads;
@@ -45,7 +45,7 @@ inline WeightPixelsPlan plan_weight_pixels(const ConvWeightProduct<bf16_t>& g, i
   const int64_t inner = s.channels_inner || plan.lanes == 16 ? plan.lanes : round_up(plan.channels, 32);
   RowsPlan& rows = plan.rows;
   rows.pixel = inner;
-  // Blocks of about equally many rows.
+  // Blocks of about the same number of rows.
   const int64_t most_rows = smaller(s.grid[1], larger<int64_t>(1, kPixelBlock / s.grid[2]));
   const int64_t height = ceil_div(s.grid[1], ceil_div(s.grid[1], most_rows));
   if (!plan_copy(s, 2, inner, height, height * s.grid[2], &rows)) return plan;
@@ -56,7 +56,7 @@ inline WeightPixelsPlan plan_weight_pixels(const ConvWeightProduct<bf16_t>& g, i
   const int64_t k = round_up(rows.rows * rows.cols, kTileK);
   plan.a_panel = 32 * k / 2;
   plan.private_at = 256;                            // after the team's counters
-  plan.copy_bytes = round_bytes(rows.bytes + 128);  // the last pixel is written and read in whole vectors
+  plan.copy_bytes = round_bytes(rows.bytes + 128);  // the last pixel is stored and loaded as whole vectors
   plan.a_bytes = round_bytes(plan.outputs / 32 * plan.a_panel * 4);
   plan.offset_bytes = round_bytes(k * 4);
   plan.private_bytes = plan.copy_bytes + plan.a_bytes + plan.offset_bytes + round_bytes(32 * k * 2);
@@ -67,7 +67,7 @@ inline WeightPixelsPlan plan_weight_pixels(const ConvWeightProduct<bf16_t>& g, i
   return plan;
 }
 
-// 16 lanes of a panel: of the pixels at from + offsets[p], p < k.
+// 16 lanes of a panel, from the pixels at from + offsets[p], p < k.
 inline void interleave_half(const bf16_t* from, const int32_t* offsets, int64_t k, amx_b* to) {
   const auto load = [](const bf16_t* p) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -82,8 +82,8 @@ inline void interleave_half(const bf16_t* from, const int32_t* offsets, int64_t 
     _mm512_storeu_si512(to, p < k ? load(from + offsets[p]) : _mm512_setzero_si512());
 }
 
-// All 32 lanes of a panel, of neighbouring channels, in the order that takes one instruction: of every 8, the first 4
-// are in the left half.
+// All 32 lanes of a panel, from contiguous channels. Their order is the one that a single instruction produces: of
+// every 8 channels, the first 4 are in the left half.
 inline void interleave_pixels(const bf16_t* from, const int32_t* offsets, int64_t k, amx_b* to) {
   int64_t p = 0;
 #pragma GCC unroll 4
@@ -99,14 +99,14 @@ inline void interleave_pixels(const bf16_t* from, const int32_t* offsets, int64_
   }
 }
 
-// Channels [16 half, 16 half + 16) of the 32 at p, in order again.
+// Channels [16 half, 16 half + 16) of the 32 at p, in their original order.
 inline Vec<float> ordered_lanes(const float* p, int64_t half) {
   const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i order = _mm512_add_epi32(lower, _mm512_set1_epi32(static_cast<int>(8 * half)));
   return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), order, _mm512_loadu_ps(p + 16))};
 }
 
-// c += A B, or c = A B at first, for a tile of 32 x 32.
+// c = A B if `first`, else c += A B, for a tile of 32 x 32.
 __attribute__((noinline)) void accumulate_tiles(int64_t chunks, const amx_a* a, const amx_b* b, bool first, float* c,
                                                 int64_t c_rs) {
   constexpr int64_t kAStride = 64, kBStride = 128;
@@ -140,7 +140,7 @@ __attribute__((noinline)) void accumulate_tiles(int64_t chunks, const amx_a* a, 
   memory_fence_for_compiler();
 }
 
-// Adds one block of output rows to c. s is the image's part, `gradient` the group's.
+// Adds one block of output rows to c. s has the channels of the part, `gradient` those of the group.
 inline void add_weight_pixels(const Patches<bf16_t>& s, const Patches<bf16_t>& gradient, int64_t outputs,
                               const WeightPixelsPlan& plan, int64_t block, bool first, unsigned char* mine, float* c,
                               float* sums) {
@@ -167,7 +167,7 @@ inline void add_weight_pixels(const Patches<bf16_t>& s, const Patches<bf16_t>& g
           : plain_patches(gradient, false, 1, gradient.channel_stride, image * gradient.batch_stride);
   pack<amx_a, bf16_t, 32>(source, 0, outputs, within, k, a, plan.a_panel, sums);
 
-  // Where the lanes of a panel, or of half of one, read: channel `channel` of the tap at the cursor.
+  // The source of a panel or of half a panel: channels from `channel` on of the tap at the cursor.
   TapCursor tap(s.taps, 0);
   int64_t channel = 0;
   const auto next = [&](int64_t lanes) {
@@ -184,7 +184,8 @@ inline void add_weight_pixels(const Patches<bf16_t>& s, const Patches<bf16_t>& g
       interleave_pixels(next(32), offsets, k, b);
     } else {
       interleave_half(next(16), offsets, k, b);
-      interleave_half(next(16), offsets, k, b + 16);  // past the last tap this is the first one again, unused
+      interleave_half(next(16), offsets, k,
+                      b + 16);  // after the last tap this is the first one again; its sums are not used
     }
     for (int64_t o = 0; o < plan.outputs; o += 32)
       accumulate_tiles(ceil_div(k, kTileK), a + o / 32 * plan.a_panel, b, first, c + o * plan.features + f,
@@ -192,7 +193,7 @@ inline void add_weight_pixels(const Patches<bf16_t>& s, const Patches<bf16_t>& g
   }
 }
 
-// Adds the copies of row `output` of C, and stores it.
+// Adds the copies of row `output` of C and stores the result.
 inline void reduce_pixels(const ConvWeightProduct<bf16_t>& g, const WeightPixelsPlan& plan, Layout w_layout,
                           const float* slots, int64_t group, int64_t output) {
   const int64_t taps = g.image.tap_count, channels = g.image.channels, c_size = plan.outputs * plan.features;
@@ -235,7 +236,7 @@ inline void conv_weight_pixels(const ConvWeightProduct<bf16_t>& g, const WeightP
   parallel_crew(team, plan.threads, workspace, [&](Crew& crew, int thread) {
     const AmxSession session;
     unsigned char* const mine = bytes + plan.private_at + static_cast<size_t>(thread) * plan.private_bytes;
-    // Rows of A that no output has stay zero.
+    // Rows of A past the last output are zero.
     __builtin_memset(mine + plan.copy_bytes, 0, plan.a_bytes);
     crew.share(plan.chunks * g.groups * plan.parts, [&](int64_t job) {
       const int64_t part = job % plan.parts, group = job / plan.parts % g.groups, chunk = job / plan.parts / g.groups;

@@ -1,13 +1,13 @@
-// The gradient of w without panels of the image, for few channels and large images: there every element of the image
-// meets so few outputs that packing it for every tap would take a third of the time.
+// The gradient of w without packing the image, for few channels and large images. With so few outputs per element of
+// the image, packing it for every tap would take a third of the time.
 //
-// C is transposed: grad_w^T[f, o] = sum_n patches[n, f] g[n, o]. g is packed as B; A is a copy of the rows of the image
-// that some rows of the output read, with zeros around them, and a tile of A is 12 channels (or, for few channels, the
-// taps along a row) whose elements lie one `col` apart along k. A job adds up its rows of the output in a copy of C.
+// C is transposed: grad_w^T[f, o] = sum_n patches[n, f] g[n, o]. g is packed as B. A is a copy of the image rows that a
+// block of output rows reads, padded with zeros. A tile of A is 12 channels (with few channels: the taps along a row);
+// its elements are one `col` apart along k. A job adds its output rows to a copy of C.
 
-// C has to stay in L2 beside the operands.
+// The largest C in bytes. It stays in L2 beside the operands.
 constexpr int64_t kWeightRowsBytes = 384 << 10;
-// Channels below which tiles are made of taps.
+// With fewer channels than this, the rows of a tile are taps.
 constexpr int64_t kFewChannels = 6;
 
 struct WeightRowsPlan {
@@ -46,7 +46,7 @@ WeightRowsPlan plan_weight_rows(const ConvWeightProduct<T>& g, int threads) {
   return plan;
 }
 
-// Adds one block of output rows to c, which holds C transposed.
+// Adds one block of output rows to c, a copy of the transposed C.
 template <class T>
 void add_weight_rows(const ConvWeightProduct<T>& g, const Patches<T>& s, const Patches<T>& gradient,
                      const WeightRowsPlan& plan, int64_t block, bool first, Compute<T>* copy, Compute<T>* panels,
@@ -73,7 +73,8 @@ void add_weight_rows(const ConvWeightProduct<T>& g, const Patches<T>& s, const P
   int64_t jumps[kMaxTaps];
   for (int64_t row = 0; row < height; ++row) jumps[row] = row * s.step[1] * rows.row;
   const Pieces pieces = {height, jumps};
-  // Lines of tiles: their lanes are channels, for every tap; or the taps along a row, for every channel and other taps.
+  // A line of tiles for every tap, whose lanes are channels; or for every channel and row of taps, whose lanes are
+  // taps.
   const int64_t lanes = plan.tiles_of_taps ? s.taps[2].count : s.channels, lines = g.features / lanes;
   const int64_t lane_stride = plan.tiles_of_taps ? s.taps[2].offset_step * rows.col : rows.channel;
   const int64_t tiles = ceil_div(lanes, kMr);
@@ -99,7 +100,7 @@ void add_weight_rows(const ConvWeightProduct<T>& g, const Patches<T>& s, const P
   }
 }
 
-// Adds the copies of row f of C transposed, and stores it where w has that feature.
+// Adds the copies of row f of the transposed C and stores the result in the order of w.
 template <class T>
 void reduce_feature(const ConvWeightProduct<T>& g, const WeightRowsPlan& plan, Layout w_layout, const Compute<T>* slots,
                     int64_t group, int64_t f) {

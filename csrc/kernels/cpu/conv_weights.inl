@@ -1,9 +1,7 @@
-// The weights of a convolution as the operand that meets Patches: in the order of their features, and of the taps that
-// take part.
+// The weights of a convolution as an operand: a matrix of lanes by features, in the order of the features of Patches.
 
-// The weights that a product meets: lane l (an output of the product), channel c and a tap at
-// w + l * lane_stride + c * channel_stride + tap_stride * (the tap's place in the kernel), features in the order of
-// the patches that they are multiplied with.
+// Lane l is an output of the product. Its weight for channel c and a tap is at w + l * lane_stride + c * channel_stride
+// + tap_stride * (the index of the tap in the kernel). The order of features is that of the patches.
 template <class T>
 struct ConvWeights {
   const T* w;
@@ -12,7 +10,7 @@ struct ConvWeights {
   int64_t kernel[3];
   TapRange taps[3];
   int64_t tap_count;
-  int64_t feature_stride;  // elements between features, 0 where that is not one number
+  int64_t feature_stride;  // elements between successive features; 0 if the distance varies (it is never 0 in dense w)
 
   void set_channels_inner() {
     channels_inner = true;
@@ -27,7 +25,7 @@ inline int64_t tap_place(const ConvWeights<T>& s, const TapCursor& tap) {
   return (r[0] * s.kernel[1] + r[1]) * s.kernel[2] + r[2];
 }
 
-// Element k of a lane, counted in the order of features.
+// A position in the features of a lane.
 template <class T>
 struct WeightCursor {
   const ConvWeights<T>& s;
@@ -89,7 +87,7 @@ inline void transpose_run(const T* from, int64_t stride, int lanes, int count, T
   for (int i = 0; i < count; ++i) copy_run(from + i, stride, lanes, to + i * to_rs);
 }
 
-// As pack() of a Source. Runs of all panels are read before the next k: they lie side by side.
+// What pack() is for a Source. Every k is packed for all panels before the next k, as their runs are contiguous.
 template <class P, class T, int W>
 void pack_weights(const ConvWeights<T>& s, int64_t lane, int64_t lanes, int64_t k0, int64_t k, P* to,
                   int64_t panel_stride) {
@@ -125,11 +123,11 @@ void pack_weights(const ConvWeights<T>& s, int64_t lane, int64_t lanes, int64_t 
 }
 
 #if defined(FASTOPS_HAS_AMX)
-// Taps whose places a line of weights is split into at most.
+// The most taps for split_taps.
 constexpr int64_t kSplitTaps = 32;
 
-// to[t * to_rs + i] = from[i * taps + t] for i < count <= 32: every vector of the line gives lanes that lie side by
-// side.
+// to[t * to_rs + i] = from[i * taps + t] for i < count <= 32. Each vector of `from` provides contiguous lanes of every
+// tap.
 inline void split_taps(const bf16_t* from, int count, int64_t taps, bf16_t* to, int64_t to_rs) {
   const int64_t length = count * taps;
   __m512i line[kSplitTaps];
@@ -152,7 +150,7 @@ inline void split_taps(const bf16_t* from, int count, int64_t taps, bf16_t* to, 
   }
 }
 
-// One panel of all taps, each of whose channels are padded to `padded`: lanes [lane, lane + lanes), lanes <= 32.
+// One panel of lanes [lane, lane + lanes), lanes <= 32, with all taps. The channels of each tap are padded to `padded`.
 inline void pack_tap_panel(const ConvWeights<bf16_t>& s, int64_t lane, int lanes, int64_t padded, amx_b* to) {
   constexpr int W = 32, kStep = 2;
   const int64_t taps = s.tap_count;

@@ -1,28 +1,28 @@
 // Winograd convolution: 3 x 3 kernels with unit stride and dilation, of any depth, in float32.
 //
-// The input's tiles, transformed, are V[point][tile][c], the weights U[k / nr][point][c][nr], and for each point their
-// matrix product by gemm_kernel.inl's microkernel is M[tile][point][k], whose inverse transform is finished with bias
-// and activation while it is in registers. Tiles go in blocks whose V and M stay in L2; every thread takes the next
-// block. There are two ways round:
+// The transformed tiles of the input are V[point][tile][c], the transformed weights U[k / nr][point][c][nr]. For each
+// point, the microkernel of gemm_kernel.inl computes their matrix product M[tile][point][k]. The epilogue adds bias and
+// applies the activation to the inverse transform of M while it is in registers. Tiles are divided into blocks whose V
+// and M stay in L2. A thread draws the next block or job. There are two orders:
 //
-// - Shared weights: the team transforms the weights once, at most kWinogradWeightBytes of them at a time, and every
-//   block of tiles meets all of them.
-// - Shared tiles, where tiles are few and weights many: the team transforms all tiles once, and every thread takes
-//   the next panels of weights, transforms them into its own L2 and multiplies them with all tiles, so that the
-//   transformed weights, which are 1.8 or 4 times as large as the weights, never leave it.
+// - Shared weights: the team transforms the weights once, at most kWinogradWeightBytes at a time. A job multiplies a
+//   block of tiles by all of them.
+// - Shared tiles, for few tiles and many weights: the team transforms all tiles once. A job transforms some panels of
+//   weights and multiplies all tiles by them. The transformed weights, which are 1.8 or 4 times as large as the
+//   weights, never leave the L2 of the thread.
 //
-// Every element of M is one chain of multiply-adds over each Scheme::depth channels, whoever computes it in whatever
-// block: the bits do not depend on the number of threads.
+// Every element of M is one chain of multiply-adds for each Scheme::depth channels, in any block and on any thread. So
+// the result does not depend on the number of threads.
 
 inline int64_t winograd_tiles(const Winograd& p, int m) {
   return p.batch * ceil_div(p.out_h, m) * ceil_div(p.out_w, m);
 }
 
-// How the tiles are cut into blocks of at most `most`: whole images, or the parts of one. A wide image is cut across,
-// so that blocks are not flat and few pixels lie in the borders of two.
+// The division of the tiles into blocks of at most `most` tiles: whole images, or parts of one image. A wide image is
+// also divided along its width, as flat blocks would have more pixels in shared borders.
 struct WinogradGrid {
   int64_t batch, tiles_h, tiles_w;
-  int64_t images, rows, cols;  // of a block
+  int64_t images, rows, cols;  // per block
   int64_t blocks_n, blocks_h, blocks_w;
 
   WinogradGrid() = default;
@@ -45,7 +45,7 @@ struct WinogradGrid {
 
   int64_t blocks() const { return blocks_n * blocks_h * blocks_w; }
   int64_t block_tiles() const { return images * rows * cols; }
-  int64_t band(int m, int border) const { return (rows * m + border) * (cols * m + border); }  // pixels, of an image
+  int64_t band(int m, int border) const { return (rows * m + border) * (cols * m + border); }  // pixels per image
 
   WinogradBlock block(int64_t index) const {
     WinogradBlock b;
@@ -58,7 +58,7 @@ struct WinogradGrid {
     return b;
   }
 
-  // How many tiles the blocks before this one have.
+  // The number of tiles in the blocks before this one.
   int64_t first_tile(const WinogradBlock& b) const {
     return b.image * tiles_h * tiles_w + b.row * tiles_w + b.rows * b.col;
   }
@@ -68,21 +68,22 @@ struct WinogradPlan {
   bool share_tiles;
   int threads;
   WinogradGrid grid;
-  int64_t panels;                 // of weights: in a pass (shared weights), or in a job (shared tiles)
-  int64_t row, v_chunk, v_plane;  // of V, in floats: between tiles, chains of multiply-adds and points
-  int64_t u_plane, u_panel;       // of U: between points and panels
+  int64_t panels;                 // of weights, per pass (shared weights) or per job (shared tiles)
+  int64_t row, v_chunk, v_plane;  // strides of V in floats: tiles, chains of multiply-adds, points
+  int64_t u_plane, u_panel;       // strides of U: points, panels
   size_t shared_at, private_at, private_bytes, total;
-  size_t stage_at, offsets_at, v_at, u_at, m_at;  // within a thread's part
+  size_t stage_at, offsets_at, v_at, u_at, m_at;  // in the private memory of a thread
 };
 
 // Measured on Granite Rapids (48 KB L1d, 2 MB L2, 27 GB/s from L3).
-constexpr int64_t kWinogradTileBytes = 1200 << 10;         // bound of a block's V
-constexpr int64_t kWinogradTiles = 96, kWinogradFew = 24;  // most tiles in a block, and least for the bound's sake
-constexpr int64_t kWinogradWeightBytes = 32 << 20;         // bound of the shared U
-constexpr int64_t kWinogradSharedTileBytes = 16 << 20;     // bound of the shared V
-constexpr int64_t kWinogradSharedTiles = 384;              // ... whose M is still a thread's own
+constexpr int64_t kWinogradTileBytes = 1200 << 10;  // the largest V of a block
+constexpr int64_t kWinogradTiles = 96,
+                  kWinogradFew = 24;  // the most tiles in a block; a smaller bound by bytes is raised to the second
+constexpr int64_t kWinogradWeightBytes = 32 << 20;      // the largest shared U
+constexpr int64_t kWinogradSharedTileBytes = 16 << 20;  // the largest shared V
+constexpr int64_t kWinogradSharedTiles = 384;           // the most shared tiles: every thread has an M of its own
 
-// Elements between rows of 64 bytes such that successive rows fall into different sets of the caches.
+// At least `floats`, in an odd number of cache lines, so that rows this far apart fall into different cache sets.
 inline int64_t odd_lines(int64_t floats) { return (ceil_div(floats, 16) | 1) * 16; }
 
 template <class Scheme>
@@ -102,8 +103,8 @@ WinogradPlan plan_winograd(const Winograd& p, int threads) {
   if (plan.threads > 1) most = larger(smaller(most, ceil_div(tiles, 2 * plan.threads)), smaller(most, kWinogradFew));
   plan.grid = WinogradGrid(p, m, most);
 
-  // Bytes that pass between L2 and L3 either way; the shared operand is written once. Tiles are worth 3/2 of weights,
-  // which are read from front to back.
+  // The choice compares the bytes that move between L2 and L3. The shared operand is written once. A byte of tiles
+  // counts 3/2 of a byte of weights, which are read sequentially.
   const int64_t v_bytes = points * tiles * chunks * plan.row * kFloat;
   const int64_t u_bytes = panels * points * p.c * nr * kFloat;
   plan.share_tiles = tiles <= kWinogradSharedTiles && v_bytes <= kWinogradSharedTileBytes &&
@@ -118,7 +119,7 @@ WinogradPlan plan_winograd(const Winograd& p, int threads) {
   else
     plan.panels = smaller(panels, larger<int64_t>(kWinogradWeightBytes / (plan.u_panel * kFloat), 1));
 
-  size_t at = 256;  // the team's counters
+  size_t at = 256;  // after the team's counters
   plan.shared_at = at;
   at += aligned((plan.share_tiles ? points * plan.v_plane : plan.panels * plan.u_panel) * kFloat);
   plan.private_at = at;
@@ -167,7 +168,7 @@ struct WinogradMember {
     sums = floats(mine + plan.m_at);
   }
 
-  // Channels [c0, c1) of a block's tiles into V.
+  // Transforms channels [c0, c1) of the tiles of a block to V.
   void transform_tiles(const WinogradBlock& b, int64_t c0, int64_t c1, float* to) const {
     winograd_transform_tiles(
         p, b, m, 2, c0, c1, stage, offsets, plan.row,
@@ -175,7 +176,7 @@ struct WinogradMember {
         [&](const float* from, int64_t row, float* tile) { winograd_input<Scheme>(from, row, tile, plan.v_plane); });
   }
 
-  // Channels [c0, c1) of a panel of weights into U.
+  // Transforms channels [c0, c1) of a panel of weights to U.
   void transform_weights(int64_t panel, int64_t c0, int64_t c1, float* to) const {
     const int64_t k0 = panel * nr;
     for (int64_t c = c0; c < c1; c += S)
@@ -187,7 +188,7 @@ struct WinogradMember {
       }
   }
 
-  // M (+)= V U over `depth` channels, for a block of tiles and some panels of weights; k of them are output channels.
+  // M = V U if `first`, else M += V U, over `depth` channels, for a block of tiles and panels with k output channels.
   void multiply(const float* tiles_at, int64_t tiles, const float* weights, int64_t k, int64_t depth, bool first,
                 float* to, int64_t to_panel) const {
     const int64_t groups = ceil_div(tiles, kMr);
@@ -209,7 +210,7 @@ struct WinogradMember {
       }
   }
 
-  // Output channels [k, k + count) of a block.
+  // Inverse transform and epilogue of output channels [k, k + count) of a block.
   void finish(const WinogradBlock& b, int64_t k, int count, const float* from) const {
     for (int64_t image = 0; image < b.images; ++image, from += b.rows * b.cols * m_tile) {
       if (!p.channels_last) {
@@ -225,7 +226,7 @@ struct WinogradMember {
 
   void share_weights(Crew& crew) const {
     const int64_t panels = ceil_div(p.k, nr);
-    constexpr int64_t kChannels = 4 * S;  // of a unit
+    constexpr int64_t kChannels = 4 * S;  // per unit
     const int64_t chunks = ceil_div(p.c, kChannels);
     for (int64_t panel0 = 0; panel0 < panels; panel0 += plan.panels) {
       const int64_t count = smaller(plan.panels, panels - panel0);
@@ -363,7 +364,8 @@ inline Winograd winograd_problem(const ConvBackwardInput& args) {
   return p;
 }
 
-// F(4x4) transforms weights to 20 more points, which costs as much as this many multiply-adds a pair of channels.
+// F(4x4) transforms weights to 20 more points than F(2x2). Per pair of channels, that costs as much as this many
+// multiply-adds.
 constexpr int64_t kWinogradWeightWork = 110;
 
 template <class Body>
@@ -376,16 +378,17 @@ inline auto with_winograd_scheme(const Winograd& p, ConvPrecision precision, Bod
   return body(Small{});
 }
 
-// When Winograd is the fastest. F(2x2) against conv_gemm on one core of a Granite Rapids, channels first / last, images
-// of 14 x 14 and 56 x 56:
+// Where Winograd is the fastest. F(2x2) and conv_gemm on one core of Granite Rapids, channels first / last, images of
+// 14 x 14 and 56 x 56:
 //
 //   channels   8 -> 8          8 -> 16         16 -> 16        64 -> 64        64 -> 8         16 -> 4
 //   speedup    0.8-1.0 / 1.7   1.1-1.3 / 1.7   1.4-1.5 / 1.8   1.9 / 1.9       1.2 / 2.0       0.8-1.0 / 1.8
 //
-// It gains nothing where tiles hang over the edge so far that products are no longer saved: 3 x 3, or one row.
+// It gains nothing for images like 3 x 3 or a single row, where so much of the tiles is outside the output that no
+// products are saved.
 constexpr int64_t kWinogradFewer = 8, kWinogradMore = 16;  // of input and output channels
 
-// Whether this is a convolution that Winograd's algorithm computes.
+// Whether Winograd's algorithm can compute this convolution.
 inline bool winograd_can(DType dtype, const ConvGeometry& g) {
   if (dtype != DType::f32 || g.groups != 1) return false;
   for (int d = 0; d < 3; ++d)
@@ -393,7 +396,7 @@ inline bool winograd_can(DType dtype, const ConvGeometry& g) {
   return g.batch * g.in_channels * g.out_channels * g.kernel[0] * volume(g.in) * volume(g.out) > 0;
 }
 
-// `problem` is called where there is one.
+// Whether Winograd is the fastest. problem() is called only if Winograd can compute it.
 template <class Problem>
 inline bool winograd_pays(DType dtype, const ConvGeometry& g, Problem&& problem) {
   if (!winograd_can(dtype, g)) return false;

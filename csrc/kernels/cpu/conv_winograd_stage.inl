@@ -1,25 +1,26 @@
-// What stands between the tensors and the vectors over channels that Winograd's transforms work on: pieces of the input
-// become images of VecF::size channels in L1, padded with zeros, the weights blocks of vectors, and the finished tiles
-// rows of the output.
+// Conversions between tensors and the vectors over channels on which the Winograd transforms work. Parts of the input
+// become padded images of VecF::size channels in L1, weights become blocks of vectors, and finished tiles become rows
+// of the output.
 
-// The problem that a convolution and the gradient of its input both are: a convolution of x with w, whose padding may
-// be negative. In three dimensions the slices of the output are the images of a batch, and every tap of the depth has
-// channels of its own, those of the slice it reads: whole vectors of them where there is more than one tap.
+// A convolution of x with w, whose padding may be negative. Both the forward pass and the gradient of the input have
+// this form. In three dimensions, the slices of the output are the images of a batch, and the taps along depth are
+// additional channels, those of the slice that the tap reads. With more than one such tap, channels must fill whole
+// vectors.
 struct Winograd {
   bool channels_last;
-  int64_t batch, c, k;  // c channels are summed over, k come out
+  int64_t batch, c, k;  // c input channels (the sum is over these), k output channels
   int64_t in_h, in_w, out_h, out_w, pad_h, pad_w;
   int64_t depth_taps = 1, in_d = 1, out_d = 1, pad_d = 0;
   const float* x;
-  const float* saved;  // x is x * f'(saved) where derivative is not null
+  const float* saved;  // if derivative is not null, the input is x * f'(saved)
   RowDerivative<float> derivative;
   Activation activation;
   const float* w;
-  int64_t w_k, w_c, w_tap, w_depth;  // elements between output channels, input channels, taps and taps of the depth
-  bool rotated;       // tap t is the kernel's 8 - t, and the depth's taps come from the last to the first
-  Output<float> out;  // rows: pixels where channels_last, else channels of images
+  int64_t w_k, w_c, w_tap, w_depth;  // strides of output channels, input channels, taps and taps along depth
+  bool rotated;                      // tap t is tap 8 - t of the kernel, and taps along depth are in reverse order
+  Output<float> out;                 // rows: pixels if channels_last, else channels of images
 
-  int64_t channels() const { return c / depth_taps; }  // of a slice
+  int64_t channels() const { return c / depth_taps; }  // per slice
 };
 
 // Tiles [row, row + rows) x [col, col + cols) of `images` images.
@@ -28,8 +29,8 @@ struct WinogradBlock {
   int64_t tiles() const { return images * rows * cols; }
 };
 
-// The part of an image that lies under a block, with its border: element (i, j) of `rows` x `cols` is pixel (row + i,
-// col + j), of which those of [row0, row1) x [col0, col1) exist.
+// The part of an image that a block reads, with its border. Element (i, j) of rows x cols is pixel (row + i, col + j).
+// Elements in [row0, row1) x [col0, col1) are inside the image.
 struct WinogradBand {
   int64_t row, col, rows, cols, row0, row1, col0, col1;
 };
@@ -47,7 +48,7 @@ inline WinogradBand winograd_band(const Winograd& p, const WinogradBlock& block,
   return b;
 }
 
-// Clears the band and notes where its pixels go, row by row, in floats.
+// Clears the band and writes the offsets of its pixels, in floats, row by row.
 inline void winograd_clear(const WinogradBand& b, float* to, int32_t* offsets) {
   for (int64_t i = 0; i < b.rows * b.cols; ++i) VecF::zero().store(to + i * VecF::size);
   for (int64_t i = b.row0; i < b.row1; ++i)
@@ -55,7 +56,7 @@ inline void winograd_clear(const WinogradBand& b, float* to, int32_t* offsets) {
       *offsets++ = static_cast<int32_t>(((i - b.row) * b.cols + (j - b.col)) * VecF::size);
 }
 
-// The pixels [0, count) of up to VecF::size channels, `plane` apart: to[offsets[pixel]] = its channels.
+// Transposes pixels [0, count) of up to VecF::size channels, which are `plane` apart, to to[offsets[pixel]].
 inline void winograd_transpose_in(const float* from, int64_t plane, int channels, int64_t count, const int32_t* offsets,
                                   float* to) {
   constexpr int S = VecF::size;
@@ -76,7 +77,7 @@ inline void winograd_transpose_in(const float* from, int64_t plane, int channels
   }
 }
 
-// Fills the existing pixels of an image's band with channels [c, c + VecF::size).
+// Copies channels [c, c + VecF::size) of the pixels inside the image to the band.
 inline void winograd_stage_in(const Winograd& p, int64_t image, const WinogradBand& b, int64_t c,
                               const int32_t* offsets, float* to) {
   constexpr int S = VecF::size;
@@ -94,7 +95,7 @@ inline void winograd_stage_in(const Winograd& p, int64_t image, const WinogradBa
       float* row = to + ((i - b.row) * b.cols + (b.col0 - b.col)) * S;
       for (int64_t j = 0; j < b.col1 - b.col0; ++j, row += S) {
         const int64_t from = at + j * all;
-        __builtin_prefetch(p.x + from + S);  // the next channels: 2% of the whole at 64 channels
+        __builtin_prefetch(p.x + from + S);  // the next channels: saves 2% of the total time with 64 channels
         if (p.derivative != nullptr)
           p.derivative(p.x + from, p.saved + from, row, channels, p.activation);
         else if (channels == S)
@@ -105,7 +106,7 @@ inline void winograd_stage_in(const Winograd& p, int64_t image, const WinogradBa
     }
     return;
   }
-  // Rows that are whole follow each other in memory and are one run.
+  // Whole rows are contiguous in memory and form one run.
   const int64_t slice = p.in_h * p.in_w, plane = p.in_d * slice, width = b.col1 - b.col0, height = b.row1 - b.row0;
   const bool whole = width == p.in_w;
   const int64_t length = whole ? width * height : width, runs = whole ? 1 : height;
@@ -129,9 +130,8 @@ inline void winograd_stage_in(const Winograd& p, int64_t image, const WinogradBa
   }
 }
 
-// Transforms channels [c0, c1) of a block's tiles of m x m pixels and `border` more. The tile at `from`, rows of pixels
-// `row` floats apart, is transform(from, row, to); to = place(c) for the first tile, and `tile` more for each one
-// after.
+// Calls transform(from, row, to) for channels [c0, c1) of every tile of a block. A tile has m + border pixels per
+// dimension; its rows are `row` floats apart. to is place(c) for the first tile, and `tile` more for each further one.
 template <class Place, class Transform>
 inline void winograd_transform_tiles(const Winograd& p, const WinogradBlock& b, int m, int border, int64_t c0,
                                      int64_t c1, float* stage, int32_t* offsets, int64_t tile, Place&& place,
@@ -149,8 +149,8 @@ inline void winograd_transform_tiles(const Winograd& p, const WinogradBlock& b, 
     }
 }
 
-// The weights of output channels [k, k + lanes) and input channels [c, c + channels), at most VecF::size of each:
-// vector 9 i + t is tap t of channel c + i, its lanes the output channels.
+// The weights of output channels [k, k + lanes) and input channels [c, c + channels), at most VecF::size of each.
+// Vector 9 i + t is tap t of input channel c + i; its lanes are output channels.
 inline void winograd_stage_weights(const Winograd& p, int64_t k, int lanes, int64_t c, int channels, float* to) {
   constexpr int S = VecF::size;
   const int64_t tap = c / p.channels(), depth = p.rotated ? p.depth_taps - 1 - tap : tap;
@@ -161,8 +161,8 @@ inline void winograd_stage_weights(const Winograd& p, int64_t k, int lanes, int6
       for (int t = 0; t < 9; ++t) VecF::load(from + i * p.w_c + t * p.w_tap, lanes).store(target(i, t));
     return;
   }
-  // Memory is contiguous along channels and taps, along taps, or along channels: rows of that, a lane each, are
-  // transposed. The next block of channels is far away in memory.
+  // Memory is contiguous along channels and taps, along taps, or along channels. Contiguous rows, one per lane, are
+  // transposed. Along channels, the next vector of them is prefetched: its rows are far from each other in memory.
   const bool along_both = p.w_tap == 1 && p.w_c == 9 && !p.rotated, along_taps = p.w_tap == 1;
   const int outer = along_both ? 1 : along_taps ? channels : 9;
   const int inner = along_both ? 9 * channels : along_taps ? 9 : channels;
@@ -189,8 +189,8 @@ inline void winograd_stage_weights(const Winograd& p, int64_t k, int lanes, int6
     }
 }
 
-// Writes the tile at output pixel (row, col) of an image: channels [k, k + count) lie in Vectors vectors at
-// from[point * plane]. For an output with channels innermost.
+// Writes the tile at output pixel (row, col) of a channels_last image. Channels [k, k + count) are Vectors vectors at
+// from[point * plane].
 template <class Scheme>
 inline void winograd_finish_pixels(const Winograd& p, int64_t image, int64_t row, int64_t col, int64_t k, int count,
                                    const float* from, int64_t plane) {
@@ -223,8 +223,7 @@ inline void winograd_finish_pixels(const Winograd& p, int64_t image, int64_t row
   for (int i = 0; i < rows; ++i) finish_rows(out, buffer + i * m * width, width, pixel + i * p.out_w, k, cols, count);
 }
 
-// Writes pixels [0, count) of a run that starts at `pixel` of an image's planes: channels [k, k + channels), from
-// vectors over channels.
+// Transposes vectors over channels to planes of an image: pixels [pixel, pixel + count) of channels [k, k + channels).
 inline void winograd_transpose_out(const Winograd& p, int64_t image, int64_t pixel, int64_t count, int64_t k,
                                    int channels, const float* from) {
   constexpr int S = VecF::size, kChunk = 8 * S;
@@ -255,8 +254,8 @@ inline void winograd_transpose_out(const Winograd& p, int64_t image, int64_t pix
   }
 }
 
-// Writes one image's tiles of a block for an output of whole planes: `from` is the image's first tile, tiles `tile`
-// apart. stage holds the block's pixels of VecF::size channels.
+// Writes the tiles of one image of a block to a channels_first output. `from` is the first tile, and tiles are `tile`
+// apart. stage has room for the block's pixels of VecF::size channels.
 template <class Scheme>
 inline void winograd_finish_planes(const Winograd& p, const WinogradBlock& block, int64_t image, int64_t k, int count,
                                    const float* from, int64_t tile, int64_t plane, float* stage) {

@@ -1,22 +1,22 @@
 // Winograd's minimal filtering F(m x m, 3 x 3) (Winograd, "Arithmetic complexity of computations", 1980; Lavin & Gray,
-// "Fast algorithms for convolutional neural networks", 2016): an m x m tile of the output is
+// "Fast algorithms for convolutional neural networks", 2016). An m x m tile of the output is
 //
 //   Y = A^T [ (G g G^T) * (B^T d B) ] A
 //
-// for the 3 x 3 kernel g and the (m + 2) x (m + 2) tile d of the input, with an elementwise product, which a sum over
-// channels turns into one matrix product for each of the (m + 2)^2 points. Every transform works on vectors whose lanes
+// for the 3 x 3 kernel g and the (m + 2) x (m + 2) tile d of the input. * is the elementwise product. With a sum over
+// channels it becomes one matrix product for each of the (m + 2)^2 points. All transforms work on vectors whose lanes
 // are channels.
 
-// One dimension of the three transforms: input d[m + 2] -> r = B^T d, weight g[3] -> r = G g, output s[m + 2] -> r =
+// The three transforms along one dimension: input d[m + 2] -> r = B^T d, weight g[3] -> r = G g, output s[m + 2] -> r =
 // A^T s.
 template <int M>
 struct WinogradScheme;
 
-// Interpolation at 0, 1, -1 and infinity.
+// Interpolation at the points 0, 1, -1 and infinity.
 template <>
 struct WinogradScheme<2> {
   static constexpr int m = 2, n = 4, points = 16;
-  static constexpr int64_t depth = 256;     // channels in a chain of multiply-adds: a panel of weights is 512 KB
+  static constexpr int64_t depth = 256;     // channels in a chain of multiply-adds; a panel of weights is then 512 KB
   static constexpr int64_t job_panels = 2;  // panels of weights that a thread transforms at a time
   static void input(const VecF* d, VecF* r) {
     r[0] = d[0] - d[2];
@@ -38,9 +38,8 @@ struct WinogradScheme<2> {
   }
 };
 
-// Interpolation at 0, +-1/sqrt(2), +-sqrt(2) and infinity: the products are a third as far apart in size as with 0,
-// +-1,
-// +-2 and infinity, and the result is that much more accurate.
+// Interpolation at the points 0, +-1/sqrt(2), +-sqrt(2) and infinity. The magnitudes of the products are a third as far
+// apart as with 0, +-1, +-2 and infinity, and the result is that much more accurate.
 template <>
 struct WinogradScheme<4> {
   static constexpr int m = 4, n = 6, points = 36;
@@ -86,7 +85,7 @@ constexpr KernelName winograd_tile_name() {
   return {"winograd", {Scheme::m, Scheme::m}};
 }
 
-// The transforms of the gradient of the weights, F(2x2)'s transposed: with the tile e of the output's gradient,
+// The transforms for the gradient of the weights, which are those of F(2x2) transposed. With the tile e of grad_y,
 //
 //   grad_g = G^T [ sum over tiles of (A e A^T) * (B^T d B) ] G
 struct WinogradGradient {
@@ -105,7 +104,8 @@ struct WinogradGradient {
   }
 };
 
-// B^T d B: d's element (i, j) is the vector at from + i * row + j * Lanes, point (i, j) goes to to + (i n + j) * plane.
+// B^T d B. Element (i, j) of d is the vector at from + i * row + j * Lanes; point (i, j) is stored to to + (i n + j) *
+// plane.
 template <class Scheme>
 __attribute__((always_inline)) inline void winograd_input(const float* from, int64_t row, float* to, int64_t plane) {
   constexpr int n = Scheme::n;
@@ -128,7 +128,7 @@ __attribute__((always_inline)) inline void winograd_input(const float* from, int
   }
 }
 
-// G g G^T: tap (i, j) is the vector at from + (3 i + j) * Lanes.
+// G g G^T. Tap (i, j) is the vector at from + (3 i + j) * Lanes.
 template <class Scheme>
 __attribute__((always_inline)) inline void winograd_weight(const float* from, float* to, int64_t plane) {
   constexpr int n = Scheme::n;
@@ -151,7 +151,7 @@ __attribute__((always_inline)) inline void winograd_weight(const float* from, fl
   }
 }
 
-// A^T s A: point p is the vector at from + p * plane.
+// A^T s A. Point p is the vector at from + p * plane.
 template <class Scheme>
 __attribute__((always_inline)) inline void winograd_output(const float* from, int64_t plane,
                                                            VecF (&to)[Scheme::m][Scheme::m]) {
@@ -170,7 +170,7 @@ __attribute__((always_inline)) inline void winograd_output(const float* from, in
   for (int i = 0; i < m; ++i) Scheme::output(t[i], to[i]);
 }
 
-// A e A^T, laid out as in winograd_input.
+// A e A^T, with the layout of winograd_input.
 __attribute__((always_inline)) inline void winograd_gradient(const float* from, int64_t row, float* to, int64_t plane) {
   VecF t[4][2];
 #pragma GCC unroll 2
@@ -190,7 +190,7 @@ __attribute__((always_inline)) inline void winograd_gradient(const float* from, 
   }
 }
 
-// G^T s G: point p is s[p], tap (i, j) goes to to[3 i + j].
+// G^T s G. Point p is s[p]; tap (i, j) is stored to to[3 i + j].
 __attribute__((always_inline)) inline void winograd_weight_gradient(const VecF* s, VecF* to) {
   VecF t[3][4];
 #pragma GCC unroll 4

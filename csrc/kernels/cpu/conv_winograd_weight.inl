@@ -1,15 +1,16 @@
-// The gradient of a 3 x 3 convolution's weights by F(2x2, 3x3) transposed (see conv_winograd_transform.inl), in
-// float32.
+// The gradient of the weights of a 3 x 3 convolution by the transpose of F(2x2, 3x3), in float32
+// (conv_winograd_transform.inl).
 //
-// The products of a point are grad_w's outer product of transformed tiles: M[point][k][c] = sum over tiles of
-// E[point][tile][k] V[point][tile][c], and both operands lie as the microkernel reads them. grad_w is cut into blocks
-// of k x c whose M stays in L2 while blocks of tiles pass, and where there are few blocks the tiles into chunks, each
-// with an M of its own; how many depends on the shape alone. A thread draws a block of a chunk. Then a barrier, and the
-// chunks are added in order and transformed; where there is one chunk, a block is transformed as soon as it is summed.
+// For each point, M[point][k][c] = sum over tiles of E[point][tile][k] V[point][tile][c], where E are the transformed
+// tiles of grad_y and V those of x. The microkernel reads both operands in this layout. M is divided into blocks of
+// k x c, which stay in L2 while all blocks of tiles are added. If there are few blocks, tiles are also divided into
+// chunks, each with its own M. Both numbers depend only on the shape. A thread draws a block of a chunk. After a
+// barrier, the chunks are added in order and transformed. With a single chunk, a block is transformed as soon as it is
+// complete.
 
 struct WinogradWeight {
   Winograd image;     // x, with the tiles of the convolution
-  Winograd gradient;  // grad_y: its channels are summed over tiles, it has no border
+  Winograd gradient;  // grad_y, in tiles without a border
   float* grad_w;
   float* grad_bias;
   bool taps_inner;
@@ -18,18 +19,18 @@ struct WinogradWeight {
 struct WinogradWeightPlan {
   int threads;
   WinogradGrid grid;
-  int64_t kb, cb, k_blocks, c_blocks;  // of M
-  int64_t chunks, chunk;               // of tiles; blocks of tiles in one
+  int64_t kb, cb, k_blocks, c_blocks;  // blocks of M
+  int64_t chunks, chunk;               // chunks of tiles; blocks of tiles per chunk
   int64_t v_row, v_plane, e_row, e_plane, m_row, m_plane;
   size_t sums_at, bias_at, private_at, private_bytes, total;
-  size_t stage_at, offsets_at, v_at, e_at, own_sums_at;  // within a thread's part
+  size_t stage_at, offsets_at, v_at, e_at, own_sums_at;  // in the private memory of a thread
 };
 
 // Measured on Granite Rapids (48 KB L1d, 2 MB L2).
-constexpr int64_t kWinogradGradientRows = 128;         // of a block of M, and columns
-constexpr int64_t kWinogradGradientBytes = 900 << 10;  // bound of a block's E and V
-constexpr int64_t kWinogradGradientJobs = 8;           // that the team should at least have
-constexpr int64_t kWinogradGradientChunk = 256;        // tiles that make an M of one's own worthwhile
+constexpr int64_t kWinogradGradientRows = 128;         // rows and columns of a block of M
+constexpr int64_t kWinogradGradientBytes = 900 << 10;  // the largest E and V of a block of tiles
+constexpr int64_t kWinogradGradientJobs = 8;           // the least number of jobs for a team
+constexpr int64_t kWinogradGradientChunk = 256;        // the least number of tiles per chunk
 
 inline WinogradWeightPlan plan_winograd_weight(const WinogradWeight& p, int threads) {
   constexpr int points = 16, S = VecF::size;
@@ -57,7 +58,7 @@ inline WinogradWeightPlan plan_winograd_weight(const WinogradWeight& p, int thre
   plan.v_plane = plan.grid.block_tiles() * plan.v_row + 16;
   plan.e_plane = plan.grid.block_tiles() * plan.e_row + 16;
 
-  plan.sums_at = 256;  // the team's counters
+  plan.sums_at = 256;  // after the team's counters
   const int64_t m_block = points * plan.m_plane;
   plan.bias_at = plan.sums_at + aligned(plan.chunks > 1 ? plan.chunks * jobs * m_block * kFloat : 0);
   plan.private_at = plan.bias_at + aligned(p.grad_bias != nullptr ? plan.chunks * k * kFloat : 0);
@@ -107,7 +108,7 @@ struct WinogradWeightMember {
     return plan.chunks > 1 ? sums + (chunk * jobs() + job) * points * plan.m_plane : sums;
   }
 
-  // M (+)= E V over a block's tiles, for rows x cols of it.
+  // M = E V if `first`, else M += E V, over the tiles of a block, for rows x cols of M.
   void multiply(int64_t tiles, int64_t rows, int64_t cols, bool first, float* to) const {
     const int64_t groups = ceil_div(rows, kMr);
     for (int point = 0; point < points; ++point)
@@ -125,7 +126,7 @@ struct WinogradWeightMember {
         }
   }
 
-  // A block of M over a chunk of tiles.
+  // Computes a block of M over a chunk of tiles.
   void accumulate(int64_t chunk, int64_t job) const {
     const int64_t k0 = job / plan.c_blocks * plan.kb, k1 = smaller(k0 + plan.kb, p.gradient.c);
     const int64_t c0 = job % plan.c_blocks * plan.cb, c1 = smaller(c0 + plan.cb, p.image.c);
@@ -144,14 +145,14 @@ struct WinogradWeightMember {
           p.gradient, b, 2, 0, k0, k1, stage, offsets, plan.e_row, [&](int64_t k) { return e + (k - k0); },
           [&](const float* from, int64_t row, float* to) { winograd_gradient(from, row, to, plan.e_plane); });
       multiply(b.tiles(), k1 - k0, c1 - c0, i == b0, sums_of(chunk, job));
-      // Point (1, 1) is the sum of a tile.
+      // Point (1, 1) of E is the sum of the elements of the tile.
       if (bias_sums != nullptr)
         add_columns(e + 5 * plan.e_plane, plan.e_row, static_cast<int>(k1 - k0), b.tiles(), bias_sums);
     }
     if (plan.chunks == 1) finish(k0, k1, c0, c1);
   }
 
-  // Row k of grad_w, channels [c, c + count), from a vector of sums.
+  // Stores channels [c, c + count) of row k of grad_w from vectors over channels.
   void store(int64_t k, int64_t c, int count, const VecF* taps) const {
     const int64_t all = p.image.channels(), depth = c / all, first = c % all, depth_taps = p.image.depth_taps;
     if (!p.taps_inner) {
@@ -171,7 +172,7 @@ struct WinogradWeightMember {
     }
   }
 
-  // Rows [k0, k1) of grad_w, channels [c0, c1); grad_bias comes with channel 0.
+  // Adds and transforms rows [k0, k1) and channels [c0, c1) of grad_w; with channel 0 also grad_bias.
   void finish(int64_t k0, int64_t k1, int64_t c0, int64_t c1) const {
     for (int64_t k = k0; k < k1; ++k) {
       for (int64_t c = c0; c < c1; c += S) {
@@ -245,7 +246,7 @@ void winograd(const ConvBackwardWeight& args, void* workspace, const Team& team)
     crew.share(plan.chunks * member.jobs(),
                [&](int64_t unit) { member.accumulate(unit / member.jobs(), unit % member.jobs()); });
     if (plan.chunks == 1) return;
-    constexpr int64_t kRows = 8;  // of a unit
+    constexpr int64_t kRows = 8;  // per unit
     crew.share(ceil_div(p.gradient.c, kRows), [&](int64_t unit) {
       member.finish(unit * kRows, smaller((unit + 1) * kRows, p.gradient.c), 0, p.image.c);
     });

@@ -1,4 +1,4 @@
-// The only place that chooses: the table for this process.
+// The choice of the kernel table. It is made here and nowhere else.
 #include "isa.h"
 
 namespace fastops {

@@ -1,7 +1,7 @@
-// What a kernel's arguments say at run time, as a type: body(T{}) with the storage type of `dtype`.
+// body(T{}), with the storage type T of a dtype that is known at run time.
 //
-// A tier that only has another product of 16-bit numbers (avx512_bf16, amx) is compiled for bfloat16 alone:
-// dispatch.cpp sends every other dtype to avx512, whose code would be the same.
+// avx512_bf16 and amx differ from avx512 only in bfloat16 products. They are compiled for bfloat16 alone; dispatch.cpp
+// sends every other dtype to avx512, where the code would be the same.
 template <class Body>
 inline auto with_dtype(DType dtype, Body&& body) {
 #if defined(FASTOPS_HAS_AVX512_BF16)

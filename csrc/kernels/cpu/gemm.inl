@@ -1,13 +1,13 @@
-// The matrix product around the microkernels: out = f(A B + bias) for A[m, k] and B[k, n] of any strides.
+// The matrix product around the microkernels: out = f(A B + bias) for A[m, k] and B[k, n] with any strides.
 //
-// One operand is shared: the whole team packs a block of it once, then a barrier. The other is private: its lanes are
-// cut into strips, a thread takes the next strip, packs it a k block at a time into its own cache and multiplies it
-// with everything shared. So there is one barrier however many k blocks there are, private panels are still in the
-// packer's L2 when they are used, and threads that the system slows down take fewer strips. An operand that the
-// microkernel can read where it lies is not packed at all.
+// One operand is shared: the whole team packs a block of it, then waits at a barrier. The other operand is private: its
+// lanes are divided into strips. A thread takes the next strip, packs it one k block at a time, and multiplies it by
+// the whole shared block. So there is one barrier for any number of k blocks, a private panel is still in the thread's
+// L2 cache when it is used, and a thread that the system slows down takes fewer strips. An operand that the microkernel
+// can read in place is not packed.
 //
-// Every element of C is one chain of multiply-adds a k block, whoever computes it in whatever tile, and the k blocks
-// are added in order; the block length depends on the shape only. So the bits do not depend on the number of threads.
+// Within a k block, every element of C is one chain of multiply-adds, in any tile and on any thread. The k blocks are
+// added in order, and their length depends only on the shape. So the result does not depend on the number of threads.
 
 template <class T>
 struct Gemm {
@@ -15,33 +15,32 @@ struct Gemm {
   Source<T> a;  // lanes: rows
   Source<T> b;  // lanes: columns
   Output<T> out;
-  Compute<T>* a_sums;  // null, or m zeros that get the sum of A over k
+  Compute<T>* a_sums;  // null, or m elements, initially zero, to which the sums of A over k are added
 };
 
-// Products smaller than this run in the calling thread: a team costs some microseconds to start.
+// The least work per thread. Smaller products run on the calling thread, as starting a team takes some microseconds.
 constexpr int64_t kFlopPerThread = 400 * 1000;
 
-// Operands up to this many bytes, packed, go on the stack instead of into a workspace.
+// Packed operands of at most this many bytes are on the stack, not in the workspace.
 constexpr int64_t kTinyBytes = 24 * 1024;
 
-// Reading A where it lies saves packing, which pays when there are few columns to spread the cost over.
+// A is read in place if C has at most this many columns: with few columns, packing A costs more than it saves.
 constexpr int64_t kDirectAColumns = 256;
-// ... unless steps of k are far apart: an A that is contiguous along its rows is read where it lies up to this many
-// elements.
+// An A that is contiguous along its lanes is read in place if steps of k are at most this many elements apart.
 constexpr int64_t kNarrow = 128;
 
-// Reading B where it lies: with few rows each element is used once or twice.
+// B is read in place if C has at most this many rows: each element of B is then used once or twice.
 constexpr int64_t kDirectBRows = 2 * kMr;
 
-// Few rows of A want narrower strips of B: 2 to 4% at 32 to 256 rows.
+// Below kTallRows rows of A, strips of B are at most kLowStrip columns: 2 to 4% faster for 32 to 256 rows.
 constexpr int64_t kTallRows = 512, kLowStrip = 128;
 
 struct GemmPlan {
   bool tiny, share_a, a_direct, b_direct;
   int threads;
   int64_t kc, ks, mb, nb;
-  int64_t strip;             // lanes of the private operand in a job
-  int64_t parts;             // jobs that one strip is cut into along the shared operand
+  int64_t strip;             // lanes of the private operand per job
+  int64_t parts;             // jobs per strip: the shared operand is divided into this many parts
   int64_t a_panel, b_panel;  // elements of P between panels
   size_t shared_at, private_at, private_bytes, partial_at, total;
 };
@@ -51,7 +50,7 @@ inline bool reads_a_in_place(const Gemm<T>& g) {
   const Source<T>& a = g.a;
   if (a.derivative != nullptr || g.a_sums != nullptr || g.n > kDirectAColumns) return false;
   const bool along_k = a.ks == 1;
-  if constexpr (Tile<P>::tiles_in_place) {  // whole tiles, whose rows do not cross lines
+  if constexpr (Tile<P>::tiles_in_place) {  // only whole tiles whose rows do not cross cache lines
     constexpr int64_t kWhole = Tile<P>::k_align;
     return along_k && g.k % kWhole == 0 && a.ls % kWhole == 0 && reinterpret_cast<uintptr_t>(a.p) % 64 == 0;
   }
@@ -94,7 +93,7 @@ GemmPlan plan_gemm(const Gemm<T>& g, int threads) {
   const double flop = 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
   plan.threads = static_cast<int>(smaller(static_cast<double>(threads), larger(1.0, flop / kFlopPerThread)));
 
-  const int64_t sw = plan.share_a ? mr : nr, pw = plan.share_a ? nr : mr;  // widths of shared and private panels
+  const int64_t sw = plan.share_a ? mr : nr, pw = plan.share_a ? nr : mr;  // panel widths, shared and private
   const int64_t shared = plan.share_a ? m : n, priv = plan.share_a ? n : m;
   const int64_t most = larger<int64_t>(kBlocking.shared_bytes / (plan.ks / step * kElement), 4 * sw);
   int64_t shared_block = round_up(ceil_div(shared, ceil_div(shared, most)), sw);
@@ -134,8 +133,8 @@ GemmPlan plan_gemm(const Gemm<T>& g, int threads) {
   return plan;
 }
 
-// A large output of a short sum is limited by memory, and stored past the caches it need not be read first: 64 MB of
-// float32 in 32 x 4096 x 4096's gradient.
+// A large output of short sums is bound by memory. Non-temporal stores do not read its cache lines first. Measured with
+// the weight's gradient of 32 x 4096 x 4096: 64 MB of float32.
 constexpr int64_t kStreamBytes = 16 << 20;
 constexpr int64_t kStreamK = 256;
 
@@ -146,7 +145,8 @@ inline bool streams(const Gemm<T>& g, const GemmPlan& plan) {
          reinterpret_cast<uintptr_t>(g.out.y) % 64 == 0 && g.m * row >= kStreamBytes;
 }
 
-// A team inside one parallel region: work in units that the threads draw, and a barrier after it.
+// The threads of one parallel region. They draw units of work from a shared counter, and wait at a barrier after each
+// share().
 struct Crew {
   struct Counters {
     alignas(64) int64_t next;
@@ -170,7 +170,7 @@ struct Crew {
       if (u >= units) break;
       body(u);
     }
-    base += units + actual;  // every thread draws once in vain
+    base += units + actual;  // the last draw of every thread finds no unit
     barrier();
   }
 
@@ -192,7 +192,7 @@ struct Crew {
   }
 };
 
-// body(crew, thread) for every member of a team. The workspace begins with 256 bytes for the counters.
+// body(crew, thread) on every thread of a team. The first 256 bytes of the workspace hold the counters.
 template <class Body>
 inline void parallel_crew(const Team& team, int threads, void* workspace, Body&& body) {
   Crew::Counters* const counters = static_cast<Crew::Counters*>(workspace);
@@ -212,7 +212,7 @@ template <class P, class T>
 inline PanelView<P> direct_view(const Source<T>& s, int64_t lane, int64_t k0, int width) {
   if constexpr (same_type<P, T>)
     return {s.p + lane * s.ls + k0 * s.ks, width * s.ls, s.ls, s.ks};
-  else  // AMX: pairs that are neighbours in k
+  else  // AMX: pairs of neighbours along k
     return {reinterpret_cast<const P*>(s.p + lane * s.ls + k0), width * s.ls / 2, s.ls / 2, 1};
 }
 
@@ -221,8 +221,8 @@ struct Partial {
   int64_t rs, i0, j0;  // where the block starts in C
 };
 
-// body(i, j, rows, cols) for the register tiles of a block of m x n, in the order in which C's neighbours follow each
-// other soon: then the processor fetches C's lines ahead, which is worth 5% over long columns of tiles.
+// body(i, j, rows, cols) for the register tiles of an m x n block of C. Tiles that are neighbours in memory follow each
+// other closely, so that the processor prefetches C: 5% faster than long columns of tiles.
 template <class P, class Body>
 inline void for_each_tile(int64_t m, int64_t n, Body&& body) {
   constexpr int mr = Tile<P>::mr, nr = Tile<P>::nr;
@@ -238,7 +238,7 @@ inline void for_each_tile(int64_t m, int64_t n, Body&& body) {
   }
 }
 
-// One k block of rows [i0, i1) x columns [j0, j1), both at panel boundaries of the views.
+// One k block of rows [i0, i1) and columns [j0, j1) of C. i0 and j0 are panel boundaries of the views.
 template <class P, class T>
 void multiply_block(const Output<T>& out, const PanelView<typename Tile<P>::A>& a,
                     const PanelView<typename Tile<P>::B>& b, int64_t i0, int64_t i1, int64_t j0, int64_t j1, int64_t k,
@@ -280,7 +280,7 @@ __attribute__((noinline)) void gemm_tiny(const Gemm<T>& g, const GemmPlan& plan)
   multiply_block<P, T>(g.out, a, b, 0, g.m, 0, g.n, k, true, true, {nullptr, 0, 0, 0});
 }
 
-// What one thread of the team does.
+// The work of one thread of the team.
 template <class P, class T>
 void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspace, Crew& crew, int thread) {
   using C = Compute<T>;
@@ -298,7 +298,7 @@ void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspac
   const bool shared_direct = share_a ? plan.a_direct : plan.b_direct;
   const bool private_direct = share_a ? plan.b_direct : plan.a_direct;
   const int sw = share_a ? mr : nr;
-  int64_t packed_lane = -1, packed_k = -1;  // what the shared panels hold
+  int64_t packed_lane = -1, packed_k = -1;  // the block that the shared panels hold; lanes and k start at 0
 
   for (int64_t jb = 0; jb < g.n; jb += plan.nb) {
     const int64_t je = smaller(jb + plan.nb, g.n);
@@ -314,11 +314,11 @@ void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspac
         if (!shared_direct && (packed_lane != s0 || packed_k != k0)) {
           packed_lane = s0;
           packed_k = k0;
-          // Long pieces of each row, where lanes are contiguous, but enough units to balance.
+          // Long pieces of each row if lanes are contiguous, but enough units to balance the threads.
           const bool derived = (share_a ? g.a.derivative : g.b.derivative) != nullptr;
           const int64_t least = derived ? 96 / sw * sw : sw;
           const int64_t group = larger<int64_t>(least, smaller<int64_t>(384, (s1 - s0) / (4 * plan.threads)) / sw * sw);
-          const bool whole_k = share_a && sums != nullptr;  // sums are one thread's, in order
+          const bool whole_k = share_a && sums != nullptr;  // one thread adds up a lane's sum, in order
           const int64_t k_unit = whole_k ? plan.ks : plan.kc;
           const int64_t k_units = larger<int64_t>(1, ceil_div(ke - k0, k_unit));
           crew.share(ceil_div(s1 - s0, group) * k_units, [&](int64_t unit) {

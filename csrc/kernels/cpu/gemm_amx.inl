@@ -1,11 +1,11 @@
-// bf16 products by AMX tiles: TDPBF16PS adds to a tile of 16 x 16 float32 the product of 16 x 32 and 32 x 16 bf16
-// (Intel SDM, "Intel AMX instructions"). The register tile is 32 x 32: four accumulators, two tiles of A, two of B.
+// bf16 products by AMX: TDPBF16PS adds the product of 16 x 32 and 32 x 16 bf16 to a tile of 16 x 16 float32 (Intel SDM,
+// "Intel AMX instructions"). The register tile is 32 x 32: four accumulator tiles, two tiles of A, two tiles of B.
 //
-// B's panel is a bf16_pair panel 32 lanes wide: 16 of its rows are one tile of 32 k. A's panel has, for every 32 k, 32
-// rows of 32 k. Both are padded with zeros to whole tiles. An A whose rows are contiguous is read where it lies.
+// A panel of B is a bf16_pair panel with 32 lanes; 16 of its rows are a tile of 32 k. A panel of A has 32 rows of 32 k
+// for every 32 k. Both are padded with zeros to whole tiles. An A with contiguous rows is read in place.
 #if defined(FASTOPS_HAS_AMX)
 
-// A panel element, two neighbours in k; panels are 32 rows of 16 elements for every 32 k.
+// A panel element holds two neighbours along k. A panel has 32 rows of 16 elements for every 32 k.
 struct amx_a {
   uint32_t bits;
 };
@@ -17,8 +17,8 @@ struct bf16_amx {};
 constexpr int kTileK = 32;
 constexpr int kTilePairs = kTileK / 2;
 
-// All eight tile registers are 16 rows of 64 bytes, but for those of A and C (multiply_tiles) that have fewer than 32
-// rows in all.
+// Configures the eight tile registers to 16 rows of 64 bytes. If A has fewer than 32 rows, its tiles and the tiles of C
+// get fewer rows (multiply_tiles says which registers these are).
 inline void configure_tiles(int rows) {
   const uint8_t upper = static_cast<uint8_t>(smaller(rows, 16)), lower = static_cast<uint8_t>(larger(rows - 16, 1));
   struct alignas(64) {
@@ -26,12 +26,12 @@ inline void configure_tiles(int rows) {
     uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16];
   } config = {.rows = {upper, upper, lower, lower, upper, lower, 16, 16}};
-  // GCC takes the instruction to read 8 bytes, and may drop the stores to the others.
+  // GCC believes that the instruction reads 8 bytes, and may drop the stores to the rest of the struct.
   __asm__ volatile("" : : "r"(&config) : "memory");
   _tile_loadconfig(&config);
 }
 
-// The tile registers of this thread.
+// The tile state of this thread.
 struct AmxSession {
   AmxSession() { configure_tiles(32); }
   ~AmxSession() { _tile_release(); }
@@ -53,7 +53,7 @@ struct Tile<bf16_amx> {
 };
 
 template <>
-constexpr int kPanelAlign<amx_b> = kTileK;  // amx_a's packers pad by themselves
+constexpr int kPanelAlign<amx_b> = kTileK;  // the packers of amx_a pad on their own
 
 template <>
 struct PackAs<amx_b, bf16_t> : PackAs<bf16_pair, bf16_t> {
@@ -72,7 +72,7 @@ struct StageOf<amx_b, bf16_t> {
   using type = bf16_t;
 };
 
-// Rows of A are contiguous along k: copied 64 bytes at a time.
+// For an A that is contiguous along k: copies 64 bytes at a time.
 template <>
 inline void pack_along_k<amx_a, bf16_t, 32>(const bf16_t* from, int64_t ls, int lanes, int64_t k, amx_a* to) {
   using As = PackAs<amx_a, bf16_t>;
@@ -86,7 +86,8 @@ inline void pack_along_k<amx_a, bf16_t, 32>(const bf16_t* from, int64_t ls, int 
   }
 }
 
-// Columns of A are contiguous: rows k and k + 1 are interleaved to pairs, then blocks of 16 x 16 pairs transposed.
+// For an A that is contiguous along the lanes: interleaves rows k and k + 1 to pairs, then transposes blocks of 16 x 16
+// pairs.
 template <>
 inline void pack_along_lanes<amx_a, bf16_t, 32>(const bf16_t* from, int64_t ks, int64_t lanes, int64_t k, amx_a* to,
                                                 int64_t panel_stride) {
@@ -114,11 +115,11 @@ inline void pack_along_lanes<amx_a, bf16_t, 32>(const bf16_t* from, int64_t ks, 
     }
 }
 
-// The tile instructions are statements that the compiler does not connect with memory.
+// The compiler does not know that tile instructions read and write memory.
 inline void memory_fence_for_compiler() { __asm__ volatile("" : : : "memory"); }
 
-// sums[32][32] = A B over `chunks` times 32 k; only the upper or left half when there are no more rows or columns.
-// Rows of A are a_row elements apart, its tiles of 32 k a_chunk elements.
+// sums[32][32] = A B over `chunks` tiles of 32 k. Without two_rows only the upper half is computed, without two_cols
+// only the left half. Rows of A are a_row elements apart, its tiles a_chunk elements.
 __attribute__((noinline)) void multiply_tiles(int64_t chunks, const amx_a* a, int64_t a_row, int64_t a_chunk,
                                               const amx_b* b, bool two_rows, bool two_cols, float* sums) {
   constexpr int64_t kBStride = 128, kCStride = 128;
@@ -164,16 +165,16 @@ __attribute__((noinline)) void multiply_tiles(int64_t chunks, const amx_a* a, in
   memory_fence_for_compiler();
 }
 
-// ... of packed panels.
+// The same, for a packed A.
 inline void multiply_tiles(int64_t chunks, const amx_a* a, const amx_b* b, bool two_rows, bool two_cols, float* sums) {
   multiply_tiles(chunks, a, kTilePairs, 32 * kTilePairs, b, two_rows, two_cols, sums);
 }
 
-// Bias, relu and one rounding of rows of 32 finished sums, which are one vector of bf16. bias is null, or has a number
-// a row or a column.
+// Adds the bias, applies relu and rounds rows of 32 complete sums, each of which is one vector of bf16. bias is null,
+// or has one value per row or per column.
 inline void store_wide(bool relu, const float* sums, int64_t rs, const float* bias, bool bias_of_rows, bool streaming,
                        bf16_t* y, int64_t y_rs, int rows) {
-  constexpr int kDenormal = 0x20;  // which the instruction would flush
+  constexpr int kDenormal = 0x20;  // the conversion instruction flushes denormals to zero
   const Vec<float> least = Vec<float>::set1(relu ? 0.0f : -__builtin_inff());
   const bool of_columns = bias != nullptr && !bias_of_rows;
   const Vec<float> left = of_columns ? Vec<float>::load(bias) : Vec<float>::zero();
@@ -206,10 +207,10 @@ inline void store_wide(bool relu, const float* sums, int64_t rs, const float* bi
 inline void output_tile(bf16_amx, int64_t pairs, const PanelView<amx_a>& a, const amx_a* a_panel,
                         const PanelView<amx_b>&, const amx_b* b_panel, int64_t i, int64_t j, int rows, int cols,
                         bool first, bool last, const Output<bf16_t>& out, float* partial, int64_t partial_rs) {
-  alignas(64) float sums[32 * 32];  // what multiply_tiles leaves alone is read, and then masked out
+  alignas(64) float sums[32 * 32];  // elements that multiply_tiles does not write are loaded, but never stored
   const int64_t chunks = ceil_div(pairs, kTilePairs);
   const bool in_place = a.rs != 1, few = in_place && rows < 32;
-  if (few) configure_tiles(rows);  // there may be nothing to read behind the last row
+  if (few) configure_tiles(rows);  // memory after the last row of A may not be readable
   multiply_tiles(chunks, a_panel, in_place ? a.rs : kTilePairs, in_place ? kTilePairs : 32 * kTilePairs, b_panel,
                  rows > 16, cols > 16, sums);
   if (few) configure_tiles(32);

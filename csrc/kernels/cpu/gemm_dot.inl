@@ -1,20 +1,21 @@
-// Products that need no panels.
+// Products without packed panels.
 //
-// Dot kernels, for few rows: y[i, j] = sum_p x[i, p] w[j, p] with both operands contiguous along k, vectorised along k.
-// A tile of kDot x kDot outputs reads 2 kDot vectors for kDot^2 multiply-adds; each output is one chain a lane and the
-// lanes are added at the end, the same in every tile, so the bits do not depend on how columns are grouped.
+// Dot kernels, for few rows: y[i, j] = sum_p x[i, p] w[j, p], vectorised along k, where both operands are contiguous. A
+// tile of kDot x kDot outputs loads 2 kDot vectors for kDot^2 multiply-adds. Every output is one chain of multiply-adds
+// per lane, and the lanes are added at the end. This is the same in every tile, so the result does not depend on how
+// columns are grouped.
 #if defined(FASTOPS_VEC_AVX512)
-constexpr int kDot = 5;  // 25 accumulators of 32 registers
+constexpr int kDot = 5;  // 25 accumulators in 32 registers
 #else
-constexpr int kDot = 3;  // 9 of 16
+constexpr int kDot = 3;  // 9 accumulators in 16 registers
 #endif
 
-// Up to this many rows, W is streamed from memory once and x stays in L1, whatever k is.
+// Up to this many rows, for any k, W is read from memory once and x stays in L1.
 constexpr int64_t kDotRowsAnyK = 4;
-// Up to this many rows and this k, a tile's ten rows stay in L1 (float32; for 16-bit types converting again and again
-// costs more).
+// Up to this many rows and this k, the ten rows that a tile reads stay in L1. For float32 only: 16-bit types would be
+// converted again for every tile, which costs more.
 constexpr int64_t kDotRows = 64, kDotLeastK = 256, kDotK = 1024;
-constexpr int kDotBlock = 8 * kDot;  // columns that are finished together
+constexpr int kDotBlock = 8 * kDot;  // columns that go through the epilogue together
 
 template <class T>
 inline bool takes_dot(const Gemm<T>& g) {
@@ -116,11 +117,11 @@ void dot_product(const Gemm<T>& g, const Team& team) {
   });
 }
 
-// One row times a matrix whose rows are contiguous: out[j] = sum_p a[p] b[p, j]. B is streamed a few rows at a time, in
-// pieces long enough for the prefetchers; memory is the limit.
+// One row times a matrix with contiguous rows: out[j] = sum_p a[p] b[p, j]. Bound by memory: B is read a few rows at a
+// time, in pieces that are long enough for the prefetchers.
 constexpr int64_t kRowStrip = 1024;
 constexpr int kRowsAtOnce = 4;
-// From this many elements of B on: a smaller one is in the cache, where the microkernels are faster.
+// The least number of elements of B. A smaller B is in the cache, where the microkernels are faster.
 constexpr int64_t kRowTimesMatrix = 128 * 1024;
 
 template <class T>

@@ -1,12 +1,12 @@
-// The microkernels of the matrix product: mr x nr elements of C held in registers over one block of k (Goto & van de
-// Geijn, "Anatomy of high-performance matrix multiplication", 2008; Van Zee & van de Geijn, "BLIS", 2015).
+// The microkernels of the matrix product. They keep mr x nr elements of C in registers over one block of k (Goto & van
+// de Geijn, "Anatomy of high-performance matrix multiplication", 2008; Van Zee & van de Geijn, "BLIS", 2015).
 //
 //   C[i, j] = sum_p A[i, p] B[p, j]      i < rows <= mr, j < cols <= nr, p < k
 //
-// Element (i, p) of A lies at a + i * a_rs + p * a_ks: a packed panel has a_rs = 1 and a_ks = mr; an operand read where
-// it lies has its own strides. Row p of B lies at b + p * b_ks and is contiguous: a packed panel has b_ks = nr.
+// Element (i, p) of A is at a + i * a_rs + p * a_ks. A packed panel has a_rs = 1 and a_ks = mr; an operand that is read
+// in place has its own strides. Row p of B is contiguous and starts at b + p * b_ks; a packed panel has b_ks = nr.
 
-// What a panel's element type P means: float and double are themselves; a bf16_pair holds two neighbours in k.
+// The element types of panels: float, double, and bf16_pair, which holds two neighbours along k.
 struct bf16_pair {
   uint32_t bits;
 };
@@ -43,9 +43,9 @@ struct Panel<bf16_pair> {
 };
 #endif
 
-// Register tiles. 32 vector registers: 24 accumulators, 2 rows of B, the broadcast folded into the multiply; of 12x32,
-// 14x32, 8x48 and 6x64 in float32 only 12x32 keeps 95% of the multiply-add peak at k = 784 (Zen5). 16 registers: 12
-// accumulators.
+// Register tiles. Of 32 vector registers, 24 are accumulators and 2 hold a row of B; the broadcast of A is an operand
+// of the multiply-add. Of 12x32, 14x32, 8x48 and 6x64 in float32, only 12x32 keeps 95% of the multiply-add peak at k =
+// 784 (Zen 5). Of 16 vector registers, 12 are accumulators.
 #if defined(FASTOPS_VEC_AVX512)
 constexpr int kMr = 12;
 #else
@@ -55,7 +55,8 @@ constexpr int kNrVectors = 2;
 template <class C>
 constexpr int kNr = kNrVectors * Vec<C>::size;
 
-// Where a tile goes: c = [relu](acc + prev + bias + row_bias), each null where there is none. prev may be c.
+// The output of a tile: c = acc + prev + bias + row_bias, then relu if wanted. A null addend is left out. prev may be
+// c.
 template <class C>
 struct TileOut {
   C* c;
@@ -64,11 +65,11 @@ struct TileOut {
   int64_t prev_rs;
   const C* bias;
   bool relu;
-  bool stream;        // past the caches: every row of c is aligned to its vectors, and no sum is read back
-  const C* row_bias;  // one a row
+  bool stream;        // non-temporal stores: every row of c is aligned to vectors, and c is not read again
+  const C* row_bias;  // one value per row
 };
 
-// Stores past the caches; p is aligned to a whole vector. finish_streams() orders them before what follows.
+// Non-temporal stores; p is aligned to a vector. finish_streams() orders them before later stores.
 #if defined(FASTOPS_VEC_AVX512)
 inline void stream(Vec<float> v, float* p) { _mm512_stream_ps(p, v.v); }
 inline void stream(Vec<double> v, double* p) { _mm512_stream_pd(p, v.v); }
@@ -85,25 +86,29 @@ inline void stream(Vec<C> v, C* p) {
 inline void finish_streams() {}
 #endif
 
-// Block sizes. Measured on Granite Rapids (48 KB L1d, 2 MB L2) unless said.
+// Block sizes. Measured on Granite Rapids (48 KB L1d, 2 MB L2) unless stated otherwise.
 struct GemmBlocking {
-  int64_t kc;                // longest k block, in elements of T
-  int64_t ks;                // k that is packed at a time
-  int64_t shared_bytes;      // bound of the shared operand's packed block
-  int64_t partial_elements;  // bound of the block of sums kept for 16-bit outputs
-  int64_t strip_rows;        // longest private strips: rows of A
-  int64_t strip;             // ... or columns of B, which are also as many as meet some rows of A before the next
-  int64_t mc;                // rows of A that meet `strip` columns of B before the next ones
+  int64_t kc;                // the longest k block, in elements of T
+  int64_t ks;                // the part of k that is packed at a time
+  int64_t shared_bytes;      // the largest packed block of the shared operand
+  int64_t partial_elements;  // the largest block of partial sums, for 16-bit outputs
+  int64_t strip_rows;        // the longest private strip, in rows of A
+  int64_t strip;             // the longest private strip, in columns of B; also the columns of a block of C
+  int64_t mc;                // the rows of a block of C: `strip` columns are computed before the next mc rows
 };
 
-// What a thread sets up before it multiplies: nothing, for ordinary registers.
+// The state of a thread while it multiplies; vector registers need none.
 struct NoSession {
   NoSession() {}
 };
 
-// What the driver needs to know of a kind of product: the elements A and B are packed into, the register tile, how many
-// steps of k an element holds, what k is padded to, and whether the microkernel can read operands of that type where
-// they lie, or at least the tiles of an A of whole ones.
+// The properties of a kind of product:
+//   A, B            the element types of packed panels
+//   mr, nr          the register tile
+//   step            steps of k in one panel element
+//   k_align         k is padded with zeros to a multiple of this
+//   readable        the microkernel can read an unpacked A or B of that type in place
+//   tiles_in_place  the microkernel can read whole tiles of an unpacked A in place
 template <class P>
 struct Tile {
   using A = P;
@@ -132,28 +137,29 @@ struct Tile<bf16_pair> {
 };
 #endif
 
-// The name of an algorithm that multiplies panels of P: the second one where P is multiplied by a bfloat16 instruction.
+// The name of an algorithm that multiplies panels of P. algorithm_bf16 is for panels that a bfloat16 instruction
+// multiplies.
 template <class P>
 constexpr KernelName tile_name(const char* algorithm, const char* algorithm_bf16) {
   return {Tile<P>::step > 1 ? algorithm_bf16 : algorithm, {Tile<P>::mr, Tile<P>::nr}};
 }
 
-// Operands that come in pieces of k each: piece i of A begins a_at[i] elements behind the first one, and of B b_at[i],
-// or where b_at is null right behind the piece before.
+// Operands that consist of `count` pieces of length k. Piece i of A starts a_at[i] elements after the start of A, piece
+// i of B b_at[i] elements after the start of B. Without b_at, the pieces of B follow each other.
 struct Pieces {
   int64_t count;
-  const int64_t* a_at;  // null where there is one piece
+  const int64_t* a_at;  // may be null for one piece
   const int64_t* b_at = nullptr;
 };
 
-// V vectors of B; the last one has cols - (V - 1) * size lanes when Tail.
+// R rows and V vectors of columns. If Tail, the last vector has cols - (V - 1) * size lanes.
 template <class P, int R, int V, bool Tail>
 __attribute__((noinline)) void micro(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const P* b, int64_t b_ks,
                                      int cols, const TileOut<typename Panel<P>::Compute>& out, const Pieces& pieces) {
   using C = typename Panel<P>::Compute;
   using Lanes = Vec<C>;
   constexpr int S = Lanes::size;
-  constexpr int kGroups = (R + 2) / 3;  // rows 3g, 3g + 1, 3g + 2 are one pointer with offsets 0, a_rs, 2 a_rs
+  constexpr int kGroups = (R + 2) / 3;  // rows 3g, 3g + 1 and 3g + 2 share a pointer, with offsets 0, a_rs and 2 a_rs
   const int tail = Tail ? cols - (V - 1) * S : S;
 
   Lanes acc[R][V];
@@ -246,7 +252,7 @@ inline void micro_cols(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const 
     micro<P, R, 1, true>(k, a, a_rs, a_ks, b, b_ks, cols, out, pieces);
 }
 
-// One tile of rows x cols.
+// A tile of rows x cols.
 template <class P>
 inline void micro_tile(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const P* b, int64_t b_ks, int rows, int cols,
                        const TileOut<typename Panel<P>::Compute>& out, const Pieces& pieces = {1, nullptr}) {
@@ -290,7 +296,7 @@ template <class T>
 struct Output {
   T* y;
   int64_t rs;
-  T* z;                    // null, or with y's layout
+  T* z;                    // null, or in the layout of y
   const Compute<T>* bias;  // null, or n contiguous values
   bool relu;
   RowForward<T> f;  // null for identity and relu
@@ -314,7 +320,7 @@ inline void widen_row(const T* from, Compute<T>* to, int count) {
   if (j < count) Vec<Compute<T>>::load(from + j, count - j).store(to + j, count - j);
 }
 
-// Finishes `rows` rows of finished sums: rounding, z and the activations that are not done in registers.
+// The epilogue of complete sums: z, activations that are not computed in registers, and rounding.
 template <class T>
 inline void finish_rows(const Output<T>& out, const Compute<T>* tile, int64_t tile_rs, int64_t i, int64_t j, int rows,
                         int cols) {
@@ -329,7 +335,7 @@ inline void finish_rows(const Output<T>& out, const Compute<T>* tile, int64_t ti
   }
 }
 
-// An operand as the microkernel sees it: lane l (a multiple of the panel's width) starts at p + l / width * panel.
+// An operand for the microkernel. Lane l, a multiple of the panel width, starts at p + l / width * panel.
 template <class P>
 struct PanelView {
   const P* p;
@@ -337,8 +343,7 @@ struct PanelView {
   int64_t rs, ks;
 };
 
-// One k block of the tile of C at (i, j). Sums in progress wait in y itself when it has the right type, else in
-// `partial`.
+// One k block of the tile of C at (i, j). Between k blocks, sums are kept in y if y has their type, else in `partial`.
 template <class P, class T>
 inline void output_tile(P, int64_t k, const PanelView<P>& a, const P* a_panel, const PanelView<P>& b, const P* b_panel,
                         int64_t i, int64_t j, int rows, int cols, bool first, bool last, const Output<T>& out,

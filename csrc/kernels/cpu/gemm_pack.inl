@@ -1,14 +1,14 @@
-// Packing: an operand with any strides, in any storage type, becomes panels the microkernel reads from front to back.
+// Packing: copies an operand with any strides and any storage type into panels that the microkernel reads sequentially.
 //
-// An operand is a matrix of lanes (rows of A, columns of B) by k. Panel number q of width W holds lanes [q W, q W + W):
+// An operand is a matrix of lanes (rows of A, columns of B) by k. Panel q of width W holds lanes [q W, q W + W):
 //   panel[p * W + lane] = source(q W + lane, k0 + p)      zero for lanes past the end
-// The gradient that an activation passes back is formed here: such a source has a derivative and is read through it.
+// A source may have a derivative. Then its elements are the gradient of an activation's input, computed while packing.
 
 template <class T>
 struct Source {
   const T* p;
-  int64_t ls, ks;  // elements between lanes, and between steps of k
-  // source = p * f'(saved) where derivative is not null; the strides of saved:
+  int64_t ls, ks;  // the strides of lanes and of k, in elements; any number
+  // If derivative is not null, the source is p * f'(saved). saved has strides of its own:
   RowDerivative<T> derivative;
   const T* saved;
   int64_t saved_ls, saved_ks;
@@ -126,7 +126,7 @@ inline void transpose(Vec<C>* r) {
 }
 #endif
 
-// How P is made of T: S values at a time.
+// The conversion of elements of T to panel elements P, one vector at a time.
 template <class P, class T>
 struct PackAs {
   using Value = Vec<P>;
@@ -143,7 +143,7 @@ struct PackAs {
 #if defined(FASTOPS_HAS_AVX512_BF16)
 template <>
 struct PackAs<bf16_pair, bf16_t> {
-  using Value = Vec<float>;  // 32-bit patterns: only moved, never computed with
+  using Value = Vec<float>;  // 32-bit patterns that are only moved
   static constexpr int kStep = 2;
   static Value load_along_k(const bf16_t* p) { return {_mm512_loadu_ps(p)}; }
   static Value load_along_k(const bf16_t* p, int count) {
@@ -163,7 +163,7 @@ struct PackAs<bf16_pair, bf16_t> {
 };
 #endif
 
-// One row of panels (or kStep rows, interleaved) from lanes that are contiguous.
+// One row of a panel (kStep rows, interleaved) from a source that is contiguous along the lanes.
 template <class P, class T, int W>
 inline void pack_row(const T* from, int64_t ks, int rows, int lanes, P* to) {
   using As = PackAs<P, T>;
@@ -180,8 +180,8 @@ inline void pack_row(const T* from, int64_t ks, int rows, int lanes, P* to) {
   }
 }
 
-// Panels from a source that is contiguous along the lanes: row by row over all of them, so that a row is read in one
-// go.
+// Panels from a source that is contiguous along the lanes. It goes row by row over all panels, so that each row is read
+// sequentially.
 template <class P, class T, int W>
 void pack_along_lanes(const T* from, int64_t ks, int64_t lanes, int64_t k, P* to, int64_t panel_stride) {
   using As = PackAs<P, T>;
@@ -200,7 +200,7 @@ void pack_along_lanes(const T* from, int64_t ks, int64_t lanes, int64_t k, P* to
   }
 }
 
-// One panel from a source that is contiguous along k: square blocks transposed in registers.
+// One panel from a source that is contiguous along k. Square blocks are transposed in registers.
 template <class P, class T, int W>
 void pack_along_k(const T* from, int64_t ls, int lanes, int64_t k, P* to) {
   using As = PackAs<P, T>;
@@ -262,8 +262,8 @@ void pack_plain(const T* from, int64_t ls, int64_t ks, int lanes, int64_t k, P* 
   }
 }
 
-// The gradient g of a block of lanes x k, as float (double for double): to[l * to_ls + p * to_ks], one of the two
-// being 1.
+// The gradient of a block of lanes x k, in the compute type. Rows are to_rs apart: they run along the lanes if
+// along_lanes, else along k.
 template <class T>
 void derivative_block(const Source<T>& s, int64_t lane, int64_t k0, int lanes, int k, bool along_lanes, Compute<T>* to,
                       int to_rs) {
@@ -288,7 +288,8 @@ void derivative_block(const Source<T>& s, int64_t lane, int64_t k0, int lanes, i
   }
 }
 
-// sums[lane] += the sum over k of a block of rows with `lanes` contiguous elements, four partial sums a lane.
+// sums[lane] += the sum over k of a block whose rows hold `lanes` contiguous elements. There are four partial sums per
+// lane.
 template <class C>
 void add_columns(const C* from, int64_t rs, int lanes, int64_t k, C* sums) {
   using Lanes = Vec<C>;
@@ -305,7 +306,7 @@ void add_columns(const C* from, int64_t rs, int lanes, int64_t k, C* sums) {
   }
 }
 
-// What the float values of a derivative become before they are packed.
+// The type to which a derivative's values are converted before they are packed.
 template <class P, class T>
 struct StageOf {
   using type = Compute<T>;
@@ -317,7 +318,7 @@ struct StageOf<bf16_pair, bf16_t> {
 };
 #endif
 
-// k is padded with zeros to a multiple of this.
+// Panels are padded with zeros to a multiple of this many steps of k.
 template <class P>
 constexpr int kPanelAlign = 1;
 
@@ -328,8 +329,8 @@ inline void pad_panel(P* panel, int64_t k) {
   }
 }
 
-// Packs lanes [lane, lane + lanes) and k [k0, k0 + k) into panels of width W, `panel_stride` elements apart. sums, when
-// not null, has sums[i] += sum over k of source(lane + i, k), unrounded.
+// Packs lanes [lane, lane + lanes) and k [k0, k0 + k) into panels of width W, panel_stride elements apart. If sums is
+// not null, the sum of source(lane + i, k) over k, unrounded, is added to sums[i].
 template <class P, class T, int W>
 void pack(const Source<T>& s, int64_t lane, int64_t lanes, int64_t k0, int64_t k, P* to, int64_t panel_stride,
           Compute<T>* sums) {
@@ -357,10 +358,10 @@ void pack(const Source<T>& s, int64_t lane, int64_t lanes, int64_t k0, int64_t k
     }
     return;
   }
-  // The derivative is called on rows as long as they come, then each panel takes its part of the block from the cache.
+  // The derivative is computed for rows that span several panels. Each panel then copies its part from the cache.
   constexpr int kPanels = 96 / W, kLanes = kPanels * W;
   constexpr int kChunk = 32;
-  const bool lane_rows = s.ls == 1 || s.ks != 1;  // which way the rows of a block go
+  const bool lane_rows = s.ls == 1 || s.ks != 1;  // rows of a block run along the lanes, else along k
   alignas(64) C block[kLanes * kChunk];
   typename StageOf<P, T>::type rounded[same_type<typename StageOf<P, T>::type, C> ? 1 : kLanes * kChunk];
   for (int64_t l = 0; l < lanes; l += kLanes) {

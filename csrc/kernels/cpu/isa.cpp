@@ -31,7 +31,7 @@ uint64_t xcr0() {
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 
-// Linux grants AMX tile state a process at a time (kernel documentation, arch/x86/xstate): asked for once, here.
+// A process must ask Linux for AMX tile state once (kernel documentation, arch/x86/xstate).
 bool amx_permitted() {
   constexpr long kArchReqXcompPerm = 0x1023;
   constexpr long kXfeatureXtiledata = 18;
@@ -62,7 +62,7 @@ Isa detect() { return Isa::scalar; }
 
 #endif
 
-// -1 where the name is none of ours.
+// The index of a tier in kNames, or -1.
 int find_isa(const char* name) {
   for (int i = 0; i < static_cast<int>(Isa::count); ++i)
     if (std::strcmp(name, kNames[i]) == 0) return i;

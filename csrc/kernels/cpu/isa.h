@@ -1,4 +1,5 @@
-// What this processor can do, and which tier the process uses. Compiled for the baseline.
+// The instruction sets of this processor, and the tier that the process uses. Compiled without flags of an instruction
+// set.
 #pragma once
 
 #include "kernel_table.h"
@@ -9,20 +10,20 @@ enum class Isa : int { scalar, avx2, avx512, avx512_bf16, amx, count };
 
 const char* isa_name(Isa isa);
 
-// The best tier that processor and operating system support (AMX: with permission granted by the kernel).
+// The best tier that the processor and the operating system support. For AMX, Linux must also have granted permission.
 Isa isa_found();
 
-// The best tier, lowered by FASTOPS_ISA or set_isa. A FASTOPS_ISA that names no tier or one above isa_found() is
-// reported by isa_problem() (null when fine) and leaves the tier at isa_found().
+// isa_found(), or a lower tier chosen by FASTOPS_ISA or set_isa. If FASTOPS_ISA names no tier, or a tier above
+// isa_found(), it has no effect and isa_problem() says why. isa_problem() is null otherwise.
 Isa isa_used();
 const char* isa_problem();
 
-// For tests: use this tier from now on. Returns false, changing nothing, when the processor does not have it.
+// Selects a tier, for tests. Returns false and changes nothing if the processor does not have it.
 bool set_isa(Isa isa);
 
 const char* cpu_name();  // the processor's brand string
 
-// The kernels of isa_used(), or of the best tier below it that has any for this dtype.
+// The kernels of isa_used(), or of the best lower tier with kernels for this dtype.
 const KernelTable& kernels(DType dtype);
 
 }  // namespace fastops

@@ -1,5 +1,5 @@
-// The scalar tier. Compiled with the baseline's flags: any machine, also Arm. Its vectors are the compiler's portable
-// 16-byte ones.
+// The scalar tier. Compiled without flags of an instruction set, so it runs on any machine, also on Arm. Its vectors
+// are the compiler's portable 16-byte vectors.
 #define FASTOPS_VEC_SCALAR
 #include "bodies_prelude.h"
 

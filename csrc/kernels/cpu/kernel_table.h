@@ -1,5 +1,5 @@
-// One KernelTable per instruction set: every CPU entry point of the library, and nothing else is called from outside.
-// Those of avx512_bf16 and amx take bfloat16 only.
+// Every CPU entry point of the library, as one KernelTable per instruction set. Nothing else in csrc/kernels/cpu is
+// called from outside. The tables of avx512_bf16 and amx accept bfloat16 only.
 #pragma once
 
 #include "../activation.h"
@@ -14,9 +14,9 @@ namespace fastops {
 struct KernelTable {
   const char* isa;  // "scalar", "avx2", "avx512", "avx512_bf16", "amx"
 
-  // The workspace is `workspace(args, threads)` bytes of 64-byte aligned scratch whose contents mean nothing before or
-  // after the call; zero bytes means null is fine. *_name is the kernel that this call will take, for record(). Where a
-  // backward call takes several, it is the one that computes grad_x, or else the one for grad_w.
+  // `workspace` points to *_workspace(args, threads) bytes of scratch memory, 64-byte aligned. Its contents before and
+  // after the call are undefined. For zero bytes it may be null. *_name is the kernel that computes this call, for
+  // record(); if a backward call needs several, the one that computes grad_x, or without grad_x the one for grad_w.
   size_t (*linear_forward_workspace)(const LinearForward&, int threads);
   void (*linear_forward)(const LinearForward&, void* workspace, const Team&);
   KernelName (*linear_forward_name)(const LinearForward&);
@@ -57,8 +57,8 @@ struct KernelTable {
   void (*avg_pool_backward)(const AvgPoolBackward&, const Team&);
   KernelName (*avg_pool_backward_name)(const AvgPoolBackward&);
 
-  // Peaks for benchmarks: GFLOP/s of independent float32 fused multiply-adds and of the 16-bit multiply this tier
-  // uses, on the calling thread, over about `milliseconds`.
+  // Peak rates for benchmarks, in GFLOP/s: independent float32 fused multiply-adds, and the 16-bit multiply of this
+  // tier. Measured on the calling thread for about `milliseconds`.
   double (*peak_f32)(double milliseconds);
   double (*peak_bf16)(double milliseconds);
 };

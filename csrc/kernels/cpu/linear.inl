@@ -1,4 +1,4 @@
-// Linear, forward and backward, as matrix products (csrc/kernels/linear.h is the contract).
+// Linear layers as matrix products, forward and backward. The contract is csrc/kernels/linear.h.
 
 template <class T>
 inline Source<T> matrix_source(const Matrix& x, bool rows_are_lanes) {
@@ -6,7 +6,7 @@ inline Source<T> matrix_source(const Matrix& x, bool rows_are_lanes) {
   return rows_are_lanes ? plain_source(p, x.row_stride, x.col_stride) : plain_source(p, x.col_stride, x.row_stride);
 }
 
-// grad_y * f'(saved), with the rows (m) or the columns (n) as lanes.
+// grad_y * f'(saved). Its lanes are the rows (m) or the columns (n).
 template <class T>
 inline Source<T> gradient_source(const LinearBackward& args, bool rows_are_lanes) {
   Source<T> s = matrix_source<T>(args.grad_y, rows_are_lanes);
@@ -59,15 +59,15 @@ inline Gemm<T> grad_w_gemm(const LinearBackward& args) {
 }
 
 #if defined(FASTOPS_HAS_AVX512_BF16)
-// VDPBF16PS does twice the work of a float32 multiply-add: at the same rate on Zen 5 (530 against 265 GF/s a core), at
-// a quarter of it on Granite Rapids (107 against 212).
+// VDPBF16PS does the work of two float32 multiply-adds. Zen 5 executes as many of both (530 against 265 GF/s per core),
+// Granite Rapids a quarter as many (107 against 212).
 inline bool native_bf16_is_faster() { return __builtin_cpu_is("amd") != 0; }
 #endif
 
-// Below this many multiply-adds setting up tiles costs more than they save (Granite Rapids).
+// Below this many multiply-adds, configuring AMX tiles costs more than they save (Granite Rapids).
 constexpr int64_t kAmxWork = 16 * 1024;
 
-// The panels that a product of type T and `work` multiply-adds is packed into.
+// body(P{}) with the panel type P for a product of type T with `work` multiply-adds.
 template <class T, class Body>
 inline auto with_panel(Bf16Multiply multiply, int64_t work, Body&& body) {
   (void)multiply;
@@ -137,7 +137,7 @@ void forward(const LinearForward& args, void* workspace, const Team& team) {
   }
   with_panel<T>(args.bf16_multiply, args.m * args.n * args.k, [&](auto panel) {
     const GemmPlan plan = plan_gemm<decltype(panel)>(g, team.threads);
-    alignas(64) unsigned char small_bias[kTinyBytes];  // a tiny product has n <= kTinyBytes / 8
+    alignas(64) unsigned char small_bias[kTinyBytes];  // large enough: a tiny product has n <= kTinyBytes / 8
     if (contiguous_bias<T>(args)) {
       g.out.bias = static_cast<const C*>(args.b);
     } else {
@@ -150,10 +150,10 @@ void forward(const LinearForward& args, void* workspace, const Team& team) {
   });
 }
 
-// grad_b in progress, up to this many columns, is kept on the stack.
+// Up to this many columns, the sums for grad_b are on the stack.
 constexpr int64_t kSmallSums = 256;
 
-// sums[j] = the sum over rows of g[i, j]: columns are cut into strips, rows taken in order.
+// sums[j] = the sum of g[i, j] over rows, in their order. Columns are divided into strips.
 constexpr int64_t kSumStrip = 96;
 
 template <class T>
@@ -190,8 +190,8 @@ void column_sums(const LinearBackward& args, Compute<T>* sums, const Team& team)
   });
 }
 
-// A narrow gradient is multiplied where it lies, and then grad_b takes a pass of its own: 4096 x 64 floats are read
-// twice from the L2 faster than they are packed.
+// Whether grad_b is computed in a separate pass. A narrow gradient is multiplied in place, as reading 4096 x 64 floats
+// from L2 twice is faster than packing them.
 template <class T>
 inline bool sums_apart(const LinearBackward& args) {
   return same_type<T, Compute<T>> && args.activation.kind == ActivationKind::identity && args.grad_y.col_stride == 1 &&
@@ -199,8 +199,8 @@ inline bool sums_apart(const LinearBackward& args) {
 }
 
 struct BackwardPlan {
-  size_t gemm;  // bytes for the larger product
-  size_t sums;  // bytes for grad_b in progress
+  size_t gemm;  // bytes for the larger of the two products
+  size_t sums;  // bytes for the sums for grad_b
 };
 
 template <class T>
@@ -215,8 +215,9 @@ BackwardPlan plan_backward(const LinearBackward& args, int threads) {
     if (args.grad_w != nullptr && args.n > 0 && args.k > 0) {
       Gemm<T> g = grad_w_gemm<T>(args);
       Compute<T> any;
-      g.a_sums =
-          args.grad_b != nullptr && !sums_apart<T>(args) ? &any : nullptr;  // only whether it is null matters here
+      g.a_sums = args.grad_b != nullptr && !sums_apart<T>(args)
+                     ? &any
+                     : nullptr;  // the plan depends only on whether it is null
       const GemmPlan p = plan_gemm<decltype(panel)>(g, threads);
       if (!p.tiny) plan.gemm = larger(plan.gemm, p.total);
     }

@@ -1,4 +1,4 @@
-// Peaks for benchmarks: multiply-adds alone, in registers, in as many independent chains as hide their latency.
+// Peak rates for benchmarks: only multiply-adds, in registers, in enough independent chains to hide their latency.
 
 inline double monotonic_seconds() {
   timespec t;
@@ -22,7 +22,7 @@ __attribute__((noinline)) void run_chains(int64_t steps, Vec<float>* result, Ste
   for (int i = 0; i < kPeakChains; ++i) result[i] = acc[i];
 }
 
-// GFLOP/s of the best of many short runs of `flop` operations, as the machine may be shared.
+// GFLOP/s of the best of many short runs of `flop` operations. The best, as the machine may be shared.
 template <class Run>
 double best_rate(double milliseconds, double flop, Run run) {
   const double start = monotonic_seconds();
@@ -36,8 +36,8 @@ double best_rate(double milliseconds, double flop, Run run) {
   return best;
 }
 
-// The rate of one instruction over vectors. The statement that the compiler believes to read memory keeps it from
-// dropping runs whose results nobody uses.
+// The rate of one vector instruction. The asm statement seems to read memory, so that the compiler keeps runs whose
+// results are not used.
 template <class Step>
 double vector_rate(double milliseconds, double flop_per_lane, Step step) {
   constexpr int64_t kSteps = 20000;

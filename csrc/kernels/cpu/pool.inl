@@ -1,5 +1,5 @@
-// max_pool_*, avg_pool_*: the entry points of pooling. Every output belongs to one thread, and what it is computed from
-// and in which order depends on the shape alone.
+// The entry points of pooling: max_pool_* and avg_pool_*. Every output is computed by one thread, in an order that
+// depends only on the shape.
 
 template <class S, class Op>
 void pool_forward(const Pool& pool, Layout layout, const void* x, const Op& op, const Team& team) {

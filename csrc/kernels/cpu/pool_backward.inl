@@ -1,13 +1,12 @@
-// Gradients of pools over channels_first planes, and what routes a gradient back through a window. 2x2 windows have a
-// way of their own (pool_halves.inl). Two ways for the others:
-// - scatter: a piece of grad_x that stays in L1 is cleared, receives what every window sends, and is written;
-// - across, for averages: a vector holds neighbouring elements of grad_x of equal phase (the even ones, say, of a
-// stride
-//   of two) and gathers what the windows over them send. The rows of grad_y are divided and copied into a band first,
-//   with zeros around them.
+// Gradients of pools over channels_first planes, and the classes that route a gradient back through a window. 2x2
+// windows have an algorithm of their own (pool_halves.inl). There are two for all other windows:
+// - scatter: a piece of grad_x that stays in L1 is cleared, every window adds its gradient, and the piece is written;
+// - across, for averages: a vector holds neighbouring elements of grad_x of the same phase (with a stride of two, the
+//   even or the odd ones) and adds the gradients of the windows that contain them. Rows of grad_y are first divided and
+//   copied into a band with zeros around them.
 //
-// A maximum sends to one element: a scalar addition a window costs less than a comparison for each of its elements.
-// Measured, 3x3 windows of stride 2, 28x28 to 112x112 planes (Granite Rapids): 2 to 2.5 times.
+// A maximum has its gradient from one element. One scalar addition per window is cheaper than a comparison per element:
+// 2 to 2.5 times for 3x3 windows of stride 2 and planes of 28x28 to 112x112 (Granite Rapids).
 
 // The tap of window p that is element i, or -1.
 inline int64_t tap_of(const PoolAxis& axis, int64_t p, int64_t i) {
@@ -20,18 +19,18 @@ inline int64_t tap_of(const PoolAxis& axis, int64_t p, int64_t i) {
   return offset % axis.dilation == 0 ? offset / axis.dilation : -1;
 }
 
-// What a maximum sends back: grad_y to the element that the index names.
+// The gradient of a maximum: grad_y goes to the element that the index names.
 template <class S, class I>
 struct MaxRoute {
   using C = Compute<S>;
   static constexpr bool kAverages = false;
   static constexpr bool kWindow = same_type<I, uint8_t>;
   const I* indices;
-  const TapOffsets* offsets;  // of window positions
+  const TapOffsets* offsets;  // for positions in the window
 
-  // What names an element: its tap, or its position in the plane.
+  // The value of the index that names an element: its tap, or its position in the plane.
   int64_t name(int64_t tap, int64_t position) const { return kWindow ? tap : position; }
-  // What `count` windows from number `at` on send to the element of that name.
+  // The gradient that windows [at, at + count) send to the element with this name.
   Vec<C> sent(int64_t name, Vec<C> g, int64_t at, int count) const {
     return select(equal<C>(indices + at, count, name), g, Vec<C>::zero());
   }
@@ -45,15 +44,15 @@ struct MaxRoute {
   }
 };
 
-// What an average sends back: its share to every element.
+// The gradient of an average: every element gets an equal share of grad_y.
 template <class S>
 struct AvgRoute {
   using C = Compute<S>;
   static constexpr bool kAverages = true, kWindow = false;
   bool include_pad;
-  int64_t override;  // 0: none
+  int64_t override;  // divisor_override, or 0
 
-  // The axes' factors of the divisor and, first, the whole of one that was asked for.
+  // The factor of an axis in the divisor. first_divisor() is divisor_override, or 1.
   C divisor(const PoolAxis& axis, int64_t p) const {
     return override != 0 ? C(1) : static_cast<C>(divisor_of(axis, p, include_pad));
   }
@@ -61,7 +60,7 @@ struct AvgRoute {
 
   bool pads() const { return include_pad; }
 
-  // What an element gets of its window's gradient.
+  // The share of an element in the gradient of its window.
   Vec<C> share(const Pool& pool, int64_t d, int64_t h, int64_t w) const {
     return Vec<C>::set1(1 / (first_divisor() * divisor(pool.d, d) * divisor(pool.h, h) * divisor(pool.w, w)));
   }
@@ -71,8 +70,8 @@ struct AvgRoute {
 
 // ---- across
 
-// The taps that reach elements w * stride + phase of a row, from the last to the first, so that windows come in order:
-// tap t belongs to window w + (phase + padding - t) / stride.
+// The taps that reach elements w * stride + phase of a row, from the last to the first, so that windows are in order.
+// Tap t belongs to window w + (phase + padding - t) / stride.
 struct PhaseTaps {
   int64_t last, step;
 
@@ -81,13 +80,13 @@ struct PhaseTaps {
   }
 };
 
-// A band of grad_y: `rows` rows of grad_x, `columns` elements of every phase at a time; its own rows cover `pitch`
-// windows, the first of them `before` left of the first column.
+// A band of grad_y, for `rows` rows and `columns` elements per phase of grad_x. Its rows have `pitch` windows; the
+// first of them is `before` windows left of the first column.
 struct BackwardBand {
   int64_t columns, rows, pitch, before;
 };
 
-// Rows of windows that reach `rows` neighbouring elements of an axis, at most.
+// The most windows of an axis that contain any of `rows` neighbouring elements.
 inline int64_t windows_over(const PoolAxis& axis, int64_t rows) {
   return smaller(axis.out, (rows - 1 + axis.kernel - 1) / axis.stride + 1);
 }
@@ -113,19 +112,19 @@ inline BackwardBand backward_band(const Pool& pool) {
 template <class C>
 inline bool goes_back_across(const Pool& pool) {
   if (pool.w.ragged || pool.w.stride > 2) return false;
-  // Long rows of few windows are better filled a window at a time.
+  // Long rows with few windows are faster one window at a time.
   if (pool.w.out * Vec<C>::size < pool.w.kernel) return false;
   return backward_band<C>(pool).columns >= smaller(ceil_div(pool.w.in, pool.w.stride), Vec<C>::size);
 }
 
-// The next row, and the windows that reach it.
+// Moves on to the next row and the windows that contain its elements.
 inline void move_on(const Pool& pool, PoolRow& row, PoolReach& ds, PoolReach& hs) {
   row.next(pool.d.in, pool.h.in);
   hs.move_to(pool.h, row.h);
   if (row.h == 0) ds.move_to(pool.d, row.d);
 }
 
-// One row of grad_x: `elements` of them, from the rows of windows `step` apart, of which (ds.begin, hs.begin) is at g.
+// `elements` elements of a row of grad_x. Rows of windows are `step` apart; row (ds.begin, hs.begin) is at g.
 template <class S, int kStride>
 void backward_row(const Pool& pool, const Compute<S>* g, int64_t depth_step, int64_t step, const PoolReach& ds,
                   const PoolReach& hs, int64_t elements, S* to) {
@@ -153,17 +152,17 @@ void backward_row(const Pool& pool, const Compute<S>* g, int64_t depth_step, int
   }
 }
 
-// Rows [begin, end) of grad_x.
+// Computes rows [begin, end) of grad_x.
 template <class S, int kStride>
 void backward_across(const Pool& pool, const S* grad_y, S* grad_x, const AvgRoute<S>& op, int64_t begin, int64_t end) {
   using C = Compute<S>;
   using V = Vec<C>;
-  alignas(64) C g[kPoolBandBytes / sizeof(C) + V::size];  // the last row is read in whole vectors
+  alignas(64) C g[kPoolBandBytes / sizeof(C) + V::size];  // the last row is read as whole vectors
   alignas(64) C divisors[kPoolBandColumns + V::size];
   const BackwardBand band = backward_band<C>(pool);
   for (int64_t column = 0; column * kStride < pool.w.in; column += band.columns) {
     const int64_t elements = smaller(pool.w.in - column * kStride, band.columns * kStride);
-    const int64_t first = column - band.before;  // the window at the left end of the band
+    const int64_t first = column - band.before;  // the first window of the band
     for (int64_t j = 0; j < round_up(band.pitch, V::size); ++j)
       divisors[j] = first + j >= 0 && first + j < pool.w.out ? op.divisor(pool.w, first + j) : C(1);
     PoolRow row(begin, pool.d.in, pool.h.in);
@@ -183,7 +182,7 @@ void backward_across(const Pool& pool, const S* grad_y, S* grad_x, const AvgRout
             (V::load(to + j, n) / (divisor * V::load(divisors + j))).store(to + j, n);
           }
         }
-      // Read, though not used; denormal numbers, as memory may hold, would be slow.
+      // These elements are read but not used. They are cleared, as denormals in uninitialised memory would be slow.
       V::zero().store(g + (ds.end - ds.begin) * heights * band.pitch);
       for (int64_t j = 0; j < count; ++j, ++i, move_on(pool, row, ds, hs))
         backward_row<S, kStride>(pool, g + (hs.begin - all.begin) * band.pitch + band.before, heights * band.pitch,
@@ -194,22 +193,22 @@ void backward_across(const Pool& pool, const S* grad_y, S* grad_x, const AvgRout
 
 // ---- scatter
 
-// A piece of a plane of grad_x, positions [low, high), that is being summed up.
+// A piece of a plane of grad_x, positions [low, high), to which windows add.
 template <class C>
 struct Piece {
   C* sums;
   int64_t low, high;
 };
 
-// What the windows `ws` of one row send into the piece; `row` is the number of its first window, and the windows start
-// at row_first of the plane.
+// Adds the gradients of the windows `ws` of one row to the piece. `row` is the number of the row's first window; the
+// windows start at position row_first of the plane.
 template <class S, class I>
 inline void scatter_row(const Pool& pool, const S* grad_y, const MaxRoute<S, I>& op, const Piece<Compute<S>>& piece,
                         int64_t row, int64_t d, int64_t h, const PoolRange& ws, const PoolWindows& windows) {
   const int64_t first = position_of(pool, window_of(pool.d, d).first, window_of(pool.h, h).first, 0) - piece.low;
   const uint64_t size = static_cast<uint64_t>(piece.high - piece.low);
   const auto add = [&](int64_t w, int64_t w_first) {
-    // Where a piece ends inside a window, the maximum may lie in the next piece.
+    // If a piece ends inside a window, the maximum may be in another piece.
     const int64_t at = op.position(row + w, first + w_first);
     const int64_t to = MaxRoute<S, I>::kWindow ? at : at - piece.low;
     if (static_cast<uint64_t>(to) < size) piece.sums[to] += value_at(grad_y + row + w);
@@ -245,7 +244,7 @@ inline void scatter_row(const Pool& pool, const S* grad_y, const AvgRoute<S>& op
   }
 }
 
-// Pieces of whole rows where a row fits, of parts of one row otherwise.
+// Pieces are whole rows if a row fits, else parts of one row.
 template <class C>
 inline int64_t piece_size(const Pool& pool) {
   const int64_t capacity = kPoolBandBytes / static_cast<int64_t>(sizeof(C));
@@ -257,7 +256,7 @@ void backward_scatter(const Pool& pool, const S* grad_y, S* grad_x, const Route&
   using C = Compute<S>;
   const int64_t size = piece_size<C>(pool);
   const bool whole_rows = size % pool.w.in == 0;
-  const int64_t a_row = ceil_div(pool.w.in, size);  // pieces, where rows are cut
+  const int64_t a_row = ceil_div(pool.w.in, size);  // pieces per row, if rows are divided
   const int64_t pieces = whole_rows ? ceil_div(pool.in_plane(), size) : a_row * pool.d.in * pool.h.in;
   for_units(team, pool.planes * pieces, 2 * size, [&](int64_t begin, int64_t end) {
     alignas(64) C sums[kPoolBandBytes / sizeof(C)];
@@ -287,7 +286,7 @@ void backward_scatter(const Pool& pool, const S* grad_y, S* grad_x, const Route&
   });
 }
 
-// Averages of whole planes: a plane of grad_x is one number.
+// Averages of whole planes: every element of a plane of grad_x has the same value.
 template <class S>
 void backward_whole(const Pool& pool, const S* grad_y, S* grad_x, const AvgRoute<S>& op, const Team& team) {
   using C = Compute<S>;

@@ -1,16 +1,17 @@
-// Pooling of channels_first planes. 2x2 windows have a way of their own (pool_halves.inl). Two ways for the others:
-// - across: a vector holds neighbouring outputs of a row; a tap is a load, with a stride of two two loads and a
-//   permutation. Where windows reach over the left or right edge, rows are first copied with their padding into a band
-//   that stays in L1;
-// - within: a window at a time, a vector holds neighbouring elements of the window.
+// Pooling of channels_first planes. 2x2 windows have an algorithm of their own (pool_halves.inl). There are two for all
+// other windows:
+// - across: a vector holds neighbouring outputs of a row. A tap is a load, or with a stride of two, two loads and a
+//   permutation. If windows cross the left or right border, rows are first copied with padding into a band that stays
+//   in L1;
+// - within: one window at a time; a vector holds neighbouring elements of the window.
 
 constexpr int64_t kPoolBandBytes = 24576;  // half of L1
-constexpr int64_t kPoolBandColumns = 512;  // outputs
+constexpr int64_t kPoolBandColumns = 512;  // the most outputs of a band along a row
 
-// Windows from this width on are read by vectors.
+// The least width of windows that are read as vectors.
 constexpr int64_t kPoolVectorWidth = 4;
 
-// The shape of a band: `columns` outputs from `rows` rows of outputs, each copied row `pitch` elements long.
+// A band: the inputs of `columns` outputs in each of `rows` rows. A copied row is `pitch` elements long.
 struct PoolBand {
   int64_t columns, rows, pitch;
 };
@@ -29,20 +30,21 @@ inline PoolBand pool_band(const Pool& pool) {
   return band;
 }
 
-// Whether every window of a row lies inside it.
+// Whether all windows of a row are inside the row.
 inline bool inside(const PoolAxis& axis) {
   return !axis.ragged && axis.padding == 0 &&
          (axis.out - 1) * axis.stride + (axis.kernel - 1) * axis.dilation < axis.in;
 }
 
-// Whether rows can be read where they lie.
+// Whether rows can be read in place.
 template <class S>
 inline bool in_place(const PoolAxis& axis) {
   return inside(axis) && (axis.stride <= 2 || same_type<S, Compute<S>>);
 }
 
-// Cycles of an output row, roughly, either way (Granite Rapids): a tap of a vector of outputs, which a larger stride
-// than two gathers an element at a time, and a vector of a window with what it takes to bring its lanes together.
+// Whether `across` is faster than `within`. It compares estimated cycles per row of outputs (Granite Rapids): for
+// across the cycles of a tap of a vector of outputs, which are gathered one by one for strides above two; for within
+// the cycles of a vector of a window, and of combining its lanes.
 template <class S>
 inline bool goes_across(const Pool& pool, bool indexed) {
   using C = Compute<S>;
@@ -82,7 +84,7 @@ inline PoolPlace<typename Op::C> place_of(const Op& op, const Pool& pool, int64_
   return {first, pool.w.stride, static_cast<typename Op::C>(divisor), nullptr};
 }
 
-// Rows [begin, end) of outputs from rows of x where they lie.
+// Computes rows [begin, end) of y from rows of x in place.
 template <class S, int kStride, int kWidth, class Op>
 void pool_across_inside(const Pool& pool, const S* x, const Op& op, int64_t begin, int64_t end) {
   using C = Compute<S>;
@@ -101,7 +103,7 @@ void pool_across_inside(const Pool& pool, const S* x, const Op& op, int64_t begi
   }
 }
 
-// Copies elements [first, first + count) of a row of `in`, `outside` where there are none.
+// Copies elements [first, first + count) of a row with `in` elements; elements outside the row are `outside`.
 template <class S>
 inline void copy_padded(const S* row, int64_t in, int64_t first, int64_t count, Compute<S> outside, Compute<S>* to) {
   const int64_t left = smaller(larger<int64_t>(-first, 0), count);
@@ -111,7 +113,7 @@ inline void copy_padded(const S* row, int64_t in, int64_t first, int64_t count, 
   for (int64_t i = right; i < count; ++i) to[i] = outside;
 }
 
-// Rows [begin, end) of outputs by way of a band.
+// Computes rows [begin, end) of y from a band.
 template <class S, int kStride, int kWidth, class Op>
 void pool_across_band(const Pool& pool, const S* x, const Op& op, int64_t begin, int64_t end) {
   using C = Compute<S>;
@@ -129,7 +131,7 @@ void pool_across_band(const Pool& pool, const S* x, const Op& op, int64_t begin,
     }
     PoolRow row(begin, pool.d.out, pool.h.out);
     for (int64_t i = begin; i < end;) {
-      // As many rows as the band holds, of one plane and depth.
+      // As many rows of one plane and depth as the band holds.
       const int64_t count = smaller(smaller(band.rows, pool.h.out - row.h), end - i);
       const PoolWindow d = window_of(pool.d, row.d);
       const int64_t low = smaller(pool.h.in, larger<int64_t>(0, window_of(pool.h, row.h).first));
@@ -179,8 +181,8 @@ void pool_across(const Pool& pool, const S* x, const Op& op, int64_t begin, int6
 
 // ---- within
 
-// body(p, n, position, tap) for the part of every row of a window that lies in the input: n elements, pool.w.dilation
-// apart, the first of them at p and at `position` of the plane, `tap` its number in the window.
+// body(p, n, position, tap) for the part of every row of a window that is inside the input: n elements, pool.w.dilation
+// apart, from p on. The first is element `position` of the plane and number `tap` in the window.
 template <class S, class Body>
 inline void for_window_rows(const Pool& pool, const S* plane, const PoolWindow& d, const PoolWindow& h,
                             const PoolWindow& w, Body body) {
@@ -211,19 +213,20 @@ inline C maximum_of(Vec<C> lanes) {
   return x[0];
 }
 
-// The maximum of a window. tap and position: in, of the first element; out, of the maximum.
+// The maximum of a window. tap and position are those of the first element on entry, and of the maximum on return.
 template <class S, bool kIndexed>
 inline Compute<S> max_within(const Pool& pool, const S* plane, const PoolWindow& d, const PoolWindow& h,
                              const PoolWindow& w, int64_t& tap, int64_t& position) {
   using C = Compute<S>;
   using V = Vec<C>;
   C best = kMinusInfinity<C>;
-  // Windows of changing sizes mispredict a scalar loop's end; where the index is looked for too, vectors lose more.
+  // Narrow windows take a scalar loop. If their sizes vary, the end of that loop is mispredicted and vectors are
+  // faster, unless indices are wanted.
   const bool narrow = pool.w.kernel < kPoolVectorWidth && (kIndexed || !pool.w.ragged);
   if (pool.w.dilation != 1 || narrow) {
     for_window_rows(pool, plane, d, h, w, [&](const S* p, int64_t n, int64_t row_position, int64_t row_tap) {
       for (int64_t i = 0; i < n; ++i) {
-        // Selections, since a branch would be taken at random.
+        // Selections, as a branch could not be predicted.
         const C x = value_at(p + i * pool.w.dilation);
         const bool better = static_cast<int>(x > best) | static_cast<int>(is_nan(x));
         best = better ? x : best;
@@ -245,7 +248,7 @@ inline Compute<S> max_within(const Pool& pool, const S* plane, const PoolWindow&
   });
   best = maximum_of(lanes.value);
   if constexpr (kIndexed) {
-    // Now where it is: the first element that equals it, or the last NaN.
+    // The position of the maximum: the first element equal to it, or the last NaN.
     bool found = false;
     for_window_rows(pool, plane, d, h, w, [&](const S* p, int64_t n, int64_t row_position, int64_t row_tap) {
       for (int64_t i = 0; i < n && !found; i += V::size) {
@@ -263,7 +266,7 @@ inline Compute<S> max_within(const Pool& pool, const S* plane, const PoolWindow&
   return best;
 }
 
-// The sum of a row, over whose lanes reduce_add is left to do.
+// The sum of a row as a vector of partial sums, for reduce_add.
 template <class S>
 inline Vec<Compute<S>> sum_lanes(const S* p, int64_t n) {
   using V = Vec<Compute<S>>;
@@ -277,7 +280,7 @@ inline Vec<Compute<S>> sum_lanes(const S* p, int64_t n) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Adds rows up one by one, so that errors of long sums stay small.
+// The sum of a window, row by row, which keeps the errors of long sums small.
 template <class S>
 inline Compute<S> sum_within(const Pool& pool, const S* plane, const PoolWindow& d, const PoolWindow& h,
                              const PoolWindow& w) {
@@ -301,8 +304,8 @@ inline void store_one(C value, S* p) {
   Vec<C>::set1(value).store(p, 1);
 }
 
-// body(at, plane, d, h, w, divisor) for every output of the rows [begin, end): its number, where its plane starts, the
-// windows of its axes and the elements that an average divides by.
+// body(at, plane, d, h, w, divisor) for every output of rows [begin, end): the number of the output, the start of its
+// plane, its windows along the axes, and the number of elements by which an average divides.
 template <class S, class Body>
 inline void for_windows(const Pool& pool, const S* x, bool include_pad, int64_t begin, int64_t end, Body body) {
   const PoolWindows ws(pool.w, include_pad);

@@ -1,6 +1,6 @@
-// 2x2 windows of stride 2 over channels_first planes, what most models pool by: no window reaches over an edge and none
-// shares an element, so that a row of windows is two rows of elements and nothing else, forward and backward.
-// Microseconds against the ways for windows of any kind (Granite Rapids, one thread, float32):
+// Pools with 2x2 windows and stride 2 over channels_first planes, the most common pools of models. No window crosses a
+// border or shares an element, so a row of windows is exactly two rows of elements, forward and backward. Microseconds
+// of the algorithms for any windows -> of this one (Granite Rapids, one thread, float32):
 //   planes            maximum     with indices   backward
 //   64x32 of 28x28    458 -> 349  553 -> 366     708 -> 451
 //   64x64 of 14x14    414 -> 203  473 -> 245     432 -> 329
@@ -14,7 +14,7 @@ inline bool tiles_by_two(const Pool& pool) {
   return pool.d.in == 1 && pool.d.out == 1 && pool.d.kernel == 1 && halved(pool.h) && halved(pool.w);
 }
 
-// The last vector of a row of windows: how many they are, and their elements in a first and a second vector.
+// The last vector of a row of windows: the number of windows, and of their elements in a first and a second vector.
 struct HalvesEnd {
   int windows, low, high;
 };
@@ -25,7 +25,7 @@ inline HalvesEnd end_of_halves(const Pool& pool) {
   return {windows, windows * 2 < S ? windows * 2 : S, windows * 2 < S ? 0 : windows * 2 - S};
 }
 
-// Two elements of each window, neighbours in a row, as taps t and t + 1.
+// Takes two neighbouring elements of each window, which are taps t and t + 1.
 template <class Accumulator, class C>
 inline void take_two(Accumulator& result, Vec<C> a, Vec<C> b, int64_t t) {
   Vec<C> even, odd;
@@ -34,7 +34,7 @@ inline void take_two(Accumulator& result, Vec<C> a, Vec<C> b, int64_t t) {
   result.take(odd, t + 1);
 }
 
-// Rows [begin, end) of outputs.
+// Computes rows [begin, end) of y.
 template <class S, class Op>
 void pool_halves(const Pool& pool, const S* x, const Op& op, int64_t begin, int64_t end) {
   using C = Compute<S>;
@@ -64,7 +64,8 @@ void pool_halves(const Pool& pool, const S* x, const Op& op, int64_t begin, int6
   }
 }
 
-// Rows [begin, end) of grad_y, each of them two rows of grad_x; the last of a plane has what windows leave over, too.
+// Rows [begin, end) of grad_y, each of which is two rows of grad_x. The last row of a plane also writes the rows after
+// the windows.
 template <class S, class Route>
 void backward_halves(const Pool& pool, const S* grad_y, S* grad_x, const Route& op, int64_t begin, int64_t end) {
   using C = Compute<S>;

@@ -1,5 +1,5 @@
-// Pooling of channels_last tensors, forward and backward: a vector holds neighbouring channels of one position, and
-// every tap is a load.
+// Pooling of channels_last tensors, forward and backward. A vector holds neighbouring channels of one position, and
+// every tap is one load.
 
 constexpr int kPoolVectors = 4;  // vectors of channels at a time
 
@@ -8,7 +8,7 @@ struct Constant {
   static constexpr int value = kValue;
 };
 
-// n accumulators that start alike.
+// n accumulators with the same initial value.
 template <class Accumulator, int n>
 struct Repeated;
 template <class Accumulator>
@@ -30,8 +30,8 @@ struct Repeated<Accumulator, 4> {
   explicit Repeated(First first) : of{Accumulator(first), Accumulator(first), Accumulator(first), Accumulator(first)} {}
 };
 
-// body(c, vectors, count) for all channels: kPoolVectors or half as many whole vectors from c on, or one of `count`
-// channels.
+// body(c, vectors, count) for all channels: kPoolVectors or half as many whole vectors from channel c on, or one vector
+// of `count` channels.
 template <int kSize, class Body>
 inline void for_channels(int64_t channels, Body body) {
   int64_t c = 0;
@@ -43,7 +43,7 @@ inline void for_channels(int64_t channels, Body body) {
   for (; c < channels; c += kSize) body(c, Constant<1>{}, static_cast<int>(smaller(channels - c, kSize)));
 }
 
-// body(position, tap) for every tap of a window that lies in the input.
+// body(position, tap) for every tap of a window inside the input.
 template <class Body>
 inline void for_taps(const Pool& pool, const PoolWindow& d, const PoolWindow& h, const PoolWindow& w, Body body) {
   for (int64_t i = d.begin; i < d.end; ++i)
@@ -54,8 +54,8 @@ inline void for_taps(const Pool& pool, const PoolWindow& d, const PoolWindow& h,
     }
 }
 
-// Sums of long windows are added up from those of pieces of their rows, so that errors stay small; a window over a
-// whole plane has a single row.
+// Sums of long windows are computed from sums of pieces of their rows, which keeps errors small. A window over a whole
+// plane has a single row.
 constexpr int64_t kPoolLongSum = 64, kPoolPiece = 32;
 
 template <class S, class Op>
@@ -94,7 +94,8 @@ void pool_window_last(const Pool& pool, const S* x, const Op& op, int64_t at, co
   });
 }
 
-// The same with plane positions of windows that have more taps than a byte counts: a maximum changes rarely.
+// The maximum with positions in the plane, for windows with more taps than a byte can count. New maxima are rare, so
+// they may be slow.
 template <class S>
 void max_far_last(const Pool& pool, const S* x, const MaxPool<S, int64_t>& op, int64_t at, const PoolWindow& d,
                   const PoolWindow& h, const PoolWindow& w) {
@@ -155,12 +156,12 @@ inline void store_vectors(const V (&values)[kVectors], S* to, int count) {
   }
 }
 
-// Windows that do not overlap: every window writes the elements within its stride.
+// Whether windows do not overlap. Each window then writes the elements of its stride.
 inline bool is_tiled(const PoolAxis& axis) {
   return !axis.ragged && axis.padding == 0 && axis.dilation == 1 && axis.kernel <= axis.stride;
 }
 
-// The window whose stride holds element i, and its tap; -1 where there is none.
+// The window whose stride contains element i, and the tap; window is -1 if there is none.
 struct PoolTile {
   int64_t window, tap;
 
@@ -174,7 +175,7 @@ void backward_last_tiled(const Pool& shape, const S* grad_y, S* grad_x, const Ro
   using V = Vec<Compute<S>>;
   for_units(team, shape.planes * shape.d.in * shape.h.in, 2 * shape.channels * shape.w.in,
             [&](int64_t begin, int64_t end) {
-              const Pool pool = shape;  // which no store into grad_x can change
+              const Pool pool = shape;  // a local copy, which stores to grad_x cannot alias
               PoolRow row(begin, pool.d.in, pool.h.in);
               for (int64_t i = begin; i < end; ++i, row.next(pool.d.in, pool.h.in)) {
                 S* to = grad_x + i * pool.w.in * pool.channels;
@@ -195,7 +196,7 @@ void backward_last_tiled(const Pool& shape, const S* grad_y, S* grad_x, const Ro
                     V values[kVectors];
                     for (int v = 0; v < kVectors; ++v) {
                       const int64_t at = from + c + v * V::size;
-                      V value = V::zero();  // and stored once: g++ 12 crashes on two stores here at -O1
+                      V value = V::zero();  // stored once for both cases: g++ 12 crashes on two stores here at -O1
                       if (send) {
                         const V g = kVectors > 1 ? V::load(grad_y + at) : V::load(grad_y + at, count);
                         value = Route::kAverages ? g * share : op.sent(name, g, at, kVectors > 1 ? V::size : count);
@@ -213,8 +214,8 @@ void backward_last_tiled(const Pool& shape, const S* grad_y, S* grad_x, const Ro
             });
 }
 
-// Any windows: a row of grad_x, as much of it as stays in L1, is cleared, receives what every window over it sends, and
-// is written.
+// For any windows: a part of a row of grad_x that stays in L1 is cleared, every window over it adds its gradient, and
+// the part is written.
 template <class S, class Route>
 void backward_last_rows(const Pool& shape, const S* grad_y, S* grad_x, const Route& op, const Team& team) {
   using C = Compute<S>;
@@ -222,7 +223,7 @@ void backward_last_rows(const Pool& shape, const S* grad_y, S* grad_x, const Rou
   constexpr int64_t kPoolLastColumns = kPoolBandBytes / static_cast<int64_t>(sizeof(C) * kPoolVectors * V::size);
   for_units(team, shape.planes * shape.d.in * shape.h.in, 2 * shape.channels * shape.w.in,
             [&](int64_t begin, int64_t end) {
-              const Pool pool = shape;  // which no store into grad_x can change
+              const Pool pool = shape;  // a local copy, which stores to grad_x cannot alias
               alignas(64) C buffer[kPoolBandBytes / sizeof(C)];
               PoolRow row(begin, pool.d.in, pool.h.in);
               PoolReach ds(pool.d, row.d), hs(pool.h, row.h);

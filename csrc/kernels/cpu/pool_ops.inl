@@ -1,4 +1,4 @@
-// What happens to the elements of a window, and to the result: a maximum, with or without where it was, or an average.
+// The operations on a window: its maximum, with or without indices, and its average.
 
 template <class C>
 constexpr C kMinusInfinity = -static_cast<C>(__builtin_inf());
@@ -13,7 +13,7 @@ inline Compute<S> value_at(const S* p) {
     return load_one(p);
 }
 
-// The first of equal maxima wins, a NaN wins over everything before it: (v > max) || isnan(v), as in PyTorch.
+// Takes an element if (v > max) || isnan(v), as in PyTorch: the first of equal maxima counts, and the last NaN.
 template <class C, bool kIndexed>
 struct Maximum {
   Vec<C> value = Vec<C>::set1(kMinusInfinity<C>);
@@ -43,8 +43,8 @@ struct Sum {
   void take(Vec<C> v, int64_t) { value = value + v; }
 };
 
-// Where a vector of results belongs: lane i is the window that starts at `position` + i * step of its plane, and
-// divides by `divisor`, times divisors[i] where there are such.
+// The place of a vector of results. Lane i is the window that starts at position + i * step of its plane; its divisor
+// is `divisor`, times divisors[i] if divisors is not null.
 template <class C>
 struct PoolPlace {
   int64_t position, step;
@@ -54,7 +54,7 @@ struct PoolPlace {
 
 struct NoIndices {};
 
-// I: uint8_t for window positions, int64_t for plane positions, NoIndices.
+// I, the type of indices: uint8_t (position in the window), int64_t (position in the plane) or NoIndices.
 template <class S, class I>
 struct MaxPool {
   using C = Compute<S>;
@@ -66,7 +66,7 @@ struct MaxPool {
 
   S* y;
   I* indices;
-  const TapOffsets* offsets;  // of plane positions where windows have up to 256 elements
+  const TapOffsets* offsets;  // for positions in the plane and windows of at most 256 elements
 
   int64_t divisor(const PoolAxis&, int64_t) const { return 1; }
   C whole_divisor(C divisor) const { return divisor; }
@@ -94,9 +94,9 @@ struct AvgPool {
 
   S* y;
   bool include_pad;
-  int64_t override;  // 0: none
+  int64_t override;  // divisor_override, or 0
 
-  // The axes' factors of the divisor, and what their product comes to.
+  // The factor of an axis in the divisor, and the divisor from the product of these factors.
   int64_t divisor(const PoolAxis& axis, int64_t p) const { return divisor_of(axis, p, include_pad); }
   C whole_divisor(C divisor) const { return override != 0 ? static_cast<C>(override) : divisor; }
   const C* lane_divisors(const C* divisors) const { return override != 0 ? nullptr : divisors; }
@@ -108,13 +108,13 @@ struct AvgPool {
   }
 };
 
-// The taps of the windows of one row of outputs: `depths` times `heights` rows of E, the first of them at p.
+// The taps of the windows of one row of outputs: depths * heights rows of elements, the first at p.
 template <class E>
 struct PoolRows {
   const E* p;
-  int64_t depth_step, row_step;  // elements between the rows of neighbouring taps
+  int64_t depth_step, row_step;  // elements between the rows of successive taps
   int64_t depths, heights;
-  int64_t tap, tap_depth, tap_row;  // the number of the first row's first tap, and the steps
+  int64_t tap, tap_depth, tap_row;  // the number of the first tap, and the difference to the next depth and row
   int64_t width, dilation, stride;
 
   PoolRows offset(int64_t elements) const {
@@ -124,8 +124,8 @@ struct PoolRows {
   }
 };
 
-// Elements p[0], p[stride], p[2 * stride] ... of `count` lanes; a whole vector reads no further than that either.
-// kStride: the stride where it is 1 or 2; else 0, and elements are gathered.
+// The elements p[0], p[stride], p[2 * stride] ... for `count` lanes. Nothing after the last of them is read, also for a
+// whole vector. kStride is the stride if that is 1 or 2; else it is 0 and elements are gathered.
 template <class C, int kStride, bool kPartial, class E>
 inline Vec<C> strided(const E* p, int64_t stride, int count) {
   constexpr int S = Vec<C>::size;
@@ -133,7 +133,7 @@ inline Vec<C> strided(const E* p, int64_t stride, int count) {
     if constexpr (same_type<E, C>)
       return gather(p, stride, count);
     else
-      return Vec<C>::zero();  // not reached: 16-bit elements are widened into a band first
+      return Vec<C>::zero();  // never called: 16-bit elements are first widened into a band
   } else if constexpr (kStride == 1) {
     return kPartial ? Vec<C>::load(p, count) : Vec<C>::load(p);
   } else {
@@ -146,9 +146,8 @@ inline Vec<C> strided(const E* p, int64_t stride, int count) {
   }
 }
 
-// Neighbouring windows of one row, one a lane. kWidth: the width of a window when it is known to the compiler, its
-// dilation is then 1; else 0. Not partial: the windows are followed by another one, so that every load of whole vectors
-// stays inside the row.
+// Neighbouring windows of one row, one per lane. kWidth is the width of a window with dilation 1, as a constant, or 0.
+// If not kPartial, another window follows these, so that loads of whole vectors stay inside the row.
 template <class Accumulator, class C, int kStride, int kWidth, bool kPartial, class E>
 inline void take_windows(Accumulator& result, const PoolRows<E>& rows, int count) {
   constexpr int S = Vec<C>::size;
@@ -173,7 +172,7 @@ inline void take_windows(Accumulator& result, const PoolRows<E>& rows, int count
   }
 }
 
-// One row of n windows. first_taps: where each window's first tap is not the row's, its number in the row; else null.
+// A row of n windows. first_taps has the first tap of each window, or is null if that is the same for all.
 template <class Op, int kStride, int kWidth, class E>
 void pool_row(const Op& op, const PoolRows<E>& rows, int64_t n, const uint8_t* first_taps, int64_t at,
               PoolPlace<typename Op::C> place) {

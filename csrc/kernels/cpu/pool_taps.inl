@@ -1,11 +1,11 @@
-// Window positions in bytes, one a lane: what a max pool remembers of where its maxima were.
+// Vectors of window positions (taps), one byte per lane. A max pool keeps the positions of its maxima in this form.
 //
-// Taps<C> goes with Vec<C>: set1(tap), load(p, count) and store(p, count) of `count` bytes, a sum, and
-// select(mask, a, b) with the Mask<C> of a comparison of values. equal(p, count, tap) compares what was stored: bytes,
-// or the int64 plane positions of PyTorch.
+// Taps<C> belongs to Vec<C>. It has set1(tap), load(p, count) and store(p, count) of `count` bytes, a sum, and
+// select(mask, a, b) with the Mask<C> of a comparison of values. equal(p, count, tap) compares stored indices: bytes,
+// or PyTorch's int64 positions in the plane.
 
-// gather(p, stride, count): the lanes p[0], p[stride] ... of `count` elements, zero in the others; stride is below
-// kGatherStride.
+// gather(p, stride, count): the elements p[0], p[stride] ... in the first `count` lanes, zero in the others. stride is
+// less than kGatherStride.
 
 constexpr int64_t kGatherStride = int64_t{1} << 26;
 
@@ -68,7 +68,7 @@ inline Mask<C> equal(const int64_t* p, int count, int64_t position) {
 
 template <>
 struct Taps<float> {
-  __m256i v;  // a byte in the low end of each lane
+  __m256i v;  // a byte at the low end of each lane
 
   static Taps set1(int tap) { return {_mm256_set1_epi32(tap)}; }
   static Taps load(const uint8_t* p, int count) {
@@ -171,7 +171,7 @@ inline Mask<C> equal_bytes(const uint8_t* p, int count, int64_t tap, Mask<C>) {
 
 #endif
 
-// Lanes from `count` on may compare equal; what is added there is zero or not stored.
+// Lanes from `count` on may compare equal. Callers add zero there, or do not store them.
 template <class C>
 inline Mask<C> equal(const uint8_t* p, int count, int64_t tap) {
   return equal_bytes(p, count, tap, Mask<C>{});

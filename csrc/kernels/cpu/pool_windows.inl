@@ -1,11 +1,11 @@
-// The geometry of pooling as the kernels walk it: one axis at a time.
+// The geometry of pooling, one axis at a time.
 
 struct PoolAxis {
   int64_t in, out, kernel, stride, padding, dilation;
-  bool ragged;  // adaptive windows of several sizes; kernel is then the largest that may occur
+  bool ragged;  // adaptive windows of several sizes; `kernel` is then an upper bound
 };
 
-// The taps [begin, end) of a window that lie in the input; tap t is at first + t * dilation.
+// A window. Taps [begin, end) are inside the input; tap t is element first + t * dilation.
 struct PoolWindow {
   int64_t first, begin, end;
 };
@@ -24,7 +24,7 @@ inline PoolWindow window_of(const PoolAxis& axis, int64_t p) {
   return window;
 }
 
-// The elements that an average divides by, along one axis.
+// The number of elements along one axis by which an average divides.
 inline int64_t divisor_of(const PoolAxis& axis, int64_t p, bool include_pad) {
   if (axis.ragged) return ceil_div((p + 1) * axis.in, axis.out) - p * axis.in / axis.out;
   const int64_t first = p * axis.stride - axis.padding;
@@ -32,7 +32,7 @@ inline int64_t divisor_of(const PoolAxis& axis, int64_t p, bool include_pad) {
   return smaller(first + axis.kernel, axis.in) - larger<int64_t>(first, 0);
 }
 
-// The outputs whose windows may reach into [low, high).
+// The outputs whose windows may contain an element of [low, high).
 struct PoolRange {
   int64_t begin, end;
 };
@@ -45,7 +45,7 @@ inline PoolRange outputs_of(const PoolAxis& axis, int64_t low, int64_t high) {
   return {begin <= 0 ? 0 : ceil_div(begin, axis.stride), larger<int64_t>(0, smaller(axis.out, end))};
 }
 
-// outputs_of one element after the other, without its divisions.
+// outputs_of for successive elements, without divisions.
 struct PoolReach {
   int64_t begin, end;
 
@@ -65,7 +65,7 @@ struct PoolReach {
   }
 };
 
-// window_of and divisor_of for all of an axis, which divide for every window, in a table where there is room for it.
+// window_of and divisor_of for a whole axis. They divide for every window, so the first kRoom results are in a table.
 struct PoolWindows {
   static constexpr int64_t kRoom = 128;
   const PoolAxis& axis;
@@ -83,8 +83,8 @@ struct PoolWindows {
   int64_t divisor(int64_t p) const { return p < kRoom ? divisors[p] : divisor_of(axis, p, include_pad); }
 };
 
-// What one call of a pool is: three axes over batch * channels planes (channels_first) or `batch` planes of `channels`
-// numbers a position (channels_last).
+// A pool: three axes, over batch * channels planes (channels_first), or over `batch` planes with `channels` numbers per
+// position (channels_last).
 struct Pool {
   PoolAxis d, h, w;
   int64_t planes, channels;
@@ -101,8 +101,8 @@ inline PoolAxis pool_axis(const PoolGeometry& g, int i) {
   return {g.in[i], g.out[i], box, box, 0, 1, g.in[i] % g.out[i] != 0};
 }
 
-// A window over whole rows is a window over the rows' elements: pooling to one number a plane becomes one long row.
-// Taps and positions count the same either way.
+// Whether windows cover whole rows. Then two axes become one: pooling a plane to one number is pooling one long row.
+// Taps and positions keep their numbers.
 inline bool merges(const PoolAxis& outer, const PoolAxis& inner) {
   return inner.out == 1 && inner.kernel == inner.in && inner.padding == 0 && inner.dilation == 1 && !outer.ragged &&
          outer.padding == 0 && outer.dilation == 1;
@@ -121,13 +121,13 @@ inline Pool make_pool(const PoolGeometry& g, Layout layout) {
   return pool;
 }
 
-// Whether a plane is one window, and after merging one row.
+// Whether a plane is a single window, and, after merging, a single row.
 inline bool is_whole(const Pool& pool) {
   return pool.d.in == 1 && pool.h.in == 1 && pool.w.out == 1 && pool.w.kernel == pool.w.in && pool.w.padding == 0 &&
          pool.w.dilation == 1 && pool.out_plane() == 1;
 }
 
-// Positions of a volume in order.
+// Iterates over the positions of volumes.
 struct PoolPosition {
   int64_t plane, d, h, w;
 
@@ -145,7 +145,7 @@ struct PoolPosition {
   }
 };
 
-// Rows of volumes in order.
+// Iterates over the rows of volumes.
 struct PoolRow {
   int64_t plane, d, h;
 
@@ -160,7 +160,7 @@ struct PoolRow {
   }
 };
 
-// Where tap t of a window lies behind the window's first element: a table for windows of up to 256 elements.
+// The distance of tap t from the first element of its window, as a table for windows of at most 256 elements.
 struct TapOffsets {
   int64_t at[256];
 
@@ -173,11 +173,11 @@ struct TapOffsets {
   }
 };
 
-// Work that a thread must have to be worth waking, in elements read and written. Smaller than a streaming loop's: an
-// element costs more here.
+// The least work per thread, in elements read and written. It is smaller than for a loop bound by memory, as an element
+// costs more here.
 constexpr int64_t kPoolGrain = 16384;
 
-// body(begin, end) over [0, units), each of `cost` elements, in one piece a thread.
+// body(begin, end) on each thread, for a part of [0, units). A unit has the work of `cost` elements.
 template <class Body>
 void for_units(const Team& team, int64_t units, int64_t cost, Body body) {
   if (units == 0) return;

@@ -1,4 +1,4 @@
-// The last include of every isa_<tier>.cpp: the tier's kernels as one constant table.
+// The tier's kernels as one constant table. bodies.inl includes this file last.
 constexpr KernelTable kernel_table(const char* isa) {
   return {isa,
           linear_forward_workspace,

@@ -1,33 +1,35 @@
-// One small vector type per instruction set. Included inside `namespace fastops::<isa>::{anonymous}` by isa_<isa>.cpp,
-// after the macros FASTOPS_VEC_SCALAR / FASTOPS_VEC_AVX2 / FASTOPS_VEC_AVX512 (and FASTOPS_HAS_AVX512_BF16) have
-// chosen one. Everything here has internal linkage, calls no inline std template and holds no static data.
+// A small vector type for each instruction set. isa_<isa>.cpp includes this file inside
+// `namespace fastops::<isa>::{anonymous}`, after it has defined FASTOPS_VEC_SCALAR, FASTOPS_VEC_AVX2 or
+// FASTOPS_VEC_AVX512 (and perhaps FASTOPS_HAS_AVX512_BF16). Everything here has internal linkage, calls no inline std
+// template and holds no static data.
 //
 // Vec<float> and Vec<double> hold `size` lanes:
-// - load(p), load(p, count): the second, 0 <= count <= size, fills the other lanes with zero and reads nothing beyond;
-// - store(p), store(p, count): likewise for writing;
+// - load(p), load(p, count): the second one, 0 <= count <= size, reads only `count` elements; other lanes are zero;
+// - store(p), store(p, count): the second one writes only `count` elements;
 // - set1(x), zero(), + - * / and unary -.
 //
-// Vec<float> also loads and stores bf16_t and f16_t: stores round to nearest even, overflow goes to infinity, NaN stays
-// NaN and denormals are kept (on every tier, whatever its instructions do).
+// Vec<float> also loads and stores bf16_t and f16_t. Stores round to nearest even; overflow gives infinity, NaN stays
+// NaN, denormals are kept. This holds on every tier, also where its instructions do otherwise.
 //
-// Lane by lane:
-// - fma(a, b, c) = a b + c, fnma(a, b, c) = c - a b: rounded once where the tier can, else twice;
-// - min(a, b), max(a, b): b where either is NaN, the x86 rule, so put the variable last;
+// Elementwise:
+// - fma(a, b, c) = a b + c, fnma(a, b, c) = c - a b: rounded once if the tier has such an instruction, else twice;
+// - min(a, b), max(a, b): b if either is NaN, as on x86, so the variable goes last;
 // - abs, sqrt, copysign(magnitude, sign);
 // - round: to an integer, halves to even, for |x| < 2^22 (2^51);
 // - power_of_two(n): 2^n, n integral, 2^n a normal number;
-// - scale(x, n) = x 2^n, n integral, |n| <= 250 (2000): rounds once, denormal results are right;
+// - scale(x, n) = x 2^n, n integral, |n| <= 250 (2000): rounds once, also to denormal results;
 // - exponent(x), mantissa(x): x = mantissa 2^exponent, 1 <= mantissa < 2, for x positive, finite and normal;
 // - quotient(a, b): a / b within 0.6 ulp, for 2^-100 < |b| < 2^100 (2^+-900);
-// - quotient_14_bits(a, b): a / b to at least 14 bits, Vec<float> alone;
-// - product_error(a, b, p) = p - a b exactly, where p = a b rounded;
-// - lt le gt ge eq (a, b): false on NaN; unordered(a, b): whether either is NaN; masks combine with & | !;
+// - quotient_14_bits(a, b): a / b to at least 14 bits, only Vec<float>;
+// - product_error(a, b, p) = p - a b, exactly, for p = a b rounded;
+// - lt le gt ge eq (a, b): false for NaN; unordered(a, b): whether either is NaN; masks combine with & | !;
 // - select(mask, a, b) = mask ? a : b;
-// - columns_of(x, shift): the bits of x shifted right; look_up(row, columns): row[columns mod kTableColumns], where a
-//   row of kTableColumns numbers is what the tier looks up fast;
+// - columns_of(x, shift): the bits of x shifted right; look_up(row, columns): row[columns mod kTableColumns], a table
+//   look-up in registers;
 // - add_shifted(x, n, shift): the bits of x plus the bits of n shifted left (not on the scalar tier).
 // reduce_add(x) is the sum of the lanes, always in the same order.
-// Mask<T>: bits() has lane i in bit i; from_bits(bits) is its inverse and ignores bits >= size.
+// Mask<T>: bits() has lane i in bit i; from_bits(bits) is the inverse and ignores bits >= size.
+// Limits in parentheses are those of Vec<double>.
 
 template <class T>
 struct Vec;
@@ -69,7 +71,7 @@ inline Mask<T> operator!(Mask<T> a) {
 
 inline __m512 widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
-// To nearest even by integer arithmetic: VCVTNEPS2BF16 treats denormals as zero.
+// Rounds to nearest even by integer arithmetic, as VCVTNEPS2BF16 flushes denormals to zero.
 inline __m256i narrow_bf16_any(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -178,14 +180,14 @@ inline VecF exponent(VecF x) { return {_mm512_getexp_ps(x.v)}; }
 inline VecD exponent(VecD x) { return {_mm512_getexp_pd(x.v)}; }
 inline VecF mantissa(VecF x) { return {_mm512_getmant_ps(x.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src)}; }
 inline VecD mantissa(VecD x) { return {_mm512_getmant_pd(x.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src)}; }
-// The estimate has 14 bits; the residual of the quotient corrects it, so that the last rounding decides.
+// The estimate of 1 / b has 14 bits. The residual a - b q corrects the quotient q, with one rounding at the end.
 inline VecF quotient(VecF a, VecF b) {
   const __m512 r = _mm512_rcp14_ps(b.v);
   const __m512 q = _mm512_mul_ps(a.v, r);
   return {_mm512_fmadd_ps(_mm512_fnmadd_ps(b.v, q, a.v), r, q)};
 }
 inline VecF quotient_14_bits(VecF a, VecF b) { return {_mm512_mul_ps(a.v, _mm512_rcp14_ps(b.v))}; }
-inline VecD quotient(VecD a, VecD b) {  // one Newton step first, to 28 bits
+inline VecD quotient(VecD a, VecD b) {  // first a Newton step, to 28 bits
   __m512d r = _mm512_rcp14_pd(b.v);
   r = _mm512_fmadd_pd(r, _mm512_fnmadd_pd(b.v, r, _mm512_set1_pd(1)), r);
   const __m512d q = _mm512_mul_pd(a.v, r);
@@ -287,7 +289,7 @@ inline __m256i first4(int count) {
   return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
 }
 
-// AVX2 masks no 16-bit access: a tail goes through 16 bytes of stack.
+// AVX2 has no masked 16-bit loads and stores, so a tail goes through the stack.
 inline __m128i load_first16(const void* p, int count) {
   uint16_t buffer[8] = {};
   __builtin_memcpy(buffer, p, 2 * static_cast<size_t>(count));
@@ -440,7 +442,7 @@ inline double reduce_add(VecD a) {
   return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
 }
 
-#else  // FASTOPS_VEC_SCALAR: the compiler's vector extensions, 16 bytes, which every 64-bit machine has
+#else  // FASTOPS_VEC_SCALAR: 16-byte vectors of the compiler's vector extensions
 
 typedef float float4 __attribute__((vector_size(16)));
 typedef double double2 __attribute__((vector_size(16)));
@@ -632,7 +634,7 @@ inline VecF copysign(VecF magnitude, VecF sign) {
 inline VecD copysign(VecD magnitude, VecD sign) {
   return {(double2)(((long2)magnitude.v & 0x7fffffffffffffff) | ((long2)sign.v & ~0x7fffffffffffffff))};
 }
-// Adding and taking away 1.5 2^23 (2^52) rounds to an integer.
+// Adding and subtracting 1.5 2^23 (2^52) rounds to an integer.
 inline VecF round(VecF a) { return {(a.v + 0x1.8p23f) - 0x1.8p23f}; }
 inline VecD round(VecD a) { return {(a.v + 0x1.8p52) - 0x1.8p52}; }
 
@@ -648,7 +650,7 @@ inline Vec<T> quotient(Vec<T> a, Vec<T> b) {
 }
 inline VecF quotient_14_bits(VecF a, VecF b) { return a / b; }
 
-// Dekker's product: halves of at most 12 (27) bits multiply exactly.
+// Dekker's product: each factor is split into two parts of at most 12 (27) bits, whose products are exact.
 inline VecF product_error(VecF a, VecF b, VecF p) {
   const float4 ah = (float4)((int4)a.v & ~0xfff), al = a.v - ah, bh = (float4)((int4)b.v & ~0xfff), bl = b.v - bh;
   return {((p.v - ah * bh) - ah * bl - al * bh) - al * bl};
@@ -681,7 +683,7 @@ inline Vec<T> product_error(Vec<T> a, Vec<T> b, Vec<T> p) {
 #endif
 
 #if !defined(FASTOPS_VEC_AVX512)
-// In two factors, as 2^n alone may not be a normal number; the first product is exact where the second is not.
+// Multiplies by two powers of two, as 2^n alone may not be a normal number. At most one of the two products rounds.
 template <class T>
 inline Vec<T> scale(Vec<T> x, Vec<T> n) {
   const Vec<T> half = round(n * Vec<T>::set1(T(0.5)));

@@ -14,7 +14,7 @@ Units units_of(int64_t rows, int64_t cols) {
   return {rows * per_row, per_row, cols, rows};
 }
 
-// A grid that fills the chip, or less where there is less to do.
+// Launches a grid that fills the chip, or a smaller one for less work.
 template <int n, class S, class Task>
 Status launch_units(const char* name, void (*kernel)(Task), const Task& task, const Units& units, Stream stream) {
   if (units.units == 0) return {};
@@ -52,7 +52,7 @@ template <class S>
 Status activation_backward_of(const ActivationBackward& args, Stream stream) {
   const bool masked = args.saved_kind == Saved::mask, nothing = args.saved_kind == Saved::nothing;
   int64_t rows = args.rows, cols = args.cols;
-  // The identity reads nothing that was saved; its kernel may look at grad_y instead.
+  // Nothing was saved for the identity. Its kernel gets grad_y as `saved` and ignores the value.
   const int64_t saved_stride = nothing ? args.grad_y_row_stride : args.saved_row_stride;
   if (args.grad_y_row_stride == cols && (masked ? cols % 8 == 0 : saved_stride == cols)) {
     cols *= rows;
@@ -117,7 +117,7 @@ Status prelu_forward_of(const PreluForward& args, Stream stream) {
   return launch_units<kVector<S>, S>("prelu_forward", prelu_forward_kernel<S>, task, task.units, stream);
 }
 
-// Elements, or rows, that go into one partial sum: enough that summing those again is little work. Unmeasured.
+// The elements, or rows, of one partial sum: enough that adding the partial sums is little work. Not measured.
 constexpr int64_t kPreluPiece = 16384;
 constexpr int64_t kPreluRows = 256;
 
@@ -126,7 +126,7 @@ struct PreluPieces {
 };
 template <class S>
 PreluPieces prelu_pieces(const PreluTask<S>& task) {
-  const int64_t units = task.outer * task.units.per_row;  // of a channel
+  const int64_t units = task.outer * task.units.per_row;  // per channel
   if (task.weight_per_column) return {quotient_up(task.outer, kPreluRows), kPreluRows};
   return {quotient_up(units, kPreluPiece / kVector<S>), kPreluPiece / kVector<S>};
 }

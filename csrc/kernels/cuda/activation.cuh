@@ -1,8 +1,8 @@
-// activation_forward, activation_backward, prelu_* and glu_*: one pass each, 16 bytes at a time.
+// activation_forward, activation_backward, prelu_* and glu_*, each in one pass, with 16-byte accesses.
 //
-// Elements lie in rows. A row is cut into units, which start on a vector where the rows do; a thread takes units a grid
-// apart, several of them before it computes, so that enough loads are under way. What a unit lacks at the end of its
-// row is neither read nor written. Indices have 64 bits.
+// Rows of elements are divided into units. If rows are aligned to vectors, so are units. The units of a thread are one
+// grid apart. A thread loads several units before it computes, so that enough loads are in flight. The last unit of a
+// row may be incomplete; elements past the end of the row are neither read nor written. Indices have 64 bits.
 #pragma once
 
 #include "formulas.cuh"
@@ -11,9 +11,9 @@ namespace fastops::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// Bytes of one operand that a thread asks for before it computes. Unmeasured.
+// Bytes of one operand that a thread loads before it computes. Not measured.
 constexpr int kBytesUnderWay = 64;
-// Blocks for each multiprocessor, at least as many as it has room for. Unmeasured.
+// Blocks per multiprocessor, at least as many as fit. Not measured.
 constexpr int kBlocksPerMultiprocessor = 8;
 
 struct Units {
@@ -21,17 +21,17 @@ struct Units {
   int64_t rows;
 };
 
-// Where a unit lies.
+// The place of a unit.
 struct Place {
   int64_t row, col;
-  int count;  // elements that it has
+  int count;  // its number of elements
 };
 
 template <int n>
 __device__ inline Place place_of(int64_t unit, const Units& units) {
   Place place{0, unit, n};
   if (units.rows > 1) {
-    // A division by 32-bit numbers costs a quarter of one by 64-bit ones.
+    // A 32-bit division costs a quarter of a 64-bit one.
     place.row = units.units <= UINT32_MAX ? static_cast<uint32_t>(unit) / static_cast<uint32_t>(units.per_row)
                                           : unit / units.per_row;
     place.col = unit - place.row * units.per_row;
@@ -42,7 +42,7 @@ __device__ inline Place place_of(int64_t unit, const Units& units) {
   return place;
 }
 
-// load(b, place) for several units, then compute(b, place) for the same, until all are done.
+// Calls load(b, place) for several units, then compute(b, place) for these, until all units are done.
 template <int n, int size>
 constexpr int kBatch = kBytesUnderWay > n* size ? kBytesUnderWay / (n * size) : 1;
 template <int n, int size, class Load, class Compute>
@@ -79,7 +79,7 @@ struct ForwardTask {
   Parameters<S> parameters;
 };
 
-// Elements in a unit: a vector, or as many as make whole bytes of a mask.
+// Elements per unit: a vector, or enough for whole bytes of a mask.
 template <class S>
 constexpr int kMaskUnit = 8 > kVector<S> ? 8 : kVector<S>;
 
@@ -121,7 +121,7 @@ struct BackwardTask {
   Parameters<S> parameters;
 };
 
-// From x or y.
+// The derivative is read from x or y.
 template <class Derivative, class S>
 __global__ void __launch_bounds__(kThreads) activation_backward_kernel(const BackwardTask<S, S> task) {
   constexpr int n = kVector<S>;
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) activation_backward_kernel(const Bac
       });
 }
 
-// From a mask.
+// The derivative is read from a mask.
 template <class Kind, class S>
 __global__ void __launch_bounds__(kThreads) activation_backward_mask_kernel(const BackwardTask<S, uint8_t> task) {
   constexpr int n = kMaskUnit<S>;
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kThreads) activation_backward_mask_kernel(cons
       });
 }
 
-// ---- PReLU: rows of one channel's elements, or where those are single elements, of one for each channel.
+// ---- PReLU: a row has the elements of one channel; if these are single elements, one element of every channel
 
 template <class S>
 struct PreluTask {
@@ -201,17 +201,17 @@ __global__ void __launch_bounds__(kThreads) prelu_forward_kernel(const PreluTask
       });
 }
 
-// partial sums of grad_w: [channels][pieces] where a row has one weight, else [pieces][channels].
+// The partial sums of grad_w are [channels][pieces] if a row has one weight, else [pieces][channels].
 template <class S>
 struct PreluBackwardTask {
   PreluTask<S> forward;  // y is not used
   const S* grad_y;
   S* grad_x;              // nullable
   Compute<S>* partial;    // nullable
-  int64_t pieces, piece;  // piece: units of a channel in one partial sum; with a weight for each column, rows
+  int64_t pieces, piece;  // piece: the units of a channel in one partial sum; with a weight per column, the rows
 };
 
-// Stores grad_x[at, at + count) and returns what it adds to grad_w.
+// Stores grad_x[at, at + count) and returns its contribution to grad_w.
 template <int n, class S>
 __device__ inline Compute<S> prelu_backward_unit(const PreluBackwardTask<S>& task, int64_t at, int count,
                                                  Vec<Compute<S>> w) {
@@ -231,7 +231,7 @@ __device__ inline Compute<S> prelu_backward_unit(const PreluBackwardTask<S>& tas
   return sum.v;
 }
 
-// A block for each channel and piece.
+// One block per channel and piece.
 template <class S>
 __global__ void __launch_bounds__(kThreads) prelu_backward_kernel(const PreluBackwardTask<S> task) {
   constexpr int n = kVector<S>;
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(kThreads) prelu_backward_kernel(const PreluBac
   if (threadIdx.x == 0) task.partial[blockIdx.x] = sum;
 }
 
-// A thread for each column, a block for kThreads of them in each piece.
+// One thread per column; a block has kThreads columns of a piece.
 template <class S>
 __global__ void __launch_bounds__(kThreads) prelu_backward_columns_kernel(const PreluBackwardTask<S> task) {
   using V = Vec<Compute<S>>;
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kThreads) prelu_backward_columns_kernel(const 
   if (task.partial != nullptr) task.partial[piece * forward.channels + channel] = sum.v;
 }
 
-// grad_w[c] from the partial sums at c * channel_stride + i * piece_stride; a warp for each channel.
+// grad_w[c] from the partial sums at c * channel_stride + i * piece_stride. One warp per channel.
 template <class S>
 __global__ void __launch_bounds__(kThreads)
     prelu_grad_weight_kernel(const Compute<S>* partial, int64_t channels, int64_t pieces, int64_t channel_stride,
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x % 32 == 0) to_storage(sum, grad_w + channel);
 }
 
-// ---- GLU: rows of `inner` elements, whose gates follow them.
+// ---- GLU: rows of `inner` elements, followed by their gates
 
 template <class S>
 struct GluTask {
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(kThreads) glu_backward_kernel(const GluTask<S>
 #pragma unroll
         for (int i = 0; i < n; ++i) {
           const V s = sigmoid<Compute<S>>(V::load(gate[b] + i)),
-                  grad = V::load(g[b] + i) * s;  // in full: 1 - s cancels
+                  grad = V::load(g[b] + i) * s;  // s is not rounded, as 1 - s cancels
           grad.store(grad_x + i);
           (grad * (V::set1(1) - s) * V::load(x[b] + i)).store(grad_gate + i);
         }

@@ -11,11 +11,11 @@ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 int64_t product_of(const int64_t (&sizes)[3]) { return sizes[0] * sizes[1] * sizes[2]; }
 
-// ---- which kernel
+// ---- the choice of the kernel
 
 enum class Algorithm { pointwise, depthwise, implicit };
 
-// pointwise: the product of a linear layer, on its kernels, where the image's pixels are rows of channels.
+// pointwise: pixels are rows of channels, so the convolution is the product of a linear layer and uses its kernels.
 Algorithm algorithm_of(const ConvGeometry& g, fastops::Layout layout) {
   if (g.groups > 1 && g.in_channels == g.groups) return Algorithm::depthwise;
   bool pointwise = g.groups == 1 && (layout == fastops::Layout::channels_last || product_of(g.in) == 1);
@@ -24,13 +24,13 @@ Algorithm algorithm_of(const ConvGeometry& g, fastops::Layout layout) {
   return pointwise ? Algorithm::pointwise : Algorithm::implicit;
 }
 
-// C is [m, n] for each of `slabs` phases and groups. registers: an operand goes through registers.
+// C is [m, n] for each of `slabs` phases and groups. registers: an operand is loaded through registers.
 struct Extents {
   int64_t m, n, k, slabs;
   bool registers, row_sums;
 };
-// Large tiles are compiled for what models spend their time on: asynchronous copies, and 16-bit numbers with channels
-// first, which are never neighbours.
+// Kernels with large tiles exist for the calls on which models spend their time: those with asynchronous copies, and
+// 16-bit numbers with channels first, which are never contiguous.
 constexpr bool has_large(DType dtype, fastops::Layout layout, bool registers) {
   if (dtype == DType::f64) return false;
   return !registers || (size_of(dtype) == 2 && layout == fastops::Layout::channels_first);
@@ -62,7 +62,7 @@ ConvShape shape_of(const ConvGeometry& g, bool gradient) {
   return shape;
 }
 
-// The strides of a dense image; of filters too, whose taps are its pixels.
+// The strides of a dense image, or of filters, whose pixels are their taps.
 struct Dense {
   int64_t image_stride, stride[3], channel_stride;
 };
@@ -72,7 +72,7 @@ Dense dense(fastops::Layout layout, int64_t channels, const int64_t (&size)[3]) 
   return {channels * pixels, {size[1] * size[2] * pixel, size[2] * pixel, pixel}, last ? 1 : pixels};
 }
 
-// An image of `channels` channels, in groups.
+// An image with `channels` channels in groups, as an operand.
 template <class S>
 ConvOperand<S> image_of(const void* data, const void* saved, fastops::Layout layout, int64_t channels, int64_t groups,
                         const int64_t (&size)[3]) {
@@ -87,8 +87,8 @@ ConvOperand<S> image_of(const void* data, const void* saved, fastops::Layout lay
           Path::elements};
 }
 
-// Whether channels of this operand can be fetched by vectors: contiguous, aligned, and in the rows of a tile, which in
-// products of 32 and 64-bit numbers only the weight's gradient has.
+// Whether channels of this operand can be loaded as vectors: they must be contiguous, aligned, and in the rows of a
+// tile. For 32-bit and 64-bit numbers, only the weight gradient has channels in rows.
 template <class S>
 bool in_vectors(const ConvOperand<S>& operand, bool weight) {
   bool aligned = (weight || sizeof(S) == 2) && operand.channel_stride == 1 &&
@@ -132,7 +132,7 @@ Status run_product(const KernelName& name, const ConvTask<typename Multiplier::S
     if (!registers) return launch_product<Multiplier, product, last, Loads::async>(name, task, stream);
   if constexpr (is_double || first16 || !large)
     return launch_product<Multiplier, product, last, Loads::folded>(name, task, stream);
-  return {};  // has_large
+  return {};  // has_large excludes this
 }
 
 template <ConvProduct product, bool last, bool large>
@@ -191,8 +191,8 @@ Status run(DType dtype, fastops::Layout layout, bool tf32, const ConvTask<S>& ta
 
 // ---- output, and gradient of the input: one product over different geometries
 
-// What ConvForward and ConvBackwardInput have in common: result = h(sum over taps and channels of from, times f', and
-// w)
+// The common form of ConvForward and ConvBackwardInput: result = h(sum over taps and channels of (from * f') * w +
+// bias).
 struct Gathered {
   DType dtype;
   fastops::Layout layout, w_layout;
@@ -225,7 +225,7 @@ Gathered gathered(const ConvBackwardInput& a) {
 
 int phase_count(const ConvShape& shape) { return phases_of(shape, 0) * phases_of(shape, 1) * phases_of(shape, 2); }
 
-// Whether the filters are put in the order in which the product reads them: [result channel][tap][channel].
+// Whether the filters are first copied to the order of the product: [result channel][tap][channel].
 bool reorders_filters(const Gathered& a) {
   return a.gradient || (a.w_layout == fastops::Layout::channels_first && product_of(a.g.kernel) > 1);
 }
@@ -260,7 +260,7 @@ template <class S>
 ConvOperand<S> image_operand(const Gathered& a) {
   return image_of<S>(a.from, a.saved, a.layout, a.from_channels(), a.g.groups, a.from_size());
 }
-// w: the filters in the product's order.
+// w: the filters in the order of the product.
 template <class S>
 ConvOperand<S> filters_operand(const Gathered& a, const void* w) {
   const int64_t channels = a.from_channels() / a.g.groups;
@@ -269,7 +269,7 @@ ConvOperand<S> filters_operand(const Gathered& a, const void* w) {
   return filters;
 }
 
-// m, n and k of the largest phase.
+// The sizes of the largest phase.
 Extents extents_of(const Gathered& a) {
   const ConvShape shape = shape_of(a.g, a.gradient);
   int64_t positions = a.g.batch, taps = 1;
@@ -381,7 +381,7 @@ LinearForward as_linear(const ConvForward& a) {
   return linear;
 }
 
-// Without an activation to differentiate it is a forward product, with bias and epilogue.
+// Without an activation to differentiate, it is a forward product with bias and epilogue.
 LinearForward as_linear(const ConvBackwardInput& a) {
   const ConvGeometry& g = a.geometry;
   LinearForward linear{};
@@ -436,7 +436,7 @@ template <class S>
 ConvOperand<S> gradient_operand(const ConvBackwardWeight& a) {
   return image_of<S>(a.grad_y, a.saved, a.layout, a.geometry.out_channels, a.geometry.groups, a.geometry.out);
 }
-// Without a weight's gradient nothing is read of x.
+// If grad_w is not wanted, x is not read.
 template <class S>
 ConvOperand<S> input_operand(const ConvBackwardWeight& a) {
   const void* const x = a.grad_w != nullptr ? a.x : a.grad_y;
@@ -472,7 +472,8 @@ Status run_weight(const ConvBackwardWeight& a, void* workspace, Stream stream) {
   return run<ConvProduct::weight>(a.dtype, a.layout, a.allow_tf32, task, extents_of(a), workspace, stream);
 }
 
-// Positions that a thread of depthwise_weight_kernel sums at least, and parts of them at most. Unmeasured.
+// The least number of positions that a thread of depthwise_weight_kernel adds, and the most parts of the positions. Not
+// measured.
 constexpr int64_t kPositionsPerThread = 16, kMostDepthwiseSplits = 64;
 
 template <class S>

@@ -1,13 +1,13 @@
-// Convolutions as matrix products on gemm.cuh's loop, without a matrix of patches in memory: a loader finds each
-// element of a tile in the image where it lies, zero where the window reaches over the edge.
+// Convolutions as matrix products, by the loop of gemm.cuh, without a matrix of patches in memory. A loader reads each
+// element of a tile from the image in place; elements outside the image are zero.
 //
 //   output   C[p, n] = sum over taps t and channels c of image[b, c, p step + origin + t tap_step] filter[n, t, c]
 //   weight   C[k, (t, c)] = sum over positions p of g[b, k, p] image[b, c, p step + origin + t tap_step]
 //
-// The forward pass is the first. So is the input's gradient, whose positions fall into phases: those of one remainder
-// by the stride meet the same taps, which lie a fixed distance apart in the gradient that is read. No product is spent
-// on taps that meet nothing. Channels are the innermost of k (of n, for the weight's), so that a vector of them lies in
-// one tap. With channels first the product of output is transposed, so that rows of C are contiguous in memory.
+// The forward pass is the first product. So is the gradient of the input, for each phase: the positions with the same
+// remainder by the stride read the same taps, which are a fixed distance apart in grad_y. Taps that a phase does not
+// read cost nothing. Channels are innermost in k (in n for the weight gradient), so a vector of channels belongs to one
+// tap. For channels first, the output product is transposed, so that rows of C are contiguous in memory.
 #pragma once
 
 #include "../conv.h"
@@ -16,7 +16,8 @@
 namespace fastops::cuda {
 namespace {
 
-// n / d for 0 <= n < 2^31 without a division, which takes a GPU some twenty instructions (Granlund and Montgomery).
+// n / d for 0 <= n < 2^31 by a multiplication (Granlund and Montgomery). A division takes a GPU some twenty
+// instructions.
 struct Divisor {
   uint32_t divisor, multiplier, shift;
 
@@ -34,7 +35,7 @@ __host__ __device__ inline Divisor divisor_of(int d) {
   return {static_cast<uint32_t>(d), static_cast<uint32_t>(multiplier), shift};
 }
 
-// n / d for numbers that are not negative and seldom need 64 bits.
+// n / d for non-negative numbers that rarely need 64 bits.
 __host__ __device__ inline int64_t short_quotient(int64_t n, int64_t d) {
   if ((n | d) >> 32 == 0) return static_cast<uint32_t>(n) / static_cast<uint32_t>(d);
   return n / d;
@@ -42,20 +43,20 @@ __host__ __device__ inline int64_t short_quotient(int64_t n, int64_t d) {
 
 // ---- geometry
 
-// ConvGeometry's axes in ints (fits_int); gradient: the output is the gradient of the input.
+// The axes of a ConvGeometry in int (fits_int). gradient: the result is the gradient of the input.
 struct ConvShape {
   int in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
   bool gradient;
 };
 
-// The phases of an axis.
+// The number of phases of an axis.
 __host__ __device__ inline int phases_of(const ConvShape& s, int i) {
   if (!s.gradient) return 1;
   return s.stride[i] < s.in[i] ? s.stride[i] : s.in[i];
 }
 
-// One axis of a phase. Position j is that of the output at first + j jump. Its tap t is the filter's element
-// tap_first + t tap_jump, and reads at j step + origin + t tap_step, which may lie outside of [0, size).
+// One axis of a phase. Position j is the element first + j jump of the result. Its tap t is tap_first + t tap_jump of
+// the filter, and reads element j step + origin + t tap_step, which may be outside [0, size).
 struct ConvAxis {
   int positions, first, jump;
   int taps, tap_first, tap_jump;
@@ -64,12 +65,12 @@ struct ConvAxis {
 __host__ __device__ inline ConvAxis axis_of(const ConvShape& s, int i, int phase) {
   const int stride = s.stride[i], dilation = s.dilation[i], kernel = s.kernel[i];
   if (!s.gradient) return {s.out[i], 0, 1, kernel, 0, 1, stride, -s.padding[i], dilation, s.in[i]};
-  // The taps r that meet an output: phase + padding - r dilation is a multiple of the stride.
+  // The taps r of this phase: phase + padding - r dilation is a multiple of the stride.
   const auto next = [&](int r) {
     while (r < kernel && (phase + s.padding[i] - r * dilation) % stride != 0) ++r;
     return r;
   };
-  const int tap = next(0), jump = next(tap + 1) - tap;  // past the last one where there is only one
+  const int tap = next(0), jump = next(tap + 1) - tap;  // past the end if there is only one tap
   const int taps = tap < kernel ? (kernel - 1 - tap) / jump + 1 : 0;
   return {(s.in[i] - phase + stride - 1) / stride,
           phase,
@@ -83,7 +84,7 @@ __host__ __device__ inline ConvAxis axis_of(const ConvShape& s, int i, int phase
           s.out[i]};
 }
 
-// The axes of a block's phase, in shared memory, with what it takes to divide by their sizes.
+// The axes of a block's phase, in shared memory, with divisors for their sizes.
 struct ConvWindow {
   ConvAxis axis[3];
   Divisor positions[3], taps[3];
@@ -94,7 +95,7 @@ struct ConvWindow {
   __device__ int tap_count() const { return axis[0].taps * axis[1].taps * axis[2].taps; }
 };
 
-// By three threads of the block, for all.
+// Fills the window, by three threads of the block.
 __device__ inline void open_window(ConvWindow* window, const ConvShape& shape, int phase) {
   if (threadIdx.x < 3) {
     const int i = static_cast<int>(threadIdx.x);
@@ -107,7 +108,7 @@ __device__ inline void open_window(ConvWindow* window, const ConvShape& shape, i
   __syncthreads();
 }
 
-// A position: its image and its place along each axis.
+// A position: an image, and a coordinate along each axis.
 struct ConvPosition {
   int64_t image;
   int at[3];
@@ -133,7 +134,7 @@ __device__ inline void advance(ConvPosition& p, const ConvWindow& w, int distanc
   p.image += distance;
 }
 
-// A tap and a channel: an index into (taps, channels).
+// A tap and a channel, from an index into (taps, channels).
 struct ConvTap {
   int channel, at[3];
 };
@@ -151,34 +152,34 @@ __device__ inline void advance(ConvTap& t, const ConvWindow& w, Divisor channels
 
 // ---- operands
 
-// What a loader reads: patches of an image (positions x (taps, channels)), the filters (filters x (taps, channels)), or
-// an image itself (positions x channels).
+// The operands of a loader: patches of an image (positions x (taps, channels)), filters (filters x (taps, channels)),
+// or pixels of an image (positions x channels).
 enum class ConvRole : int { patches, filters, pixels };
 
-// Element (b, at, c) of group g at data + g group_stride + b image_stride + sum at stride + c channel_stride; a filter
-// is an image, and its taps are its pixels.
+// Element (b, at, c) of group g is at data + g group_stride + b image_stride + sum at stride + c channel_stride. A
+// filter is an image whose pixels are its taps.
 template <class S>
 struct ConvOperand {
   const S* data;
-  const S* saved;  // from which the derivative follows that multiplies an incoming gradient, laid out like data
+  const S* saved;  // y of the activation, for an operand that is an incoming gradient; in the layout of data
   int64_t group_stride, image_stride, stride[3], channel_stride;
-  Divisor channels;  // of a group
+  Divisor channels;  // per group
   Path path;
 };
 
-// f' of a fused activation, from y.
+// f' of a fused activation, computed from y.
 template <class S>
 struct Slope {
   ActivationKind kind;
   Parameters<S> parameters;
 };
 
-// gemm.cuh's Loader for an operand of a convolution. kLast: channels are contiguous, otherwise positions are; that is
-// what the threads of a warp step along. kKIsPosition: the sum is over positions.
+// The Loader (gemm.cuh) for an operand of a convolution. kLast: channels are contiguous, else positions are; the
+// threads of a warp step in that direction. kKIsPosition: the sum is over positions.
 //
-// Of one thread's elements either all are of the same tap and channels and the positions differ (kLast), or the other
-// way round. 16-bit numbers go in units of eight channels, others one by one, and where a vector of channels is
-// contiguous on both sides (Path::vectors), by vectors.
+// The elements of a thread all have the same tap and channels and different positions (kLast), or the reverse. 16-bit
+// numbers are loaded in units of eight channels, others one by one. If channels are contiguous in both memories
+// (Path::vectors), they are loaded as vectors.
 template <class TileLayout, int threads, Loads loads, ConvRole role, bool kLast, bool kKIsPosition>
 struct ConvLoader {
   using S = typename TileLayout::S;
@@ -194,12 +195,12 @@ struct ConvLoader {
   static_assert(kVectors * kWidth * threads == kRows * kCols && threads % kRows == 0);
   static_assert(threads % (kCols / kWidth) == 0 && (kUnit > 1 || threads % kCols == 0));
 
-  // Where a position's first tap is: an address, which is used where the tap lies inside, and the coordinates.
+  // The first tap of a position: its address, which is only used if the tap is inside the image, and its coordinates.
   struct Place {
     const S* data;
     int at[3];
   };
-  // How far a tap and channel are from it.
+  // The distance of a tap and channel from that first tap.
   struct Reach {
     int64_t offset;
     int at[3];
@@ -208,13 +209,13 @@ struct ConvLoader {
   const ConvOperand<S>& operand;
   const ConvWindow& window;
   const Slope<S>* slope;
-  const S* group;  // where the group's data begins
+  const S* group;  // the first element of the group
   int row, col, row_step, col_step;
   int mn_left;
   int64_t k_left;
   ConvTap tap;            // of this thread's first unit
-  ConvPosition position;  // where kKIsPosition: likewise
-  Place places[kPlaces];  // elsewhere
+  ConvPosition position;  // of this thread's first unit, if kKIsPosition
+  Place places[kPlaces];  // otherwise
   alignas(16) S held[kRegisters ? kUnits : 1][kUnit];
   alignas(16) S held_saved[kFolded ? kUnits : 1][kUnit];
 
@@ -267,7 +268,7 @@ struct ConvLoader {
       if constexpr (kHasVectors) {
         const bool exists = first_channel() < (kKIsPosition ? mn_left : depth);
         const Reach reach = reach_of(tap);
-#pragma unroll(kKIsPosition ? 1 : kVectors)  // finding a position takes registers
+#pragma unroll(kKIsPosition ? 1 : kVectors)  // finding a position needs registers
         for (int u = 0; u < kVectors; ++u) {
           const Place place = place_at(u, depth);
           const bool inside = exists && contains(place, reach);
@@ -332,7 +333,7 @@ struct ConvLoader {
     else
       advance(t, window, operand.channels, distance);
   }
-  // Elements from tap to tap along an axis.
+  // Elements between successive taps along an axis.
   __device__ int reach_step(int i) const {
     return role == ConvRole::patches ? window.axis[i].tap_step : window.axis[i].tap_jump;
   }
@@ -346,7 +347,7 @@ struct ConvLoader {
       }
     return reach;
   }
-  // To the next channel, or the first of the next tap.
+  // Moves on to the next channel, or to the first channel of the next tap.
   __device__ void step(ConvTap& t, Reach& reach) const {
     ++t.channel;
     reach.offset += operand.channel_stride;
@@ -368,7 +369,7 @@ struct ConvLoader {
       place.data += at * operand.stride[i];
       place.at[i] = at;
     }
-    if (!exists) place.at[0] = INT32_MIN / 2;  // outside, whatever the tap
+    if (!exists) place.at[0] = INT32_MIN / 2;  // outside for every tap
     return place;
   }
   __device__ Place place_at(int u, int depth) const {
@@ -390,7 +391,7 @@ struct ConvLoader {
     return inside;
   }
 
-  // body(unit, element of it, whether there is one, where it is)
+  // body(unit, element of the unit, whether it exists, its address)
   template <class Body>
   __device__ void for_elements(int depth, Body body) const {
     const int channels = (kKIsPosition ? mn_left : depth) - first_channel();
@@ -427,9 +428,9 @@ struct ConvLoader {
   }
 };
 
-// ---- what becomes of C
+// ---- the epilogue
 
-// Where the elements of the result lie, as those of an operand do; with z, bias and activation of an output.
+// The result, with strides like those of an operand, and the z, bias and activation of an output.
 template <class S>
 struct ConvTarget {
   int64_t group_stride, image_stride, stride[3], channel_stride;
@@ -438,11 +439,11 @@ struct ConvTarget {
   Parameters<S> parameters;
   S* y;
   S* z;        // nullable
-  bool pairs;  // y and z are aligned for two elements where their index is even
+  bool pairs;  // y and z are aligned to pairs of elements
 };
 
-// Two neighbours of C at two places of y, the second negative where there is none; channel and second_channel are those
-// of their biases.
+// Stores two neighbours of C to two places of y; a negative second place means that there is none. channel and
+// second_channel are the channels of their biases.
 template <class S>
 __device__ inline void finish(const ConvTarget<S>& target, int64_t at, int64_t second_at, int64_t channel,
                               int64_t second_channel, Pair<Compute<S>> value) {
@@ -464,8 +465,8 @@ __device__ inline void finish(const ConvTarget<S>& target, int64_t at, int64_t s
 
 enum class ConvProduct : int { output, weight };
 
-// C is [m, n] for every phase and group. Where k is split, partial has the sums of every part,
-// [splits][phases][groups][m][n rounded up to even], and after them those of A's rows, [splits][groups][m].
+// C is [m, n] for every phase and group. If k is split, `partial` has the sums of every part,
+// [splits][phases][groups][m][n rounded up to even], followed by the row sums of A, [splits][groups][m].
 template <class S>
 struct ConvTask {
   ConvShape shape;
@@ -475,13 +476,13 @@ struct ConvTask {
   ConvOperand<S> a, b;
   Slope<S> slope;  // of the operand that is an incoming gradient
   ConvTarget<S> target;
-  S* row_sums;  // nullable: [groups][m], the sums of A's rows
+  S* row_sums;  // nullable: [groups][m], the sums of the rows of A
   Compute<S>* partial;
   int tiles_m, tiles_n, splits;
   int64_t k_per_split;
 };
 
-// What of a phase's product is asked of the geometry.
+// The sizes of the product of a phase.
 template <ConvProduct product, bool kLast, class S>
 struct ConvExtents {
   static constexpr bool kWeight = product == ConvProduct::weight;
@@ -498,7 +499,7 @@ struct ConvExtents {
   }
 };
 
-// Where row `index` of C lies in y (row_of) and by how much column `index` is further (column_of).
+// The offset in y of row `index` of C (row_of), and the further offset of column `index` (column_of).
 template <class S>
 __device__ inline int64_t position_offset(const ConvTarget<S>& target, const ConvWindow& window, int64_t index) {
   const ConvPosition p = position_at(window, index);
@@ -531,7 +532,7 @@ __device__ inline int64_t column_of(const ConvTask<S>& task, const ConvWindow& w
   return position_offset(task.target, window, index);
 }
 
-// Shared memory: gemm.cuh's, in which the offsets of rows and columns follow the tile of C, and the window.
+// Shared memory: that of gemm.cuh, where the offsets of rows and columns follow the tile of C, and the window.
 template <class Multiplier>
 struct ConvShared {
   using C = typename Multiplier::C;
@@ -541,7 +542,7 @@ struct ConvShared {
   static constexpr size_t kBytes = kWindow + sizeof(ConvWindow);
 };
 
-// As kBlocksAtOnce; what goes through registers has none to spare.
+// kBlocksAtOnce for convolutions. Kernels that load through registers have none to spare.
 template <class S, Loads loads>
 constexpr int kConvBlocksAtOnce = loads == Loads::async ? kBlocksAtOnce<S> : 1;
 
@@ -554,7 +555,7 @@ __global__ void __launch_bounds__(Multiplier::kThreads, kConvBlocksAtOnce<typena
   constexpr int threads = Multiplier::kThreads, tile_m = Multiplier::kTileM, tile_n = Multiplier::kTileN;
   constexpr int tile_row = Stages<Multiplier>::kRow;
 
-  // Blocks that follow each other share positions, which are more than filters.
+  // Successive blocks share positions, which are more than filters.
   int block = static_cast<int>(blockIdx.x);
   const auto take = [&](int count) {
     const int rest = block / count, value = block - rest * count;
@@ -635,8 +636,8 @@ __global__ void __launch_bounds__(Multiplier::kThreads, kConvBlocksAtOnce<typena
   }
 }
 
-// Sums the parts in their order and ends like conv_kernel: blocks for every phase and group, a thread for every pair of
-// C, then one for every sum of a row.
+// Adds the parts in order, with the epilogue of conv_kernel. There are blocks for every phase and group, with one
+// thread per pair of elements of C, then one per row sum.
 template <class S, ConvProduct product, bool kLast>
 __global__ void __launch_bounds__(kReduceThreads, 4) conv_reduce_kernel(const __grid_constant__ ConvTask<S> task) {
   using C = Compute<S>;
@@ -675,14 +676,14 @@ __global__ void __launch_bounds__(kReduceThreads, 4) conv_reduce_kernel(const __
     finish(task.target, at, second, group * task.m + m, group * task.m + m, value);
 }
 
-// ---- filters with channels innermost, as the products read them
+// ---- copying filters to the order of the products, with channels innermost
 
-// to[group][n][tap][c] for the n and the channels c of a group: from element (n, tap, c) by these strides.
+// to[group][n][tap][c], for the n and the channels c of a group. Element (n, tap, c) of the source has these strides.
 template <class S>
 struct FiltersTask {
   const S* from;
   S* to;
-  int64_t count, rows, taps, channels;  // rows: the n of a group
+  int64_t count, rows, taps, channels;  // rows: the n per group
   int64_t group_stride, row_stride, tap_stride, channel_stride;
 };
 

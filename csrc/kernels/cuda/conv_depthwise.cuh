@@ -1,5 +1,5 @@
-// Convolutions whose groups have one input channel: no matrix to multiply, so a thread forms an element of the output,
-// or of the input's gradient, by itself. The weight's gradient is summed in two steps, in an order of its own.
+// Convolutions whose groups have one input channel. There is no matrix product; one thread computes one element of the
+// output, or of the gradient of the input. The weight gradient is summed in two steps, in a fixed order.
 #pragma once
 
 #include "conv.cuh"
@@ -7,7 +7,7 @@
 namespace fastops::cuda {
 namespace {
 
-// A dense image in either layout: element (b, c, at) by these strides.
+// The strides of a dense image in either layout, for element (b, c, at).
 template <class S>
 struct DepthwiseImage {
   const S* data;
@@ -29,15 +29,16 @@ __device__ inline Compute<S> sloped(const Slope<S>& slope, S value, const S* sav
 
 // ---- output, and gradient of the input
 
-// The result has `channels` channels; of what is read there are per_result for one of them (gradient: the multiplier),
-// or one for results_per (output: the multiplier). A filter belongs to a channel of the convolution's output.
+// The result has `channels` channels. A channel of the output reads one input channel, which `multiplier` output
+// channels share; a channel of the input's gradient reads these `multiplier` output channels. There is one filter per
+// output channel.
 template <class S>
 struct DepthwiseTask {
   ConvShape shape;
   int64_t count, channels, multiplier;
   bool channels_last;
   DepthwiseImage<S> from;
-  const S* saved;  // of an incoming gradient
+  const S* saved;  // y of the activation, if an incoming gradient is read
   Slope<S> slope;
   const S* w;  // [output channels][taps]
   const S* bias;
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4)
   int64_t channel = 0;
   if (task.channels_last) channel = take(task.channels);
   ConvAxis axis[3];
-  int begin[3];  // what the first tap reads
+  int begin[3];  // the element that the first tap reads
 #pragma unroll
   for (int i = 2; i >= 0; --i) {
     const int at = static_cast<int>(take(s.gradient ? s.in[i] : s.out[i])), phases = phases_of(s, i);
@@ -108,16 +109,16 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4)
 
 // ---- gradients of weight and bias
 
-// Taps that a thread sums at once; a block for every so many of them reads the images again.
+// Taps per thread. There are blocks for every so many taps, each of which reads the images.
 constexpr int kDepthwiseTaps = 9;
 
-// partial: [splits][output channels][taps, then the bias's].
+// partial: [splits][output channels][taps, then the bias].
 template <class S>
 struct DepthwiseWeightTask {
   ConvShape shape;
   int64_t positions, positions_per_split;  // of the batch
-  int channels, multiplier;                // of the output
-  int lanes;                               // channels that a block sums, 1 or 32: those that are contiguous
+  int channels, multiplier;                // output channels, and output channels per input channel
+  int lanes;                               // contiguous channels per block, 1 or 32
   int channel_blocks, tap_blocks, splits;
   DepthwiseImage<S> g, x;
   const S* saved;

@@ -1,5 +1,5 @@
-// The formulas that the CPU's kernels have too, for a CUDA thread: math.inl and activation_math.inl over lane.cuh. What
-// includes this has them in `fastops::cuda`, with internal linkage.
+// The formulas that CPU and CUDA kernels share: math.inl and activation_math.inl over lane.cuh, in the namespace
+// `fastops::cuda` with internal linkage.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +12,7 @@
 #define FASTOPS_FN __device__ inline
 #define FASTOPS_HOST_FN __host__ __device__ inline
 #define FASTOPS_TABLE __device__ const
-#define FASTOPS_VEC_SCALAR  // of a formula's variants, the one without small tables in registers
+#define FASTOPS_VEC_SCALAR  // selects the variants of the formulas without small tables in registers
 
 namespace fastops::cuda {
 namespace {
@@ -39,7 +39,7 @@ auto with_dtype(DType dtype, Body&& body) {
   return body(float{});
 }
 
-// Elements in 16 bytes, the most that a thread reads or writes at once.
+// Elements in 16 bytes, the largest access of a thread.
 template <class S>
 constexpr int kVector = 16 / sizeof(S);
 
@@ -48,7 +48,7 @@ bool vector_aligned(const S* p, int64_t row_stride) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && row_stride % kVector<S> == 0;
 }
 
-// n elements from `from`, of which `count` exist; the others are zero. vectors: from is 16-byte aligned.
+// Loads n elements. Only the first `count` are read; the others are zero. vectors: `from` is 16-byte aligned.
 template <int n, class S>
 __device__ inline void load_unit(S (&to)[n], const S* from, int count, bool vectors) {
   static_assert(n % kVector<S> == 0);
@@ -76,7 +76,7 @@ __device__ inline void store_unit(S* to, const S (&from)[n], int count, bool vec
     if (i < count) to[i] = from[i];
 }
 
-// The warp's sum of every lane's value, in all of them; in an order of its own.
+// The sum over the lanes of a warp, in every lane. Its order is fixed.
 template <class C>
 __device__ inline C warp_sum(C value) {
 #pragma unroll
@@ -84,8 +84,8 @@ __device__ inline C warp_sum(C value) {
   return value;
 }
 
-// The block's, in thread 0, in an order that depends on the number of threads alone. shared has room for one number a
-// warp.
+// The sum over a block, in thread 0. Its order depends only on the number of threads. shared has room for one number
+// per warp.
 template <int threads, class C>
 __device__ inline C block_sum(C value, C* shared) {
   value = warp_sum(value);

@@ -1,9 +1,9 @@
-// The matrix product that every layer runs on: C[m, n] = sum over k of A[m, k] B[n, k], a tile of C a block.
+// The matrix product of all layers: C[m, n] = sum over k of A[m, k] B[n, k]. A block computes one tile of C.
 //
-// A Layout says how a tile of an operand lies in shared memory, a Loader brings it there, a Multiplier is how a block
-// multiplies two tiles and keeps their sum in registers, and multiply_tiles is the loop around them: while one tile is
-// multiplied the next kStages - 1 are on their way. An operand that is no matrix (a convolution's patches) needs a
-// Loader of its own and nothing else.
+// A Layout is the layout of an operand's tile in shared memory. A Loader copies the tile there. A Multiplier multiplies
+// two tiles and keeps the sum in registers. multiply_tiles is the loop around them: while one tile is multiplied, the
+// next kStages - 1 are being loaded. An operand that is not a matrix, like the patches of a convolution, only needs its
+// own Loader.
 #pragma once
 
 #include "formulas.cuh"
@@ -13,8 +13,8 @@ namespace {
 
 // ---- tiles in shared memory
 
-// extent (of m or n) x depth (of k) elements, rows of depth where kKMajor, else of extent. A row is padded, so that
-// what a warp reads at once lies in different banks: 16 bytes do for vectors.
+// A tile of extent (along m or n) x depth (along k) elements. Rows run along k if kKMajor, else along m or n. Rows are
+// padded, so that one access of a warp touches different banks. 16 bytes suffice for vectors.
 template <class Element, int kExtent_, int kDepth_, bool kKMajor_, int kPad = kVector<Element>>
 struct Layout {
   using S = Element;
@@ -28,14 +28,14 @@ struct Layout {
 
 // ---- loaders
 
-// An operand in global memory: element (mn, k) at data + mn mn_stride + k k_stride, for mn < extent and k < depth.
+// An operand in global memory: element (mn, k) is at data + mn mn_stride + k k_stride. Strides may be any number.
 template <class S>
 struct Operand {
   const S* data;
   int64_t mn_stride, k_stride;
 };
 
-// f' of a fused activation, from y: what multiplies an operand that is an incoming gradient.
+// f' of a fused activation, computed from y. An operand that is an incoming gradient is multiplied by it.
 template <class S>
 struct Derivative {
   ActivationKind kind = ActivationKind::identity;
@@ -43,8 +43,8 @@ struct Derivative {
   Operand<S> y{};
 };
 
-// The kinds whose f' follows from y in a few instructions. Others take an exponential of x, which would be formed again
-// for every tile that reads the element: their gradient is formed once, by a kernel of its own.
+// Whether f' is computed from y in a few instructions. The other kinds need an exponential of x, which every tile that
+// reads the element would compute again. Their gradient is computed once, by a separate kernel.
 inline bool can_fold(const Activation& activation) { return saved_by_linear(activation) == Saved::output; }
 
 template <class Body>
@@ -67,27 +67,27 @@ __device__ inline void with_folded(ActivationKind kind, Body body) {
   }
 }
 
-// How elements get from global to shared memory. Asynchronous copies need vectors of 16 bytes, or elements of at
-// least 4.
+// How elements are copied from global to shared memory: asynchronously by vectors of 16 bytes, asynchronously by
+// elements of at least 4 bytes, or through registers.
 enum class Path : int { vectors, elements, registers };
 
-// What a kernel was compiled for. async: asynchronous copies alone. any: registers as well. folded: any, and what goes
-// through registers is multiplied by a Derivative.
+// The paths that a kernel is compiled for. async: only asynchronous copies. any: also through registers. folded: like
+// any, and elements that go through registers are multiplied by a Derivative.
 enum class Loads : int { async, any, folded };
 
-// What a launch decides about one operand.
+// An operand, and how this launch loads it.
 template <class S>
 struct Load {
   Operand<S> operand;
   Path path;
-  bool rows_fastest;  // the threads of a warp step along the rows of the tile, as that is where memory is contiguous
+  bool rows_fastest;  // threads of a warp step from row to row of the tile, as memory is contiguous in that direction
 };
 
-// Brings the tiles of one operand to shared memory, one after the other from k_begin on: fetch(stage) starts with the
-// next, place(stage) ends with what went through registers. What lies outside the operand is zero and is not read.
+// Loads the tiles of one operand to shared memory, from k_begin on. fetch(stage) starts to load the next tile;
+// place(stage) stores the elements that went through registers. Elements outside the operand are zero and are not read.
 //
-// A thread has the same columns of every row, or the same row of every column, that it takes part in: a pointer and a
-// step are all that it remembers.
+// A thread loads either the same columns of several rows, or the same row of several columns, so it only keeps a
+// pointer and a step.
 template <class TileLayout, int threads, Loads loads>
 struct Loader {
   using S = typename TileLayout::S;
@@ -102,7 +102,7 @@ struct Loader {
   const Load<S>& load;
   const Derivative<S>* derivative;
   int row, col, row_step, col_step;  // of this thread's elements or vectors in the tile
-  int mn_left;                       // of the tile's m or n, how many exist
+  int mn_left;                       // the rows or columns of C that exist from the start of the tile on
   int64_t k_left;
   const S *next, *next_saved;
   alignas(16) S held[kHeld][kWidth];
@@ -191,7 +191,7 @@ struct Loader {
   }
 
  private:
-  // How many elements from this thread's u-th place on exist in its row.
+  // The number of elements that exist in the row from this thread's u-th place on.
   __device__ int count_of(int u, int rows, int cols) const {
     const int left = cols - (col + u * col_step);
     return row + u * row_step >= rows || left <= 0 ? 0 : left < kWidth ? left : kWidth;
@@ -206,16 +206,16 @@ struct Loader {
   }
 };
 
-// ---- multipliers: a block's part of C in the registers of its threads
+// ---- multipliers: the block's tile of C, in the registers of its threads
 //
-//   Layouts A and B, kThreads, the sum in `sum`
-//   multiply(a, b)      sum += a b^T for two tiles in shared memory
-//   store(tile, row)    the sum as rows of a tile in shared memory, `row` elements apart
-//   each_pair(body)     body(row, col, first, second) for the sum's elements of this thread, two of a row at a time
+//   A, B, kThreads, sum  the layouts of the tiles, the threads of a block, this thread's part of C
+//   multiply(a, b)       sum += a b^T for two tiles in shared memory
+//   store(tile, row)     stores the sum to a tile in shared memory, whose rows are `row` elements apart
+//   each_pair(body)      body(row, col, first, second) for pairs of neighbours in a row of this thread's sum
 //
-// kAPad and kBPad are the layouts': tiles that are parts of wider ones have the pad of those and what they leave out.
+// kAPad and kBPad are the pads of the layouts. For a tile that is part of a wider one, they also cover the rest of it.
 
-// Where mma's fragments of C go: lane 4 g + t has rows g and g + 8, columns 2 t and 2 t + 1.
+// The fragments of C: lane 4 g + t has rows g and g + 8, columns 2 t and 2 t + 1.
 template <int kWarpsN, int kM, int kN>
 __device__ inline void store_fragments(const float (&sum)[kM / 16][kN / 8][4], float* tile, int row) {
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
@@ -240,7 +240,7 @@ __device__ inline void each_fragment_pair(const float (&sum)[kM / 16][kN / 8][4]
       for (int e = 0; e < 2; ++e) body(row + i * 16 + e * 8, col + j * 8, sum[i][j][2 * e], sum[i][j][2 * e + 1]);
 }
 
-// 16-bit numbers by mma.m16n8k16. Warps stand kWarpsM x kWarpsN, each with kM x kN of C.
+// 16-bit products by mma.m16n8k16. There are kWarpsM x kWarpsN warps, each with kM x kN elements of C.
 template <class Element, int kWarpsM, int kWarpsN, int kM, int kN, bool kAKMajor, bool kBKMajor,
           int kAPad = kVector<Element>, int kBPad = kVector<Element>>
 struct Mma16 {
@@ -255,7 +255,7 @@ struct Mma16 {
   __device__ void multiply(const S* a, const S* b) {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     const int m0 = warp / kWarpsN * kM, n0 = warp % kWarpsN * kN;
-    // Which row of which of ldmatrix's four matrices this lane points at.
+    // The row, and the one of four matrices, whose address this lane passes to ldmatrix.
     const int row = lane % 8, first = lane / 8 % 2 * 8, second = lane / 16 * 8;
 #pragma unroll
     for (int k = 0; k < kTileK; k += 16) {
@@ -295,14 +295,14 @@ struct Mma16 {
   }
 };
 
-// float32 rounded to tf32, by mma.m16n8k8.
+// float32 products, rounded to tf32, by mma.m16n8k8.
 template <int kWarpsM, int kWarpsN, int kM, int kN, bool kAKMajor = false, int kAPad = 8, int kBPad = 8>
 struct MmaTf32 {
   using S = float;
   using C = float;
   static constexpr int kTileM = kWarpsM * kM, kTileN = kWarpsN * kN, kTileK = 16;
   static constexpr int kThreads = kWarpsM * kWarpsN * 32;
-  // The 8 x 4 elements that a warp reads at once are 8 columns of 4 rows.
+  // One access of a warp reads 8 columns of 4 rows.
   using A = Layout<S, kTileM, kTileK, kAKMajor, kAPad>;
   using B = Layout<S, kTileN, kTileK, false, kBPad>;
   float sum[kM / 16][kN / 8][4] = {};
@@ -336,8 +336,8 @@ struct MmaTf32 {
   }
 };
 
-// float32 and float64 by multiply-adds. The lanes of a warp stand 4 x 8, each with kBlocks x kBlocks squares of 4 x 4,
-// which lie 16 rows and 32 columns apart: a warp reads 16-byte vectors of neighbouring columns.
+// float32 and float64 products by multiply-adds. The 4 x 8 lanes of a warp have kBlocks x kBlocks squares of 4 x 4
+// each, 16 rows and 32 columns apart, so that a warp reads 16-byte vectors of neighbouring columns.
 template <class Element, int kWarpsM, int kWarpsN, int kBlocks, bool kAKMajor = false, int kAPad = kVector<Element>,
           int kBPad = kVector<Element>>
 struct Simt {
@@ -404,7 +404,7 @@ struct Simt {
 
 // ---- the loop
 
-// Tiles under way at a time, and the shared memory of a block: the stages, or after the loop the tile of C.
+// The number of stages, and the shared memory of a block: the stages, and after the loop the tile of C.
 template <class Multiplier>
 struct Stages {
   using S = typename Multiplier::S;
@@ -417,8 +417,8 @@ struct Stages {
                                        : Multiplier::kTileM * kRow * sizeof(C);
 };
 
-// multiplier.sum += A B^T over the loaders' next k; row_sum, where wanted and A is not
-// kKMajor, the sum of row threadIdx.x of A.
+// multiplier.sum += A B^T over the k of the loaders. If wanted, row_sum is the sum of row threadIdx.x of A, which must
+// not be kKMajor.
 template <class Multiplier, class LoaderA, class LoaderB>
 __device__ inline void multiply_tiles(Multiplier& multiplier, LoaderA& a, LoaderB& b, int64_t k,
                                       typename Multiplier::S* shared, bool want_row_sum,
@@ -461,7 +461,7 @@ __device__ inline void multiply_tiles(Multiplier& multiplier, LoaderA& a, Loader
   __syncthreads();  // the stages are free
 }
 
-// ---- what becomes of C
+// ---- the epilogue
 
 template <class S>
 struct Epilogue {
@@ -481,7 +481,7 @@ struct alignas(2 * sizeof(T)) Pair {
   T first, second;
 };
 
-// A call, so that a kernel does not carry every activation.
+// A function that is not inlined, so that the code of all activations is not in every kernel.
 template <class S>
 __device__ __noinline__ Pair<Compute<S>> activate(ActivationKind kind, Parameters<S> p, Pair<Compute<S>> z) {
   using V = Vec<Compute<S>>;
@@ -503,7 +503,7 @@ __device__ inline void store_pair(S* to, Pair<Compute<S>> values, bool both, boo
   if (both) to[1] = stored.second;
 }
 
-// y (and z) at (row, col) and, where it exists, (row, col + 1), from what was summed there.
+// Stores y (and z) at (row, col) and, if it exists, (row, col + 1), from their sums.
 template <class S>
 __device__ inline void finish(const Epilogue<S>& e, int64_t row, int64_t col, Pair<Compute<S>> value) {
   const bool both = col + 1 < e.n;
@@ -519,24 +519,25 @@ __device__ inline void finish(const Epilogue<S>& e, int64_t row, int64_t col, Pa
 
 // ---- the kernel
 
-// Where k is split, partial has the sums of every part, [splits][m][n rounded up to even], and after them those of A's
-// rows, [splits][m]; reduce_kernel ends what they begin.
+// If k is split, `partial` has the sums of every part, [splits][m][n rounded up to even], followed by the row sums of
+// A, [splits][m]. reduce_kernel adds them.
 template <class S>
 struct GemmTask {
   int64_t m, n, k;
   Load<S> a, b;
   Derivative<S> derivative;  // of A
   Epilogue<S> epilogue;
-  S* row_sums;  // nullable: [m], the sums of A's rows
+  S* row_sums;  // nullable: [m], the sums of the rows of A
   Compute<S>* partial;
   int64_t tiles_m, tiles_n, splits, k_per_split;
 };
 
-// Tiles of C in groups of this many rows, so that the blocks that run together share operands in L2. Unmeasured.
+// Tiles of C are computed in groups of this many rows of tiles, so that blocks running together share operands in L2.
+// Not measured.
 constexpr int64_t kGroupRows = 8;
 
-// Blocks that a multiprocessor must have registers for, so that one computes while another waits. The large tiles of
-// float32 would spill at two. Unmeasured.
+// The number of blocks for which a multiprocessor must have registers, so that one computes while another waits. With
+// two, large float32 tiles would spill. Not measured.
 template <class S>
 constexpr int kBlocksAtOnce = sizeof(S) == 2 ? 2 : 1;
 
@@ -592,8 +593,8 @@ __global__ void __launch_bounds__(Multiplier::kThreads, kBlocksAtOnce<typename M
 
 constexpr int kReduceThreads = 256;
 
-// Sums the parts in their order and ends like gemm_kernel: a thread for every pair of C, then one for every sum of a
-// row.
+// Adds the parts in order, with the epilogue of gemm_kernel. One thread per pair of elements of C, then one per row
+// sum.
 template <class S>
 __global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const __grid_constant__ GemmTask<S> task) {
   using C = Compute<S>;

@@ -1,4 +1,4 @@
-// How a product of gemm.cuh is launched: the configurations of its tiles, their choice, and the parts of k.
+// The launch of a product of gemm.cuh: the tile configurations, their choice, and the division of k.
 #pragma once
 
 #include "gemm.cuh"
@@ -7,7 +7,7 @@
 namespace fastops::cuda {
 namespace {
 
-// Large tiles read less, small ones fill the chip where there is less to do. Unmeasured.
+// Large tiles read less memory; small tiles fill the chip when there is less work. Not measured.
 template <class S, bool large, bool kAKMajor, bool kBKMajor>
 using Tensor16 =
     std::conditional_t<large, Mma16<S, 2, 4, 64, 32, kAKMajor, kBKMajor>, Mma16<S, 2, 2, 32, 32, kAKMajor, kBKMajor>>;
@@ -19,10 +19,10 @@ using Scalar64 = Simt<double, 4, 2, 1>;
 
 constexpr int kLarge = 128, kSmall = 64;  // of m and n, in every configuration
 constexpr int step_of_k(DType dtype) { return size_of(dtype) == 2 ? 32 : 16; }
-// A part of k has at least this many tiles, and k at most so many parts. Unmeasured.
+// The least number of tiles in a part of k, and the most parts. Not measured.
 constexpr int64_t kTilesInSplit = 8, kMostSplits = 32;
 
-// What a product is called that tensor cores form of 16-bit numbers or of TF32, or multiply-adds.
+// The names of a product by 16-bit tensor cores, by TF32 tensor cores, and by multiply-adds.
 struct ProductNames {
   const char *mma, *tf32, *simt;
 };
@@ -38,7 +38,8 @@ struct Plan {
   int64_t tiles_m, tiles_n, splits, k_per_split;
 };
 
-// For `slabs` products C [m, n]; n may be 0 where only sums of rows are wanted. may_be_large: there are such kernels.
+// The plan for `slabs` products C [m, n]. n is 0 if only row sums are wanted. may_be_large: kernels with large tiles
+// exist.
 inline Plan plan_product(DType dtype, bool may_be_large, int64_t m, int64_t n, int64_t k, int64_t slabs = 1) {
   const int64_t chip = multiprocessors();
   Plan plan{};
@@ -56,7 +57,7 @@ inline Plan plan_product(DType dtype, bool may_be_large, int64_t m, int64_t n, i
   return plan;
 }
 
-// Of the parts' sums, with rows of C rounded up to even, and of A's rows where those are wanted.
+// The size of the partial sums, with rows of C rounded up to even, and of the partial row sums of A if wanted.
 inline size_t partial_bytes(const Plan& plan, DType dtype, int64_t m, int64_t n, bool row_sums, int64_t slabs = 1) {
   if (plan.splits == 1) return 0;
   const int64_t even_n = quotient_up(n, 2) * 2;

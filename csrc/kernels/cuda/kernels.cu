@@ -1,4 +1,4 @@
-// The table of all entry points, and what the CUDA runtime says about this machine.
+// The table of all entry points, and queries of the CUDA runtime.
 #include "kernels.h"
 
 #include <cstdio>
@@ -9,7 +9,7 @@
 namespace fastops::cuda {
 namespace {
 
-// Nothing: a device that can run it can run the kernels that were compiled with it.
+// An empty kernel. A device that can run it can run the other kernels, which were compiled with it.
 __global__ void probe_kernel() {}
 
 Runtime runtime() {
@@ -27,7 +27,7 @@ Runtime runtime() {
   return result;
 }
 
-// A device that cannot be used is reported by the launch that follows.
+// An error is not reported here: the launch that follows fails.
 void use_device(int device) { cudaSetDevice(device); }
 
 const char* device_problem(int device) {

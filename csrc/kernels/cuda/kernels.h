@@ -1,5 +1,5 @@
-// Every CUDA entry point of the library, and nothing else is called from outside. No CUDA header is needed to read
-// this.
+// Every CUDA entry point of the library. Nothing else in csrc/kernels/cuda is called from outside. This header includes
+// no CUDA header.
 #pragma once
 
 #include "../activation.h"
@@ -15,38 +15,38 @@ namespace fastops::cuda {
 
 using Stream = CUstream_st*;  // cudaStream_t
 
-inline constexpr const char* kTier = "cuda";  // of a kernel's name, whatever the GPU's architecture
+inline constexpr const char* kTier = "cuda";  // the tier in kernel names, for every architecture
 
-// What became of a call. A launcher neither throws nor waits for the device; of several launches it reports the first
-// that failed and makes no other.
+// The result of a call. A launcher does not throw and does not wait for the device. If one of several launches fails,
+// it makes no further launch and reports that one.
 struct Status {
   int error = 0;  // cudaError_t
   const char* message = nullptr;
   KernelName kernel;
   unsigned blocks = 0, threads = 0;
-  size_t shared = 0;  // bytes of shared memory for a block
+  size_t shared = 0;  // bytes of shared memory per block
 
   bool ok() const { return error == 0; }
 };
 
-// The driver and the devices, for info(). `problem` is null where there is at least one device.
+// The driver and the devices, for info(). `problem` is null if there is at least one device.
 struct Runtime {
-  int runtime_version, driver_version;  // 13000 for 13.0; driver 0 where there is none
+  int runtime_version, driver_version;  // 13000 for 13.0; driver_version is 0 without a driver
   int devices;
   const char* problem;
 };
 
-// All work is queued on the stream, which belongs to the current device; so do all pointers. The contracts are those of
-// activation.h, conv.h, linear.h, mlp.h and pool.h. The workspace is `workspace(args)` bytes of 256-byte aligned device
-// memory whose contents mean nothing before or after the call; zero bytes means null is fine. The same call on the same
-// device gives the same bits every time.
+// The contracts are those of activation.h, conv.h, linear.h, mlp.h and pool.h. All pointers and the stream belong to
+// the current device, and all work is queued on the stream. `workspace` points to *_workspace(args) bytes of device
+// memory, 256-byte aligned, whose contents before and after the call are undefined. For zero bytes it may be null. The
+// same call on the same device gives bitwise the same result every time.
 struct KernelTable {
   Runtime (*runtime)();
-  // Makes the device current for this thread in this copy of the CUDA runtime, which is not torch's.
+  // Makes the device current for this thread. The extension has its own copy of the CUDA runtime, beside torch's.
   void (*use_device)(int device);
-  // What keeps these kernels from running on this device, in words; null where they run.
+  // Why these kernels do not run on this device, in words; null if they run.
   const char* (*device_problem)(int device);
-  // "NVIDIA H200, sm_90, 132 multiprocessors" into text.
+  // Writes text like "NVIDIA H200, sm_90, 132 multiprocessors".
   void (*describe_device)(int device, char* text, size_t size);
 
   Status (*activation_forward)(const ActivationForward&, Stream);
@@ -62,8 +62,8 @@ struct KernelTable {
   Status (*avg_pool_forward)(const AvgPoolForward&, Stream);
   Status (*avg_pool_backward)(const AvgPoolBackward&, Stream);
 
-  // *_name is the kernel that this call will take, for record(). A backward call that takes several is named by the one
-  // for grad_w, or else for grad_x.
+  // *_name is the kernel that computes this call, for record(); if a backward call needs several, the one for grad_w,
+  // or without grad_w the one for grad_x.
   KernelName (*linear_forward_name)(const LinearForward&);
   size_t (*linear_forward_workspace)(const LinearForward&);
   Status (*linear_forward)(const LinearForward&, void* workspace, Stream);
@@ -71,17 +71,16 @@ struct KernelTable {
   size_t (*linear_backward_workspace)(const LinearBackward&);
   Status (*linear_backward)(const LinearBackward&, void* workspace, Stream);
 
-  // Whether the fused kernels take this shape on the current device; nothing else of mlp may be asked where they do
-  // not.
+  // Whether the fused kernels accept this shape on the current device. The other mlp functions may be called only if
+  // they do.
   bool (*mlp_applies)(const MlpShape&);
   KernelName (*mlp_name)(const MlpShape&);
   Status (*mlp_forward)(const MlpForward&, Stream);
   size_t (*mlp_backward_workspace)(const MlpBackward&);
   Status (*mlp_backward)(const MlpBackward&, void* workspace, Stream);
-  // The activation to differentiate is none or one that follows from its output (saved_by_linear); for others the
-  // gradient of the pre-activation is formed first, by activation_backward. No size of an axis (of input, output,
-  // kernel, in elements, with stride, padding and dilation) reaches 2^29, nor does a filter's number of elements:
-  // fits_int.
+  // The geometry must satisfy fits_int (conv.h). The activation in a gradient must be identity, or one whose derivative
+  // is computed from its output (saved_by_linear). For other activations the caller first computes the gradient of the
+  // pre-activation, by activation_backward.
   KernelName (*conv_forward_name)(const ConvForward&);
   size_t (*conv_forward_workspace)(const ConvForward&);
   Status (*conv_forward)(const ConvForward&, void* workspace, Stream);

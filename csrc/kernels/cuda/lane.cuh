@@ -1,5 +1,6 @@
-// vec.h's contract for the one number of a CUDA thread, so that math.inl and activation_math.inl are the formulas of
-// the GPU as well. Included inside `namespace fastops::cuda::{anonymous}`, after ptx.cuh and the macros below.
+// The contract of cpu/vec.h for one lane, the value of a CUDA thread. So math.inl and activation_math.inl are the
+// formulas of the GPU as well. Included inside `namespace fastops::cuda::{anonymous}`, after ptx.cuh and the macros of
+// formulas.cuh.
 
 template <class T>
 struct Vec;
@@ -27,7 +28,7 @@ FASTOPS_HOST_FN Mask<T> operator!(Mask<T> a) {
 
 #include "../half.inl"
 
-// A storage type's number as its compute type, and back.
+// Conversions of a storage type to its compute type, and back.
 FASTOPS_HOST_FN float to_compute(float x) { return x; }
 FASTOPS_HOST_FN double to_compute(double x) { return x; }
 FASTOPS_HOST_FN float to_compute(bf16_t x) { return widen(x); }
@@ -137,19 +138,19 @@ FASTOPS_FN VecF abs(VecF a) { return {::fabsf(a.v)}; }
 FASTOPS_FN VecD abs(VecD a) { return {::fabs(a.v)}; }
 FASTOPS_FN VecF copysign(VecF magnitude, VecF sign) { return {::copysignf(magnitude.v, sign.v)}; }
 FASTOPS_FN VecD copysign(VecD magnitude, VecD sign) { return {::copysign(magnitude.v, sign.v)}; }
-// Adding and taking away 1.5 2^23 (2^52) rounds to an integer, which then lies in the low bits of the sum.
+// Adding and subtracting 1.5 2^23 (2^52) rounds to an integer, which is in the low bits of the sum.
 FASTOPS_FN VecF round(VecF a) { return {(a.v + 0x1.8p23f) - 0x1.8p23f}; }
 FASTOPS_FN VecD round(VecD a) { return {(a.v + 0x1.8p52) - 0x1.8p52}; }
 FASTOPS_FN VecF power_of_two(VecF n) { return {of_bits(bits_of(n.v + (0x1.8p23f + 127)) << 23)}; }
 FASTOPS_FN VecD power_of_two(VecD n) { return {of_bits(bits_of(n.v + (0x1.8p52 + 1023)) << 52)}; }
-// In two factors, as 2^n alone may not be a normal number; the first product is exact where the second is not.
+// Multiplies by two powers of two, as 2^n alone may not be a normal number. At most one of the two products rounds.
 template <class T>
 FASTOPS_FN Vec<T> scale(Vec<T> x, Vec<T> n) {
   const Vec<T> half = round(n * Vec<T>::set1(T(0.5)));
   return x * power_of_two(half) * power_of_two(n - half);
 }
 
-// The residual of the quotient corrects it, so that the last rounding decides.
+// The residual corrects the quotient, with one rounding at the end.
 FASTOPS_FN VecF quotient(VecF a, VecF b) {
   const VecF r{rcp_approx(b.v)}, q = a * r;
   return fma(fnma(b, q, a), r, q);
@@ -161,7 +162,7 @@ FASTOPS_FN Vec<T> product_error(Vec<T> a, Vec<T> b, Vec<T> p) {
   return fnma(a, b, p);
 }
 
-// A row is 128 bytes, which a warp reads at once whatever columns its threads want.
+// A row is 128 bytes, which a warp reads in one access for any columns.
 constexpr int kTableColumns = 32;
 struct Columns {
   uint32_t v;

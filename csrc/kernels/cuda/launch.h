@@ -1,4 +1,4 @@
-// Launching a kernel as a plain function call, so that a .cu file is C++ that the emulator's compiler reads as well.
+// Launching a kernel by a function call without <<< >>>, so that a .cu file is also plain C++ for the emulator.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,18 +10,18 @@
 namespace fastops::cuda {
 
 inline int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-// Parts of a workspace begin on 256 bytes.
+// The parts of a workspace are aligned to 256 bytes.
 inline size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 struct Launch {
   KernelName kernel;  // for errors
   int64_t blocks;
   unsigned threads;
-  size_t shared;  // bytes of shared memory for a block: all of a kernel's is dynamic (ptx.cuh: shared_memory)
+  size_t shared;  // bytes of shared memory per block; all of it is dynamic (shared_memory in ptx.cuh)
   Stream stream;
 };
 
-// What a block may have without asking.
+// The shared memory of a block that needs no cudaFuncSetAttribute.
 inline constexpr size_t kUnaskedShared = size_t{48} << 10;
 
 template <class... Parameters>
@@ -34,7 +34,7 @@ Status launch(const Launch& how, void (*kernel)(Parameters...), std::type_identi
   if (error == cudaSuccess)
     error = cudaLaunchKernel(kernel, dim3(described.blocks), dim3(how.threads), pointers, how.shared, how.stream);
   if (error == cudaSuccess) return {};
-  cudaGetLastError();  // or the next call of somebody else would report it again
+  cudaGetLastError();  // clears the error, which the next call from other code would report again
   Status failed = described;
   failed.error = static_cast<int>(error);
   failed.message = cudaGetErrorString(error);
@@ -43,7 +43,7 @@ Status launch(const Launch& how, void (*kernel)(Parameters...), std::type_identi
 
 // Of the current device.
 int multiprocessors();
-// Bytes of shared memory that a block may have.
+// The most bytes of shared memory per block.
 size_t most_shared();
 
 }  // namespace fastops::cuda

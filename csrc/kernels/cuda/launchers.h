@@ -1,5 +1,5 @@
-// The launchers, each beside its kernels in <stem>.cu; kernels.cu puts them into the table. kernels.h has the
-// contracts.
+// The launchers. Each is defined beside its kernels in <stem>.cu; kernels.cu puts them into the table. kernels.h has
+// their contracts.
 #pragma once
 
 #include "kernels.h"

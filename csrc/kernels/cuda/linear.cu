@@ -8,11 +8,11 @@ namespace {
 //   output        C = y [m, n]       A = x [m, k]            B = w [n, k]
 //   grad_input    C = grad_x [m, k]  A = g [m, n]            B = w transposed
 //   grad_weight   C = grad_w [n, k]  A = g transposed        B = x transposed
-// With row-major operands, k is what is contiguous in A and B of the first, in A alone of the second, in none of the
-// third. Tiles of 16-bit numbers lie in shared memory as they do there; 32 and 64-bit ones always the last way.
+// With row-major operands, k is contiguous in A and B of the first product, only in A of the second, in none of the
+// third. 16-bit tiles in shared memory have the same order; 32-bit and 64-bit tiles always have the order of the third.
 enum class View : int { output, grad_input, grad_weight };
 
-// Every product of a linear layer has large tiles.
+// Every product of a linear layer has kernels with large tiles.
 Plan plan_for(DType dtype, int64_t m, int64_t n, int64_t k) { return plan_product(dtype, true, m, n, k); }
 
 size_t partial_bytes(DType dtype, int64_t m, int64_t n, int64_t k, bool row_sums) {
@@ -23,7 +23,7 @@ constexpr ProductNames kNames{"gemm_mma", "gemm_tf32", "gemm_simt"};
 
 // ---- launching
 
-// How an operand whose tiles have k (kKMajor) or m and n contiguous is loaded.
+// How to load an operand for tiles with this layout.
 template <class TileLayout, class S>
 Load<S> load_of(const Operand<S>& operand, bool folded) {
   const int64_t along = TileLayout::kKMajor ? operand.k_stride : operand.mn_stride;
@@ -51,7 +51,7 @@ Status run_gemm(const KernelName& name, GemmTask<typename Multiplier::S> task, c
   task.b = load_of<typename Multiplier::B>(b, false);
   const bool async = task.a.path != Path::registers && task.b.path != Path::registers;
   if (async) return launch_gemm<Multiplier, Loads::async>(name, task, stream);
-  // Of numbers that have asynchronous copies of any stride, registers are for folding alone.
+  // 32-bit and 64-bit elements are copied asynchronously with any stride, so only folded ones go through registers.
   return launch_gemm<Multiplier, Loads::folded>(name, task, stream);
 }
 
@@ -72,7 +72,7 @@ Status run_view(const KernelName& name, bool, const GemmTask<S>& task, const Ope
   return run_gemm<Tensor16<S, large, view != View::grad_weight, view == View::output>>(name, task, a, b, stream);
 }
 
-// C = A B^T for A [m, k] and B [n, k], by the task's epilogue; row_sums where wanted.
+// C = A B^T for A [m, k] and B [n, k], with the epilogue of the task, and row_sums if wanted.
 template <View view, class S>
 Status product(DType dtype, bool tf32, GemmTask<S> task, const Operand<S>& a, const Operand<S>& b, void* workspace,
                Stream stream) {
@@ -122,7 +122,7 @@ bool forms_gradient_first(const Activation& activation) {
   return activation.kind != ActivationKind::identity && !can_fold(activation);
 }
 
-// Where the gradient of the pre-activation goes if it is formed first; the partial sums come behind it.
+// The workspace: the gradient of the pre-activation, if it is computed first, then the partial sums.
 size_t gradient_bytes(const LinearBackward& args) {
   if (!forms_gradient_first(args.activation)) return 0;
   return round_up(static_cast<size_t>(args.m * args.n) * size_of(args.dtype));
@@ -152,7 +152,7 @@ Status linear_backward_of(const LinearBackward& args, void* workspace, Stream st
   }
   void* const partial = static_cast<char*>(workspace) + gradient_bytes(args);
   const S* const g = static_cast<const S*>(grad_y.data);
-  const Matrix& saved = args.saved;  // y, where the derivative is folded
+  const Matrix& saved = args.saved;  // y, if the derivative is folded
 
   if (args.grad_x != nullptr) {
     GemmTask<S> task{};
@@ -196,7 +196,7 @@ Status linear_forward(const LinearForward& args, void* workspace, Stream stream)
   return with_dtype(args.dtype, [&](auto type) { return linear_forward_of<decltype(type)>(args, workspace, stream); });
 }
 
-// The name is that of the weight's gradient, or of the input's where it is the only one.
+// The kernel for the weight's gradient, or for the input's gradient if that is the only one.
 KernelName linear_backward_name(const LinearBackward& args) {
   const bool weight = args.grad_w != nullptr || args.grad_b != nullptr;
   const int64_t n = args.grad_w != nullptr ? args.k : 0;

@@ -14,7 +14,7 @@ bool is_wide(const MlpShape& shape) {
   return false;
 }
 
-// body(Kind{}) with how the products of this shape are formed.
+// body(Kind{}) with the kind of products for this shape.
 template <int width, class Body>
 auto with_kind_of_width(const MlpShape& shape, Body&& body) {
   if (shape.dtype == DType::bf16) return body(MlpMma16<bf16_t, width>{});
@@ -35,10 +35,11 @@ struct Plan {
   int64_t blocks;
 };
 
-// Blocks share a multiprocessor where their shared memory allows it, so that one computes while another waits; `most`
-// of them have registers. Backward, every block more is a sum more of all gradients. Unmeasured.
+// The most blocks per multiprocessor for which there are registers. Blocks share a multiprocessor if their shared
+// memory fits, so that one computes while another waits. Backward, every further block adds a set of partial sums of
+// all gradients. Not measured.
 constexpr int64_t kMostForward = 4, kMostBackwardNarrow = 2, kMostBackwardWide = 1;
-constexpr size_t kReservedShared = size_t{1} << 10;  // of every block, by the system
+constexpr size_t kReservedShared = size_t{1} << 10;  // per block, by the system
 
 int64_t blocks_for(int64_t tiles, size_t shared, int64_t most) {
   const auto room = static_cast<int64_t>((most_shared() + kReservedShared) / (shared + kReservedShared));
@@ -97,8 +98,8 @@ Status mlp_forward_of(const MlpForward& args, Stream stream) {
                 mlp_forward_kernel<Kind>, task);
 }
 
-// The workspace: the gradient of the last pre-activation where its activation has one of its own, the gradients that
-// go from layer to layer, the blocks' partial sums.
+// The workspace: the gradient of the last pre-activation if there is an output activation, the gradients that one layer
+// passes to the layer before, and the partial sums of the blocks.
 size_t output_gradient_bytes(const MlpBackward& args) {
   if (args.output.kind == ActivationKind::identity) return 0;
   return round_up(static_cast<size_t>(args.shape.m * args.shape.widths[args.shape.layers]) * size_of(args.shape.dtype));

@@ -1,11 +1,11 @@
-// The kernels of mlp.h: all layers of a narrow network, one after the other, by the same blocks.
+// The kernels of mlp.h: every block computes all layers of a narrow network, one after the other.
 //
-// A tile is kRows rows of the batch; it lies in shared memory row by row, kWidth columns of which those that a layer
-// does not have are zero. Forward, a block keeps the weights of all layers there, where they fit, and takes a tile
-// through all of them: a product leaves its sums in registers, and the next layer's input overwrites this one's.
-// Backward, a block goes through the layers from the last to the first, and in each through its own tiles: so it has
-// one layer's weights, and that layer's whole gradient in the registers of its threads, at a time. From one layer to
-// the next the gradient of the tile goes through global memory, that is L2, and nobody else reads it.
+// A tile is kRows rows of the batch. In shared memory it has kWidth columns; columns past the width of a layer are
+// zero. Forward, a block keeps the weights of all layers in shared memory, if they fit, and computes all layers for a
+// tile. The sums of a product stay in registers, and the output of a layer overwrites its input. Backward, a block goes
+// through the layers from the last to the first, and for each layer through all its tiles. So it holds the weights of
+// one layer in shared memory, and the whole gradient of these weights in registers. The gradient of a tile passes from
+// one layer to the next through global memory (L2); only the same block reads it.
 #pragma once
 
 #include "../mlp.h"
@@ -14,13 +14,13 @@
 namespace fastops::cuda {
 namespace {
 
-// ---- how the products of one kind are formed
+// ---- the kinds of products
 //
 //   Forward         C = y_l W^T [rows, n]    A = y_l [rows, k]     B = W [n, k]
 //   InputGradient   C = g W [rows, k]        A = g [rows, n]       B = W transposed
 //   WeightGradient  C = g^T y_l [n, k]       A = g transposed      B = y_l transposed
 //
-// Every operand is a part of a tile, or of weights, whose rows are kPitch elements apart.
+// Every operand is a part of a tile or of weights. Their rows are kPitch elements apart.
 
 template <class Element, int kWidth_>
 struct MlpMma16 {
@@ -44,7 +44,7 @@ template <int kWidth_>
 struct MlpSimt {
   using S = float;
   static constexpr int kWidth = kWidth_, kPitch = kWidth + 4, kBlocks = kWidth / 64;
-  // A thread has 8 x 8 of 128 rows; backward, of narrow networks, 4 x 4 of 64.
+  // A thread has 8 x 8 elements, and a tile 128 rows. For narrow networks, backward has 4 x 4 elements and 64 rows.
   using Forward = Simt<float, 4, kBlocks, 2, true, kPitch - 16>;
   using InputGradient = Simt<float, 4, 2, kBlocks, true, kPitch - 16>;
   using WeightGradient = Simt<float, 4, 2, kBlocks>;
@@ -52,8 +52,8 @@ struct MlpSimt {
 
 // ---- tiles
 
-// Columns [0, kWidth) of `rows` rows and `cols` columns of a matrix into a tile of kTileRows rows, zeros elsewhere;
-// there after cp_async_commit and a wait. vectors: `from` and stride allow 16 bytes at a time.
+// Starts to copy a matrix of rows x cols to a tile of kTileRows x kWidth; the rest of the tile becomes zero. The copy
+// is complete after cp_async_commit and a wait. vectors: `from` and `stride` allow 16-byte copies.
 template <int kThreads, int kTileRows, int kWidth, int kPitch, class S>
 __device__ inline void fetch_rows(S* tile, const S* from, int64_t stride, int rows, int cols, bool vectors) {
   if (vectors) {
@@ -72,7 +72,7 @@ __device__ inline void fetch_rows(S* tile, const S* from, int64_t stride, int ro
   }
 }
 
-// The other way; change(values, row, col) is done to every vector first.
+// Copies a tile to a matrix. Before it stores a vector, it calls change(values, row, col).
 template <int kThreads, int kTileRows, int kWidth, int kPitch, class S, class Change>
 __device__ inline void store_rows(S* to, int64_t stride, int rows, int cols, const S* tile, bool vectors,
                                   Change change) {
@@ -87,7 +87,8 @@ __device__ inline void store_rows(S* to, int64_t stride, int rows, int cols, con
   }
 }
 
-// Weights [n, k] as they lie, or transposed; the rest of kWidth x kWidth is zero. There as with fetch_rows.
+// Starts to copy weights [n, k], or their transpose, to kWidth x kWidth; the rest becomes zero. Complete as in
+// fetch_rows.
 template <int kThreads, int kWidth, int kPitch, bool transposed, class S>
 __device__ inline void fetch_weights(S* tile, const S* w, int n, int k) {
   if constexpr (!transposed) {
@@ -102,14 +103,14 @@ __device__ inline void fetch_weights(S* tile, const S* w, int n, int k) {
   }
 }
 
-// multiplier.sum += A B^T for operands that are there, over `depth` of k, which is rounded up to whole steps.
+// multiplier.sum += A B^T for operands in shared memory, over `depth` of k, rounded up to whole steps.
 template <class Multiplier, class S>
 __device__ inline void multiply_resident(Multiplier& multiplier, const S* a, const S* b, int depth) {
   for (int k = 0; k < depth; k += Multiplier::kTileK)
     multiplier.multiply(a + Multiplier::A::offset(0, k), b + Multiplier::B::offset(0, k));
 }
 
-// Calls, as `activate` is: relu alone is worth its place in the kernel.
+// Not inlined, like `activate`. Only relu is worth its code in the kernel.
 template <class S>
 __device__ __noinline__ Pair<Compute<S>> differentiate(ActivationKind kind, bool from_output, Parameters<S> p,
                                                        Pair<Compute<S>> g, Pair<Compute<S>> saved) {
@@ -133,10 +134,10 @@ struct MlpForwardTask {
   MlpForward args;
   Parameters<S> hidden, output;
   int64_t hidden_stride;
-  bool save_pre_activations;  // the hidden layers' as well
+  bool save_pre_activations;  // also those of hidden layers
   bool x_vectors, y_vectors, z_pairs;
-  bool resident;  // all weights stay; else a tile brings each layer's
-  int stages;     // 2: the next tile is on its way while this one is computed
+  bool resident;  // all weights stay in shared memory; else every tile loads the weights of each layer
+  int stages;     // 2: the next tile is loaded while this one is computed
 };
 
 template <class Kind>
@@ -144,7 +145,7 @@ constexpr int kMlpForwardTile = Kind::Forward::kTileM * Kind::kPitch;  // elemen
 template <class Kind>
 constexpr int kMlpWeights = Kind::kWidth * Kind::kPitch;
 
-// One block at least: what nvcc guesses otherwise leaves too few registers to float32 on sm_90.
+// At least one block per multiprocessor. With nvcc's own guess, float32 kernels have too few registers on sm_90.
 template <class Kind>
 __global__ void __launch_bounds__(Kind::Forward::kThreads, 1)
     mlp_forward_kernel(const __grid_constant__ MlpForwardTask<typename Kind::S> task) {
@@ -248,14 +249,14 @@ __global__ void __launch_bounds__(Kind::Forward::kThreads, 1)
 
 template <class S>
 struct MlpBackwardTask {
-  MlpBackward args;  // grad_y is that of the last pre-activation
+  MlpBackward args;  // grad_y is the gradient of the last pre-activation
   Parameters<S> hidden;
   int64_t hidden_stride;
-  bool from_output;  // what f' follows from
-  S* gradients;      // [m, hidden_stride]: of the pre-activation that a layer's tiles hand to the layer before
-  float* partial;    // [blocks][partial_size]: layer by layer the sums of a block's rows, W's and then b's
+  bool from_output;  // f' is computed from the output of a hidden layer, else from its pre-activation
+  S* gradients;      // [m, hidden_stride]: the gradients of pre-activations that a layer passes to the layer before
+  float* partial;    // [blocks][partial_size]: for each layer, the sums over a block's rows for W, then for b
   int64_t partial_size;
-  int lowest;  // the first layer of which anything is wanted
+  int lowest;  // the first layer with a wanted gradient
   bool x_vectors, grad_y_vectors, grad_x_vectors;
   int stages;
 };
@@ -263,7 +264,7 @@ struct MlpBackwardTask {
 template <class Kind>
 constexpr int kMlpBackwardTile = Kind::InputGradient::kTileM * Kind::kPitch;
 
-// Where a layer's part begins among the partial sums of a block.
+// The offset of a layer in the partial sums of a block.
 __host__ __device__ inline int64_t mlp_partial_offset(const MlpShape& shape, int layer) {
   int64_t offset = 0;
   for (int l = 0; l < layer; ++l) offset += shape.widths[l + 1] * (shape.widths[l] + 1);
@@ -293,7 +294,7 @@ __global__ void __launch_bounds__(Kind::InputGradient::kThreads)
     const bool last = l == shape.layers - 1, first = l == 0;
     const bool want_input = l > task.lowest || (first && args.grad_x != nullptr);
     const bool want_weight = args.grad_w[l] != nullptr, want_bias = args.grad_b[l] != nullptr;
-    // The layer's input, and where its gradient's other factor lies.
+    // The input y of the layer, and z, the pre-activation of y if that was saved.
     const S* const y = first ? static_cast<const S*>(args.x) : hidden + (l - 1) * shape.m * task.hidden_stride;
     const int64_t y_stride = first ? args.x_row_stride : task.hidden_stride;
     const S* const z = y + (shape.layers - 1) * shape.m * task.hidden_stride;
@@ -380,7 +381,7 @@ __global__ void __launch_bounds__(Kind::InputGradient::kThreads)
   }
 }
 
-// A thread for every element of the weights' and biases' gradients: sums those of the blocks in their order.
+// Adds the partial sums of the blocks in order. One thread per element of the gradients of weights and biases.
 template <class S>
 __global__ void __launch_bounds__(kReduceThreads)
     mlp_reduce_kernel(const __grid_constant__ MlpBackwardTask<S> task, int64_t blocks) {

@@ -10,7 +10,7 @@ int64_t elements(const PoolGeometry& g, const int64_t (&size)[3]) {
   return g.batch * g.channels * size[0] * size[1] * size[2];
 }
 
-// Whether every index, and every product or sum that is formed on the way to one, is an int.
+// Whether every index, and every intermediate product and sum, fits into an int.
 bool fits_int(const PoolGeometry& g) {
   constexpr int64_t limit = int64_t{1} << 30;
   bool fits = elements(g, g.in) < limit && elements(g, g.out) < limit;
@@ -40,7 +40,7 @@ PoolShape<I> shape_of(const PoolGeometry& g, Layout layout) {
   return shape;
 }
 
-// body(S{}, shape, count) with the storage type and the shape in ints or in 64 bits.
+// body(S{}, shape, count), with the storage type, and the shape in int or int64_t.
 template <class Args, class Body>
 Status with_types(const Args& args, int64_t count, Body&& body) {
   return with_dtype(args.dtype, [&](auto type) {
@@ -49,7 +49,7 @@ Status with_types(const Args& args, int64_t count, Body&& body) {
   });
 }
 
-// A thread for each of `count` elements.
+// One thread per element.
 Launch for_elements(const char* name, int64_t count, Stream stream) {
   return {{name}, (count + kPoolThreads - 1) / kPoolThreads, kPoolThreads, 0, stream};
 }

@@ -1,5 +1,5 @@
-// max_pool_* and avg_pool_*: a thread for every element that is written, in the order of memory. Backward gathers: an
-// element of grad_x looks at the windows that it lies in, so that nothing is added by two threads.
+// max_pool_* and avg_pool_*, with one thread per element of the result, in the order of memory. Backward gathers: the
+// thread of an element of grad_x reads the windows that contain the element, so no two threads add to one element.
 #pragma once
 
 #include "../pool.h"
@@ -10,16 +10,15 @@ namespace {
 
 constexpr int kPoolThreads = 256;
 
-// PoolGeometry, counted in I: int where that is enough for every element and product of sizes, as a GPU divides 64-bit
-// numbers slowly.
+// PoolGeometry in the type I: int if every index and product of sizes fits, as 64-bit divisions are slow on a GPU.
 template <class I>
 struct PoolShape {
   I channels, in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
-  I box[3];  // the lengths of the box that PoolIndices::window counts in
+  I box[3];  // pool_box: the sizes for PoolIndices::window
   bool adaptive, channels_last;
 };
 
-// The element with this index in the order of memory, of a tensor with these spatial sizes.
+// The coordinates of the element with this index in memory, for a tensor with these spatial sizes.
 template <class I>
 struct PoolPlace {
   I image, channel, at[3];
@@ -40,7 +39,7 @@ __device__ inline PoolPlace<I> pool_place(I index, const PoolShape<I>& g, const 
   return place;
 }
 
-// Where the plane of this image and channel starts, and the elements from one of its positions to the next.
+// The start of the plane of an image and channel, and the stride of its positions.
 template <class I>
 struct PoolPlane {
   I begin, step;
@@ -52,7 +51,7 @@ __device__ inline PoolPlane<I> pool_plane(const PoolPlace<I>& place, const PoolS
   return {(place.image * g.channels + place.channel) * area, 1};
 }
 
-// The taps of output p along axis i that lie inside the input: first + t step for begin <= t < end.
+// The taps of output p along axis i inside the input: elements first + t step for begin <= t < end.
 template <class I>
 struct PoolTaps {
   I first, step, begin, end;
@@ -71,7 +70,8 @@ __device__ inline PoolTaps<I> pool_taps(I p, const PoolShape<I>& g, int i) {
   return taps;
 }
 
-// The outputs [begin, end) whose windows may hold position x along axis i; the tap of output p that it is, or -1.
+// pool_range: the outputs [begin, end) whose windows may contain position x along axis i. pool_tap: the tap of x in the
+// window of output p, or -1.
 template <class I>
 struct PoolRange {
   I begin, end;
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kPoolThreads)
       for (I tw = w.begin; tw < w.end; ++tw) {
         const S candidate = x[position(td, th, tw) * plane.step];
         const auto value = to_compute(candidate);
-        if (!(value > to_compute(best)) && value == value) continue;  // a NaN always counts
+        if (!(value > to_compute(best)) && value == value) continue;  // a NaN is always taken
         best = candidate;
         best_position = position(td, th, tw);
         best_tap = pool_box_index(td, th, tw, g);
@@ -130,8 +130,8 @@ __global__ void __launch_bounds__(kPoolThreads)
   if (kind == PoolIndices::window) static_cast<uint8_t*>(indices)[index] = static_cast<uint8_t>(best_tap);
 }
 
-// body(index of the output, its position along each axis) for every window that may hold this element of the input, in
-// order.
+// body(index of the output, its position along each axis), in order, for every window that may contain this element of
+// the input.
 template <class I, class Body>
 __device__ inline void for_windows(const PoolPlace<I>& place, const PoolShape<I>& g, Body body) {
   const PoolPlane<I> plane = pool_plane(place, g, g.out);
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kPoolThreads)
   to_storage(sum, grad_x + index);
 }
 
-// What an average divides by; see AvgPoolForward.
+// The divisor of an average, as in AvgPoolForward.
 struct PoolDivisor {
   bool include_pad;
   int64_t override;
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kPoolThreads)
   for (I td = d.begin; td < d.end; ++td)
     for (I th = h.begin; th < h.end; ++th) {
       const S* at = x + (((d.first + td) * g.in[1] + h.first + th) * g.in[2] + w.first + w.begin) * plane.step;
-      Compute<S> row = 0;  // rows first, as a sum of many terms one after the other loses digits
+      Compute<S> row = 0;  // the sum of a row, as a single sum of many terms would be less accurate
 #pragma unroll 1
       for (I tw = w.begin; tw < w.end; ++tw, at += plane.step) row += to_compute(*at);
       sum += row;
