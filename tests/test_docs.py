@@ -39,6 +39,12 @@ def test_docstring(name: str) -> None:
     assert docs.failed_examples(SYMBOLS[name], name) == ""
 
 
+@pytest.mark.parametrize("name", SYMBOLS)
+def test_name(name: str) -> None:
+    """help() and tracebacks show the public name."""
+    assert SYMBOLS[name].__name__ == name.rpartition(".")[2]
+
+
 def test_what_is_missing_is_found() -> None:
     def scale(input: torch.Tensor, factor: float) -> torch.Tensor:
         """y = a x."""
