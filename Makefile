@@ -15,8 +15,9 @@ build: $(VENV)/installed $(VENV)/built
 demo: build
 	$(PYTHON) -m fastops demo
 
+# A process on every core.
 test: build
-	$(PYTHON) -m pytest -q
+	$(PYTHON) -m pytest -q -n auto --dist worksteal
 
 # The README's table of models, and benchmarks/RESULTS.md, from the newest results.
 readme: build

@@ -9,6 +9,7 @@ setup.py builds the extension with it; `make sanitize`, `make ulp` and `make cud
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import re
@@ -16,7 +17,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -250,6 +253,15 @@ class Build:
             call([*self.compiler, *map(str, objects), "-o", str(result), *flags], result)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time builds in this folder; the others wait, and then find everything built."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def find_ninja() -> str | None:
     """ninja's path: the package of that name, else the one on the PATH."""
     try:
@@ -338,6 +350,21 @@ def build_emulator(folder: Path, result: Path, torch: Path, python_include: str)
     libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"]
     build.link(objects, result, ["-shared", *libraries])
     build.run()
+
+
+def build_emulator_checks(folder: Path, kernels: Path) -> list[Path]:
+    """Compiles tests/emulator/checks with these kernels, mutants among them, and the emulator; returns the programs."""
+    build = Build(folder)
+    flags = [*emulator_flags(), "-O1"]
+    emulator = [build.compile(EMULATOR / name, flags) for name in ("simt.cpp", "cuda_runtime.cpp")]
+    emulator.append(build.compile(KERNELS / "activation.cpp", flags))
+    programs = []
+    for source in sorted((EMULATOR / "checks").glob("*.cpp")):
+        check = build.compile(source, [*flags, f"-I{kernels}", "-include", str(EMULATOR / "checks" / "mutant.h")])
+        programs.append(folder / source.stem)
+        build.link([check, *emulator], programs[-1], [])
+    build.run()
+    return programs
 
 
 class Usage(NamedTuple):

@@ -21,6 +21,8 @@ _load()
 
 from fastops import functional, memory, nn  # noqa: E402
 from fastops._version import __version__  # noqa: E402
+from fastops.aten import decompositions  # noqa: E402
+from fastops.export import export_kernels  # noqa: E402
 from fastops.info import info  # noqa: E402
 from fastops.precision import get_conv_precision, set_conv_precision  # noqa: E402
 from fastops.record import record  # noqa: E402
@@ -28,6 +30,8 @@ from fastops.replace import replace_, replaced, restore_  # noqa: E402
 
 __all__ = [
     "__version__",
+    "decompositions",
+    "export_kernels",
     "functional",
     "get_conv_precision",
     "info",

@@ -1,18 +1,16 @@
-"""What every test may ask for: the ISA tiers of this machine, and 1 and 2 threads."""
+"""What every test may ask for: the ISA tiers of this machine; and one thread."""
+
+import os
+
+# pytest-xdist runs a process on every core. A thread of PyTorch's that waits for one whose core is taken would spin for
+# milliseconds at every barrier; it sleeps instead. libgomp reads this when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from tiers import BEST, TIERS, runs
 
 from fastops import _C
-
-_NAMES = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
-BEST = _C.isa_used()
-TIERS = [name for name in _NAMES if _C.set_isa(name)]
-_C.set_isa(BEST)
-
-
-# These have kernels for bfloat16 only; whatever else they are asked for is avx512's.
-_ONLY_BF16 = ("avx512_bf16", "amx")
 
 
 def pytest_collection_modifyitems(items):
@@ -20,7 +18,7 @@ def pytest_collection_modifyitems(items):
 
     def repeats(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        return params.get("isa") in _ONLY_BF16 and params.get("dtype", torch.bfloat16) != torch.bfloat16
+        return "isa" in params and not runs(params["isa"], params.get("dtype", torch.bfloat16))
 
     items[:] = [item for item in items if not repeats(item)]
 
@@ -41,10 +39,3 @@ def _same_numbers():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request, _same_numbers):
-    """Runs the test with 1 and with 2 threads."""
-    torch.set_num_threads(request.param)
-    return request.param

@@ -28,7 +28,8 @@ SCHEDULES = ("forward", "reverse", "shuffled") if EMULATED else ("on the device"
 def _load() -> ModuleType:
     folder = ROOT / "build" / "emulator"
     path = folder / f"_emulator{importlib.machinery.EXTENSION_SUFFIXES[0]}"
-    build_native.build_emulator(folder, path, Path(torch.__file__).parent, sysconfig.get_path("include"))
+    with build_native.locked(folder):
+        build_native.build_emulator(folder, path, Path(torch.__file__).parent, sysconfig.get_path("include"))
     spec = importlib.util.spec_from_file_location("_emulator", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

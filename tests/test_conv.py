@@ -1,6 +1,7 @@
 """Convolutions against a float64 reference: values and gradients, every dtype, tier, geometry, layout and edge."""
 
 import math
+import mmap
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from compare import close, close_rms, exact
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from reference import ACTIVATIONS, CONVS, DTYPES, LAYOUTS, Conv, activation, gradients, integers
+from tiers import tiers
 from torch._prims_common import suggest_memory_format
 
 import fastops
@@ -110,23 +112,25 @@ def test_channels_last(isa, conv, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("conv", [*CONVS, *WINOGRAD[:1], *WINOGRAD[-4:]], ids=str)
-def test_integers_are_exact(isa, threads, conv, dtype):
+def test_integers_are_exact(conv, dtype):
+    """On every tier; test_threads.py and tests/cpp have more threads than one."""
+
     def make(shape):
         return integers(*shape, dtype=dtype, low=-1, high=2)
 
-    for last in (False, True):
-        x, w, b = operands(conv, dtype, make)
-        if last and len(conv.size) > 1:
-            x, w = channels_last(x), channels_last(w)
-        x, w, b = leaves(x, w, b)
-        output = conv.ours(x, w, b, activation="relu")
-        wide = leaves(x.double(), w.double(), b.double())
-        z = conv.theirs(*wide)
-        exact(output, z.relu().to(dtype), "output")
-        g = integers(*output.shape, dtype=dtype, low=-1, high=2)
-        expected = torch.autograd.grad(z, wide, g.double() * (z > 0))
-        for name, ours, e in zip("xwb", gradients(output, g, x, w, b), expected, strict=True):
-            exact(ours, e.to(dtype), f"gradient of {name}")
+    x, w, b = operands(conv, dtype, make)
+    wide = leaves(x.double(), w.double(), b.double())
+    z = conv.theirs(*wide)
+    g = make(z.shape)
+    expected = torch.autograd.grad(z, wide, g.double() * (z > 0))
+    for last in (False, True)[: len(conv.size)]:
+        operand = [channels_last(t) if last else t for t in (x, w)]
+        for tier in tiers(dtype):
+            ours = leaves(*operand, b)
+            output = conv.ours(*ours, activation="relu")
+            exact(output, z.relu().to(dtype), f"{tier}: output")
+            for name, one, e in zip("xwb", gradients(output, g, *ours), expected, strict=True):
+                exact(one, e.to(dtype), f"{tier}: gradient of {name}")
 
 
 @pytest.mark.parametrize("conv", WINOGRAD, ids=str)
@@ -226,7 +230,7 @@ def test_random_geometries(isa, conv, last, weight_last, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("which", ["input", "weight", "bias", "grad"])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_layouts(isa, layout, which, transposed):
+def test_layouts(layout, which, transposed):
     conv = Conv(2, 6, 9, (7, 8), (3, 3), stride=2, padding=1, transposed=transposed)
     dtype, make = torch.float32, LAYOUTS[layout]
     x, w, b = operands(conv, dtype)
@@ -251,7 +255,7 @@ def test_layouts(isa, layout, which, transposed):
 
 @pytest.mark.parametrize("conv", [CONVS[7], CONVS[13], CONVS[22], CONVS[24], CONVS[28]], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_unbatched(isa, conv, dtype):
+def test_unbatched(conv, dtype):
     x, w, b = operands(conv, dtype)
     output, theirs = (f(x[0], w, b) for f in (conv.ours, conv.theirs))
     assert output.shape == theirs.shape
@@ -264,7 +268,7 @@ def test_unbatched(isa, conv, dtype):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
-def test_empty_batch(isa, dtype, transposed, activation):
+def test_empty_batch(dtype, transposed, activation):
     conv = Conv(0, 4, 6, (5, 7), (3, 3), padding=1, transposed=transposed)
     ours, theirs = leaves(*operands(conv, dtype)), leaves(*operands(conv, dtype))
     a, e = conv.ours(*ours, activation=activation), conv.theirs(*theirs)
@@ -304,7 +308,7 @@ def test_float32_denormals_survive(isa):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1)], ids=str)
-def test_only_the_gradients_asked_for(isa, wanted, transposed):
+def test_only_the_gradients_asked_for(wanted, transposed):
     conv = Conv(2, 5, 8, (9, 9), (3, 3), stride=2, padding=1, transposed=transposed)
     ours = [t.requires_grad_(bool(on)) for t, on in zip(operands(conv, torch.float32), wanted, strict=True)]
     theirs = [t.detach().clone().requires_grad_(bool(on)) for t, on in zip(ours, wanted, strict=True)]
@@ -567,11 +571,13 @@ def test_large_outputs_come_from_the_pool():
 
 
 def test_sizes_beyond_two_to_the_31_elements():
-    """4 GB of address space, of which only the touched pages exist."""
-    length, stride = 2**30 + 8, 2**20
-    x = torch.empty(1, 2, length, dtype=torch.bfloat16)
-    x[:, :, ::stride] = integers(1, 2, -(-length // stride), dtype=torch.bfloat16)
-    w = integers(3, 2, 1, dtype=torch.bfloat16)
+    """4 GB of address space, of which only the touched pages of 4 KB exist."""
+    channels, length, stride = 8, 2**28 + 8, 2**18
+    memory = mmap.mmap(-1, 2 * channels * length)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    x = torch.frombuffer(memory, dtype=torch.bfloat16).view(1, channels, length)
+    x[:, :, ::stride] = integers(1, channels, -(-length // stride), dtype=torch.bfloat16)
+    w = integers(3, channels, 1, dtype=torch.bfloat16)
     exact(FF.conv1d(x, w, stride=stride), FF.conv1d(x[:, :, ::stride].contiguous(), w))
 
 

@@ -60,7 +60,8 @@ def test_values_and_gradients(isa, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
-def test_integers_are_exact(isa, threads, shape, dtype):
+def test_integers_are_exact(isa, shape, dtype):
+    """test_threads.py and tests/cpp have more threads than one."""
     m, n, k = shape
     k = min(k, 60)  # 60 * 9 + 3 is exact in a bfloat16 sum of float32, and its rounding is the same
     x, w, b, g = (integers(*s, dtype=dtype) for s in ((m, k), (n, k), (n,), (m, n)))
@@ -130,7 +131,7 @@ def test_operands_are_not_copied():
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (3, 4), (2, 3, 4), (2, 1, 3, 2)], ids=str)
-def test_leading_dimensions(isa, leading):
+def test_leading_dimensions(leading):
     x, w, b = torch.randn(*leading, 10), torch.randn(7, 10), torch.randn(7)
     ours, theirs = leaves(x, w, b), leaves(x, w, b)
     a, e = FF.linear(*ours, activation="gelu"), F.gelu(F.linear(*theirs))
@@ -150,7 +151,7 @@ def test_leading_dimensions_that_do_not_collapse():
 
 @pytest.mark.parametrize("shape", [(0, 5, 10), (3, 0, 10), (3, 5, 0), (0, 0, 0), (0, 5, 0), (3, 0, 0)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_empty(isa, shape, dtype):
+def test_empty(shape, dtype):
     m, n, k = shape
     x, w, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
     ours, theirs = leaves(x, w, b), leaves(x, w, b)
@@ -189,7 +190,7 @@ def test_float16_saturates_like_pytorch(isa):
 
 
 @pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1)], ids=str)
-def test_only_the_gradients_asked_for(isa, wanted):
+def test_only_the_gradients_asked_for(wanted):
     x, w, b = (t.requires_grad_(bool(on)) for t, on in zip(operands(20, 30, 40, torch.float32), wanted, strict=True))
     FF.linear(x, w, b, activation="gelu").square().sum().backward()
     theirs = [t.detach().clone().requires_grad_(bool(on)) for t, on in zip((x, w, b), wanted, strict=True)]

@@ -124,27 +124,6 @@ def resolve_activation(activation: Activation) -> tuple[str, float, float]:
     raise TypeError(f"activation must be None, a name or an activation module, got {cls.__name__}")
 
 
-def torch_activation(activation: str | nn.Module) -> nn.Module:
-    """torch.nn's module for an `activation=` argument."""
-    kind, a, b = resolve_activation(activation)
-    if kind == "gelu_tanh":
-        return nn.GELU(approximate="tanh")
-    classes = {cls.__name__.lower(): cls for cls in _MODULES}
-    cls = classes[kind.replace("_", "")]
-    # The parameters, as many as the kind has: torch.nn's constructors take them in the same order.
-    count = {
-        "leaky_relu": 1,
-        "elu": 1,
-        "celu": 1,
-        "softplus": 2,
-        "hardtanh": 2,
-        "hardshrink": 1,
-        "softshrink": 1,
-        "threshold": 2,
-    }
-    return cls(*(a, b)[: count.get(kind, 0)])
-
-
 # The same in PyTorch's own ops, for what fastops has no kernel for.
 _TORCH: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "identity": lambda x, a, b: x,
@@ -198,9 +177,16 @@ def _general_activation(
     if not _is_compiling() and overrides(input):
         return handle_torch_function(public, (input,), input, *args, **kwargs)
     if general(input) and supported(input, on_gpu=True) and valid(kind, a, b):
-        output = _activation_ops.activation(input, kind, float(a), float(b))
-        return input.copy_(output) if inplace else output
+        if not inplace:
+            return _activation_ops.activation(input, kind, float(a), float(b))
+        # PyTorch's threshold_ is the one in-place activation that takes expanded tensors.
+        if kind != "threshold" or not _is_expanded(input):
+            return _activation_ops.activation_(input, kind, float(a), float(b))
     return torch_op(kind, _EXPLAIN.get(kind, explain_activation), theirs, input, *args, **kwargs)
+
+
+def _is_expanded(input: Tensor) -> bool:
+    return any(n > 1 and step == 0 for n, step in zip(input.shape, input.stride(), strict=True))
 
 
 def explain_activation(input: Any, *args: Any, **kwargs: Any) -> str:
