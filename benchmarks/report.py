@@ -175,7 +175,7 @@ def newest(results: Path, models_only: bool) -> dict:
     Raises:
         FileNotFoundError: there are none.
     """
-    paths = [path for path in results.glob("*.json") if not path.name.startswith("gpu-")]
+    paths = sorted(path for path in results.glob("*.json") if not path.name.startswith("gpu-"))
     found = [json.loads(path.read_text()) for path in paths if path.stem.endswith(MODELS_ONLY) == models_only]
     if not found:
         command = "fastops bench --models --out" if models_only else "fastops bench --out"

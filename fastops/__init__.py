@@ -11,6 +11,7 @@ info                           what is running, and why
 memory                         the pool that large outputs come from
 export_kernels, decompositions what torch.export writes: PyTorch's ops, or fastops' where asked
 set_conv_precision             what convolutions may trade for speed
+export_kernels, decompositions whether torch.export keeps fastops' ops, and how to turn them into PyTorch's
 
 Examples in docstrings assume `import torch`, `from torch import nn`, `import fastops`, `import fastops.nn as fnn` and
 `import fastops.functional as FF`.

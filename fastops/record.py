@@ -39,12 +39,10 @@ def record() -> Iterator[Calls]:
     """Records every kernel call that is made inside the block, on every thread. Recordings may nest.
 
     Yields:
-        Calls, a list that is filled when the block ends: one Row (op, kernel, shapes, dtype, microseconds) for each
-            call.
-        str() is an aligned table. The kernel of a call that PyTorch's own op did is "aten".
+        Calls, a list of one Row (op, kernel, shapes, dtype, microseconds) for each call. It is filled when the block
+        ends. str() is an aligned table. The kernel of a call that PyTorch's own op did is "aten".
 
-    Raises: whatever the block raises; the recording ends there. Source: fastops' own; FASTOPS_VERBOSE=1 prints the same
-    rows.
+    Raises: what the block raises, which ends the recording. Source: fastops' own; FASTOPS_VERBOSE=1 prints such rows.
 
     >>> with fastops.record() as calls:
     ...     y = FF.linear(torch.ones(16, 10), torch.ones(5, 10), activation="relu")

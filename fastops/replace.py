@@ -128,7 +128,9 @@ def restore_(model: nn.Module) -> Report:
 
 @contextmanager
 def replaced(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Iterator[Report]:
-    """replace_ for the length of a block; what the block found replaced already, it leaves replaced.
+    """replace_ for the length of a block, with its arguments model and filter_fn, and its errors.
+
+    What the block found replaced already, it leaves replaced. It yields the Report of replace_.
 
     What was replaced is restored wherever it is when the block ends, also where it has left the model. A layer that
     cannot be (see restore_) is added to the report's `skipped`, with a warning.

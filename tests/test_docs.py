@@ -16,7 +16,17 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 # The modules whose public names are held to what tests/docs.py asks for.
-MODULES = ("fastops.functional", "fastops.info", "fastops.memory", "fastops.precision", "fastops.record")
+MODULES = (
+    "fastops.aten",
+    "fastops.export",
+    "fastops.functional",
+    "fastops.info",
+    "fastops.memory",
+    "fastops.nn",
+    "fastops.precision",
+    "fastops.record",
+    "fastops.replace",
+)
 SYMBOLS = docs.symbols(MODULES)
 
 
@@ -37,6 +47,12 @@ def _settings():
 def test_docstring(name: str) -> None:
     assert docs.missing_parts(SYMBOLS[name]) == []
     assert docs.failed_examples(SYMBOLS[name], name) == ""
+
+
+@pytest.mark.parametrize("name", SYMBOLS)
+def test_name(name: str) -> None:
+    """help() and tracebacks show the public name."""
+    assert SYMBOLS[name].__name__ == name.rpartition(".")[2]
 
 
 def test_what_is_missing_is_found() -> None:

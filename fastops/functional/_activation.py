@@ -351,10 +351,9 @@ def elu_(input: Tensor, alpha: float = 1.0) -> Tensor:
 
 
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
-    """Scaled ELU, y = scale x where x > 0, else scale alpha (exp(x) - 1).
+    """Scaled ELU, y = s x where x > 0, else s alpha (exp(x) - 1), with s = 1.0507 and alpha = 1.6733.
 
     input: any shape; float32, float64, bfloat16 or float16.
-    scale = 1.0507 and alpha = 1.6733, as in torch.nn.SELU.
     inplace: write the result into input.
     Errors and source: torch.nn.functional.selu.
 
@@ -429,8 +428,8 @@ def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
     """Gaussian error linear unit, y = x Phi(x), Phi the normal distribution function.
 
     input: any shape; float32, float64, bfloat16 or float16.
-    approximate: "none" forms Phi by erf; "tanh" by the usual approximation, Phi(x) = (1 + tanh(sqrt(2/pi) (x + 0.044715
-    x^3))) / 2. Anything else is a RuntimeError.
+    approximate: "none" computes Phi by erf; "tanh" as (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2. Anything else is
+        a RuntimeError.
     Errors and source: torch.nn.functional.gelu.
 
     >>> FF.gelu(torch.tensor([-1.0, 0.0, 2.0]))
@@ -713,8 +712,9 @@ def _threshold(input: Tensor, threshold: float, value: float, inplace: bool = Fa
     )
 
 
-# Under this name the function's own argument hides it, as in PyTorch.
+# Inside the function its argument hides this name.
 threshold = _threshold
+threshold.__name__ = threshold.__qualname__ = "threshold"
 
 
 def threshold_(input: Tensor, threshold: float, value: float) -> Tensor:
