@@ -10,6 +10,7 @@ setup.py builds the extension with it; `make sanitize`, `make ulp` and `make cud
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import platform
 import re
@@ -52,6 +53,8 @@ KERNEL_FLAGS = ["-ffp-contract=off"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-Wall,-Wextra,-fPIC,-fvisibility=hidden"]
 ARCHITECTURES = "8.0+PTX;9.0a"
 OLDEST_NVCC = (12, 0)
+# One of these is there with a driver: on Linux, in a container that was given a GPU, under WSL.
+DRIVER = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")
 
 
 def compiler() -> list[str]:
@@ -123,18 +126,28 @@ def find_cuda() -> Cuda:
     """What FASTOPS_CUDA asks for and this machine has.
 
     FASTOPS_CUDA=0: no CUDA kernels. 1: SystemExit where they cannot be built. auto, or not set: they are built where
-    nvcc is, which is looked for in CUDA_HOME, on the PATH and in /usr/local/cuda.
+    nvcc is and somebody wants them: this machine has an NVIDIA driver, or TORCH_CUDA_ARCH_LIST names architectures.
     """
     asked = os.environ.get("FASTOPS_CUDA", "").strip() or "auto"
     if asked not in ("0", "1", "auto"):
         raise SystemExit(f"fastops: FASTOPS_CUDA must be 0, 1 or auto, got '{asked}'")
-    cuda = Cuda(why_not="FASTOPS_CUDA=0") if asked == "0" else _find_cuda()
+    if asked == "0":
+        return Cuda(why_not="FASTOPS_CUDA=0")
+    if asked == "auto" and not has_driver() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return Cuda(why_not="this machine has no NVIDIA driver; FASTOPS_CUDA=1 compiles them all the same")
+    cuda = find_nvcc()
     if cuda.why_not and asked == "1":
         raise SystemExit(f"fastops: FASTOPS_CUDA=1 asks for CUDA kernels, which cannot be built: {cuda.why_not}")
     return cuda
 
 
-def _find_cuda() -> Cuda:
+def has_driver() -> bool:
+    """Whether an NVIDIA driver is there."""
+    return any(map(os.path.exists, DRIVER)) or shutil.which("nvidia-smi") is not None
+
+
+def find_nvcc() -> Cuda:
+    """nvcc of CUDA_HOME, of the PATH or of /usr/local/cuda, and the architectures it is to compile for."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     candidates = [str(Path(home) / "bin" / "nvcc") for home in homes] or ["nvcc", "/usr/local/cuda/bin/nvcc"]
     nvcc = next((path for path in map(shutil.which, candidates) if path), None)
@@ -187,6 +200,7 @@ class Build:
     def compile_cuda(self, cuda: Cuda, source: Path) -> Path:
         """The same by nvcc, with this compiler for the host's part."""
         flags = [*NVCC_FLAGS, *cuda.code_flags, f"-ccbin={self.compiler[0]}"]
+        flags += shlex.split(os.environ.get("NVCCFLAGS", ""))
         return self._compile([cuda.nvcc], source, source.with_suffix(".cu.o"), flags)
 
     def _compile(self, command: list[str], source: Path, object_: Path, flags: list[str]) -> Path:
@@ -208,6 +222,18 @@ class Build:
         (self.folder / "build.ninja").write_text(self._ninja_file())
         if subprocess.run([ninja, "-C", str(self.folder), f"-j{jobs}"]).returncode != 0:
             self._fail()
+
+    def describe(self, path: Path) -> None:
+        """Writes the compile steps where editors look for them, as a compile_commands.json."""
+        steps = [
+            {
+                "directory": str(self.folder),
+                "file": str(source),
+                "arguments": [*command, *flags, "-c", str(source), "-o", str(result)],
+            }
+            for command, source, result, flags in self.compiles
+        ]
+        path.write_text(json.dumps(steps, indent=1) + "\n")
 
     def _fail(self) -> None:
         cuda = any(source.suffix == ".cu" for _, source, _, _ in self.compiles)
@@ -323,6 +349,7 @@ def build_extension(
         # The runtime's symbols stay inside: torch may bring another one.
         libraries += [*cuda.library_flags, "-Wl,--exclude-libs,libcudart_static.a"]
     build.link(objects, result, ["-shared", *libraries])
+    build.describe(ROOT / "compile_commands.json")
     build.run()
 
 
@@ -406,7 +433,7 @@ def cuda_usage(cuda: Cuda, sources: list[Path]) -> list[Usage]:
 
 def print_cuda_usage() -> int:
     """The table of cuda_usage over all kernels; 1 where a matrix product or a fused network spills."""
-    cuda = find_cuda()
+    cuda = find_nvcc()
     if cuda.why_not:
         raise SystemExit(f"fastops: CUDA kernels {cuda}")
     rows = cuda_usage(cuda, sorted(CUDA_KERNELS.glob("*.cu")))
