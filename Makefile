@@ -19,9 +19,9 @@ demo: build
 test: build
 	$(PYTHON) -m pytest -q -n auto --dist worksteal
 
-# The README's table, from the newest results.
+# The README's table of models, and benchmarks/RESULTS.md, from the newest results.
 readme: build
-	$(PYTHON) -m fastops.benchmarks.report $$(ls -t benchmarks/results/*.json | grep -v /gpu- | head -1) README.md
+	$(PYTHON) -m fastops.benchmarks.report README.md benchmarks
 
 bench: build
 	$(PYTHON) -m fastops bench --out benchmarks/results

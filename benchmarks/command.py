@@ -9,9 +9,22 @@ from pathlib import Path
 
 import torch
 
-from fastops.benchmarks import activation, conv, conv_pool, figures, footprint, linear, mlp, pool, report, training
+from fastops.benchmarks import (
+    activation,
+    conv,
+    conv_pool,
+    figures,
+    footprint,
+    linear,
+    mlp,
+    models,
+    pool,
+    report,
+    training,
+)
 from fastops.benchmarks.harness import DTYPES, FORWARD, MODES, Case, Row, WrongResult, measure
 
+# What is measured if nothing is asked for. The whole models are asked for by --models.
 STEMS = {
     "linear": linear,
     "mlp": mlp,
@@ -30,6 +43,7 @@ OPS = {
     **{op: activation for op in activation.FUNCTIONS},
     "training step": training,
     "inference": training,
+    **{op: models for op in models.FUNCTIONS},
 }
 
 
@@ -38,15 +52,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several = {"nargs": "+", "default": None}
     parser.add_argument("--op", **several, metavar="OP", help=f"of {', '.join([*STEMS, 'memory', *OPS])}; default: all")
     parser.add_argument(
+        "--models", action="store_const", dest="op", const=["model"], help="whole models: the same as --op model"
+    )
+    parser.add_argument(
         "--shape",
         **several,
         help="instead of the standard ones: MxKxN for linear, 1024x64x4 for mlp, 8x64x56x56-64-k3-s1-p1-g1 for "
         "convolutions, 64x32x28x28-k3-s2-p1 for pools, 8x512x7x7-1 for adaptive ones, elements of the output for "
-        "activations",
+        "activations, resnet18-8x3x224x224 for models",
     )
     parser.add_argument("--dtype", **several, choices=list(DTYPES))
     parser.add_argument(
-        "--threads", nargs="+", type=int, default=None, help="default: 2, and 1 for the largest products"
+        "--threads",
+        nargs="+",
+        type=int,
+        default=None,
+        help="default: 2, and 1 for the largest products; for models PyTorch's",
     )
     parser.add_argument(
         "--pass",
@@ -59,6 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--isa", default=None, help="a lower tier than the best one (see `fastops info`)")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter samples, float32 and bfloat16 only")
     parser.add_argument("--out", type=Path, default=Path("fastops-bench"), help="folder for JSON, CSV and plot")
+    parser.add_argument(
+        "--add", action="store_true", help="keep what the results of this machine and day have, where --out has some"
+    )
 
 
 def choose(options: argparse.Namespace) -> list[Case]:
@@ -71,11 +95,13 @@ def choose(options: argparse.Namespace) -> list[Case]:
     for name in options.op or []:
         if name not in known:
             raise SystemExit(f"fastops bench: --op {name} is none of {', '.join(known)}")
-    threads = options.threads or [min(2, len(os.sched_getaffinity(0)))]
+    with_models = any(op in models.FUNCTIONS for op in options.op or [])
+    threads = options.threads or [torch.get_num_threads() if with_models else min(2, len(os.sched_getaffinity(0)))]
     if min(threads) < 1:
         raise SystemExit(f"fastops bench: --threads must be at least 1, got {min(threads)}")
     if options.shape is None:
-        cases = [case for count in threads for stem in STEMS.values() for case in stem.cases(count)]
+        stems = [*STEMS.values(), models] if with_models else STEMS.values()
+        cases = [case for count in threads for stem in stems for case in stem.cases(count)]
         if options.threads is not None:
             cases = [case for case in cases if case.threads in threads]
     else:
@@ -93,7 +119,8 @@ def choose(options: argparse.Namespace) -> list[Case]:
                 "a convolution 8x64x56x56-64-k3-p1 (batch x channels x sizes - outputs - kernel - "
                 "stride - padding - groups), a pool 64x32x28x28-k3-s2-p1 or adaptive 8x512x7x7-1, an activation the "
                 "number of elements of its output, training one of "
-                f"{', '.join(training.MODELS)}"
+                f"{', '.join(training.MODELS)}, a model (pass forward or both) one of {', '.join(models.MODELS)}, "
+                "with its batch and input: resnet18-8x3x224x224"
             ) from None
     cases = [
         case
@@ -135,10 +162,12 @@ def run(options: argparse.Namespace) -> int:
             wrong += 1
             print(f"{case.op:<13} {case.shape:<16} {case.dtype:<5} {case.mode:<7} WRONG: {error}", flush=True)
     memory = footprint.measure(min(2, torch.get_num_threads())) if with_memory else None
+    if options.add:
+        rows, memory = report.added(options.out, stamp, rows, memory)
     results = figures.evaluate(rows, memory)
     print(f"\n{time.perf_counter() - begin:.0f} s")
     if results:
-        print(f"\nfigures to reach (! = missed)\n{report.figures_table(results)}")
+        print(f"\naims\n{report.figures_table(results)}")
     if rows:
         print("\n" + "\n".join(f"wrote {path}" for path in report.write(options.out, stamp, rows, memory, results)))
     if wrong:

@@ -1,10 +1,10 @@
-"""Convolution: the shapes of the figures.
+"""Convolution: the shapes that the aims are about.
 
 A shape reads batch x channels x sizes - outputs - k(ernel) [- s(tride)] [- p(adding)] [- g(roups)]:
 "8x64x56x56-64-k3-p1".
 
 Variants of an op: "+channels_last" lays out input and weight so, for both sides; "+medium" is that precision for
-fastops; "+image" has an input that needs no gradient, as the first layer of a model has; "+relu" is fused.
+fastops; "+image" has an input that needs no gradient, like the first layer of a model; "+relu" has a fused ReLU.
 """
 
 import math
@@ -136,7 +136,7 @@ def prepare(case: Case) -> Sides:
         theirs = then_relu(theirs)
     if "medium" in variants:
         ours = _medium(ours)
-    # Winograd's algorithms are held to their rms error (design, sections 4 and 8).
+    # Winograd's algorithms are held to their rms error: three times that of direct summation, or fifteen in "medium".
     factor = 15 if "medium" in variants else 3
 
     def compare(
@@ -147,7 +147,7 @@ def prepare(case: Case) -> Sides:
     if "image" not in variants:
         return functional_sides(case, theirs, ours, inputs, compare)
     image = inputs[0].to(case.device)
-    # In float64 for the reference, where the parameters are.
+    # The reference is computed in float64: the image takes the parameters' dtype.
     return functional_sides(
         case,
         lambda w, b: theirs(image.to(w.dtype), w, b),
@@ -160,7 +160,7 @@ def prepare(case: Case) -> Sides:
 def compare_rms(
     exact: Sequence[Tensor], ours: Sequence[Tensor], theirs: Sequence[Tensor], dtype: torch.dtype, factor: float
 ) -> tuple[float, float, float]:
-    """harness.compare for rms errors: fastops' may be `factor` times PyTorch's and a few roundings."""
+    """harness.compare for rms errors: fastops' may be `factor` times PyTorch's, and a few roundings."""
     worst = (0.0, 0.0, math.inf)
     for reference, mine, other in zip(exact, ours, theirs, strict=True):
         scale = reference.square().mean().sqrt().item() or 1.0
@@ -183,7 +183,7 @@ def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | No
 
 
 def cases(threads: int) -> list[Case]:
-    """The cases that the figures are made of."""
+    """The cases that the aims are about."""
     result = []
     for dtype in ("f32", "bf16"):
         for mode in (FORWARD, BOTH):

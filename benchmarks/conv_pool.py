@@ -32,7 +32,7 @@ def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | No
 
 
 def cases(threads: int) -> list[Case]:
-    """The cases that the figures are made of."""
+    """The cases that the aims are about."""
     return [
         make("conv_max_pool2d", conv.FIRST, dtype, mode, threads)
         for dtype in ("f32", "bf16")

@@ -34,8 +34,8 @@ def saved_bytes(function: object, x: torch.Tensor) -> int:
 
 
 def measure(threads: int) -> dict[str, dict[str, int]]:
-    """For "torch" and "fastops": the peak bytes of each model's training steps by its name, and "ReLU": what one
-    keeps of 16 MB.
+    """For "torch" and for "fastops": the peak bytes of each model's training steps, by the model's name; and as "ReLU"
+    the bytes that a ReLU of 16 MB keeps for backward.
     """
     results: dict[str, dict[str, int]] = {}
     for side in ("torch", "fastops"):

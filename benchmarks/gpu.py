@@ -1,10 +1,9 @@
 """`make gpu`: builds for this machine's GPU, runs the CUDA tests and compute-sanitizer, measures against PyTorch.
 
-`python -m benchmarks.gpu` from the checkout, by a python whose torch has CUDA. What is done is written down at once
-(build/gpu/state.jsonl), so that a run that was cut, or came to the end of its time, goes on where it stopped when it is
-started again with the same sources on the same machine. Tests and cases run in processes of their own: one that crashes
-or hangs is reported as such and costs its time limit. The table and the JSON have what was measured and verified, and
-list what was not.
+Run as `python -m benchmarks.gpu` from the checkout, by a python whose torch has CUDA. Every stage that ends is written
+to build/gpu/state.jsonl at once. So a run that was cut, or ran out of time, goes on where it stopped when it is started
+again with the same sources on the same machine. Tests and cases run in processes of their own; one that crashes or
+hangs is reported as such. The table and the JSON have what was verified and measured, and list what was not.
 
 fastops is imported only after it has been built.
 """
@@ -29,9 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "gpu"
 RESULTS = ROOT / "benchmarks" / "results"
 
-BUDGET = 525.0  # seconds of one `make gpu`: nine minutes, less what starting and writing take
+BUDGET = 525.0  # seconds for one `make gpu`: nine minutes, less the time for starting and writing
 BUILD_LIMIT, TESTS_LIMIT, SANITIZER_LIMIT, CASE_LIMIT = 300.0, 90.0, 75.0, 40.0
-# Where there is no time left for the whole limit, a stage is started if it has this much.
+# A stage for whose limit there is no time left is started if there is this much.
 LEAST = 15.0
 
 PASSED, FAILED, CUT, MISSING = "passed", "failed", "out of time", "not on this machine"
@@ -81,7 +80,7 @@ def _driver() -> str:
 
 
 def _digest() -> str:
-    """Of everything that decides a result."""
+    """A hash of every source that decides a result."""
     digest = hashlib.sha256()
     for folder in ("csrc", "fastops", "benchmarks", "tests"):
         for path in sorted((ROOT / folder).rglob("*")):
@@ -101,7 +100,7 @@ def architecture(capability: Sequence[int]) -> str:
 
 
 class State:
-    """What was done, by stage and name, in this run and in earlier ones that were like it; a file of a line each."""
+    """What was done, by stage and name, in this run and in earlier ones with its stamp; a file with a line each."""
 
     def __init__(self, path: Path, stamp: dict) -> None:
         self._path = path
@@ -122,7 +121,7 @@ class State:
         entry = {"stage": stage, "name": name, "outcome": outcome, **more}
         self.entries[stage, name] = entry
         with self._path.open("a") as file:
-            # What was cut may have left half a line.
+            # A run that was cut may have left half a line.
             file.write("\n" + json.dumps(entry))
         seconds = f"  {more['seconds']:.0f} s" if "seconds" in more else ""
         detail = f"  {more['detail']}" if more.get("detail") else ""
@@ -162,7 +161,7 @@ class Run:
         env: dict[str, str] | None = None,
         summary: Callable[[str], str] = lambda text: "",
     ) -> None:
-        """Does this stage by a command, unless it has been done or no time is left for it."""
+        """Runs a command for this stage, unless the stage has been done or no time is left for it."""
         if self.state.done(stage, name) or self.left() < LEAST:
             return
         log = WORK / f"{stage}-{re.sub('[^A-Za-z0-9_]+', '-', name)}.log"
@@ -222,7 +221,7 @@ class Run:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """The process and what it started."""
+    """Ends the process and the processes that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -284,7 +283,7 @@ def sanitize(run: Run, tool: str) -> None:
         "sanitizer", tool,
         [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-x", *SANITIZED],
         SANITIZER_LIMIT,
-        # Every allocation its own, so that an access behind its end is seen.
+        # Every tensor has an allocation of its own, so that an access behind its end is seen.
         {"FASTOPS_TEST_DEVICE": "cuda", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         sanitizer_summary,
     )  # fmt: skip
@@ -336,9 +335,13 @@ def aims_table(aims: Sequence[dict]) -> str:
     width = max(len(aim["aim"]) for aim in aims)
     lines = []
     for aim in aims:
-        lowest = "-" if aim["lowest"] is None else f"{aim['lowest']:.2f}"
+        lowest = spread = "-"
+        if aim["lowest"] is not None:
+            lowest, spread = f"{aim['lowest']:.2f}", "{:.2f} - {:.2f}".format(*aim["spread"])
         where = f"{aim['measured']} of {aim['cases']} cases" + (f", lowest: {aim['where']}" if aim["where"] else "")
-        lines.append(f"{aim['verdict']:<12} {aim['aim']:<{width}}  >= {aim['reach']:<4} {lowest:>6}  {where}")
+        lines.append(
+            f"{aim['verdict']:<12} {aim['aim']:<{width}}  >= {aim['reach']:<4} {lowest:>6}  {spread:>13}  {where}"
+        )
     return "\n".join(lines)
 
 

@@ -1,10 +1,9 @@
 """How every case is measured.
 
-A case is first verified: its results must be as near to the float64 reference as PyTorch's own (error <= 2 x PyTorch's
-error + a few rounding errors of the dtype). Then PyTorch, fastops and the machine's peak are sampled in turn, each side
-first every other time, so that whatever else the machine does hits all three alike. A sample lasts some milliseconds;
-what counts is the median over the samples, and its quartiles say how far to trust it. The ratio is PyTorch's median
-time divided by fastops'.
+A case is verified first: the error of its results against float64 may be twice PyTorch's own and a few roundings. Then
+PyTorch, fastops and the machine's peak are sampled in turn, and the two sides take turns at being first. So whatever
+else runs on the machine slows down all three alike. A sample takes a few milliseconds. The result is the median of the
+samples, with their quartiles. The ratio is PyTorch's median time divided by fastops'.
 """
 
 import gc
@@ -24,12 +23,13 @@ from fastops import _C
 FORWARD, RECORD, BOTH = "forward", "record", "both"  # without autograd; recording for it; forward and backward
 BACKWARD = "backward"  # alone, of a forward that is kept: measured on a GPU only
 MODES = (FORWARD, RECORD, BOTH)
+PASSES = {FORWARD: "forward", RECORD: "forward, recorded", BACKWARD: "backward", BOTH: "forward+backward"}
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Sides:
-    """One call of each side, and the errors of their results: of fastops, of PyTorch, and what fastops' may be."""
+    """One call of each side; the errors of fastops' and PyTorch's results, and the largest that fastops' may have."""
 
     torch: Callable[[], object]
     fastops: Callable[[], object]
@@ -48,14 +48,15 @@ class Case:
     flops: float  # floating point operations that the formula asks for
     bytes: float  # bytes that have to be read or written when nothing is cached
     prepare: Callable[["Case"], Sides]
-    bound: str = "bytes"  # the peak it is held against: "flops" or "bytes"
+    bound: str = "bytes"  # which peak it is compared with: "flops" or "bytes"
     isa: str | None = None  # a lower tier than the best one
     device: str = "cpu"
+    seconds: float = 0.25  # how long samples are taken; but never fewer than 9 nor more than 50
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one case. Times in microseconds a call."""
+    """What was measured of one case. Times are microseconds for one call."""
 
     op: str
     shape: str
@@ -89,13 +90,13 @@ class Row:
 
 
 class WrongResult(Exception):
-    """fastops' result is further from the reference than it may be."""
+    """fastops' result is farther from the reference than it may be."""
 
 
 def functional_sides(
     case: Case, theirs: Callable, ours: Callable, inputs: Sequence[Tensor], rule: Callable | None = None
 ) -> Sides:
-    """Sides for two functions of the same tensors; rule: another one than `compare`.
+    """Sides for two functions of the same tensors. `rule` decides about their errors; default: `compare`.
 
     In modes "both" and "backward" a fixed gradient is sent back through the output, and every gradient is dropped
     before the next call. It is positive: sums over it do not cancel, so that their relative error means something.
@@ -131,22 +132,22 @@ def functional_sides(
     return Sides(one(theirs), one(ours), error, torch_error, allowed)
 
 
-# The float64 references where PyTorch's own will not do: its hardsigmoid multiplies by a float32 1/6.
+# float64 references for ops where PyTorch's own is not exact enough: its hardsigmoid multiplies by a float32 1/6.
 EXACT: dict[str, Callable[..., Tensor]] = {"hardsigmoid": lambda x: (x + 3).clamp(0, 6) / 6}
 
 
 def compare(
     exact: Sequence[Tensor], ours: Sequence[Tensor], theirs: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[float, float, float]:
-    """The errors of fastops and of PyTorch and the one allowed, each relative to the largest value of its tensor.
+    """The errors of fastops and of PyTorch, and the allowed one, each relative to the largest value of its tensor.
 
-    Of several tensors, the one where fastops comes nearest to what is allowed.
+    Of several tensors, those of the one where fastops comes nearest to the allowed error.
     """
     worst = (0.0, 0.0, math.inf)
     for reference, mine, other in zip(exact, ours, theirs, strict=True):
         scale = reference.abs().max().item() or 1.0
         error, torch_error = ((value.double() - reference).abs().max().item() / scale for value in (mine, other))
-        # In float64 the reference is PyTorch's own result, which rounds like any other: more roundings, not more error.
+        # In float64 the reference is PyTorch's own result and has roundings of its own, so more of them are allowed.
         roundings = 32 if dtype == torch.float64 else 4
         allowed = 2 * torch_error + roundings * torch.finfo(dtype).eps
         if not error / allowed <= worst[0] / worst[2]:
@@ -156,7 +157,7 @@ def compare(
 
 @contextmanager
 def settings(case: Case) -> Iterator[None]:
-    """Threads, tier and autograd as the case asks; the garbage collector waits."""
+    """Sets threads, tier and autograd as the case asks, and turns the garbage collector off."""
     threads, isa = torch.get_num_threads(), _C.isa_used()
     torch.set_num_threads(case.threads)
     if case.isa is not None and not _C.set_isa(case.isa):
@@ -173,7 +174,7 @@ def settings(case: Case) -> Iterator[None]:
 
 
 class Peak:
-    """Samples what the machine could do at best: multiply-adds on every thread, or a copy of as many bytes."""
+    """Samples the machine's peak: multiply-adds on every thread, or a copy of as many bytes."""
 
     def __init__(self, case: Case) -> None:
         self._bound = case.bound
@@ -225,7 +226,7 @@ def measure(case: Case, quick: bool = False) -> Row:
             raise WrongResult(
                 f"error {sides.error:.2g}, PyTorch's {sides.torch_error:.2g}, at most {sides.allowed_error:.2g}"
             )
-        sample_seconds, budget, least = (1e-3, 0.05, 5) if quick else (2e-3, 0.25, 9)
+        sample_seconds, budget, least = (1e-3, 0.05, 5) if quick else (2e-3, case.seconds, 9)
         peak = Peak(case)
         for side in (sides.torch, sides.fastops):
             time_calls(side, 2)
@@ -235,7 +236,7 @@ def measure(case: Case, quick: bool = False) -> Row:
         while len(torch_times) < least or (time.perf_counter() - begin < budget and len(torch_times) < 50):
             turns = [(sides.torch, torch_calls, torch_times), (sides.fastops, fastops_calls, fastops_times)]
             for side, calls, times in turns if len(peaks) % 2 == 0 else reversed(turns):
-                time_calls(side, 1 + calls // 8)  # caches, and threads that fell asleep, as this side leaves them
+                time_calls(side, 1 + calls // 8)  # fills the caches and wakes the threads, as this side does
                 times.append(time_calls(side, calls))
             peaks.append(peak.sample())
         return _row(case, sides, torch_times, fastops_times, median(peaks))

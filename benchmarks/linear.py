@@ -1,4 +1,4 @@
-"""Linear: the shapes of the README's table, m x k x n for m rows, k input and n output features."""
+"""Linear: the shapes that the aims are about, m x k x n for m rows, k input and n output features."""
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | No
 
 
 def cases(threads: int) -> list[Case]:
-    """The cases that the figures are made of, and two float64 and float16 ones."""
+    """The cases that the aims are about, and two in float64 and in float16."""
     result = []
     for count in sorted({1, threads}):
         result += [make("linear", shape, "f32", FORWARD, count) for shape in SQUARES]

@@ -17,7 +17,7 @@ SHAPES = ("64x64x4", "1024x64x4", "1024x128x4")
 
 
 def chain(x: Tensor, *parameters: Tensor) -> Tensor:
-    """PyTorch's, with the weights first and then as many biases."""
+    """PyTorch's ops. parameters: the weights, and then as many biases."""
     layers = len(parameters) // 2
     for layer in range(layers):
         x = F.linear(x, parameters[layer], parameters[layers + layer])
@@ -72,7 +72,7 @@ def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | No
     mode = BOTH if op == "mlp step" else mode
     passes = 3 if mode == BOTH else 1
     size = DTYPES[dtype].itemsize
-    # What a fused pass has to move: x and y; then x, grad_y and grad_x too.
+    # A fused forward pass has to move x and y; the backward pass x, grad_y and grad_x.
     traffic = float(size * batch * width * (5 if mode == BOTH else 2))
     return Case(op, shape, dtype, mode, threads, 2.0 * batch * width**2 * layers * passes, traffic, prepare, isa=isa)
 

@@ -1,4 +1,4 @@
-"""Pooling: the shapes of the figures, small ones, and every kind of pool.
+"""Pooling: the shapes that the aims are about, small ones, and every kind of pool.
 
 A shape reads batch x channels x sizes - k(ernel) [- s(tride)] [- p(adding)]: "64x32x28x28-k2-s2"; of an adaptive pool
 batch x channels x sizes - output size: "8x512x7x7-1". "+channels_last" lays out the input so, for both sides.
@@ -75,6 +75,6 @@ def cases(threads: int) -> list[Case]:
                     result += [make(f"adaptive_{op}", shape, dtype, mode, threads) for shape in ADAPTIVE]
                 result += [make(f"adaptive_{kind}_pool2d", shape, dtype, mode, threads) for shape in ADAPTIVE_SMALL]
                 for dims, shape in OTHERS.items():
-                    if (kind, dims, dtype) != ("avg", 3, "bf16"):  # which PyTorch has not
+                    if (kind, dims, dtype) != ("avg", 3, "bf16"):  # PyTorch has none
                         result.append(make(f"{kind}_pool{dims}d", shape, dtype, mode, threads))
     return result

@@ -1,6 +1,7 @@
-"""What a run leaves behind: a table on the terminal, JSON, CSV, a roofline plot, and the README's block.
+"""What a run leaves behind: a table on the terminal, JSON, CSV and a roofline plot; and the pages made of them.
 
-`python -m fastops.benchmarks.report RESULTS.json README.md` rewrites the README between its two bench marks.
+`python -m fastops.benchmarks.report README.md benchmarks` writes the models' table into the README, between its two
+marks, and benchmarks/RESULTS.md, both from the newest files of benchmarks/results. `make readme` does that.
 """
 
 import csv
@@ -19,10 +20,12 @@ from pathlib import Path
 import torch
 
 import fastops
-from fastops.benchmarks.figures import Result
-from fastops.benchmarks.harness import Row
+from fastops.benchmarks import models, training
+from fastops.benchmarks.figures import LEVEL, MISSED, REACHED, Result, evaluate, ratio
+from fastops.benchmarks.harness import BOTH, FORWARD, PASSES, Row
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"  # around the models' table of the README
+MODELS_ONLY = "-models"  # the end of the name of results that have no other rows
 
 HEADER = (
     f"{'op':<13} {'shape':<16} {'dtype':<5} {'pass':<7} {'T':>2} {'PyTorch us':>11} {'fastops us':>11} "
@@ -61,19 +64,22 @@ def machine() -> dict[str, object]:
 
 
 def figures_table(results: Sequence[Result]) -> str:
-    """The figures, one a line: reached or not, measured, where it was decided."""
+    """The aims, one a line: the verdict, what was measured, its spread, and the case that decided."""
     width = max(len(result.name) for result in results)
     return "\n".join(
-        f"{'  ' if result.reached else '! '}{result.name:<{width}}  {result.reach:>8}  {result.measured:>8}  "
+        f"{result.verdict:<7}  {result.name:<{width}}  {result.reach:>8}  {result.measured:>8}  {result.spread:>13}  "
         f"{result.where}"
         for result in results
     )
 
 
 def write(folder: Path, stamp: dict, rows: Sequence[Row], memory: dict | None, results: Sequence[Result]) -> list[Path]:
-    """Writes JSON, CSV and, with matplotlib, the plot, named after machine and day; returns their paths."""
+    """Writes JSON, CSV and, with matplotlib, the plot; returns their paths.
+
+    They are named after machine and day, and after the models where there is nothing else in them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", f"{stamp['cpu']} {stamp['cores']} cores {stamp['date']}".lower()).strip("-")
+    name = _name(stamp, rows)
     paths = [folder / f"{name}.json", folder / f"{name}.csv", folder / f"{name}-roofline.png"]
     content = {
         "machine": stamp,
@@ -90,6 +96,29 @@ def write(folder: Path, stamp: dict, rows: Sequence[Row], memory: dict | None, r
         return paths[:2]
     roofline(paths[2], stamp, rows)
     return paths
+
+
+def added(folder: Path, stamp: dict, rows: Sequence[Row], memory: dict | None) -> tuple[list[Row], dict | None]:
+    """The rows and memory of an earlier run on this machine and day, if the folder has one, and then these.
+
+    A case that both have is taken from these.
+    """
+    path = folder / f"{_name(stamp, rows)}.json"
+    if not path.exists():
+        return list(rows), memory
+    content = json.loads(path.read_text())
+
+    def case(row: Row) -> tuple:
+        return row.op, row.shape, row.dtype, row.mode, row.threads, row.isa
+
+    again = {case(row) for row in rows}
+    kept = [row for row in rows_of(content) if case(row) not in again]
+    return [*kept, *rows], memory or content["memory"]
+
+
+def _name(stamp: dict, rows: Sequence[Row]) -> str:
+    name = re.sub(r"[^a-z0-9]+", "-", f"{stamp['cpu']} {stamp['cores']} cores {stamp['date']}".lower()).strip("-")
+    return name + MODELS_ONLY if rows and all(row.op in models.FUNCTIONS for row in rows) else name
 
 
 def roofline(path: Path, stamp: dict, rows: Sequence[Row]) -> None:
@@ -137,40 +166,142 @@ def roofline(path: Path, stamp: dict, rows: Sequence[Row]) -> None:
     plt.close(figure)
 
 
-def readme_block(content: dict) -> str:
-    """The measured figures and the machine they were measured on, as Markdown."""
-    stamp = content["machine"]
-    lines = [
-        f"Measured on {stamp['cpu']}, {stamp['cores']} cores, {stamp['isa']} tier, torch {stamp['torch']}, "
-        f"{stamp['date']}. ratio = PyTorch's time / fastops' time, medians of one interleaved run, 2 threads unless "
-        "said. Written by `make readme` from `benchmarks/results/`.",
-        "",
-        "| work | aim | measured | decided by |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| {result['name']} | {result['reach']} | {'' if result['reached'] else 'missed: '}{result['measured']} | "
-        f"{result['where']} |"
-        for result in content["figures"]
-    ]
-    steps = [row for row in content["rows"] if row["op"] == "training step"]
-    if steps:
-        lines += ["", "| training step | PyTorch us | fastops us | ratio |", "|---|---|---|---|"]
-        lines += [
-            f"| {row['shape']} | {row['torch_us']:.0f} | {row['fastops_us']:.0f} | {row['ratio']:.2f} |"
-            for row in steps
-        ]
-    return "\n".join(lines)
+# ---- the pages made of them ------------------------------------------------------------------------------------------
 
 
-def update_readme(results: Path, readme: Path) -> None:
-    """Replaces what stands between the README's bench marks."""
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
+def newest(results: Path, models_only: bool) -> dict:
+    """The content of the latest results of a CPU, by the date in them: those of the models, or those of the ops.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    paths = [path for path in results.glob("*.json") if not path.name.startswith("gpu-")]
+    found = [json.loads(path.read_text()) for path in paths if path.stem.endswith(MODELS_ONLY) == models_only]
+    if not found:
+        command = "fastops bench --models --out" if models_only else "fastops bench --out"
+        raise FileNotFoundError(f"{results} has no such results; `{command} {results}` makes some")
+    return max(found, key=lambda content: content["machine"]["date"])
+
+
+def update(readme: Path, benchmarks: Path) -> None:
+    """Rewrites the README between its marks, and RESULTS.md in the folder of the benchmarks."""
+    of_models, of_ops = (newest(benchmarks / "results", models_only) for models_only in (True, False))
+    before, rest = readme.read_text().split(BEGIN)
     after = rest.split(END)[1]
-    block = readme_block(json.loads(results.read_text()))
-    readme.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}")
+    readme.write_text(f"{before}{BEGIN}\n{readme_block(of_models, of_ops)}\n{END}{after}")
+    (benchmarks / "RESULTS.md").write_text(results_page(of_models, of_ops))
+
+
+def readme_block(of_models: dict, of_ops: dict) -> str:
+    """The models' table, and how many of the ops are slower than PyTorch's."""
+    rows, (slower, level) = rows_of(of_ops), slower_rows(rows_of(of_ops))
+    return (
+        f"{models_table(of_models)}\n\n"
+        f"Op by op, on {_on(of_ops)}: of {len(rows)} cases, {len(slower)} are slower than PyTorch by more than the "
+        f"spread, and {len(level)} more in the median only. [benchmarks/RESULTS.md](benchmarks/RESULTS.md) lists every "
+        "one of them, and how the others compare with the project's aims."
+    )
+
+
+def results_page(of_models: dict, of_ops: dict) -> str:
+    """RESULTS.md."""
+    rows = rows_of(of_ops)
+    results = evaluate(rows, of_ops["memory"])
+    counts = {verdict: sum(result.verdict == verdict for result in results) for verdict in (REACHED, LEVEL, MISSED)}
+    slower, level = slower_rows(rows)
+    parts = [
+        "# Results",
+        "`make readme` writes this page from the newest files of `benchmarks/results/`. Do not edit it.",
+        "A **ratio** is PyTorch's time divided by fastops': above 1, fastops is faster. Times are medians of one run "
+        "in which both take turns. The **spread** goes from PyTorch's lower quartile over fastops' upper one to "
+        "PyTorch's upper quartile over fastops' lower one; that of a geometric mean takes its rows as independent. "
+        "Results are verified against float64 before anything is timed.",
+        "## Whole models",
+        models_table(of_models),
+        "## Aims",
+        f"Measured on {_on(of_ops)}, by `make bench`; 2 threads unless said. The aims were set on an AMD Zen 5, where "
+        "PyTorch's float32 product runs at 40% of the peak. An aim is *level* where the measured value is below it, "
+        f"but the aim lies within the spread. Of {len(results)} aims, {counts[REACHED]} are reached, {counts[LEVEL]} "
+        f"level and {counts[MISSED]} missed.",
+        _table(
+            ("work", "aim", "measured", "spread", "verdict", "decided by"),
+            [(one.name, one.reach, one.measured, one.spread, _verdict(one), one.where) for one in results],
+        ),
+        "## Training steps of small models",
+        f"On the same machine, float32: {', '.join(training.MODELS)}; forward, loss, backward and SGD.",
+        _rows_table([row for row in rows if row.op == "training step"]),
+        "## Slower than PyTorch",
+        f"Of the {len(rows)} cases of that run, these {len(slower)} are slower than PyTorch by more than the spread:",
+        _rows_table(slower),
+        f"These {len(level)} are slower in the median, by less than the spread:",
+        _rows_table(level),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def rows_of(content: dict) -> list[Row]:
+    return [Row(**row) for row in content["rows"]]
+
+
+def slower_rows(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows with a ratio below 1, the lowest first: those whose spread ends below 1, and the others."""
+    below = sorted((row for row in rows if row.ratio < 1), key=lambda row: row.ratio)
+    return [row for row in below if ratio(row).high < 1], [row for row in below if ratio(row).high >= 1]
+
+
+def models_table(content: dict) -> str:
+    """One line a model: inference, and a training step."""
+    rows = {(row.shape, row.mode): row for row in rows_of(content) if row.op in models.FUNCTIONS}
+    lines = []
+    for shape in dict.fromkeys(shape for shape, _ in rows):
+        model, batch, size = models.parse(shape)
+        name = f"{model.name}, {batch} x {'x'.join(map(str, size))}"
+        cells = [_milliseconds_and_ratio(rows[shape, mode]) for mode in (FORWARD, BOTH) if (shape, mode) in rows]
+        lines.append((name, *[cell for part in cells for cell in part]))
+    counts = sorted({row.threads for row in rows.values()})
+    threads = f"{', '.join(map(str, counts))} {'thread' if counts == [1] else 'threads'}"
+    header = ["model, batch x input"]
+    for what in ("inference", "training step"):
+        header += [f"{what}: PyTorch ms", "fastops ms", "ratio (spread)"]
+    return (
+        f"{_table(header, lines)}\n\n"
+        f"float32, {threads}, on {_on(content)}; measured by `fastops bench --models`, which verifies results first. "
+        "PyTorch is eager PyTorch with the same weights."
+    )
+
+
+def _milliseconds_and_ratio(row: Row) -> tuple[str, str, str]:
+    low, middle, high = ratio(row)
+    times = [f"{us / 1e3:.0f}" if us >= 1e5 else f"{us / 1e3:.3g}" for us in (row.torch_us, row.fastops_us)]
+    return *times, f"**{middle:.2f}** ({low:.2f} - {high:.2f})"
+
+
+def _rows_table(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        low, middle, high = ratio(row)
+        where = f"{row.threads}, {row.isa} tier" if row.lowered else str(row.threads)
+        times = f"{row.torch_us:.4g}", f"{row.fastops_us:.4g}"
+        spread = f"{low:.2f} - {high:.2f}"
+        lines.append((row.op, row.shape, row.dtype, PASSES[row.mode], where, *times, f"{middle:.2f}", spread))
+    return _table(("op", "shape", "dtype", "pass", "threads", "PyTorch us", "fastops us", "ratio", "spread"), lines)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _verdict(result: Result) -> str:
+    return f"**{MISSED}**" if result.verdict == MISSED else result.verdict
+
+
+def _on(content: dict) -> str:
+    """The machine and the day; and the load, where other programs were running."""
+    stamp = content["machine"]
+    load = f" (beside other programs, load {stamp['load_before']})" if stamp["load_before"] > 1 else ""
+    return f"{stamp['cpu']}, {stamp['cores']} cores, {stamp['isa']} tier, torch {stamp['torch']}, {stamp['date']}{load}"
 
 
 if __name__ == "__main__":
-    update_readme(Path(sys.argv[1]), Path(sys.argv[2]))
+    update(Path(sys.argv[1]), Path(sys.argv[2]))

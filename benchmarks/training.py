@@ -1,6 +1,4 @@
-"""Training steps of small models (forward, loss, backward, SGD) and inference: PyTorch's modules against the same after
-replace_.
-"""
+"""Training steps of small models (forward, loss, backward, SGD), and inference, before and after replace_."""
 
 import copy
 from collections.abc import Callable
@@ -17,8 +15,11 @@ from fastops.demo import ConvNet
 
 @dataclass(frozen=True)
 class Model:
-    """What is trained: the multiply-adds of one sample's forward pass, and those of the first layer, whose input needs
-    no gradient."""
+    """What is trained.
+
+    products: multiply-adds of one sample's forward pass. first: those of the first layer, whose input needs no
+    gradient.
+    """
 
     build: Callable[[], nn.Module]
     inputs: tuple[int, ...]
@@ -26,11 +27,11 @@ class Model:
     batch: int
     products: int
     first: int
-    activations: int  # elements of inputs and outputs of all layers, a sample
+    activations: int  # elements of the inputs and outputs of all layers, for one sample
 
 
 def mlp(sizes: tuple[int, ...]) -> nn.Sequential:
-    """Linear layers with a ReLU between each two."""
+    """Linear layers with ReLUs between them."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
@@ -56,8 +57,8 @@ MODELS = {
 }  # fmt: skip
 
 
-class _Step:
-    """One training step at each call."""
+class Step:
+    """Each call is one training step."""
 
     def __init__(self, model: nn.Module, x: Tensor, target: Tensor) -> None:
         self._model, self._x, self._target = model, x, target
@@ -72,8 +73,8 @@ class _Step:
         return loss.detach()
 
 
-class _Inference:
-    """One pass through the model at each call."""
+class Inference:
+    """Each call is one pass through the model."""
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         self._model, self._x = model.eval(), x
@@ -90,13 +91,13 @@ def prepare(case: Case) -> Sides:
     target = torch.randn(chosen.batch, 1) if outputs == 1 else torch.randint(outputs, (chosen.batch,))
     dtype = DTYPES[case.dtype]
 
-    def side(dtype: torch.dtype, replace: bool) -> _Step | _Inference:
+    def side(dtype: torch.dtype, replace: bool) -> Step | Inference:
         twin = copy.deepcopy(model).to(dtype)
         if replace:
             fastops.replace_(twin)
         if case.mode == FORWARD:
-            return _Inference(twin, x.to(dtype))
-        return _Step(twin, x.to(dtype), target.to(dtype) if target.is_floating_point() else target)
+            return Inference(twin, x.to(dtype))
+        return Step(twin, x.to(dtype), target.to(dtype) if target.is_floating_point() else target)
 
     def results(dtype: torch.dtype, replace: bool) -> list[Tensor]:
         one = side(dtype, replace)

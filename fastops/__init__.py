@@ -1,13 +1,18 @@
 """Ordinary PyTorch models, faster, without changing them.
 
-import fastops
+>>> model = nn.Sequential(nn.Linear(784, 128), nn.ReLU())
+>>> report = fastops.replace_(model)  # in place: torch.nn's modules now run fastops' kernels
+>>> report = fastops.restore_(model)  # and back
 
-report = fastops.replace_(model)   # in place: torch.nn's modules now run fastops' kernels
-fastops.restore_(model)            # and back
+replace_, restore_, replaced   swap the classes of a model's modules, in place and back
+nn, functional                 torch.nn's layers and functions on fastops' kernels
+record                         which kernels ran, and for how long
+info                           what is running, and why
+memory                         the pool that large outputs come from
+set_conv_precision             what convolutions may trade for speed
 
-fastops.functional and fastops.nn have torch.nn's signatures; fastops.info() says what is running, fastops.record()
-which kernels ran, fastops.set_conv_precision() what convolutions may trade for speed, and fastops.memory holds the pool
-that large outputs come from.
+Examples in docstrings assume `import torch`, `from torch import nn`, `import fastops`, `import fastops.nn as fnn` and
+`import fastops.functional as FF`.
 """
 
 from fastops._load import load as _load
@@ -16,6 +21,8 @@ _load()
 
 from fastops import functional, memory, nn  # noqa: E402
 from fastops._version import __version__  # noqa: E402
+from fastops.aten import decompositions  # noqa: E402
+from fastops.export import export_kernels  # noqa: E402
 from fastops.info import info  # noqa: E402
 from fastops.precision import get_conv_precision, set_conv_precision  # noqa: E402
 from fastops.record import record  # noqa: E402
@@ -23,6 +30,8 @@ from fastops.replace import replace_, replaced, restore_  # noqa: E402
 
 __all__ = [
     "__version__",
+    "decompositions",
+    "export_kernels",
     "functional",
     "get_conv_precision",
     "info",

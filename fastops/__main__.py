@@ -6,8 +6,8 @@ import sys
 import fastops
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns its exit status."""
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
     from fastops import demo
     from fastops.benchmarks import command
 
@@ -16,17 +16,26 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"fastops {fastops.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo | bench")
-    commands.add_parser("info", help="what is running, and why")
-    demo.add_arguments(
-        commands.add_parser("demo", help="train real models with PyTorch and with fastops, side by side")
-    )
-    command.add_arguments(commands.add_parser("bench", help="time fastops against PyTorch"))
-    options = parser.parse_args(arguments)
+    info = commands.add_parser("info", help="what is running, and why")
+    info.set_defaults(run=_info)
+    trains = commands.add_parser("demo", help="train real models with PyTorch and with fastops, side by side")
+    trains.set_defaults(run=demo.run)
+    demo.add_arguments(trains)
+    measures = commands.add_parser("bench", help="time fastops against PyTorch")
+    measures.set_defaults(run=command.run)
+    command.add_arguments(measures)
+    return parser
 
-    if options.command == "info":
-        print(fastops.info())
-        return 0
-    return demo.run(options) if options.command == "demo" else command.run(options)
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns its exit status."""
+    options = parser().parse_args(arguments)
+    return options.run(options)
+
+
+def _info(options: argparse.Namespace) -> int:
+    print(fastops.info())
+    return 0
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ class Row(NamedTuple):
 
 
 class Calls(list[Row]):
-    """The rows of one recording, in order of call; complete once the block has ended. str() is an aligned table."""
+    """The rows of one recording, in the order of the calls. Filled when the block ends. str() is an aligned table."""
 
     def __str__(self) -> str:
         rows = [(*row[:4], f"{row.microseconds:.1f}") for row in self]
@@ -36,12 +36,23 @@ class Calls(list[Row]):
 
 @contextmanager
 def record() -> Iterator[Calls]:
-    """Records every kernel call made inside the block, on every thread; recordings nest.
+    """Records every kernel call that is made inside the block, on every thread. Recordings may nest.
 
-    Example:
-        >>> with fastops.record() as calls:
-        ...     model(x).sum().backward()
-        >>> print(calls)
+    Yields:
+        Calls, a list that is filled when the block ends: one Row (op, kernel, shapes, dtype, microseconds) for each
+            call.
+        str() is an aligned table. The kernel of a call that PyTorch's own op did is "aten".
+
+    Raises: whatever the block raises; the recording ends there. Source: fastops' own; FASTOPS_VERBOSE=1 prints the same
+    rows.
+
+    >>> with fastops.record() as calls:
+    ...     y = FF.linear(torch.ones(16, 10), torch.ones(5, 10), activation="relu")
+    ...     z = FF.relu(torch.arange(3))
+    >>> calls[0].op, calls[0].shapes, calls[0].dtype
+    ('linear', '16x10, 5x10', 'float32')
+    >>> [row.kernel == "aten" for row in calls]  # integers have no kernel of fastops'
+    [False, True]
     """
     calls = Calls()
     _C.record_start()

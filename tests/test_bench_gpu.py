@@ -121,11 +121,11 @@ def rows_of(names: Sequence[str], ratio: float) -> list[dict]:
     rows = []
     for name in names:
         op, shape, dtype, mode = name.rsplit(" ", 3)
-        times = [1.0, 2.0, 3.0]
         rows.append(
             {
-                "op": op, "shape": shape, "dtype": dtype, "mode": mode, "kernels": ["mma"], "torch_us": times,
-                "fastops_us": times, "ratio": ratio, "tflops": 1.0, "gbytes": 1.0, "copy_share": ratio,
+                "op": op, "shape": shape, "dtype": dtype, "mode": mode, "kernels": ["mma"],
+                "torch_us": [0.9 * ratio, ratio, 1.1 * ratio], "fastops_us": [0.95, 1.0, 1.05],
+                "ratio": ratio, "tflops": 1.0, "gbytes": 1.0, "copy_share": ratio,
             }
         )  # fmt: skip
     return rows
@@ -137,11 +137,21 @@ def test_aims_of_all_cases(ratio, verdict):
     assert {result["verdict"] for result in results} == {verdict}
 
 
+@pytest.mark.parametrize("aim", gpu_cases.AIMS, ids=lambda aim: aim.name)
+@pytest.mark.parametrize(("part", "verdict"), [(1.0, "met"), (0.96, "level"), (0.8, "missed")])
+def test_an_aim_missed_within_the_spread_is_level(aim, part, verdict):
+    rows = rows_of([gpu_cases.name_of(case) for case in aim.cases], part * aim.reach)
+    result = next(one for one in gpu_cases.evaluate(rows) if one["aim"] == aim.name)
+    assert result["verdict"] == verdict
+    assert result["spread"][0] < result["lowest"] < result["spread"][1]
+
+
 def test_an_aim_is_not_met_by_some_of_its_cases():
     names = [gpu_cases.name_of(case) for case in gpu_cases.AIMS[0].cases]
     some = gpu_cases.evaluate(rows_of(names[1:], 100.0))
     assert some[0]["verdict"] == "not measured"
     assert some[1]["lowest"] is None
+    assert some[1]["spread"] is None
     assert gpu_cases.evaluate(rows_of(names[1:], 0.1))[0]["verdict"] == "missed"
 
 

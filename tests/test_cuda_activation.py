@@ -158,7 +158,7 @@ def test_both_doors_and_record():
     x = torch.randn(40, device=DEVICE)
     with fastops.record() as rows:
         fast = FF.gelu(x)
-    assert [(row.op, row.kernel, row.shapes) for row in rows] == [("gelu", "cuda", "40")]
+    assert [(row.op, row.kernel, row.shapes) for row in rows] == [("gelu", "elementwise_cuda", "40")]
     exact(torch.ops.fastops.activation_forward(x, "gelu", 0.0, 0.0, False)[0].cpu(), fast.cpu())
     exact(torch.func.vmap(FF.gelu)(x.view(4, 10)).cpu().flatten(), fast.cpu())
     compiled = torch.compile(lambda t: FF.relu(FF.gelu(t)), backend="aot_eager", fullgraph=True)

@@ -287,7 +287,7 @@ def test_both_doors_and_record(conv, last):
     x, w, b = (put(t) for t in placed(conv, operands(conv, torch.float32), last))
     with fastops.record() as rows:
         fast = conv.ours(x, w, b, activation="gelu")
-    assert [(row.op, row.kernel) for row in rows] == [(conv.name, "conv_simt_64x64x16")]
+    assert [(row.op, row.kernel) for row in rows] == [(conv.name, "conv_gemm_simt_64x64x16_cuda")]
     before, after = ([n] * 2 for n in ((0, 0) if conv.transposed else (1, 1)))
     args = [1, 1], [*before, *after], [1, 1], conv.transposed, 1, "gelu", 0.0, 0.0
     exact(torch.ops.fastops.conv_forward(x, w, b, *args, False)[0].cpu(), fast.cpu())
@@ -355,9 +355,9 @@ def test_what_cannot_be_is_refused():
 
 def test_the_kernels_by_name():
     cases = {
-        "depthwise": Conv(1, 8, 8, (5, 5), (3, 3), groups=8),
-        "simt_64x64x16": Conv(1, 8, 8, (5, 5), (1, 1)),
-        "conv_simt_64x64x16": Conv(1, 8, 8, (5, 5), (3, 3)),
+        "depthwise_cuda": Conv(1, 8, 8, (5, 5), (3, 3), groups=8),
+        "gemm_simt_64x64x16_cuda": Conv(1, 8, 8, (5, 5), (1, 1)),
+        "conv_gemm_simt_64x64x16_cuda": Conv(1, 8, 8, (5, 5), (3, 3)),
     }
     for kernel, conv in cases.items():
         tensors = placed(conv, operands(conv, torch.float32), True)

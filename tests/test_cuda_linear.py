@@ -166,7 +166,7 @@ def test_tf32_where_pytorch_allows_it(shape):
         for i, chip in enumerate(CHIPS):
             with configured(SCHEDULES[i], multiprocessors=chip), fastops.record() as rows:
                 actual = run(FF.linear, grad, *map(put, (x, w, b)))
-            assert all(row.kernel.startswith("tf32") for row in rows)
+            assert all(row.kernel.startswith("gemm_tf32_") for row in rows)
             assert len(rows) == 2
             xr, wr, gr = (_tf32(t).double() for t in (x, w, grad))
             expected = F.linear(xr, wr, b.double()), gr @ wr, gr.mT @ xr, grad.double().sum(0)
@@ -176,7 +176,7 @@ def test_tf32_where_pytorch_allows_it(shape):
         torch.backends.cuda.matmul.fp32_precision = before
     with fastops.record() as rows:
         FF.linear(*map(put, (x, w, b)))
-    assert rows[0].kernel.startswith("simt")
+    assert rows[0].kernel.startswith("gemm_simt_")
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 10), (3, 0, 10), (3, 5, 0), (0, 0, 0)], ids=str)
@@ -260,7 +260,9 @@ def test_both_doors_and_record():
     x, w, b = (put(t) for t in operands(9, 12, 10, torch.float32))
     with fastops.record() as rows:
         fast = FF.linear(x, w, b, activation="gelu")
-    assert [(row.op, row.kernel, row.shapes) for row in rows] == [("linear", "simt_64x64x16", "9x10, 12x10, 12")]
+    assert [(row.op, row.kernel, row.shapes) for row in rows] == [
+        ("linear", "gemm_simt_64x64x16_cuda", "9x10, 12x10, 12")
+    ]
     exact(torch.ops.fastops.linear_forward(x, w, b, "gelu", 0.0, 0.0, False)[0].cpu(), fast.cpu())
     exact(torch.func.vmap(lambda t: FF.linear(t, w, b, activation="gelu"))(x).cpu(), fast.cpu())
     leaves = [t.detach().requires_grad_() for t in (x, w, b)]

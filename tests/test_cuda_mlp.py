@@ -168,7 +168,7 @@ def test_tf32_where_pytorch_allows_it(widths):
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         with configured(shared=227), fastops.record() as rows:
             actual = run(lambda *t: FF.mlp(*t, activation=None), grad, *place((x, weights, [None, None])))
-        assert [row.kernel for row in rows] == [f"mlp_tf32_{128 if max(widths) > 64 else 64}"] * 2
+        assert [row.kernel for row in rows] == [f"mlp_tf32_{128 if max(widths) > 64 else 64}_cuda"] * 2
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     xr, w0, w1, gr = (_tf32(t).double() for t in (x, *weights, grad))
@@ -301,7 +301,7 @@ def test_both_doors_and_record():
     with configured(shared=227):
         with fastops.record() as rows:
             fast = FF.mlp(x, weights, biases, "gelu")
-        assert [tuple(row[:4]) for row in rows] == [("mlp", "mlp_simt_64", "9x12, 10x12, 4x10", "float32")]
+        assert [tuple(row[:4]) for row in rows] == [("mlp", "mlp_simt_64_cuda", "9x12, 10x12, 4x10", "float32")]
         batched = torch.func.vmap(lambda t: FF.mlp(t, weights, biases, "gelu"))(x)
         compiled = torch.compile(lambda *t: FF.mlp(t[0], t[1:3], t[3:], "gelu"), backend="aot_eager", fullgraph=True)
         traced = compiled(x, *weights, *biases)

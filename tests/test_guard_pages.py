@@ -4,44 +4,18 @@ A stray access is a segmentation fault of the whole test process; that is the fa
 """
 
 import ctypes
-import mmap
 
 import pytest
 import torch
 from compare import exact
+from guarded import PAGE, Arena
 from reference import ACTIVATIONS, DTYPES, Conv, Pool
 
 from fastops import _C
 
-_PAGE = mmap.PAGESIZE
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
 # Twice the largest tile plus one: 12x32 (32x32 on AMX), depth steps of up to 64.
 DIMENSIONS = range(66)
 LENGTHS = [*range(1, 70), 95, 96, 97, 127, 128, 129, 255, 256, 257]
-
-
-class Arena:
-    """Memory between two guard pages. tensor() puts its data against one of them."""
-
-    def __init__(self, pages=32):
-        self.size = pages * _PAGE
-        self.memory = mmap.mmap(-1, self.size + 2 * _PAGE)
-        self.view = (ctypes.c_char * len(self.memory)).from_buffer(self.memory)
-        address = ctypes.addressof(self.view)
-        for guard in (address, address + _PAGE + self.size):
-            assert _libc.mprotect(guard, _PAGE, 0) == 0, "mprotect failed"
-
-    def tensor(self, source, at_end):
-        """A copy of the (contiguous) source that ends, or begins, at a guard page."""
-        if source.numel() == 0:
-            return source
-        size = source.numel() * source.element_size()
-        assert size <= self.size
-        offset = _PAGE + (self.size - size if at_end else 0)
-        result = torch.frombuffer(self.view, dtype=source.dtype, count=source.numel(), offset=offset)
-        return result.copy_(source.flatten()).view(source.shape)
 
 
 ARENAS = [Arena() for _ in range(5)]
@@ -57,7 +31,7 @@ def test_the_guards_are_there():
     child = os.fork()
     if child == 0:
         faulthandler.disable()
-        ctypes.string_at(ctypes.addressof(ARENAS[0].view) + _PAGE + ARENAS[0].size, 1)
+        ctypes.string_at(ctypes.addressof(ARENAS[0].view) + PAGE + ARENAS[0].size, 1)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGSEGV
 

@@ -160,7 +160,8 @@ def test_compiled_graph_holds_one_op_a_convolution():
 def test_export_conv(strict):
     ours, theirs = conv_nets()
     x = torch.randn(2, 2, 6, 7)
-    program = torch.export.export(ours, (x,), strict=strict)
+    with fastops.export_kernels():
+        program = torch.export.export(ours, (x,), strict=strict)
     assert "fastops.conv_forward.default" in {str(node.target) for node in program.graph.nodes}
     torch.testing.assert_close(program.module()(x), theirs(x), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(program.run_decompositions().module()(x), theirs(x), atol=1e-5, rtol=1e-4)
@@ -386,7 +387,8 @@ def test_export(strict, dynamic):
     ours, theirs = replaced_net(), net()
     x = torch.randn(5, 10)
     shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
-    program = torch.export.export(ours, (x,), strict=strict, dynamic_shapes=shapes)
+    with fastops.export_kernels():
+        program = torch.export.export(ours, (x,), strict=strict, dynamic_shapes=shapes)
     targets = {str(node.target) for node in program.graph.nodes}
     assert "fastops.linear_forward.default" in targets
     x = torch.randn(9 if dynamic else 5, 10)
@@ -404,7 +406,8 @@ def test_export(strict, dynamic):
 def test_exported_program_round_trip(tmp_path):
     x = torch.randn(5, 10)
     model = replaced_net()
-    torch.export.save(torch.export.export(model, (x,)), tmp_path / "net.pt2")
+    with fastops.export_kernels():
+        torch.export.save(torch.export.export(model, (x,)), tmp_path / "net.pt2")
     loaded = torch.export.load(tmp_path / "net.pt2").module()
     torch.testing.assert_close(loaded(x), model(x))
 

@@ -30,23 +30,24 @@ struct Rows {
   int64_t rows, cols, stride;
 };
 
-// A tensor that is not dense but whose leading dimensions step evenly over contiguous rows (a slice of the last
-// dimension), as rows. Returns rows == 0 where it is neither.
+// A tensor that is not dense but whose leading dimensions step evenly over contiguous rows that do not overlap (a slice
+// of the last dimension), as rows. Returns rows == 0 where it is neither.
 Rows rows_of(const Tensor& tensor) {
   if (is_dense(tensor)) return {1, tensor.numel(), tensor.numel()};
   const int64_t dims = tensor.dim();
   if (dims < 2 || tensor.stride(dims - 1) != 1) return {0, 0, 0};
   const int64_t cols = tensor.size(dims - 1);
-  int64_t rows = 1, stride = 0;
+  int64_t rows = 1;
+  optional<int64_t> stride;  // of the innermost leading dimension; 0 is a stride like any other (an expanded dimension)
   for (int64_t i = dims - 2; i >= 0; --i) {
     if (tensor.size(i) == 1) continue;
-    if (stride == 0)
+    if (!stride)
       stride = tensor.stride(i);
-    else if (tensor.stride(i) != stride * rows)
+    else if (tensor.stride(i) != *stride * rows)
       return {0, 0, 0};
     rows *= tensor.size(i);
   }
-  return stride >= cols ? Rows{rows, cols, stride} : Rows{0, 0, 0};
+  return stride && *stride >= cols ? Rows{rows, cols, *stride} : Rows{0, 0, 0};
 }
 
 // An uninitialised tensor for a result of this input: the same memory order where the input is dense, contiguous
@@ -79,11 +80,12 @@ void check_saved_kind(Activation activation, Saved kind) {
 template <class Op, class OnCpu, class OnGpu>
 void run_kernel(at::Device device, DType dtype, Op&& op, std::initializer_list<Tensor> operands, OnCpu&& on_cpu,
                 OnGpu&& on_gpu) {
-  const auto row = [&](const char* kernel) {
-    return record::Row{op(), kernel, record::shapes_of(operands), dtype_name(operands.begin()->scalar_type())};
+  const auto row = [&](const char* tier) {
+    return record::Row{op(), record::kernel_text({"elementwise"}, tier), record::shapes_of(operands),
+                       dtype_name(operands.begin()->scalar_type())};
   };
   if (!device.is_cpu()) {
-    gpu::call(device, [&] { return row("cuda"); }, on_gpu);
+    gpu::call(device, [&] { return row(cuda::kTier); }, on_gpu);
     return;
   }
   const KernelTable& table = kernels(dtype);
@@ -137,6 +139,7 @@ ActivationArgs unpack_activation(const c10::IValue& packed) {
 // y = f(x); saved: the mask, y or x.
 struct ActivationOp : CompiledBackward<ActivationOp> {
   using Args = ActivationArgs;
+  static std::string name(const Args& args) { return activation_name(args.activation.kind); }
   static c10::IValue pack(const Args& args) { return pack_activation(args); }
   static Args unpack(const c10::IValue& packed) { return unpack_activation(packed); }
   static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
@@ -151,6 +154,7 @@ struct ActivationOp : CompiledBackward<ActivationOp> {
 // grad_x = grad_y f'(saved); saved: grad_y and what f' is read from.
 struct ActivationBackwardOp : CompiledBackward<ActivationBackwardOp> {
   using Args = ActivationArgs;
+  static std::string name(const Args& args) { return c10::str(activation_name(args.activation.kind), "_backward"); }
   static c10::IValue pack(const Args& args) { return pack_activation(args); }
   static Args unpack(const c10::IValue& packed) { return unpack_activation(packed); }
   static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
@@ -203,6 +207,7 @@ void check_prelu(const Tensor& input, const Tensor& weight) {
 
 struct PreluOp : CompiledBackward<PreluOp> {
   struct Args {};
+  static std::string name(const Args&) { return "prelu"; }
   static c10::IValue pack(const Args&) { return 0; }
   static Args unpack(const c10::IValue&) { return {}; }
   static variable_list gradients(const Args&, const variable_list& saved, const variable_list& grads, Needs needs) {
@@ -254,6 +259,7 @@ struct GluOp : CompiledBackward<GluOp> {
   struct Args {
     int64_t dim;
   };
+  static std::string name(const Args&) { return "glu"; }
   static c10::IValue pack(const Args& args) { return args.dim; }
   static Args unpack(const c10::IValue& packed) { return {packed.toInt()}; }
   static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
@@ -358,7 +364,7 @@ Tensor differentiable_activation_backward(const Tensor& grad_output, const Tenso
     return grad_output * differentiable_activation_backward(ones, saved, activation, kind, mask_strides);
   }
   const Tensor grad_input = activation_backward(grad_output, saved, activation, kind, mask_strides);
-  if (!at::GradMode::is_enabled() || !(needs_grad(grad_output) || needs_grad(saved))) return grad_input;
+  if (!is_recorded(needs_grad(grad_output) || needs_grad(saved), grad_output, saved)) return grad_input;
   const auto node = make_node<ActivationBackwardOp>({activation, kind, mask_strides.vec()}, grad_output, saved);
   torch::autograd::set_history(grad_input, node);
   save(node, {grad_output, saved});
@@ -366,8 +372,7 @@ Tensor differentiable_activation_backward(const Tensor& grad_output, const Tenso
 }
 
 Tensor activation(const Tensor& input, Activation activation) {
-  if (!at::GradMode::is_enabled() || !input.requires_grad())
-    return activation_forward(input, activation, /*need_mask=*/false).y;
+  if (!is_recorded(input)) return activation_forward(input, activation, /*need_mask=*/false).y;
   const Saved kind = saved_for(input, activation);
   const auto [y, mask] = activation_forward(input, activation, kind == Saved::mask);
   const bool ordered = kind == Saved::mask && !y.is_contiguous();
@@ -381,7 +386,7 @@ Tensor activation(const Tensor& input, Activation activation) {
 Tensor activation_(const Tensor& input, Activation activation) {
   check_input(input, activation_name(activation.kind), "input");
   at::assert_no_internal_overlap(input);
-  const bool records = at::GradMode::is_enabled() && input.requires_grad();
+  const bool records = is_recorded(input);
   torch::autograd::check_inplace(input, records);
   Saved kind = records ? saved_by_default(activation) : Saved::nothing;
   if (kind == Saved::input && can_save_output(activation)) kind = Saved::output;
@@ -548,8 +553,9 @@ std::array<Tensor, 2> prelu_backward(const Tensor& grad_output, const Tensor& in
 
 Tensor prelu(const Tensor& input, const Tensor& weight) {
   Tensor y = prelu_forward(input, weight);
-  if (!at::GradMode::is_enabled() || !(input.requires_grad() || weight.requires_grad())) return y;
-  const auto node = make_node<PreluOp>({}, input, weight);
+  const bool grad_w = needs_grad_of_view(weight);
+  if (!is_recorded(input.requires_grad() || grad_w, input, weight)) return y;
+  const auto node = make_node<PreluOp>({}, input, grad_w ? weight : Tensor());
   torch::autograd::set_history(y, node);
   save(node, {input, weight});
   return y;
@@ -600,7 +606,7 @@ Tensor glu_backward(const Tensor& grad_output, const Tensor& input, int64_t dim)
 
 Tensor glu(const Tensor& input, int64_t dim) {
   Tensor y = glu_forward(input, dim);
-  if (!at::GradMode::is_enabled() || !input.requires_grad()) return y;
+  if (!is_recorded(input)) return y;
   const auto node = make_node<GluOp>({dim}, input);
   torch::autograd::set_history(y, node);
   save(node, {input});

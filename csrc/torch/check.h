@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 
 #include "../kernels/activation.h"
 #include "../kernels/tensor.h"
@@ -69,5 +70,22 @@ inline void check_input(const at::Tensor& tensor, const char* op, const char* ar
 }
 
 inline bool needs_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
+inline bool needs_grad(const std::optional<at::Tensor>& tensor) { return tensor && needs_grad(*tensor); }
+
+// Not made in inference mode. PyTorch passes a missing optional as a tensor of its own, which was not either.
+inline bool is_normal(const at::Tensor& tensor) { return !tensor.is_inference(); }
+inline bool is_normal(const std::optional<at::Tensor>& tensor) { return !tensor || is_normal(*tensor); }
+
+// Whether autograd records a call with these operands; `wanted`: one of their gradients is. As in PyTorch, where
+// tensors made in inference mode have no autograd key, a call with nothing but those is not recorded.
+template <class... Operands>
+bool is_recorded(bool wanted, const Operands&... operands) {
+  return wanted && at::GradMode::is_enabled() && (is_normal(operands) || ...);
+}
+inline bool is_recorded(const at::Tensor& operand) { return is_recorded(operand.requires_grad(), operand); }
+
+// Whether the gradient of an operand is wanted that PyTorch reads through a view: a view of a tensor made in inference
+// mode records nothing.
+inline bool needs_grad_of_view(const at::Tensor& tensor) { return needs_grad(tensor) && !tensor.is_inference(); }
 
 }  // namespace fastops

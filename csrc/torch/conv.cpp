@@ -19,14 +19,10 @@ namespace {
 
 std::atomic<ConvPrecision> precision_setting{ConvPrecision::highest};
 
-std::string op_name(const ConvPlan& plan, const char* suffix = "") {
-  return c10::str(plan.transposed ? "conv_transpose" : "conv", plan.dims, "d", suffix);
-}
-
 // ---- one kernel call each, in terms of the underlying convolution; operands lie as the plan says
 
 template <class Args>
-using NameOf = const char* (*)(const Args&);
+using NameOf = KernelName (*)(const Args&);
 
 // One pass of the CPU's table, and of the GPU's, which are called alike.
 template <class Args>
@@ -45,7 +41,7 @@ void call(const Pass<Args>& pass, Args args, at::Device device, Row&& row) {
   if (!device.is_cpu()) {
     args.allow_tf32 = args.dtype == DType::f32 && gpu::conv_allows_tf32();
     gpu::call(
-        device, [&] { return row((gpu::table()->*pass.gpu_name)(args)); },
+        device, [&] { return row(record::kernel_text((gpu::table()->*pass.gpu_name)(args), cuda::kTier)); },
         [&](const cuda::KernelTable& table, cuda::Stream stream) {
           const gpu::Workspace workspace((table.*pass.gpu_workspace)(args), device);
           return (table.*pass.gpu_run)(args, workspace.get(), stream);
@@ -55,7 +51,8 @@ void call(const Pass<Args>& pass, Args args, at::Device device, Row&& row) {
   const KernelTable& table = kernels(args.dtype);
   const Team team = torch_team();
   const Workspace workspace((table.*pass.workspace)(args, team.threads));
-  record::timed([&] { return row((table.*pass.name)(args)); }, [&] { (table.*pass.run)(args, workspace.get(), team); });
+  record::timed([&] { return row(record::kernel_text((table.*pass.name)(args), table.isa)); },
+                [&] { (table.*pass.run)(args, workspace.get(), team); });
 }
 
 constexpr Pass<ConvForward> kForward{&KernelTable::conv_forward_name,
@@ -82,7 +79,7 @@ void run_forward(const ConvPlan& plan, const Tensor& x, const Tensor& w, const T
   const ConvForward args{to_dtype(x.scalar_type()), plan.layout,        plan.w_layout,      plan.geometry,
                          x.const_data_ptr(),        w.const_data_ptr(), data_or_null(bias), activation,
                          y.mutable_data_ptr(),      mutable_or_null(z), conv_precision()};
-  call(kForward, args, x.device(), [&](const char* kernel) {
+  call(kForward, args, x.device(), [&](const std::string& kernel) {
     return record::Row{op_name(plan, suffix), kernel, record::shapes_of({x, w, bias}), dtype_name(x.scalar_type())};
   });
 }
@@ -94,7 +91,7 @@ void run_backward_input(const ConvPlan& plan, const Tensor& g, Activation activa
                                g.const_data_ptr(),        activation,  data_or_null(saved),  w.const_data_ptr(),
                                data_or_null(bias),        epilogue,    x.mutable_data_ptr(), mutable_or_null(z),
                                conv_precision()};
-  call(kBackwardInput, args, g.device(), [&](const char* kernel) {
+  call(kBackwardInput, args, g.device(), [&](const std::string& kernel) {
     return record::Row{op_name(plan, suffix), kernel, record::shapes_of({g, w, bias}), dtype_name(g.scalar_type())};
   });
 }
@@ -111,7 +108,7 @@ void run_backward_weight(const ConvPlan& plan, const ConvGeometry& geometry, con
                                 data_or_null(x),
                                 mutable_or_null(grad_w),
                                 mutable_or_null(grad_bias)};
-  call(kBackwardWeight, args, g.device(), [&](const char* kernel) {
+  call(kBackwardWeight, args, g.device(), [&](const std::string& kernel) {
     return record::Row{op_name(plan, "_backward_weight"), kernel, record::shapes_of({g, x}),
                        dtype_name(g.scalar_type())};
   });
@@ -215,6 +212,7 @@ Tensor conv_weight(const Tensor& g, const Tensor& x, const ConvPlan& plan);
 // grad_w from g and x, all of the underlying convolution; saved: g (where x needs a gradient), x (where g does).
 struct ConvWeightOp : CompiledBackward<ConvWeightOp> {
   using Args = ConvPlan;
+  static std::string name(const Args& plan) { return op_name(plan, "_backward_weight"); }
   static c10::IValue pack(const Args& plan) { return pack_plan(plan); }
   static Args unpack(const c10::IValue& packed) { return unpack_plan(packed.toIntVector()); }
 
@@ -238,7 +236,7 @@ Tensor conv_weight(const Tensor& g, const Tensor& x, const ConvPlan& plan) {
   else
     weight_gradients(plan, in_layout(g, plan), {}, {}, in_layout(x, plan), grad_w, {});
   const bool grad_g = needs_grad(g), grad_x = needs_grad(x);
-  if (!at::GradMode::is_enabled() || !(grad_g || grad_x)) return grad_w;
+  if (!is_recorded(grad_g || grad_x, g, x)) return grad_w;
   const auto node = make_node<ConvWeightOp>(plan, g, x);
   torch::autograd::set_history(grad_w, node);
   save(node, {grad_x ? g : Tensor(), grad_g ? x : Tensor()});
@@ -250,6 +248,7 @@ struct ConvOp : CompiledBackward<ConvOp> {
     ConvPlan plan;
     Activation activation;
   };
+  static std::string name(const Args& args) { return op_name(args.plan); }
   static c10::IValue pack(const Args& args) {
     std::vector<double> values{static_cast<double>(args.activation.kind), args.activation.a, args.activation.b};
     const std::vector<int64_t> plan = pack_plan(args.plan);
@@ -458,7 +457,8 @@ std::array<Tensor, 3> conv_backward(const Tensor& grad_output, const Tensor& sav
 Tensor conv(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvPlan& plan,
             Activation activation) {
   const bool grad_x = needs_grad(input), grad_w = needs_grad(weight);
-  const bool records = at::GradMode::is_enabled() && (grad_x || grad_w || (bias && needs_grad(*bias)));
+  const bool records = is_recorded(grad_x || grad_w || needs_grad(bias), input, weight, bias);
+  if (records) check_can_be_saved(input, weight);
   auto [y, z] = conv_forward(input, weight, bias, plan, activation, /*need_saved=*/records);
   if (!records) return y;
   // z, the pre-activation, is an output of the node that nobody else sees: gradients of gradients reach the inputs

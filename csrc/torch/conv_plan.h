@@ -74,6 +74,14 @@ inline Tensor checked_bias(const optional<Tensor>& bias, at::ScalarType type, at
   return b.contiguous();
 }
 
+// PyTorch saves both for backward, whichever gradient is wanted, and refuses one that was made in inference mode.
+inline void check_can_be_saved(const Tensor& input, const Tensor& weight) {
+  for (const auto& [tensor, name] : {std::pair(&input, "input"), {&weight, "weight"}})
+    TORCH_CHECK(!tensor->is_inference(), "conv: ", name,
+                " was made in inference mode and cannot be saved for backward. ",
+                "Clone it outside of inference mode, or use torch.no_grad() instead of torch.inference_mode()");
+}
+
 // The gradients of input, weight and bias that are asked for: to be filled, or zeros where they are sums of nothing.
 inline std::array<Tensor, 3> new_gradients(const ConvPlan& plan, at::ScalarType type, std::array<bool, 3> output_mask,
                                            bool of_nothing, at::Device device = at::kCPU) {

@@ -33,10 +33,6 @@ ConvSizes pooled_sizes(const PoolPlan& pool) {
   return conv_sizes(pool.geometry.batch, pool.geometry.channels, pool.geometry.out, pool.dims);
 }
 
-std::string op_name(const ConvPlan& plan, const char* suffix = "") {
-  return c10::str("conv_max_pool", plan.dims, "d", suffix);
-}
-
 // Whether there is one kernel for all of it.
 bool is_fused(const Tensor& input, const ConvPlan& plan, Activation activation, const PoolSize& pool) {
   const bool known = activation.kind == ActivationKind::identity || activation.kind == ActivationKind::relu;
@@ -71,8 +67,8 @@ MaxPoolOutput conv_pool_forward(const Tensor& input, const Tensor& weight, const
   const Workspace workspace(table.conv_pool_forward_workspace(args, team.threads));
   record::timed(
       [&] {
-        return record::Row{op_name(plan), table.conv_pool_forward_name(args), record::shapes_of({x, w, b}),
-                           dtype_name(type)};
+        return record::Row{conv_pool_name(plan), record::kernel_text(table.conv_pool_forward_name(args), table.isa),
+                           record::shapes_of({x, w, b}), dtype_name(type)};
       },
       [&] { table.conv_pool_forward(args, workspace.get(), team); });
   return out;
@@ -109,7 +105,8 @@ std::array<Tensor, 3> conv_pool_backward(const Tensor& grad_output, const Tensor
   const Workspace workspace(table.conv_pool_backward_workspace(args, team.threads));
   record::timed(
       [&] {
-        return record::Row{op_name(plan, "_backward"), table.conv_pool_backward_name(args),
+        return record::Row{conv_pool_name(plan, "_backward"),
+                           record::kernel_text(table.conv_pool_backward_name(args), table.isa),
                            record::shapes_of({g, x, w}), dtype_name(type)};
       },
       [&] { table.conv_pool_backward(args, workspace.get(), team); });
@@ -121,6 +118,7 @@ struct ConvPoolOp : CompiledBackward<ConvPoolOp> {
     ConvPlan plan;
     PoolSize pool;
   };
+  static std::string name(const Args& args) { return conv_pool_name(args.plan); }
   static c10::IValue pack(const Args& args) {
     std::vector<int64_t> values(args.pool.begin(), args.pool.end());
     const std::vector<int64_t> plan = pack_plan(args.plan);
@@ -161,7 +159,8 @@ Tensor conv_max_pool(const Tensor& input, const Tensor& weight, const optional<T
   if (!is_fused(input, plan, activation, pool))
     return max_pool(conv(input, weight, bias, plan, activation), pool_plan(plan, pool), false).y;
   const bool grad_x = needs_grad(input), grad_w = needs_grad(weight);
-  const bool records = at::GradMode::is_enabled() && (grad_x || grad_w || (bias && needs_grad(*bias)));
+  const bool records = is_recorded(grad_x || grad_w || needs_grad(bias), input, weight, bias);
+  if (records) check_can_be_saved(input, weight);
   const MaxPoolOutput out = conv_pool_forward(input, weight, bias, plan, activation, pool, records);
   if (!records) return out.y;
   const auto node = make_node<ConvPoolOp>({plan, pool}, input, weight, bias);

@@ -1,7 +1,6 @@
 // Which calls may go straight from Python to a C++ autograd::Function, and which must take the general door.
 #pragma once
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -20,10 +19,13 @@ inline bool ambient_is_plain() {
   return (local.included_.raw_repr() & ~harmless.raw_repr()) == 0 && !at::impl::torch_function_mode_enabled();
 }
 
-// The keys of a dense tensor on a device of this type (gpu::device_type()), as TensorImpl sets them.
+// The keys that a dense tensor on a device of this type may have: those that TensorImpl gives it outside inference
+// mode. One made in inference mode lacks those of autograd. Asking a tensor made here for its keys would keep what the
+// first caller's mode left out.
 inline uint64_t dense_keys(c10::DeviceType type) {
-  const auto backend =
-      type == c10::DeviceType::CUDA ? c10::BackendComponent::CUDABit : c10::BackendComponent::PrivateUse1Bit;
+  const auto backend = type == c10::DeviceType::CPU    ? c10::BackendComponent::CPUBit
+                       : type == c10::DeviceType::CUDA ? c10::BackendComponent::CUDABit
+                                                       : c10::BackendComponent::PrivateUse1Bit;
   const c10::DispatchKeySet dense{c10::DispatchKeySet(c10::DispatchKey::Dense) | c10::DispatchKeySet(backend)};
   return (dense | c10::getAutogradRelatedKeySetFromBackend(backend) | c10::getAutocastRelatedKeySetFromBackend(backend))
       .raw_repr();
@@ -32,7 +34,7 @@ inline uint64_t dense_keys(c10::DeviceType type) {
 // Dense, on the CPU or a CUDA device that has kernels, with no property that asks for a dispatch: no subclass, fake or
 // batched tensor, conjugate or negative view, forward-mode dual.
 inline bool is_plain(const at::Tensor& tensor) {
-  static const uint64_t cpu = at::detail::empty_cpu({0}, at::kFloat).key_set().raw_repr();
+  static const uint64_t cpu = dense_keys(c10::DeviceType::CPU);
   const uint64_t keys = tensor.key_set().raw_repr();
   if ((keys & ~cpu) != 0 && ((keys & ~dense_keys(gpu::device_type())) != 0 || !gpu::takes(tensor.device())))
     return false;

@@ -110,9 +110,9 @@ Workspace::Workspace(size_t bytes, at::Device device) {
 }
 
 void throw_failed(const cuda::Status& status, const record::Row& row) {
-  TORCH_CHECK(false, row.op, ": kernel ", status.kernel, " for ", row.dtype, " tensors of shapes ", row.shapes,
-              " failed on a grid of ", status.blocks, " blocks of ", status.threads, " threads and ", status.shared,
-              " bytes of shared memory: ", status.message);
+  TORCH_CHECK(false, row.op, ": kernel ", record::kernel_text(status.kernel, cuda::kTier), " for ", row.dtype,
+              " tensors of shapes ", row.shapes, " failed on a grid of ", status.blocks, " blocks of ", status.threads,
+              " threads and ", status.shared, " bytes of shared memory: ", status.message);
 }
 
 }  // namespace fastops::gpu

@@ -1,6 +1,7 @@
 // Everything that Python sees, in one page: the schemas of torch.ops.fastops and the module fastops._C.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 #include <torch/python.h>
@@ -115,10 +116,13 @@ Tensor activation_second_derivative_op(const Tensor& saved, c10::string_view act
   return activation_second_derivative(saved, make_activation(activation, a, b), saved_kind({kind.data(), kind.size()}));
 }
 
+Tensor prelu_forward_op(const Tensor& input, const Tensor& weight) { return like(input, prelu_forward(input, weight)); }
+
 std::tuple<Tensor, Tensor> prelu_backward_op(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                                              std::array<bool, 2> output_mask) {
   auto [x, w] = prelu_backward(grad_output, input, weight, output_mask);
-  return {or_empty(x, input.scalar_type(), input.device()), or_empty(w, input.scalar_type(), input.device())};
+  return {x.defined() ? like(input, x) : or_empty(x, input.scalar_type(), input.device()),
+          or_empty(w, input.scalar_type(), input.device())};
 }
 
 // output: the output's spatial sizes; kernel, stride, padding and dilation are empty for an adaptive pool. sizes: the
@@ -265,7 +269,7 @@ void implement_on_every_device(torch::Library& m) {
   m.impl("conv_backward", conv_backward_op);
   m.impl("activation_forward", activation_forward_op);
   m.impl("activation_backward", activation_backward_op);
-  m.impl("prelu_forward", prelu_forward);
+  m.impl("prelu_forward", prelu_forward_op);
   m.impl("prelu_backward", prelu_backward_op);
   m.impl("glu_forward", glu_forward);
   m.impl("glu_backward", glu_backward);
@@ -284,14 +288,13 @@ TORCH_LIBRARY_IMPL(fastops, CPU, m) { implement_on_every_device(m); }
 
 py::object not_implemented() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
 
-template <class Call>
-py::object without_gil(Call&& call) {
-  Tensor result;
-  {
-    const py::gil_scoped_release release;
-    result = call();
-  }
-  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(result)));
+py::object wrap(Tensor tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor))); }
+
+// What the call returns; op() and the inputs are what an observer sees of it.
+template <class Op, class Call, class... Inputs>
+auto without_gil(Op&& op, Call&& call, const Inputs&... inputs) {
+  const py::gil_scoped_release release;
+  return record::observed(op, call, inputs...);
 }
 
 Activation make_activation(int kind, double a, double b) { return {static_cast<ActivationKind>(kind), a, b}; }
@@ -323,7 +326,8 @@ py::object linear_fast(py::handle input, py::handle weight, py::handle bias, int
   const Activation activation = make_activation(kind, a, b);
   return layer_fast(input, weight, bias, [&](const Tensor& x, const Tensor& w, const optional<Tensor>& bias_tensor) {
     if (!linear_accepts(x, w, bias_tensor)) return not_implemented();
-    return without_gil([&] { return fastops::linear(x, w, bias_tensor, activation); });
+    return wrap(without_gil([] { return "linear"; }, [&] { return fastops::linear(x, w, bias_tensor, activation); }, x,
+                            w, bias_tensor));
   });
 }
 
@@ -364,7 +368,8 @@ py::object mlp_fast(py::handle input, py::handle weights, py::handle biases, int
     return not_implemented();
   const Activation hidden = make_activation(kind, a, b);
   const Activation output = make_activation(output_kind, output_a, output_b);
-  return without_gil([&] { return mlp(x, w, bs, hidden, output); });
+  return wrap(without_gil([] { return "mlp"; }, [&] { return mlp(x, w, bs, hidden, output); }, x, at::TensorList(w),
+                          at::TensorList(bs)));
 }
 
 // An int, as a Python object that is exactly one.
@@ -445,11 +450,14 @@ py::object conv_call(const ConvArguments& arguments, py::handle input, py::handl
 py::object conv_fast(const ConvArguments& arguments, py::handle input, py::handle weight, py::handle bias, int kind,
                      double a, double b) {
   const Activation activation = make_activation(kind, a, b);
-  return conv_call(arguments, input, weight, bias,
-                   [&](const Tensor& x, const Tensor& w, const optional<Tensor>& bias_tensor, const ConvPlan& plan,
-                       auto&& finished) {
-                     return without_gil([&] { return finished(fastops::conv(x, w, bias_tensor, plan, activation)); });
-                   });
+  return conv_call(
+      arguments, input, weight, bias,
+      [&](const Tensor& x, const Tensor& w, const optional<Tensor>& bias_tensor, const ConvPlan& plan,
+          auto&& finished) {
+        return wrap(without_gil([&] { return op_name(plan); },
+                                [&] { return finished(fastops::conv(x, w, bias_tensor, plan, activation)); }, x, w,
+                                bias_tensor));
+      });
 }
 
 template <int dims>
@@ -470,18 +478,20 @@ py::object conv_max_pool_fast(py::handle input, py::handle weight, py::handle bi
                               py::handle padding, py::handle dilation, py::handle groups, py::handle pool_size,
                               int kind, double a, double b) {
   const Activation activation = make_activation(kind, a, b);
-  return conv_call(
-      {dims, false, stride, padding, dilation, {}, groups}, input, weight, bias,
-      [&](const Tensor& x, const Tensor& w, const optional<Tensor>& bias_tensor, const ConvPlan& plan,
-          auto&& finished) {
-        int64_t pool[3]{1, 1, 1};
-        if (!read_sizes(pool_size.ptr(), dims, pool)) return not_implemented();
-        for (int i = 0; i < 3; ++i)
-          if (pool[i] < 1 || pool[i] > plan.geometry.out[i]) return not_implemented();
-        return without_gil([&] {
-          return finished(fastops::conv_max_pool(x, w, bias_tensor, plan, activation, {pool[0], pool[1], pool[2]}));
-        });
-      });
+  return conv_call({dims, false, stride, padding, dilation, {}, groups}, input, weight, bias,
+                   [&](const Tensor& x, const Tensor& w, const optional<Tensor>& bias_tensor, const ConvPlan& plan,
+                       auto&& finished) {
+                     int64_t pool[3]{1, 1, 1};
+                     if (!read_sizes(pool_size.ptr(), dims, pool)) return not_implemented();
+                     for (int i = 0; i < 3; ++i)
+                       if (pool[i] < 1 || pool[i] > plan.geometry.out[i]) return not_implemented();
+                     return wrap(without_gil([&] { return conv_pool_name(plan); },
+                                             [&] {
+                                               return finished(fastops::conv_max_pool(
+                                                   x, w, bias_tensor, plan, activation, {pool[0], pool[1], pool[2]}));
+                                             },
+                                             x, w, bias_tensor));
+                   });
 }
 
 // What of these arguments does not fit, for the message of an error; "" where everything does.
@@ -499,7 +509,11 @@ py::object activation_fast(py::handle input, int kind, double a, double b, bool 
   const Tensor& x = THPVariable_Unpack(input.ptr());
   if (!is_supported(x.scalar_type())) return not_implemented();
   const Activation f = make_activation(kind, a, b);
-  return without_gil([&] { return inplace ? activation_(x, f) : fastops::activation(x, f); });
+  // PyTorch's threshold_ is the one in-place activation that takes expanded tensors.
+  if (inplace && f.kind == ActivationKind::threshold && at::has_internal_overlap(x) == at::MemOverlap::Yes)
+    return not_implemented();
+  return wrap(without_gil([&] { return activation_name(f.kind); },
+                          [&] { return inplace ? activation_(x, f) : fastops::activation(x, f); }, x));
 }
 
 py::object prelu_fast(py::handle input, py::handle weight) {
@@ -508,13 +522,15 @@ py::object prelu_fast(py::handle input, py::handle weight) {
   const Tensor &x = THPVariable_Unpack(input.ptr()), &w = THPVariable_Unpack(weight.ptr());
   if (at::autocast::is_autocast_enabled(x.device().type()))
     return not_implemented();  // on its lower-precision list: cast in Python
-  return prelu_accepts(x, w) ? without_gil([&] { return fastops::prelu(x, w); }) : not_implemented();
+  if (!prelu_accepts(x, w)) return not_implemented();
+  return wrap(without_gil([] { return "prelu"; }, [&] { return fastops::prelu(x, w); }, x, w));
 }
 
 py::object glu_fast(py::handle input, int64_t dim) {
   if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr())) return not_implemented();
   const Tensor& x = THPVariable_Unpack(input.ptr());
-  return glu_accepts(x, dim) ? without_gil([&] { return fastops::glu(x, dim); }) : not_implemented();
+  if (!glu_accepts(x, dim)) return not_implemented();
+  return wrap(without_gil([] { return "glu"; }, [&] { return fastops::glu(x, dim); }, x));
 }
 
 // A bool, as a Python object that is exactly one.
@@ -573,14 +589,14 @@ py::object max_pool_fast(py::handle input, const PoolParams& params, py::handle 
   bool with_indices;
   if (!read_bool(return_indices.ptr(), with_indices)) return not_implemented();
   return pool_fast(input, params, [&](const Tensor& x, const PoolPlan& plan) -> py::object {
-    if (!with_indices) return without_gil([&] { return max_pool(x, plan, false).y; });
-    MaxPoolOutput out;
-    {
-      const py::gil_scoped_release release;
-      out = max_pool(x, plan, true);
-    }
-    return py::make_tuple(py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(out.y))),
-                          py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(out.indices))));
+    auto [y, indices] = without_gil([&] { return op_name(plan, "max"); },
+                                    [&] {
+                                      MaxPoolOutput out = max_pool(x, plan, with_indices);
+                                      return std::array<Tensor, 2>{std::move(out.y), std::move(out.indices)};
+                                    },
+                                    x);
+    if (!with_indices) return wrap(std::move(y));
+    return py::make_tuple(wrap(std::move(y)), wrap(std::move(indices)));
   });
 }
 
@@ -612,7 +628,7 @@ py::object avg_pool_fast(py::handle input, py::handle kernel, py::handle stride,
     // PyTorch refuses windows larger than the input in three dimensions, padding or not.
     for (int i = 0; i < 3 && dims == 3; ++i)
       if (plan.geometry.kernel[i] > plan.geometry.in[i]) return not_implemented();
-    return without_gil([&] { return avg_pool(x, plan, divisor); });
+    return wrap(without_gil([&] { return op_name(plan, "avg"); }, [&] { return avg_pool(x, plan, divisor); }, x));
   });
 }
 
@@ -626,7 +642,7 @@ py::object adaptive_avg_pool_fast(py::handle input, py::handle output_size) {
   PoolParams params = pool_params(dims, true);
   if (!read_output_size(output_size.ptr(), params)) return not_implemented();
   return pool_fast(input, params, [&](const Tensor& x, const PoolPlan& plan) {
-    return without_gil([&] { return avg_pool(x, plan, {false, 0}); });
+    return wrap(without_gil([&] { return op_name(plan, "avg"); }, [&] { return avg_pool(x, plan, {false, 0}); }, x));
   });
 }
 

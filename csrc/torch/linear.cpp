@@ -73,6 +73,7 @@ struct LinearOp : CompiledBackward<LinearOp> {
     Activation activation;
     std::vector<int64_t> input_sizes;  // empty where the input itself was saved
   };
+  static std::string name(const Args&) { return "linear"; }
   static c10::IValue pack(const Args& args) {
     std::vector<double> values{static_cast<double>(args.activation.kind), args.activation.a, args.activation.b};
     values.insert(values.end(), args.input_sizes.begin(), args.input_sizes.end());
@@ -145,13 +146,14 @@ LinearOutput linear_forward(const Tensor& input, const Tensor& weight, const opt
                      out.y.mutable_data_ptr(),
                      n,
                      out.z.defined() ? out.z.mutable_data_ptr() : nullptr};
-  const auto row = [&](const char* kernel) {
-    return record::Row{"linear", kernel, record::shapes_of({input, weight, b}), dtype_name(type)};
+  const auto row = [&](const KernelName& kernel, const char* tier) {
+    return record::Row{"linear", record::kernel_text(kernel, tier), record::shapes_of({input, weight, b}),
+                       dtype_name(type)};
   };
   if (!input.is_cpu()) {
     args.allow_tf32 = type == at::kFloat && gpu::allows_tf32();
     gpu::call(
-        input.device(), [&] { return row(gpu::table()->linear_forward_name(args)); },
+        input.device(), [&] { return row(gpu::table()->linear_forward_name(args), cuda::kTier); },
         [&](const cuda::KernelTable& table, cuda::Stream stream) {
           const gpu::Workspace workspace(table.linear_forward_workspace(args), input.device());
           return table.linear_forward(args, workspace.get(), stream);
@@ -161,7 +163,7 @@ LinearOutput linear_forward(const Tensor& input, const Tensor& weight, const opt
   const KernelTable& table = kernels(args.dtype);
   const Team team = torch_team();
   const Workspace workspace(table.linear_forward_workspace(args, team.threads));
-  record::timed([&] { return row(table.linear_forward_name(args)); },
+  record::timed([&] { return row(table.linear_forward_name(args), table.isa); },
                 [&] { table.linear_forward(args, workspace.get(), team); });
   return out;
 }
@@ -216,13 +218,14 @@ std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& s
                       data(out[1]),
                       data(out[2])};
   if (args.grad_x == nullptr && args.grad_w == nullptr && args.grad_b == nullptr) return out;
-  const auto row = [&](const char* kernel) {
-    return record::Row{"linear_backward", kernel, record::shapes_of({grad_output, input, weight}), dtype_name(type)};
+  const auto row = [&](const KernelName& kernel, const char* tier) {
+    return record::Row{"linear_backward", record::kernel_text(kernel, tier),
+                       record::shapes_of({grad_output, input, weight}), dtype_name(type)};
   };
   if (!device.is_cpu()) {
     args.allow_tf32 = type == at::kFloat && gpu::allows_tf32();
     gpu::call(
-        device, [&] { return row(gpu::table()->linear_backward_name(args)); },
+        device, [&] { return row(gpu::table()->linear_backward_name(args), cuda::kTier); },
         [&](const cuda::KernelTable& table, cuda::Stream stream) {
           const gpu::Workspace workspace(table.linear_backward_workspace(args), device);
           return table.linear_backward(args, workspace.get(), stream);
@@ -232,20 +235,20 @@ std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& s
   const KernelTable& table = kernels(args.dtype);
   const Team team = torch_team();
   const Workspace workspace(table.linear_backward_workspace(args, team.threads));
-  record::timed([&] { return row(table.linear_backward_name(args)); },
+  record::timed([&] { return row(table.linear_backward_name(args), table.isa); },
                 [&] { table.linear_backward(args, workspace.get(), team); });
   return out;
 }
 
 Tensor linear(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, Activation activation) {
-  const bool grad_x = needs_grad(input), grad_w = needs_grad(weight);
-  const bool records = at::GradMode::is_enabled() && (grad_x || grad_w || (bias && needs_grad(*bias)));
+  const bool grad_x = needs_grad(input), grad_w = needs_grad_of_view(weight);
+  const bool records = is_recorded(grad_x || grad_w || needs_grad(bias), input, weight, bias);
   auto [y, z] = linear_forward(input, weight, bias, activation, /*need_saved=*/records);
   if (!records) return y;
   // z, the pre-activation, is an output of the node that nobody else sees: gradients of gradients reach the inputs
   // through it.
-  const auto node =
-      make_node<LinearOp>({activation, grad_w ? std::vector<int64_t>() : input.sizes().vec()}, input, weight, bias);
+  const auto node = make_node<LinearOp>({activation, grad_w ? std::vector<int64_t>() : input.sizes().vec()}, input,
+                                        grad_w ? weight : Tensor(), bias);
   torch::autograd::set_history(y, node);
   if (z.defined()) torch::autograd::set_history(z, node);
   const bool identity = activation.kind == ActivationKind::identity;

@@ -37,7 +37,7 @@ MlpShape shape_of(const Tensor& input, at::TensorList weights, bool allow_tf32) 
 record::Row row_of(const char* op, const Tensor& input, at::TensorList weights, const MlpShape& shape) {
   std::string shapes = record::shapes_of({input});
   for (const Tensor& weight : weights) shapes += ", " + record::shapes_of({weight});
-  return {op, gpu::table()->mlp_name(shape), shapes, dtype_name(input.scalar_type())};
+  return {op, record::kernel_text(gpu::table()->mlp_name(shape), cuda::kTier), shapes, dtype_name(input.scalar_type())};
 }
 
 struct MlpOutput {
@@ -170,6 +170,7 @@ struct MlpOp : CompiledBackward<MlpOp> {
     MlpActivations activations;
     bool allow_tf32;
   };
+  static std::string name(const Args&) { return "mlp"; }
   static c10::IValue pack(const Args& args) {
     std::vector<double> values;
     for (const Activation& f : {args.activations.hidden, args.activations.output})

@@ -7,6 +7,7 @@
 //
 // Op provides
 //   struct Args                                            everything but tensors
+//   static std::string name(const Args&)                   the op, as record() has it: "linear"
 //   static c10::IValue pack(const Args&), Args unpack(const c10::IValue&)
 //   static variable_list gradients(const Args&, const variable_list& saved, const variable_list& grads, const Needs&)
 //                                                          one gradient an input; undefined where needs(i) says no
@@ -15,6 +16,8 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
+
+#include "record.h"
 
 namespace fastops {
 
@@ -29,9 +32,16 @@ struct OpNode : torch::autograd::CppNode<Op> {
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(this->mutex_);
-    return Op::gradients(args, this->ctx_.get_saved_variables(), grads,
-                         [this](size_t i) { return this->task_should_compute_output(i); });
+    const variable_list saved = this->ctx_.get_saved_variables();
+    return record::observed([&] { return Op::name(args) + "_backward"; },
+                            [&] {
+                              return Op::gradients(args, saved, grads,
+                                                   [this](size_t i) { return this->task_should_compute_output(i); });
+                            },
+                            at::TensorList(grads), at::TensorList(saved));
   }
+
+  std::string name() const override { return record::node_name(Op::name(args)); }
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& compiled) const override {
     auto& self = const_cast<OpNode&>(*this);

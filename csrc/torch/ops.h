@@ -67,6 +67,10 @@ struct ConvPlan {
   Layout layout, w_layout;
   ConvGeometry geometry;
 };
+// As record() has it: "conv2d", "conv_transpose1d_backward".
+inline std::string op_name(const ConvPlan& plan, const char* suffix = "") {
+  return c10::str(plan.transposed ? "conv_transpose" : "conv", plan.dims, "d", suffix);
+}
 // Fills the plan for input (batch, channels, spatial), weight as in torch.nn and bias or undefined; returns what does
 // not fit, by torch.nn.functional's names of the arguments, or "". dtypes are not looked at.
 std::string plan_conv(const Tensor& input, const Tensor& weight, const Tensor& bias, const ConvParams& params,
@@ -136,6 +140,10 @@ struct PoolPlan {
   Layout layout;
   PoolGeometry geometry;
 };
+// As record() has it: "max_pool2d", "adaptive_avg_pool1d_backward" for the kinds "max" and "avg".
+inline std::string op_name(const PoolPlan& plan, const char* kind, const char* suffix = "") {
+  return c10::str(plan.geometry.adaptive ? "adaptive_" : "", kind, "_pool", plan.dims, "d", suffix);
+}
 // The layout of a pool's output: the input's, as PyTorch finds it in two dimensions; in one and three likewise.
 Layout pool_layout(const Tensor& tensor, int dims);
 // Fills in the plan of an input of these sizes, (batch, channels, *spatial) or without batch, all but its layout. Says
@@ -167,6 +175,10 @@ Tensor avg_pool_backward(const Tensor& grad_output, const PoolPlan& plan, const 
 Tensor avg_pool(const Tensor& input, const PoolPlan& plan, const AvgDivisor& divisor);
 
 // ---- conv_pool.cpp
+// As record() has it: "conv_max_pool2d".
+inline std::string conv_pool_name(const ConvPlan& plan, const char* suffix = "") {
+  return c10::str("conv_max_pool", plan.dims, "d", suffix);
+}
 // max_pool(conv(input, weight, bias, activation)) with windows of `pool` elements that do not overlap, in the last
 // `dims` of three dimensions: in one kernel where that has been written, otherwise one after the other.
 Tensor conv_max_pool(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvPlan& plan,

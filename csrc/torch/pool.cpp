@@ -85,24 +85,20 @@ bool overlaps_widely(const PoolGeometry& g) {
   return windows > 64;
 }
 
-std::string op_name(const PoolPlan& plan, const char* kind, const char* suffix = "") {
-  return c10::str(plan.geometry.adaptive ? "adaptive_" : "", kind, "_pool", plan.dims, "d", suffix);
-}
-
-// The kernel of the device that the tensor is on: on_cpu(table), or on_gpu(table, stream).
-template <class OnCpu, class OnGpu>
-void run_kernel(const PoolPlan& plan, const char* kind, const char* suffix, const Tensor& tensor, OnCpu&& on_cpu,
-                OnGpu&& on_gpu) {
-  const auto row = [&](const char* kernel) {
-    return record::Row{op_name(plan, kind, suffix), kernel, record::shapes_of({tensor}),
+// The kernel of the device that the tensor is on: on_cpu(table), named by name(table), or on_gpu(table, stream).
+template <class Name, class OnCpu, class OnGpu>
+void run_kernel(const PoolPlan& plan, const char* kind, const char* suffix, const Tensor& tensor, Name&& name,
+                OnCpu&& on_cpu, OnGpu&& on_gpu) {
+  const auto row = [&](const KernelName& kernel, const char* tier) {
+    return record::Row{op_name(plan, kind, suffix), record::kernel_text(kernel, tier), record::shapes_of({tensor}),
                        dtype_name(tensor.scalar_type())};
   };
   if (!tensor.is_cpu()) {
-    gpu::call(tensor.device(), [&] { return row("cuda"); }, on_gpu);
+    gpu::call(tensor.device(), [&] { return row({"pool_gather"}, cuda::kTier); }, on_gpu);
     return;
   }
   const KernelTable& table = kernels(to_dtype(tensor.scalar_type()));
-  record::timed([&] { return row(table.isa); }, [&] { on_cpu(table); });
+  record::timed([&] { return row(name(table), table.isa); }, [&] { on_cpu(table); });
 }
 
 void check_operand(const Tensor& tensor, const PoolPlan& plan, const int64_t (&spatial)[3], const char* op,
@@ -158,6 +154,7 @@ bool direct(const Tensor& grad) { return !at::GradMode::is_enabled() && fast_doo
 // grad_x = scatter(grad_y, indices); saved: the indices.
 struct MaxPoolOp : CompiledBackward<MaxPoolOp> {
   using Args = PoolArgs;
+  static std::string name(const Args& args) { return op_name(args.plan, "max"); }
   static c10::IValue pack(const Args& args) { return pack_pool(args); }
   static Args unpack(const c10::IValue& packed) { return unpack_pool(packed); }
   static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
@@ -174,6 +171,7 @@ Tensor differentiable_avg_pool_backward(const Tensor& grad_output, const PoolArg
 // Averaging is linear, and its gradient's gradient averages again.
 struct AvgPoolBackwardOp : CompiledBackward<AvgPoolBackwardOp> {
   using Args = PoolArgs;
+  static std::string name(const Args& args) { return op_name(args.plan, "avg", "_backward"); }
   static c10::IValue pack(const Args& args) { return pack_pool(args); }
   static Args unpack(const c10::IValue& packed) { return unpack_pool(packed); }
   static variable_list gradients(const Args& args, const variable_list&, const variable_list& grads, Needs needs);
@@ -181,6 +179,7 @@ struct AvgPoolBackwardOp : CompiledBackward<AvgPoolBackwardOp> {
 
 struct AvgPoolOp : CompiledBackward<AvgPoolOp> {
   using Args = PoolArgs;
+  static std::string name(const Args& args) { return op_name(args.plan, "avg"); }
   static c10::IValue pack(const Args& args) { return pack_pool(args); }
   static Args unpack(const c10::IValue& packed) { return unpack_pool(packed); }
   static variable_list gradients(const Args& args, const variable_list&, const variable_list& grads, Needs needs) {
@@ -273,9 +272,9 @@ std::string plan_pool(at::IntArrayRef sizes, const PoolParams& params, PoolPlan&
     if (g.stride[i] <= 0) return c10::str("stride must be positive, got ", g.stride[i]);
     if (g.dilation[i] <= 0) return c10::str("dilation must be positive, got ", g.dilation[i]);
     if (g.padding[i] < 0) return c10::str("padding must not be negative, got ", g.padding[i]);
-    if (g.padding[i] > g.kernel[i] / 2 && g.padding[i] > ((g.kernel[i] - 1) * g.dilation[i] + 1) / 2)
-      return c10::str("padding must be at most half of the window, got ", g.padding[i], " with kernel_size ",
-                      g.kernel[i], " and dilation ", g.dilation[i]);
+    if (g.padding[i] > g.kernel[i] / 2)
+      return c10::str("padding must be at most half of kernel_size, got ", g.padding[i], " with kernel_size ",
+                      g.kernel[i]);
     g.out[i] = output_size(g.in[i], g.kernel[i], g.stride[i], g.padding[i], g.dilation[i], params.ceil_mode);
     if (g.out[i] < 1)
       return c10::str("kernel_size ", g.kernel[i], " with dilation ", g.dilation[i], " is larger than the input of ",
@@ -304,7 +303,8 @@ MaxPoolOutput max_pool_forward(const Tensor& input, const PoolPlan& plan, PoolIn
                             kind,
                             out.indices.defined() ? out.indices.mutable_data_ptr() : nullptr};
   run_kernel(
-      plan, "max", "", x, [&](const KernelTable& table) { table.max_pool_forward(args, torch_team()); },
+      plan, "max", "", x, [&](const KernelTable& table) { return table.max_pool_forward_name(args); },
+      [&](const KernelTable& table) { table.max_pool_forward(args, torch_team()); },
       [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.max_pool_forward(args, stream); });
   return out;
 }
@@ -335,7 +335,8 @@ Tensor max_pool_backward(const Tensor& grad_output, const Tensor& indices, const
                              i.const_data_ptr(),
                              grad_input.mutable_data_ptr()};
   run_kernel(
-      plan, "max", "_backward", g, [&](const KernelTable& table) { table.max_pool_backward(args, torch_team()); },
+      plan, "max", "_backward", g, [&](const KernelTable& table) { return table.max_pool_backward_name(args); },
+      [&](const KernelTable& table) { table.max_pool_backward(args, torch_team()); },
       [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.max_pool_backward(args, stream); });
   return grad_input;
 }
@@ -369,7 +370,7 @@ Tensor differentiable_max_pool_backward(const Tensor& grad_output, const Tensor&
 }
 
 MaxPoolOutput max_pool(const Tensor& input, const PoolPlan& plan, bool return_indices) {
-  const bool records = at::GradMode::is_enabled() && input.requires_grad();
+  const bool records = is_recorded(input);
   const PoolIndices kind = return_indices ? PoolIndices::plane
                            : records      ? compact_indices(plan.geometry)
                                           : PoolIndices::none;
@@ -389,7 +390,8 @@ Tensor avg_pool_forward(const Tensor& input, const PoolPlan& plan, const AvgDivi
   const AvgPoolForward args{to_dtype(x.scalar_type()), plan.layout,        plan.geometry,       divisor.include_pad,
                             divisor.override,          x.const_data_ptr(), y.mutable_data_ptr()};
   run_kernel(
-      plan, "avg", "", x, [&](const KernelTable& table) { table.avg_pool_forward(args, torch_team()); },
+      plan, "avg", "", x, [&](const KernelTable& table) { return table.avg_pool_forward_name(args); },
+      [&](const KernelTable& table) { table.avg_pool_forward(args, torch_team()); },
       [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.avg_pool_forward(args, stream); });
   return y;
 }
@@ -404,14 +406,15 @@ Tensor avg_pool_backward(const Tensor& grad_output, const PoolPlan& plan, const 
                              divisor.include_pad,          divisor.override, g.const_data_ptr(),
                              grad_input.mutable_data_ptr()};
   run_kernel(
-      plan, "avg", "_backward", g, [&](const KernelTable& table) { table.avg_pool_backward(args, torch_team()); },
+      plan, "avg", "_backward", g, [&](const KernelTable& table) { return table.avg_pool_backward_name(args); },
+      [&](const KernelTable& table) { table.avg_pool_backward(args, torch_team()); },
       [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.avg_pool_backward(args, stream); });
   return grad_input;
 }
 
 Tensor avg_pool(const Tensor& input, const PoolPlan& plan, const AvgDivisor& divisor) {
   const Tensor y = avg_pool_forward(input, plan, divisor);
-  if (!at::GradMode::is_enabled() || !input.requires_grad()) return y;
+  if (!is_recorded(input)) return y;
   const auto node = make_node<AvgPoolOp>({plan, divisor}, input);
   torch::autograd::set_history(y, node);
   node->save_variables_to_ctx();
@@ -424,7 +427,7 @@ Tensor differentiable_avg_pool_backward(const Tensor& grad_output, const PoolArg
   if (!fast_door::is_plain(grad_output))
     return TorchAvgPool(args).backward(grad_output, sizes_of(args.plan, args.plan.geometry.in));
   const Tensor grad_input = avg_pool_backward(grad_output, args.plan, args.divisor);
-  if (!at::GradMode::is_enabled() || !grad_output.requires_grad()) return grad_input;
+  if (!is_recorded(grad_output)) return grad_input;
   const auto node = make_node<AvgPoolBackwardOp>(args, grad_output);
   torch::autograd::set_history(grad_input, node);
   node->save_variables_to_ctx();

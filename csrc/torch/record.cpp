@@ -1,6 +1,10 @@
 #include "record.h"
 
+#include <ATen/SequenceNumber.h>
+#include <ATen/core/grad_mode.h>
+
 #include <atomic>
+#include <cctype>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
@@ -42,9 +46,15 @@ std::vector<Row> stop() {
 void add(Row row) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (verbose)
-    std::fprintf(stderr, "fastops: %-22s %-18s %-10s %10.1f us  %s\n", row.op.c_str(), row.kernel.c_str(),
+    std::fprintf(stderr, "fastops: %-22s %-32s %-10s %10.1f us  %s\n", row.op.c_str(), row.kernel.c_str(),
                  row.dtype.c_str(), row.microseconds, row.shapes.c_str());
   if (!starts.empty()) rows.push_back(std::move(row));
+}
+
+std::string kernel_text(const KernelName& name, const char* tier) {
+  std::string text = name.algorithm;
+  for (int i = 0; i < 3 && name.tile[i] != 0; ++i) text += (i == 0 ? '_' : 'x') + std::to_string(name.tile[i]);
+  return text + '_' + tier;
 }
 
 std::string shapes_of(std::initializer_list<at::Tensor> tensors) {
@@ -59,6 +69,44 @@ std::string shapes_of(std::initializer_list<at::Tensor> tensors) {
     }
   }
   return text;
+}
+
+void Event::take(const at::Tensor& tensor) { values_.emplace_back(tensor); }
+
+void Event::take(const std::optional<at::Tensor>& tensor) {
+  if (tensor)
+    take(*tensor);
+  else
+    values_.emplace_back();
+}
+
+void Event::take(at::TensorList tensors) {
+  for (const at::Tensor& tensor : tensors) take(tensor);
+}
+
+void Event::begin(std::string_view op) {
+  // The number that the next node will get: it links a backward event to its forward one.
+  const int64_t sequence = at::GradMode::is_enabled() ? static_cast<int64_t>(at::sequence_number::peek()) : -1;
+  const std::string name = c10::str("fastops::", op);
+  if (event_.needsInputs())
+    event_.before(name, at::ArrayRef<c10::IValue>(values_), sequence);
+  else
+    event_.before(name, sequence);
+  values_.clear();  // read by now; kept, they would keep the tensors alive
+}
+
+void Event::end(at::TensorList outputs) {
+  if (event_.needsOutputs()) event_.setOutputs(std::vector<c10::IValue>(outputs.begin(), outputs.end()));
+}
+
+std::string node_name(std::string_view op) {
+  std::string name = "Fastops";
+  bool first = true;
+  for (const char c : op) {
+    if (c != '_') name += first ? static_cast<char>(std::toupper(c)) : c;
+    first = c == '_';
+  }
+  return name + "Backward";
 }
 
 }  // namespace fastops::record

@@ -11,6 +11,9 @@ namespace fastops {
 namespace {
 
 std::atomic<bool> forked{false};
+// From when the library is loaded, not from the first call: by then the process may have forked, and the pool that
+// torch filled before is not there in the child.
+const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
 void run(int threads, void (*body)(void*, int, int), void* context) {
 // No num_threads clause: libgomp rebuilds its pool whenever the team's size changes (PyTorch issue 32008), so the whole
@@ -26,7 +29,6 @@ void run(int threads, void (*body)(void*, int, int), void* context) {
 }  // namespace
 
 Team torch_team() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
   if (registered != 0 || forked.load(std::memory_order_relaxed) || at::in_parallel_region()) return Team{1, nullptr};
   return Team{at::get_num_threads(), run};
 }

@@ -34,7 +34,7 @@ _fast_glu = _C.glu
 
 # ---- activation= -----------------------------------------------------------------------------------------------------
 
-# What activation="name" means: the kind and torch.nn.functional's default parameters.
+# activation="name": its kind, and torch.nn.functional's default parameters.
 _NAMES: dict[str, tuple[str, float, float]] = {
     "identity": ("identity", 0.0, 0.0),
     "relu": ("relu", 0.0, 0.0),
@@ -61,7 +61,7 @@ _NAMES: dict[str, tuple[str, float, float]] = {
 }
 _NONE = ("identity", 0.0, 0.0)
 
-# What activation=module means: the same from a module's own parameters. Filled for torch.nn's classes; fastops.nn's are
+# activation=module: its kind, and the module's own parameters. The keys are torch.nn's classes; fastops.nn's are
 # subclasses of them.
 _MODULES: dict[type, Callable[[Any], tuple[str, float, float]]] = {
     nn.Identity: lambda m: _NONE,
@@ -124,27 +124,6 @@ def resolve_activation(activation: Activation) -> tuple[str, float, float]:
     raise TypeError(f"activation must be None, a name or an activation module, got {cls.__name__}")
 
 
-def torch_activation(activation: str | nn.Module) -> nn.Module:
-    """torch.nn's module for an `activation=` argument."""
-    kind, a, b = resolve_activation(activation)
-    if kind == "gelu_tanh":
-        return nn.GELU(approximate="tanh")
-    classes = {cls.__name__.lower(): cls for cls in _MODULES}
-    cls = classes[kind.replace("_", "")]
-    # The parameters, as many as the kind has: torch.nn's constructors take them in the same order.
-    count = {
-        "leaky_relu": 1,
-        "elu": 1,
-        "celu": 1,
-        "softplus": 2,
-        "hardtanh": 2,
-        "hardshrink": 1,
-        "softshrink": 1,
-        "threshold": 2,
-    }
-    return cls(*(a, b)[: count.get(kind, 0)])
-
-
 # The same in PyTorch's own ops, for what fastops has no kernel for.
 _TORCH: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "identity": lambda x, a, b: x,
@@ -177,7 +156,7 @@ _TORCH: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 
 
 def valid(kind: str, a: Any, b: Any) -> bool:
-    """Whether the parameters are plain numbers in the kernels' range; PyTorch says what is wrong with the others."""
+    """Whether the parameters are plain numbers that the kernels take. PyTorch refuses the others."""
     if not (isinstance(a, (int, float)) and isinstance(b, (int, float))):
         return False
     return not ((kind == "celu" and a == 0) or (kind == "softshrink" and a < 0))
@@ -194,13 +173,20 @@ def _general_activation(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """public(input, *args, **kwargs), which is theirs(input, *args, **kwargs) in PyTorch."""
+    """The general door of the function `public`, whose equal in PyTorch is `theirs`."""
     if not _is_compiling() and overrides(input):
         return handle_torch_function(public, (input,), input, *args, **kwargs)
     if general(input) and supported(input, on_gpu=True) and valid(kind, a, b):
-        output = _activation_ops.activation(input, kind, float(a), float(b))
-        return input.copy_(output) if inplace else output
+        if not inplace:
+            return _activation_ops.activation(input, kind, float(a), float(b))
+        # PyTorch's threshold_ is the one in-place activation that takes expanded tensors.
+        if kind != "threshold" or not _is_expanded(input):
+            return _activation_ops.activation_(input, kind, float(a), float(b))
     return torch_op(kind, _EXPLAIN.get(kind, explain_activation), theirs, input, *args, **kwargs)
+
+
+def _is_expanded(input: Tensor) -> bool:
+    return any(n > 1 and step == 0 for n, step in zip(input.shape, input.stride(), strict=True))
 
 
 def explain_activation(input: Any, *args: Any, **kwargs: Any) -> str:
@@ -234,7 +220,15 @@ def torch_activate(input: Tensor, kind: str, a: float, b: float) -> Tensor:
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """max(x, 0)."""
+    """Rectified linear unit, y = max(x, 0).
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    inplace: write the result into input.
+    Errors and source: torch.nn.functional.relu.
+
+    >>> FF.relu(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([0., 0., 2.])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _RELU, 0.0, 0.0, inplace)
         if result is not NotImplemented:
@@ -243,7 +237,17 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def relu_(input: Tensor) -> Tensor:
-    """relu, into input's own memory."""
+    """relu, written into input, which is returned.
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    Errors and source: torch.nn.functional.relu_.
+
+    >>> x = torch.tensor([-1.0, 0.0, 2.0])
+    >>> FF.relu_(x) is x
+    True
+    >>> x
+    tensor([0., 0., 2.])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _RELU, 0.0, 0.0, True)
         if result is not NotImplemented:
@@ -252,7 +256,15 @@ def relu_(input: Tensor) -> Tensor:
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
-    """min(max(x, 0), 6)."""
+    """ReLU with a ceiling, y = min(max(x, 0), 6).
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    inplace: write the result into input.
+    Errors and source: torch.nn.functional.relu6.
+
+    >>> FF.relu6(torch.tensor([-1.0, 2.0, 7.0]))
+    tensor([0., 2., 6.])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _RELU6, 0.0, 0.0, inplace)
         if result is not NotImplemented:
@@ -261,7 +273,15 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    """x > 0 ? x : negative_slope x."""
+    """y = x where x > 0, else negative_slope x.
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    inplace: write the result into input.
+    Errors and source: torch.nn.functional.leaky_relu.
+
+    >>> FF.leaky_relu(torch.tensor([-1.0, 0.0, 2.0]), 0.5)
+    tensor([-0.5000,  0.0000,  2.0000])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _LEAKY_RELU, negative_slope, 0.0, inplace)
         if result is not NotImplemented:
@@ -272,7 +292,18 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
 
 
 def leaky_relu_(input: Tensor, negative_slope: float = 0.01) -> Tensor:
-    """leaky_relu, into input's own memory."""
+    """leaky_relu, written into input, which is returned.
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    negative_slope: as in leaky_relu.
+    Errors and source: torch.nn.functional.leaky_relu_.
+
+    >>> x = torch.tensor([-1.0, 0.0, 2.0])
+    >>> FF.leaky_relu_(x, 0.5) is x
+    True
+    >>> x
+    tensor([-0.5000,  0.0000,  2.0000])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _LEAKY_RELU, negative_slope, 0.0, True)
         if result is not NotImplemented:
@@ -283,7 +314,15 @@ def leaky_relu_(input: Tensor, negative_slope: float = 0.01) -> Tensor:
 
 
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
-    """x > 0 ? x : alpha (exp(x) - 1)."""
+    """Exponential linear unit, y = x where x > 0, else alpha (exp(x) - 1).
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    inplace: write the result into input.
+    Errors and source: torch.nn.functional.elu.
+
+    >>> FF.elu(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([-0.6321,  0.0000,  2.0000])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _ELU, alpha, 0.0, inplace)
         if result is not NotImplemented:
@@ -292,7 +331,18 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
 
 
 def elu_(input: Tensor, alpha: float = 1.0) -> Tensor:
-    """elu, into input's own memory."""
+    """elu, written into input, which is returned.
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    alpha: as in elu.
+    Errors and source: torch.nn.functional.elu_.
+
+    >>> x = torch.tensor([-1.0, 0.0, 2.0])
+    >>> FF.elu_(x) is x
+    True
+    >>> x
+    tensor([-0.6321,  0.0000,  2.0000])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _ELU, alpha, 0.0, True)
         if result is not NotImplemented:
@@ -301,7 +351,16 @@ def elu_(input: Tensor, alpha: float = 1.0) -> Tensor:
 
 
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
-    """scale (x > 0 ? x : alpha (exp(x) - 1)), torch.nn.SELU's constants."""
+    """Scaled ELU, y = scale x where x > 0, else scale alpha (exp(x) - 1).
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    scale = 1.0507 and alpha = 1.6733, as in torch.nn.SELU.
+    inplace: write the result into input.
+    Errors and source: torch.nn.functional.selu.
+
+    >>> FF.selu(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([-1.1113,  0.0000,  2.1014])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _SELU, 0.0, 0.0, inplace)
         if result is not NotImplemented:
@@ -310,7 +369,17 @@ def selu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def selu_(input: Tensor) -> Tensor:
-    """selu, into input's own memory."""
+    """selu, written into input, which is returned.
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    Errors and source: torch.nn.functional.selu_.
+
+    >>> x = torch.tensor([-1.0, 0.0, 2.0])
+    >>> FF.selu_(x) is x
+    True
+    >>> x
+    tensor([-1.1113,  0.0000,  2.1014])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _SELU, 0.0, 0.0, True)
         if result is not NotImplemented:
@@ -319,7 +388,16 @@ def selu_(input: Tensor) -> Tensor:
 
 
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
-    """x > 0 ? x : alpha (exp(x / alpha) - 1). alpha must not be 0."""
+    """Continuously differentiable ELU, y = x where x > 0, else alpha (exp(x / alpha) - 1).
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    alpha: any number but 0, which is a RuntimeError.
+    inplace: write the result into input.
+    Errors and source: torch.nn.functional.celu.
+
+    >>> FF.celu(torch.tensor([-1.0, 0.0, 2.0]), alpha=2.0)
+    tensor([-0.7869,  0.0000,  2.0000])
+    """
     if not _is_compiling() and alpha != 0:
         result = _fast_activation(input, _CELU, alpha, 0.0, inplace)
         if result is not NotImplemented:
@@ -328,7 +406,18 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
 
 
 def celu_(input: Tensor, alpha: float = 1.0) -> Tensor:
-    """celu, into input's own memory."""
+    """celu, written into input, which is returned.
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    alpha: as in celu.
+    Errors and source: torch.nn.functional.celu_.
+
+    >>> x = torch.tensor([-1.0, 0.0, 2.0])
+    >>> FF.celu_(x) is x
+    True
+    >>> x
+    tensor([-0.6321,  0.0000,  2.0000])
+    """
     if not _is_compiling() and alpha != 0:
         result = _fast_activation(input, _CELU, alpha, 0.0, True)
         if result is not NotImplemented:
@@ -337,7 +426,16 @@ def celu_(input: Tensor, alpha: float = 1.0) -> Tensor:
 
 
 def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
-    """x Phi(x) by erf, or by tanh with approximate="tanh". RuntimeError for any other approximate."""
+    """Gaussian error linear unit, y = x Phi(x), Phi the normal distribution function.
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    approximate: "none" forms Phi by erf; "tanh" by the usual approximation, Phi(x) = (1 + tanh(sqrt(2/pi) (x + 0.044715
+    x^3))) / 2. Anything else is a RuntimeError.
+    Errors and source: torch.nn.functional.gelu.
+
+    >>> FF.gelu(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([-0.1587,  0.0000,  1.9545])
+    """
     if not _is_compiling():
         if approximate == "none":
             result = _fast_activation(input, _GELU, 0.0, 0.0, False)
@@ -358,7 +456,15 @@ def _explain_gelu(input: Any, approximate: Any) -> str:
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
-    """x sigmoid(x)."""
+    """Sigmoid linear unit (swish), y = x sigmoid(x).
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    inplace: write the result into input.
+    Errors and source: torch.nn.functional.silu.
+
+    >>> FF.silu(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([-0.2689,  0.0000,  1.7616])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _SILU, 0.0, 0.0, inplace)
         if result is not NotImplemented:
@@ -367,7 +473,15 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
-    """x tanh(softplus(x))."""
+    """y = x tanh(softplus(x)).
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    inplace: write the result into input.
+    Errors and source: torch.nn.functional.mish.
+
+    >>> FF.mish(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([-0.3034,  0.0000,  1.9440])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _MISH, 0.0, 0.0, inplace)
         if result is not NotImplemented:
@@ -376,7 +490,14 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def sigmoid(input: Tensor) -> Tensor:
-    """1 / (1 + exp(-x))."""
+    """The logistic function, y = 1 / (1 + exp(-x)).
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    Errors and source: torch.nn.functional.sigmoid.
+
+    >>> FF.sigmoid(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([0.2689, 0.5000, 0.8808])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _SIGMOID, 0.0, 0.0, False)
         if result is not NotImplemented:
@@ -385,7 +506,14 @@ def sigmoid(input: Tensor) -> Tensor:
 
 
 def logsigmoid(input: Tensor) -> Tensor:
-    """log(sigmoid(x))."""
+    """y = log(sigmoid(x)), also where sigmoid(x) itself would underflow.
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    Errors and source: torch.nn.functional.logsigmoid.
+
+    >>> FF.logsigmoid(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([-1.3133, -0.6931, -0.1269])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _LOGSIGMOID, 0.0, 0.0, False)
         if result is not NotImplemented:
@@ -394,7 +522,14 @@ def logsigmoid(input: Tensor) -> Tensor:
 
 
 def tanh(input: Tensor) -> Tensor:
-    """tanh(x)."""
+    """The hyperbolic tangent, y = tanh(x).
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    Errors and source: torch.nn.functional.tanh.
+
+    >>> FF.tanh(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([-0.7616,  0.0000,  0.9640])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _TANH, 0.0, 0.0, False)
         if result is not NotImplemented:
@@ -403,7 +538,14 @@ def tanh(input: Tensor) -> Tensor:
 
 
 def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
-    """beta x > threshold ? x : log(1 + exp(beta x)) / beta."""
+    """A smooth ReLU, y = log(1 + exp(beta x)) / beta, and y = x where beta x > threshold.
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    Errors and source: torch.nn.functional.softplus.
+
+    >>> FF.softplus(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([0.3133, 0.6931, 2.1269])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _SOFTPLUS, beta, threshold, False)
         if result is not NotImplemented:
@@ -412,7 +554,14 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tenso
 
 
 def softsign(input: Tensor) -> Tensor:
-    """x / (1 + |x|)."""
+    """y = x / (1 + |x|).
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    Errors and source: torch.nn.functional.softsign.
+
+    >>> FF.softsign(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([-0.5000,  0.0000,  0.6667])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _SOFTSIGN, 0.0, 0.0, False)
         if result is not NotImplemented:
@@ -421,7 +570,16 @@ def softsign(input: Tensor) -> Tensor:
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
-    """min(max(x, min_val), max_val). ValueError where min_val > max_val."""
+    """y = min(max(x, min_val), max_val).
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    min_val, max_val: numbers; min_val > max_val is a ValueError.
+    inplace: write the result into input.
+    Errors and source: torch.nn.functional.hardtanh.
+
+    >>> FF.hardtanh(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([-1.,  0.,  1.])
+    """
     if min_val > max_val:
         raise ValueError(f"hardtanh: min_val cannot be greater than max_val, got {min_val} and {max_val}")
     if not _is_compiling():
@@ -434,7 +592,18 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
 
 
 def hardtanh_(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
-    """hardtanh, into input's own memory."""
+    """hardtanh, written into input, which is returned.
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    min_val, max_val: as in hardtanh.
+    Errors and source: torch.nn.functional.hardtanh_.
+
+    >>> x = torch.tensor([-1.0, 0.0, 2.0])
+    >>> FF.hardtanh_(x) is x
+    True
+    >>> x
+    tensor([-1.,  0.,  1.])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _HARDTANH, min_val, max_val, True)
         if result is not NotImplemented:
@@ -443,7 +612,15 @@ def hardtanh_(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Ten
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    """min(max(x + 3, 0), 6) / 6."""
+    """Piecewise linear sigmoid, y = min(max(x + 3, 0), 6) / 6.
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    inplace: write the result into input.
+    Errors and source: torch.nn.functional.hardsigmoid.
+
+    >>> FF.hardsigmoid(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([0.3333, 0.5000, 0.8333])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _HARDSIGMOID, 0.0, 0.0, inplace)
         if result is not NotImplemented:
@@ -452,7 +629,15 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
-    """x min(max(x + 3, 0), 6) / 6."""
+    """Piecewise polynomial SiLU, y = x min(max(x + 3, 0), 6) / 6.
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    inplace: write the result into input.
+    Errors and source: torch.nn.functional.hardswish.
+
+    >>> FF.hardswish(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([-0.3333,  0.0000,  1.6667])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _HARDSWISH, 0.0, 0.0, inplace)
         if result is not NotImplemented:
@@ -461,7 +646,14 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
-    """|x| <= lambd ? 0 : x."""
+    """y = 0 where |x| <= lambd, else x.
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    Errors and source: torch.nn.functional.hardshrink.
+
+    >>> FF.hardshrink(torch.tensor([-1.0, 0.0, 2.0]), 1.5)
+    tensor([0., 0., 2.])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _HARDSHRINK, lambd, 0.0, False)
         if result is not NotImplemented:
@@ -470,7 +662,15 @@ def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
 
 
 def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
-    """x > lambd ? x - lambd : x < -lambd ? x + lambd : 0. RuntimeError where lambd < 0."""
+    """y = x - lambd where x > lambd, x + lambd where x < -lambd, else 0.
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    lambd: a number; a negative one is a RuntimeError.
+    Errors and source: torch.nn.functional.softshrink.
+
+    >>> FF.softshrink(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([-0.5000,  0.0000,  1.5000])
+    """
     if not _is_compiling() and lambd >= 0:
         result = _fast_activation(input, _SOFTSHRINK, lambd, 0.0, False)
         if result is not NotImplemented:
@@ -479,7 +679,14 @@ def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
 
 
 def tanhshrink(input: Tensor) -> Tensor:
-    """x - tanh(x)."""
+    """y = x - tanh(x).
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    Errors and source: torch.nn.functional.tanhshrink.
+
+    >>> FF.tanhshrink(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([-0.2384,  0.0000,  1.0360])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _TANHSHRINK, 0.0, 0.0, False)
         if result is not NotImplemented:
@@ -488,7 +695,15 @@ def tanhshrink(input: Tensor) -> Tensor:
 
 
 def _threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
-    """x > threshold ? x : value."""
+    """y = x where x > threshold, else value.
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    inplace: write the result into input.
+    Errors and source: torch.nn.functional.threshold.
+
+    >>> FF.threshold(torch.tensor([-1.0, 0.0, 2.0]), 0.5, 9.0)
+    tensor([9., 9., 2.])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _THRESHOLD, threshold, value, inplace)
         if result is not NotImplemented:
@@ -503,7 +718,18 @@ threshold = _threshold
 
 
 def threshold_(input: Tensor, threshold: float, value: float) -> Tensor:
-    """threshold, into input's own memory."""
+    """threshold, written into input, which is returned.
+
+    input: any shape; float32, float64, bfloat16 or float16.
+    threshold, value: as in threshold.
+    Errors and source: torch.nn.functional.threshold_.
+
+    >>> x = torch.tensor([-1.0, 0.0, 2.0])
+    >>> FF.threshold_(x, 0.5, 9.0) is x
+    True
+    >>> x
+    tensor([9., 9., 2.])
+    """
     if not _is_compiling():
         result = _fast_activation(input, _THRESHOLD, threshold, value, True)
         if result is not NotImplemented:
@@ -512,10 +738,25 @@ def threshold_(input: Tensor, threshold: float, value: float) -> Tensor:
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
-    """x > 0 ? x : w x, one weight for all or one for each channel (dimension 1).
+    """Leaky ReLU with a learnt slope, y = x where x > 0, else w x.
 
-    Shapes: input (N, C, *) with weight (C), or any input with weight (1).
-    Raises: RuntimeError where the number of weights is neither 1 nor the number of channels, or the dtypes differ.
+    Args:
+        input: (batch, channels, *) with one weight for each channel, or any shape with a single weight.
+        weight: (channels) or (1), in input's dtype: float32, float64, bfloat16 or float16. Under autocast both are cast
+            to its dtype.
+
+    Returns:
+        A tensor of input's shape and dtype.
+
+    Raises:
+        RuntimeError: the number of weights is neither 1 nor the number of channels, or dtypes or devices differ.
+        TypeError: an argument is not a Tensor.
+
+    Source: He, Zhang, Ren and Sun, "Delving Deep into Rectifiers" (2015); torch.nn.functional.prelu.
+
+    >>> FF.prelu(torch.tensor([[-1.0, -1.0], [3.0, 3.0]]), torch.tensor([0.5, 0.25]))
+    tensor([[-0.5000, -0.2500],
+            [ 3.0000,  3.0000]])
     """
     if not _is_compiling():
         result = _fast_prelu(input, weight)
@@ -543,10 +784,24 @@ def _explain_prelu(input: Any, weight: Any) -> str:
 
 
 def glu(input: Tensor, dim: int = -1) -> Tensor:
-    """x1 * sigmoid(x2) for the two halves of input along dim.
+    """Gated linear unit, y = a sigmoid(b) for the two halves a and b of input along dim.
 
-    Shapes: (*, 2n, *) -> (*, n, *).
-    Raises: RuntimeError for a scalar or an odd size along dim. IndexError for a dim out of range.
+    Args:
+        input: (*, 2 n, *), float32, float64, bfloat16 or float16.
+        dim: the dimension that is halved.
+
+    Returns:
+        A tensor of shape (*, n, *) and input's dtype.
+
+    Raises:
+        RuntimeError: a scalar, an odd size along dim, or no floating point tensor.
+        IndexError: dim is out of range. TypeError: input is not a Tensor.
+
+    Source: Dauphin, Fan, Auli and Grangier, "Language Modeling with Gated Convolutional Networks" (2016);
+    torch.nn.functional.glu.
+
+    >>> FF.glu(torch.tensor([1.0, 2.0, 0.0, 10.0]))
+    tensor([0.5000, 1.9999])
     """
     if not _is_compiling():
         result = _fast_glu(input, dim)

@@ -27,7 +27,18 @@ def conv1d(
     groups: int = 1,
     activation: Activation = None,
 ) -> Tensor:
-    """conv2d in one dimension: input (batch, in_channels, length) or (in_channels, length)."""
+    """conv2d in one dimension.
+
+    Args:
+        input: (batch, in_channels, length) or (in_channels, length).
+        weight: (out_channels, in_channels / groups, kernel_length).
+        bias, stride, padding, dilation, groups, activation: as in conv2d.
+
+    Returns: (batch, out_channels, out_length). dtypes and errors: see conv2d. Source: torch.nn.functional.conv1d.
+
+    >>> FF.conv1d(torch.tensor([[[1.0, 2.0, 4.0, 8.0]]]), torch.tensor([[[-1.0, 1.0]]]))
+    tensor([[[1., 2., 4.]]])
+    """
     args = input, weight, bias, stride, padding, dilation, groups
     if not _is_compiling():
         result = _fast(_C.conv1d, args, activation)
@@ -46,27 +57,36 @@ def conv2d(
     groups: int = 1,
     activation: Activation = None,
 ) -> Tensor:
-    """y = f(conv(x, w) + b), the activation fused into the kernel, forward and backward.
+    """Convolution and activation in one kernel, y = f(conv(x, w) + b), forward and backward.
 
     Args:
-        input: (batch, in_channels, height, width) or (in_channels, height, width), any strides.
-        weight: (out_channels, in_channels / groups, kernel_height, kernel_width).
+        input: (batch, in_channels, height, width) or (in_channels, height, width), any strides; float32, float64,
+            bfloat16 or float16.
+        weight: (out_channels, in_channels / groups, kernel_height, kernel_width), in input's dtype.
         bias: (out_channels), or None.
-        stride, padding, dilation: a number, or one for each dimension. padding also "valid" (none) and "same" (as much
-            as keeps the size; where that is odd, one more behind than before).
-        groups: how many parts the channels fall into, each with filters of its own.
-        activation: None, a name ("relu", "gelu", "gelu_tanh", "leaky_relu", ... with torch.nn.functional's default
-            parameters) or an activation module such as nn.LeakyReLU(0.2).
+        stride, padding, dilation: a number, or one for each dimension. padding may also be "valid" (none) or "same" (as
+            much as keeps the size; where that is odd, the extra row or column comes last).
+        groups: how many groups the channels are split into, each with filters of its own.
+        activation: f. None, a name ("relu", "gelu", "gelu_tanh", "leaky_relu", ... with the default parameters of
+            torch.nn.functional) or an activation module such as nn.LeakyReLU(0.2).
 
     Returns:
-        The output in the arguments' dtype; channels_last where input or weight is. As with torch.relu, the result of a
-        fused activation must not be changed in place before its backward.
+        (batch, out_channels, out_height, out_width), without batch where input has none, in input's dtype;
+        channels_last where input or weight is. As with torch.relu, the result of a fused activation must not be changed
+        in place before its backward.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit. TypeError: an argument is of the wrong type.
         ValueError: an activation that does not exist or cannot be fused.
 
-    Source: torch.nn.functional.conv2d. See also fastops.set_conv_precision.
+    Source: torch.nn.functional.conv2d. fastops.set_conv_precision says which algorithms float32 may use.
+
+    >>> x, w = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2)
+    >>> FF.conv2d(x, w)
+    tensor([[[[4., 4.],
+              [4., 4.]]]])
+    >>> FF.conv2d(x, w, torch.tensor([-5.0]), activation="relu").sum()
+    tensor(0.)
     """
     args = input, weight, bias, stride, padding, dilation, groups
     if not _is_compiling():
@@ -86,7 +106,19 @@ def conv3d(
     groups: int = 1,
     activation: Activation = None,
 ) -> Tensor:
-    """conv2d in three dimensions: input (batch, in_channels, depth, height, width) or without batch."""
+    """conv2d in three dimensions.
+
+    Args:
+        input: (batch, in_channels, depth, height, width) or (in_channels, depth, height, width).
+        weight: (out_channels, in_channels / groups, kernel_depth, kernel_height, kernel_width).
+        bias, stride, padding, dilation, groups, activation: as in conv2d.
+
+    Returns: (batch, out_channels, out_depth, out_height, out_width). dtypes and errors: see conv2d.
+    Source: torch.nn.functional.conv3d.
+
+    >>> FF.conv3d(torch.ones(1, 2, 4, 4, 4), torch.ones(3, 2, 3, 3, 3), padding=1).shape
+    torch.Size([1, 3, 4, 4, 4])
+    """
     args = input, weight, bias, stride, padding, dilation, groups
     if not _is_compiling():
         result = _fast(_C.conv3d, args, activation)
@@ -106,7 +138,19 @@ def conv_transpose1d(
     dilation: Sizes = 1,
     activation: Activation = None,
 ) -> Tensor:
-    """conv_transpose2d in one dimension: input (batch, in_channels, length) or (in_channels, length)."""
+    """conv_transpose2d in one dimension.
+
+    Args:
+        input: (batch, in_channels, length) or (in_channels, length).
+        weight: (in_channels, out_channels / groups, kernel_length).
+        bias, stride, padding, output_padding, groups, dilation, activation: as in conv_transpose2d.
+
+    Returns: (batch, out_channels, out_length). dtypes and errors: see conv2d. Source:
+    torch.nn.functional.conv_transpose1d.
+
+    >>> FF.conv_transpose1d(torch.tensor([[[1.0, 2.0]]]), torch.ones(1, 1, 3))
+    tensor([[[1., 3., 3., 2.]]])
+    """
     args = input, weight, bias, stride, padding, output_padding, groups, dilation
     if not _is_compiling():
         result = _fast(_C.conv_transpose1d, args, activation)
@@ -126,16 +170,28 @@ def conv_transpose2d(
     dilation: Sizes = 1,
     activation: Activation = None,
 ) -> Tensor:
-    """y = f(z + b), z what conv2d's backward pass would give its input from a gradient x of its output.
+    """Transposed convolution and activation in one kernel, y = f(conv_transpose(x, w) + b), forward and backward.
+
+    conv_transpose maps the gradient of conv2d's output to the gradient of its input.
 
     Args:
-        input: (batch, in_channels, height, width) or (in_channels, height, width), any strides.
-        weight: (in_channels, out_channels / groups, kernel_height, kernel_width).
-        stride, padding, dilation, groups: of that convolution; padding is cut off on either side.
-        output_padding: rows and columns more on the far side, fewer than stride or dilation.
-        bias, activation: as in conv2d.
+        input: (batch, in_channels, height, width) or (in_channels, height, width), any strides; float32, float64,
+            bfloat16 or float16.
+        weight: (in_channels, out_channels / groups, kernel_height, kernel_width), in input's dtype.
+        bias: (out_channels), or None.
+        stride, padding, dilation, groups: those of that convolution. padding is cut off the result on either side.
+        output_padding: rows and columns that the result has in addition at its end; fewer than stride or dilation.
+        activation: as in conv2d.
 
-    Returns, Raises: see conv2d. Source: torch.nn.functional.conv_transpose2d.
+    Returns:
+        (batch, out_channels, out_height, out_width) in input's dtype, with out_height = (height - 1) stride - 2 padding
+        + dilation (kernel_height - 1) + output_padding + 1, and out_width alike; without batch where input has none.
+
+    Raises: see conv2d. Source: torch.nn.functional.conv_transpose2d.
+
+    >>> FF.conv_transpose2d(torch.tensor([[[[1.0, 2.0]]]]), torch.ones(1, 1, 2, 2), stride=2)
+    tensor([[[[1., 1., 2., 2.],
+              [1., 1., 2., 2.]]]])
     """
     args = input, weight, bias, stride, padding, output_padding, groups, dilation
     if not _is_compiling():
@@ -156,7 +212,19 @@ def conv_transpose3d(
     dilation: Sizes = 1,
     activation: Activation = None,
 ) -> Tensor:
-    """conv_transpose2d in three dimensions: input (batch, in_channels, depth, height, width) or without batch."""
+    """conv_transpose2d in three dimensions.
+
+    Args:
+        input: (batch, in_channels, depth, height, width) or (in_channels, depth, height, width).
+        weight: (in_channels, out_channels / groups, kernel_depth, kernel_height, kernel_width).
+        bias, stride, padding, output_padding, groups, dilation, activation: as in conv_transpose2d.
+
+    Returns: (batch, out_channels, out_depth, out_height, out_width). dtypes and errors: see conv2d.
+    Source: torch.nn.functional.conv_transpose3d.
+
+    >>> FF.conv_transpose3d(torch.ones(1, 3, 2, 2, 2), torch.ones(3, 5, 2, 2, 2), stride=2).shape
+    torch.Size([1, 5, 4, 4, 4])
+    """
     args = input, weight, bias, stride, padding, output_padding, groups, dilation
     if not _is_compiling():
         result = _fast(_C.conv_transpose3d, args, activation)

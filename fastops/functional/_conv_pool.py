@@ -20,7 +20,19 @@ def conv_max_pool1d(
     activation: Activation = None,
     pool_size: Sizes = 2,
 ) -> Tensor:
-    """conv_max_pool2d in one dimension: input (batch, in_channels, length) or (in_channels, length)."""
+    """conv_max_pool2d in one dimension.
+
+    Args:
+        input: (batch, in_channels, length) or (in_channels, length).
+        weight: (out_channels, in_channels / groups, kernel_length).
+        bias, stride, padding, dilation, groups, activation, pool_size: as in conv_max_pool2d.
+
+    Returns: (batch, out_channels, pooled_length). dtypes and errors: see conv2d and max_pool2d.
+    Source: torch.nn.functional.conv1d and max_pool1d.
+
+    >>> FF.conv_max_pool1d(torch.tensor([[[1.0, 2.0, 4.0, 8.0]]]), torch.ones(1, 1, 1))
+    tensor([[[2., 8.]]])
+    """
     args = input, weight, bias, stride, padding, dilation, groups
     if not _is_compiling():
         result = _fast(_C.conv_max_pool1d, (*args, pool_size), activation)
@@ -40,20 +52,26 @@ def conv_max_pool2d(
     activation: Activation = None,
     pool_size: Sizes = 2,
 ) -> Tensor:
-    """max_pool2d(conv2d(input, weight, bias, ..., activation), pool_size): the same values and gradients.
+    """Convolution, activation and max pool in one: max_pool2d(conv2d(input, weight, ..., activation), pool_size).
 
-    With relu or no activation it is one call of a kernel forward and one backward. Forward takes some images at a time
-    through both, in a block of about a megabyte, and keeps no more than a byte for each element of the result for
-    backward. 3x3 convolutions of stride 1 with one to four channels and a 2x2 pool, a model's first layer, in float32
-    or float64 and channels first, have a kernel that pools in registers. Any other activation is the two ops in turn,
-    and so is every call on a GPU.
+    The values and gradients are those of the two ops. With relu or no activation, on the CPU, forward is one kernel
+    call and so is backward: forward takes a few images at a time through both, in a block of about a megabyte, and
+    keeps one byte for each element of the result for backward. In a model's first layer (3x3, stride 1, one to four
+    channels, a 2x2 pool, float32 or float64, channels first) the pool happens in registers. Any other activation, and
+    every call on a GPU, is the two ops in turn.
 
     Args:
         input, weight, bias, stride, padding, dilation, groups, activation: as in conv2d.
-        pool_size: the windows' size, a number or one for each dimension; they do not overlap (stride = pool_size), and
-            what is left over at the end takes no part, as in max_pool2d.
+        pool_size: the size of a window, a number or one for each dimension. Windows do not overlap (their stride is
+            pool_size); rows and columns that fill no window are left out, as in max_pool2d.
 
-    Returns, Raises: see conv2d and max_pool2d.
+    Returns: (batch, out_channels, pooled_height, pooled_width). dtypes and errors: see conv2d and max_pool2d.
+    Source: torch.nn.functional.conv2d and max_pool2d.
+
+    >>> x, w = torch.arange(16.0).view(1, 1, 4, 4), torch.ones(1, 1, 1, 1)
+    >>> FF.conv_max_pool2d(x, w, torch.tensor([-7.0]), activation="relu")
+    tensor([[[[0., 0.],
+              [6., 8.]]]])
     """
     args = input, weight, bias, stride, padding, dilation, groups
     if not _is_compiling():
@@ -74,7 +92,20 @@ def conv_max_pool3d(
     activation: Activation = None,
     pool_size: Sizes = 2,
 ) -> Tensor:
-    """conv_max_pool2d in three dimensions: input (batch, in_channels, depth, height, width) or without batch."""
+    """conv_max_pool2d in three dimensions.
+
+    Args:
+        input: (batch, in_channels, depth, height, width) or (in_channels, depth, height, width).
+        weight: (out_channels, in_channels / groups, kernel_depth, kernel_height, kernel_width).
+        bias, stride, padding, dilation, groups, activation, pool_size: as in conv_max_pool2d.
+
+    Returns: (batch, out_channels, pooled_depth, pooled_height, pooled_width). dtypes and errors: see conv2d and
+    max_pool2d.
+    Source: torch.nn.functional.conv3d and max_pool3d.
+
+    >>> FF.conv_max_pool3d(torch.ones(1, 2, 4, 4, 4), torch.ones(3, 2, 3, 3, 3), padding=1, activation="relu").shape
+    torch.Size([1, 3, 2, 2, 2])
+    """
     args = input, weight, bias, stride, padding, dilation, groups
     if not _is_compiling():
         result = _fast(_C.conv_max_pool3d, (*args, pool_size), activation)

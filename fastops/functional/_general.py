@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling as _is_compiling
 from torch.overrides import has_torch_function
 
+from fastops.export import exports_aten
 from fastops.record import aten as _aten
 
 _REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
@@ -25,13 +26,23 @@ def overrides(*tensors: Any) -> bool:
 
 def general(*tensors: Any) -> bool:
     """Whether the general door may be asked about these arguments; each door's own `supports` decides."""
-    if not all(isinstance(t, Tensor) for t in tensors if t is not None):
+    if not all(isinstance(t, Tensor) for t in tensors if t is not None) or exports_aten():
         return False
     if _is_compiling():
         # An op with a gradient registered in Python does not work under torch.func inside a compiled function.
         return not torch._C._are_functorch_transforms_active()
+    if _is_functionalizing():
+        return False
     # torch.jit.trace writes a program that must run where fastops is not installed.
     return not torch.jit.is_tracing()
+
+
+def _is_functionalizing() -> bool:
+    """Whether torch.func.functionalize is active, for which PyTorch has no rule for an autograd.Function."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(layer.key() == torch._C._functorch.TransformType.Functionalize for layer in stack)
 
 
 def torch_op(name: str, explain: Callable[..., str], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -17,24 +17,30 @@ _fast_linear = _C.linear
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation = None) -> Tensor:
-    """y = f(x W^T + b), the activation fused into the kernel, forward and backward.
+    """Linear map and activation in one kernel, y = f(x W^T + b), forward and backward.
 
     Args:
-        input: (*, in_features), any leading dimensions, any strides.
-        weight: (out_features, in_features), or (in_features).
+        input: (*, in_features), any leading dimensions and strides; float32, float64, bfloat16 or float16.
+        weight: (out_features, in_features), or (in_features), in input's dtype.
         bias: (out_features), or None.
-        activation: None, a name ("relu", "gelu", "gelu_tanh", "leaky_relu", ... with torch.nn.functional's default
-            parameters) or an activation module such as nn.LeakyReLU(0.2).
+        activation: f. None, a name ("relu", "gelu", "gelu_tanh", "leaky_relu", ... with the default parameters of
+            torch.nn.functional) or an activation module such as nn.LeakyReLU(0.2).
 
     Returns:
-        (*, out_features), in the dtype of the arguments. As with torch.relu, the result of a fused activation must not
-        be changed in place before its backward.
+        (*, out_features) in input's dtype. As with torch.relu, the result of a fused activation must not be changed in
+        place before its backward.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit. TypeError: an argument is not a Tensor.
         ValueError: an activation that does not exist or cannot be fused.
 
     Source: torch.nn.functional.linear.
+
+    >>> x, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [-5.0, 0.0]])
+    >>> FF.linear(x, weight)
+    tensor([[11., -5.]])
+    >>> FF.linear(x, weight, torch.tensor([1.0, 1.0]), activation="relu")
+    tensor([[12.,  0.]])
     """
     if not _is_compiling():
         if activation is None:

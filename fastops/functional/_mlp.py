@@ -21,32 +21,37 @@ def mlp(
     activation: Activation = "relu",
     output_activation: Activation = None,
 ) -> Tensor:
-    """A chain of linear layers with an activation after each but the last: y_l+1 = f(y_l W_l^T + b_l), y_0 = input.
+    """A chain of linear layers with an activation between them: y_0 = input, y_(l+1) = f(y_l W_l^T + b_l).
 
-    On a GPU, where no layer is wider than 128 and the tensors are float32, bfloat16 or float16, it is one kernel
-    forward and one (and a sum) backward: small networks are bound by launches and by what goes to memory from layer to
-    layer. Everywhere else (the CPU, wider layers, float64, more than 16 layers, GPUs with too little shared memory,
-    under torch.compile, torch.export and torch.func) it is `linear` with its activation, layer by layer: the same
-    results, and visible in fastops.record().
+    On a GPU, in float32, bfloat16 or float16 and with no layer wider than 128, it is one kernel forward, and one and a
+    sum backward: the time of small networks goes into kernel launches and into what each layer writes to memory for the
+    next. Everywhere else it is `linear` with its activation, layer by layer, with the same results: on the CPU, in
+    float64, for wider layers or more than 16 of them, on GPUs with too little shared memory, and under torch.compile,
+    torch.export and torch.func. fastops.record() shows which.
 
     Args:
-        input: (*, in_features), any leading dimensions, any strides.
-        weights: one (out_features, in_features) for each layer; in_features are the out_features of the layer before.
-        biases: one (out_features), or None, for each layer; None: no layer has one.
-        activation: after every layer but the last. None, a name or an activation module, as in `linear`.
-        output_activation: after the last.
+        input: (*, in_features), any leading dimensions and strides; float32, float64, bfloat16 or float16.
+        weights: (out_features, in_features) for each layer, in input's dtype; in_features is out_features of the layer
+            before.
+        biases: (out_features) or None for each layer; None where no layer has a bias.
+        activation: f of every layer but the last. None, a name or an activation module, as in `linear`.
+        output_activation: f of the last layer.
 
     Returns:
-        (*, out_features of the last layer), in the dtype of the arguments: float32, float64, bfloat16 or float16.
-        Hidden outputs are rounded to it. As with torch.relu, the result of an activation must not be changed in place
-        before its backward.
+        (*, out_features of the last layer) in input's dtype, to which hidden outputs are rounded as well. As with
+        torch.relu, the result of an activation must not be changed in place before its backward.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not fit. TypeError: an argument is not a Tensor, or not a sequence.
-        ValueError: no layers, biases for another number of layers, or an activation that cannot be fused.
+        RuntimeError: shapes, dtypes or devices do not fit. TypeError: an argument is not a Tensor, or not a sequence of
+        them. ValueError: no layers, biases for another number of layers, or an activation that cannot be fused.
 
-    Source: fully fused networks are Mueller, Rousselle, Novak and Keller, "Real-time Neural Radiance Caching for Path
-    Tracing" (2021), and tiny-cuda-nn.
+    Source: Mueller, Rousselle, Novak and Keller, "Real-time Neural Radiance Caching for Path Tracing" (2021), and
+    tiny-cuda-nn, for networks fused into one kernel.
+
+    >>> weights = torch.tensor([[1.0], [-1.0]]), torch.tensor([[1.0, 1.0]])
+    >>> FF.mlp(torch.tensor([[-3.0], [5.0]]), weights)
+    tensor([[3.],
+            [5.]])
     """
     _check(weights, biases)
     layers = len(weights)

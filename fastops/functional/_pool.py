@@ -40,7 +40,18 @@ def max_pool1d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    """max_pool2d in one dimension: input (batch, channels, length) or without batch."""
+    """max_pool2d in one dimension.
+
+    Args:
+        input: (batch, channels, length) or (channels, length).
+        kernel_size, stride, padding, dilation, ceil_mode, return_indices: as in max_pool2d.
+
+    Returns: (batch, channels, out_length), or maxima and indices. dtypes and errors: see max_pool2d.
+    Source: torch.nn.functional.max_pool1d.
+
+    >>> FF.max_pool1d(torch.tensor([[[1.0, 5.0, 2.0, 3.0]]]), 2, return_indices=True)
+    (tensor([[[5., 3.]]]), tensor([[[1, 3]]]))
+    """
     if not _is_compiling():
         result = _fast_max_pool1d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         if result is not NotImplemented:
@@ -57,22 +68,30 @@ def max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    """The maximum of every window, NaN greater than all others.
+    """The maximum of every window; NaN is greater than any number.
 
     Args:
-        input: (batch, channels, height, width) or (channels, height, width), any strides.
-        kernel_size, stride, padding, dilation: a number, or one for each dimension. stride: kernel_size by default.
-            padding takes no part in a maximum, and may be at most half of the window.
-        ceil_mode: also windows that reach beyond the padded input, as long as they start inside.
-        return_indices: also where the maxima are (the first of equal ones): int64 positions in the input's planes.
+        input: (batch, channels, height, width) or (channels, height, width), any strides; float32, float64, bfloat16 or
+            float16.
+        kernel_size, stride, padding, dilation: a number, or one for each dimension. stride is kernel_size by default.
+            padding never is a maximum; it may be at most half of kernel_size.
+        ceil_mode: take windows too that reach beyond the padded input, as long as they start inside.
+        return_indices: also return where the maxima are (the first of equal ones), as int64 positions in the input's
+            planes.
 
     Returns:
-        The maxima, or with return_indices maxima and indices; channels_last where input is.
+        The maxima, (batch, channels, out_height, out_width) in input's dtype, channels_last where input is; with
+        return_indices the pair of maxima and indices.
 
     Raises:
         RuntimeError: shapes and windows do not fit. TypeError: an argument is of the wrong type.
 
-    Source: torch.nn.functional.max_pool2d. Without return_indices, backward keeps a byte an output and not the input.
+    Source: torch.nn.functional.max_pool2d. Without return_indices, one byte for each output is kept for backward, and
+    not the input.
+
+    >>> FF.max_pool2d(torch.arange(16.0).view(1, 1, 4, 4), 2)
+    tensor([[[[ 5.,  7.],
+              [13., 15.]]]])
     """
     if not _is_compiling():
         result = _fast_max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
@@ -90,7 +109,19 @@ def max_pool3d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    """max_pool2d in three dimensions: input (batch, channels, depth, height, width) or without batch."""
+    """max_pool2d in three dimensions.
+
+    Args:
+        input: (batch, channels, depth, height, width) or (channels, depth, height, width).
+        kernel_size, stride, padding, dilation, ceil_mode, return_indices: as in max_pool2d.
+
+    Returns: (batch, channels, out_depth, out_height, out_width), or maxima and indices. dtypes and errors: see
+    max_pool2d.
+    Source: torch.nn.functional.max_pool3d.
+
+    >>> FF.max_pool3d(torch.arange(8.0).view(1, 1, 2, 2, 2), 2)
+    tensor([[[[[7.]]]]])
+    """
     if not _is_compiling():
         result = _fast_max_pool3d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         if result is not NotImplemented:
@@ -106,7 +137,18 @@ def avg_pool1d(
     ceil_mode: bool = False,
     count_include_pad: bool = True,
 ) -> Tensor:
-    """avg_pool2d in one dimension: input (batch, channels, length) or without batch."""
+    """avg_pool2d in one dimension.
+
+    Args:
+        input: (batch, channels, length) or (channels, length).
+        kernel_size, stride, padding, ceil_mode, count_include_pad: as in avg_pool2d.
+
+    Returns: (batch, channels, out_length). dtypes: see avg_pool2d. Raises: see max_pool2d.
+    Source: torch.nn.functional.avg_pool1d.
+
+    >>> FF.avg_pool1d(torch.tensor([[[1.0, 5.0, 2.0, 3.0]]]), 2)
+    tensor([[[3.0000, 2.5000]]])
+    """
     if not _is_compiling():
         result = _fast_avg_pool1d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
         if result is not NotImplemented:
@@ -126,13 +168,19 @@ def avg_pool2d(
     """The average of every window.
 
     Args:
-        input: (batch, channels, height, width) or (channels, height, width), any strides.
-        kernel_size, stride, padding: a number, or one for each dimension. stride: kernel_size by default.
-        ceil_mode: also windows that reach beyond the padded input, as long as they start inside.
-        count_include_pad: whether a window's zeros of padding count in what its sum is divided by.
-        divisor_override: what to divide by instead.
+        input: (batch, channels, height, width) or (channels, height, width), any strides; float32, float64, bfloat16 or
+            float16.
+        kernel_size, stride, padding: a number, or one for each dimension. stride is kernel_size by default.
+        ceil_mode: take windows too that reach beyond the padded input, as long as they start inside.
+        count_include_pad: whether the zeros of the padding count in the number that a sum is divided by.
+        divisor_override: a number to divide every sum by instead, not 0.
 
-    Returns, Raises: see max_pool2d. Source: torch.nn.functional.avg_pool2d.
+    Returns: (batch, channels, out_height, out_width) in input's dtype, channels_last where input is.
+    Raises: see max_pool2d. Source: torch.nn.functional.avg_pool2d.
+
+    >>> FF.avg_pool2d(torch.arange(16.0).view(1, 1, 4, 4), 2)
+    tensor([[[[ 2.5000,  4.5000],
+              [10.5000, 12.5000]]]])
     """
     if not _is_compiling():
         result = _fast_avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
@@ -150,7 +198,18 @@ def avg_pool3d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    """avg_pool2d in three dimensions: input (batch, channels, depth, height, width) or without batch."""
+    """avg_pool2d in three dimensions.
+
+    Args:
+        input: (batch, channels, depth, height, width) or (channels, depth, height, width).
+        kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override: as in avg_pool2d.
+
+    Returns: (batch, channels, out_depth, out_height, out_width). dtypes: see avg_pool2d. Raises: see max_pool2d.
+    Source: torch.nn.functional.avg_pool3d.
+
+    >>> FF.avg_pool3d(torch.arange(8.0).view(1, 1, 2, 2, 2), 2)
+    tensor([[[[[3.5000]]]]])
+    """
     if not _is_compiling():
         result = _fast_avg_pool3d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
         if result is not NotImplemented:
@@ -159,7 +218,18 @@ def avg_pool3d(
 
 
 def adaptive_max_pool1d(input: Tensor, output_size: OutputSizes, return_indices: bool = False) -> Any:
-    """adaptive_max_pool2d in one dimension: input (batch, channels, length) or without batch."""
+    """adaptive_max_pool2d in one dimension.
+
+    Args:
+        input: (batch, channels, length) or (channels, length).
+        output_size, return_indices: as in adaptive_max_pool2d.
+
+    Returns: (batch, channels, out_length), or maxima and indices. dtypes and errors: see max_pool2d.
+    Source: torch.nn.functional.adaptive_max_pool1d.
+
+    >>> FF.adaptive_max_pool1d(torch.tensor([[[1.0, 5.0, 2.0]]]), 2)
+    tensor([[[5., 5.]]])
+    """
     if not _is_compiling():
         result = _fast_adaptive_max_pool1d(input, output_size, return_indices)
         if result is not NotImplemented:
@@ -168,14 +238,19 @@ def adaptive_max_pool1d(input: Tensor, output_size: OutputSizes, return_indices:
 
 
 def adaptive_max_pool2d(input: Tensor, output_size: OutputSizes, return_indices: bool = False) -> Any:
-    """The maximum of as many windows as asked for: of n elements, window i of m is [i n // m, ceil((i + 1) n / m)).
+    """The maximum of each of output_size windows: of n elements, window i of m holds [i n // m, ceil((i + 1) n / m)).
 
     Args:
-        input: (batch, channels, height, width) or (channels, height, width), any strides.
-        output_size: a number, or one for each dimension, None for the input's.
+        input: (batch, channels, height, width) or (channels, height, width), any strides; float32, float64, bfloat16 or
+            float16.
+        output_size: a number, or one for each dimension; None for the input's.
         return_indices: as in max_pool2d.
 
-    Returns, Raises: see max_pool2d. Source: torch.nn.functional.adaptive_max_pool2d.
+    Returns: the maxima, (batch, channels, *output_size) in input's dtype; with return_indices maxima and indices.
+    Raises: see max_pool2d. Source: torch.nn.functional.adaptive_max_pool2d.
+
+    >>> FF.adaptive_max_pool2d(torch.arange(16.0).view(1, 1, 4, 4), (1, 2))
+    tensor([[[[13., 15.]]]])
     """
     if not _is_compiling():
         result = _fast_adaptive_max_pool2d(input, output_size, return_indices)
@@ -185,7 +260,19 @@ def adaptive_max_pool2d(input: Tensor, output_size: OutputSizes, return_indices:
 
 
 def adaptive_max_pool3d(input: Tensor, output_size: OutputSizes, return_indices: bool = False) -> Any:
-    """adaptive_max_pool2d in three dimensions: input (batch, channels, depth, height, width) or without batch."""
+    """adaptive_max_pool2d in three dimensions.
+
+    Args:
+        input: (batch, channels, depth, height, width) or (channels, depth, height, width).
+        output_size, return_indices: as in adaptive_max_pool2d.
+
+    Returns: (batch, channels, out_depth, out_height, out_width), or maxima and indices. dtypes and errors: see
+    max_pool2d.
+    Source: torch.nn.functional.adaptive_max_pool3d.
+
+    >>> FF.adaptive_max_pool3d(torch.arange(8.0).view(1, 1, 2, 2, 2), (1, 1, None))
+    tensor([[[[[6., 7.]]]]])
+    """
     if not _is_compiling():
         result = _fast_adaptive_max_pool3d(input, output_size, return_indices)
         if result is not NotImplemented:
@@ -194,7 +281,18 @@ def adaptive_max_pool3d(input: Tensor, output_size: OutputSizes, return_indices:
 
 
 def adaptive_avg_pool1d(input: Tensor, output_size: OutputSizes) -> Tensor:
-    """adaptive_avg_pool2d in one dimension: input (batch, channels, length) or without batch."""
+    """adaptive_avg_pool2d in one dimension.
+
+    Args:
+        input: (batch, channels, length) or (channels, length).
+        output_size: as in adaptive_avg_pool2d.
+
+    Returns: (batch, channels, out_length). dtypes and errors: see max_pool2d.
+    Source: torch.nn.functional.adaptive_avg_pool1d.
+
+    >>> FF.adaptive_avg_pool1d(torch.tensor([[[1.0, 5.0, 2.0]]]), 2)
+    tensor([[[3.0000, 3.5000]]])
+    """
     if not _is_compiling():
         result = _fast_adaptive_avg_pool1d(input, output_size)
         if result is not NotImplemented:
@@ -203,13 +301,18 @@ def adaptive_avg_pool1d(input: Tensor, output_size: OutputSizes) -> Tensor:
 
 
 def adaptive_avg_pool2d(input: Tensor, output_size: OutputSizes) -> Tensor:
-    """The average of as many windows as asked for: of n elements, window i of m is [i n // m, ceil((i + 1) n / m)).
+    """The average of each of output_size windows: of n elements, window i of m holds [i n // m, ceil((i + 1) n / m)).
 
     Args:
-        input: (batch, channels, height, width) or (channels, height, width), any strides.
-        output_size: a number, or one for each dimension, None for the input's.
+        input: (batch, channels, height, width) or (channels, height, width), any strides; float32, float64, bfloat16 or
+            float16.
+        output_size: a number, or one for each dimension; None for the input's.
 
-    Returns, Raises: see max_pool2d. Source: torch.nn.functional.adaptive_avg_pool2d.
+    Returns: (batch, channels, *output_size) in input's dtype.
+    Raises: see max_pool2d. Source: torch.nn.functional.adaptive_avg_pool2d.
+
+    >>> FF.adaptive_avg_pool2d(torch.arange(16.0).view(1, 1, 4, 4), 1)
+    tensor([[[[7.5000]]]])
     """
     if not _is_compiling():
         result = _fast_adaptive_avg_pool2d(input, output_size)
@@ -219,7 +322,18 @@ def adaptive_avg_pool2d(input: Tensor, output_size: OutputSizes) -> Tensor:
 
 
 def adaptive_avg_pool3d(input: Tensor, output_size: OutputSizes) -> Tensor:
-    """adaptive_avg_pool2d in three dimensions: input (batch, channels, depth, height, width) or without batch."""
+    """adaptive_avg_pool2d in three dimensions.
+
+    Args:
+        input: (batch, channels, depth, height, width) or (channels, depth, height, width).
+        output_size: as in adaptive_avg_pool2d.
+
+    Returns: (batch, channels, out_depth, out_height, out_width). dtypes and errors: see max_pool2d.
+    Source: torch.nn.functional.adaptive_avg_pool3d.
+
+    >>> FF.adaptive_avg_pool3d(torch.arange(8.0).view(1, 1, 2, 2, 2), 1)
+    tensor([[[[[3.5000]]]]])
+    """
     if not _is_compiling():
         result = _fast_adaptive_avg_pool3d(input, output_size)
         if result is not NotImplemented:

@@ -2,29 +2,43 @@
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling as _is_compiling
+from torch.jit import is_scripting as _is_scripting
 
 import fastops.functional as FF
 from fastops import _C
 from fastops.functional._activation import Activation
-from fastops.nn._fused import Fused
+from fastops.nn._fused import Fusable, Fused, pair, scripted_activation, weight_and_bias
 
 _fast_linear = _C.linear
 
 
-class Linear(Fused, nn.Linear):
-    """torch.nn.Linear with activation=None: y = f(x W^T + b) in one kernel, both directions.
+class Linear(Fusable, nn.Linear):
+    """y = f(x W^T + b), in one kernel forward and backward; f is the identity unless activation says otherwise.
 
     Args:
-        in_features, out_features, bias, device, dtype: as in torch.nn.Linear.
+        in_features, out_features: the sizes of the last dimension of x and y.
+        bias: whether there is a b. Default: True.
+        device, dtype: of the parameters.
         activation: None, a name ("relu", "gelu_tanh", ...) or an activation module without parameters
-        (nn.LeakyReLU(0.2)).
-            It is part of the formula, not a child: parameters and state_dict are those of torch.nn.Linear.
+            (nn.LeakyReLU(0.2)). It is no child, so that parameters and state_dict are those of torch.nn.Linear. It may
+            be set later: layer.activation = "relu".
 
-    Shapes: (*, in_features) -> (*, out_features). Errors: see fastops.functional.linear.
+    A layer with an activation is a FusedLinear, and no torch.nn.Linear: tools that fold a factor into one, or wrap one,
+    would do so on the wrong side of the activation. isinstance(layer, fastops.nn.Linear) is true of both.
 
-    The instance needs nothing that torch.nn.Linear's does not have, so that `replace_` can turn one into the other.
+    Shape: x (*, in_features), weight (out_features, in_features), bias (out_features), y (*, out_features).
+    Dtypes: float32, float64, bfloat16, float16; others go to PyTorch's kernels.
+    Raises: ValueError: an activation that does not exist or cannot be fused. When called, see functional.linear.
+    Source: torch.nn.Linear.
+
+    >>> layer = fnn.Linear(20, 30, activation="relu")
+    >>> layer(torch.randn(128, 20)).shape
+    torch.Size([128, 30])
+    >>> list(layer.state_dict())
+    ['weight', 'bias']
     """
 
     def __init__(
@@ -41,10 +55,27 @@ class Linear(Fused, nn.Linear):
             self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self._weight_and_bias()
-        activation = self.activation
-        if activation is None and not _is_compiling():
+        if _is_scripting():
+            return F.linear(input, self.weight, self.bias)
+        weight, bias = weight_and_bias(self)
+        if not _is_compiling():
             result = _fast_linear(input, weight, bias, 0, 0.0, 0.0)
             if result is not NotImplemented:
                 return result
-        return FF.linear(input, weight, bias, activation)
+        return FF.linear(input, weight, bias)
+
+
+class FusedLinear(Fused):
+    """What Linear(..., activation=f) makes: f(x W^T + b). Derive from it, not from Linear, for a layer that has one."""
+
+    _plain = Linear
+    __constants__ = (*nn.Linear.__constants__, "_kind")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _is_scripting():
+            return scripted_activation(F.linear(input, self.weight, self.bias), self._kind)
+        weight, bias = weight_and_bias(self)
+        return FF.linear(input, weight, bias, self.__dict__.get("activation"))
+
+
+pair(Linear, FusedLinear)

@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from fastops import _C
 
@@ -29,16 +30,22 @@ PIECEWISE_LINEAR = frozenset(
     ["identity", "relu", "relu6", "leaky_relu", "hardtanh", "hardsigmoid", "hardshrink", "softshrink", "threshold"]
 )
 
+# The forward ops that a selective checkpoint should save, and not compute again: for the policy that is given to
+# torch.utils.checkpoint.create_selective_checkpoint_contexts, beside PyTorch's own (aten.mm, aten.convolution, ...).
+COMPUTE_INTENSIVE = (torch.ops.fastops.linear_forward.default, torch.ops.fastops.conv_forward.default)
 
 DTYPES = frozenset([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 # Exact types. What a subclass does with an op it has never heard of is anybody's guess: it gets PyTorch's own.
 _TYPES = frozenset([torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor])
 
 
-@torch.compiler.assume_constant_result
 def gpu_takes(kind: str, index: int | None) -> bool:
     """Whether this is a CUDA device that fastops' CUDA kernels run on."""
     return _C.gpu_takes(torch.device(kind, index))
+
+
+# What torch.compiler.assume_constant_result does, without importing Dynamo, which takes a second.
+gpu_takes._dynamo_marked_constant = True
 
 
 def supported(tensor: torch.Tensor, on_gpu: bool = False) -> bool:
@@ -78,6 +85,16 @@ def needs_function() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def viewed(weight: torch.Tensor) -> torch.Tensor:
+    """A parameter that PyTorch reads through a view.
+
+    Outside inference mode, a view of a tensor made in it records nothing.
+    """
+    if torch.compiler.is_compiling() or not weight.is_inference() or torch.is_inference_mode_enabled():
+        return weight
+    return weight.detach()
+
+
 def records(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd will want a backward of a call on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -104,11 +121,22 @@ def to_front(tensor: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
-def register(op: str, function: type[torch.autograd.Function], fake: Callable[..., Any]) -> None:
-    """Registers the fake kernel, and the Function's gradient on the op itself: the same arguments and results."""
+def register(
+    op: str,
+    function: type[torch.autograd.Function],
+    fake: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+) -> None:
+    """Registers the fake kernel, and the Function's gradient on the op itself: the same arguments and results.
+
+    flops: what torch.utils.flop_counter counts, from the op's arguments with shapes in the place of tensors, and
+    out_shape. As in PyTorch, products and convolutions count and nothing else does.
+    """
     name = f"fastops::{op}"
     torch.library.register_fake(name, fake)
     torch.library.register_autograd(name, function.backward, setup_context=function.setup_context)
+    if flops is not None:
+        register_flop_formula(getattr(torch.ops.fastops, op))(flops)
 
 
 def through(function: type[torch.autograd.Function], op: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from fastops.ops import (
     supported,
     through,
     to_front,
+    viewed,
 )
 
 _ops = torch.ops.fastops
@@ -29,9 +30,16 @@ def activation(input: Tensor, kind: str, a: float, b: float) -> Tensor:
     return _forward(input, kind, a, b, need_mask)[0]
 
 
+def activation_(input: Tensor, kind: str, a: float, b: float) -> Tensor:
+    """x becomes f(x), in its own memory; as `activation` otherwise."""
+    # Backward may read the input as it was, and the copy below overwrites that.
+    source = input.clone() if records(input) or needs_function() else input
+    return input.copy_(activation(source, kind, a, b))
+
+
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """y = x > 0 ? x : w x. Shapes: input (N, C, *) with weight (C) or (1), or any input with weight (1)."""
-    return _prelu_forward(input, weight)
+    return _prelu_forward(input, viewed(weight))
 
 
 def prelu_supports(input: Tensor, weight: Tensor) -> bool:

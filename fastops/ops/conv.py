@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.utils.flop_counter import conv_backward_flop, conv_flop_count
 
 from fastops import _C
 from fastops.ops import KIND, autocast, forward_mode, records, register, supported, through, to_front
@@ -379,7 +380,19 @@ def _backward_fake(
     )
 
 
+def _forward_flops(input, weight, bias, stride, padding, dilation, transposed, *_, out_shape, **__):
+    return conv_flop_count(input, weight, out_shape[0], transposed)
+
+
+def _backward_flops(
+    grad_output, saved, input, weight, stride, padding, dilation, transposed, groups, activation, a, b, output_mask,
+    out_shape,
+):  # fmt: skip
+    rest = (stride, padding, dilation, transposed, None, groups, output_mask)
+    return conv_backward_flop(grad_output, input, weight, None, *rest, out_val=out_shape)
+
+
 _forward = through(_Conv, _ops.conv_forward)
 _backward = through(_ConvBackward, _ops.conv_backward)
-register("conv_forward", _Conv, _forward_fake)
-register("conv_backward", _ConvBackward, _backward_fake)
+register("conv_forward", _Conv, _forward_fake, _forward_flops)
+register("conv_backward", _ConvBackward, _backward_fake, _backward_flops)

@@ -1,10 +1,12 @@
 """The general door of linear: y = f(x W^T + b). The fast door is _C.linear; both call csrc/torch/linear.cpp."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from fastops import _C
-from fastops.ops import KIND, autocast, forward_mode, records, register, supported, through, to_front
+from fastops.ops import KIND, autocast, forward_mode, records, register, supported, through, to_front, viewed
 from fastops.ops.activation import _backward as activation_backward
 from fastops.ops.activation import activation as apply_activation
 from fastops.ops.activation import slope_derivative
@@ -18,6 +20,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, 
     Shapes: input (*, k), weight (n, k), bias (n) -> (*, n). One of float32, float64, bfloat16, float16 for all.
     The caller has checked `supports`.
     """
+    weight = viewed(weight)
     return _forward(input, weight, bias, activation, a, b, records(input, weight, bias))[0]
 
 
@@ -262,7 +265,15 @@ def _backward_fake(grad_output, saved, input, weight, activation, a, b, output_m
     return tuple(grad_output.new_empty(shape if on else (0,)) for shape, on in zip(shapes, output_mask, strict=True))
 
 
+def _forward_flops(input, weight, *_, **__):
+    return 2 * math.prod(input) * weight[0]
+
+
+def _backward_flops(grad_output, saved, input, weight, activation, a, b, output_mask, **__):
+    return (output_mask[0] + output_mask[1]) * _forward_flops(input, weight)
+
+
 _forward = through(_Linear, _ops.linear_forward)
 _backward = through(_LinearBackward, _ops.linear_backward)
-register("linear_forward", _Linear, _forward_fake)
-register("linear_backward", _LinearBackward, _backward_fake)
+register("linear_forward", _Linear, _forward_fake, _forward_flops)
+register("linear_backward", _LinearBackward, _backward_fake, _backward_flops)

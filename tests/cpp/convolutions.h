@@ -193,7 +193,7 @@ class Test {
       args.bf16_multiply = c.multiply;
       const Workspace workspace = make_workspace(kernels(kDType<T>).conv_backward_weight_workspace(args, team.threads));
       kernels(kDType<T>).conv_backward_weight(args, workspace.get(), team);
-      if (kernels(kDType<T>).conv_backward_weight_name(args) == nullptr) fail(c, kDType<T>, "name", 0, 0, 0);
+      if (kernels(kDType<T>).conv_backward_weight_name(args).algorithm == nullptr) fail(c, kDType<T>, "name", 0, 0, 0);
       if (&team != kTeams) {
         if (!same_bits(grad_w.values(), first_w) || !same_bits(grad_bias.values(), first_bias))
           fail(c, kDType<T>, "weight gradient with another team", team.threads, 0, 0);
@@ -241,8 +241,8 @@ class Test {
     std::vector<T> first_y, first_z;
     for (const Team& team : kTeams) {
       const Guarded<T> y(size, c.at_end), z(c.z ? size : 0, c.at_end);
-      const char* const name = call(y.data(), c.z ? z.data() : nullptr, team);
-      if (name == nullptr) fail(c, kDType<T>, "name", 0, 0, 0);
+      const KernelName name = call(y.data(), c.z ? z.data() : nullptr, team);
+      if (name.algorithm == nullptr) fail(c, kDType<T>, "name", 0, 0, 0);
       if (&team != kTeams) {
         if (!same_bits(y.values(), first_y) || !same_bits(z.values(), first_z))
           fail(c, kDType<T>, what, -1, team.threads, 0);

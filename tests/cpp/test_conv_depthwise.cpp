@@ -20,7 +20,7 @@ void test_dtype(bool quick) {
     ConvForward args{};
     args.dtype = kDType<T>;
     args.layout = c.layout, args.w_layout = c.w_layout, args.geometry = c.geometry;
-    if (kernel != nullptr && std::strcmp(kernels(kDType<T>).conv_forward_name(args), kernel) != 0)
+    if (kernel != nullptr && std::strcmp(kernels(kDType<T>).conv_forward_name(args).algorithm, kernel) != 0)
       fail(c, kDType<T>, kernel, 0, 0, 0);
     test<T>(c, seed);
   };

@@ -60,7 +60,7 @@ class PoolTest {
         args.bf16_multiply = c.multiply;
         const Workspace workspace = make_workspace(kernels(kDType<T>).conv_pool_forward_workspace(args, team.threads));
         kernels(kDType<T>).conv_pool_forward(args, workspace.get(), team);
-        if (kernels(kDType<T>).conv_pool_forward_name(args) == nullptr) fail(c, kDType<T>, "name", 0, 0, 0);
+        if (kernels(kDType<T>).conv_pool_forward_name(args).algorithm == nullptr) fail(c, kDType<T>, "name", 0, 0, 0);
         if (indexed && &team == kTeams) {
           first_y = y.values();
           first_indices = indices.values();
@@ -115,7 +115,7 @@ class PoolTest {
         args.bf16_multiply = c.multiply;
         const Workspace workspace = make_workspace(kernels(kDType<T>).conv_pool_backward_workspace(args, team.threads));
         kernels(kDType<T>).conv_pool_backward(args, workspace.get(), team);
-        if (kernels(kDType<T>).conv_pool_backward_name(args) == nullptr) fail(c, kDType<T>, "name", 0, 0, 0);
+        if (kernels(kDType<T>).conv_pool_backward_name(args).algorithm == nullptr) fail(c, kDType<T>, "name", 0, 0, 0);
         for (unsigned o = 0; o < 3; ++o)
           for (int64_t i = 0; i < size(o); ++i)
             if (out[o](i) != widen(narrow<T>(want[o][static_cast<size_t>(i)])))

@@ -26,33 +26,32 @@ inline auto with_algorithm(const Args& args, Visit&& visit) {
   if constexpr (same_type<Args, ConvForward>)
     if (conv_first_takes<T>(args))
       return visit(
-          kConvFirstName, [&](int threads) { return conv_first_workspace<T>(args, threads); },
+          conv_first_name<T>(), [&](int threads) { return conv_first_workspace<T>(args, threads); },
           [&](void* workspace, const Team& team) { conv_first<T>(args, workspace, team); });
   if constexpr (same_type<Args, ConvBackwardInput>)
     if (conv_scatter_takes<T>(args))
       return visit(
-          kConvScatterName, [&](int threads) { return conv_scatter_workspace<T>(args, threads); },
+          conv_scatter_name<T>(args), [&](int threads) { return conv_scatter_workspace<T>(args, threads); },
           [&](void* workspace, const Team& team) { conv_scatter<T>(args, workspace, team); });
   if constexpr (!same_type<Args, ConvBackwardWeight>)
     if (pointwise_takes(args))
       return visit(
-          kPointwiseName, [&](int threads) { return pointwise_workspace<T>(args, threads); },
+          pointwise_name<T>(args), [&](int threads) { return pointwise_workspace<T>(args, threads); },
           [&](void* workspace, const Team& team) { pointwise<T>(args, workspace, team); });
   if (winograd_takes<T>(args))
     return visit(
         winograd_name<T>(args), [&](int threads) { return winograd_workspace<T>(args, threads); },
         [&](void* workspace, const Team& team) { winograd<T>(args, workspace, team); });
-  const char* const name = with_panel<T>(args.bf16_multiply, conv_work(args.geometry),
-                                         [](auto panel) { return conv_gemm_name<decltype(panel)>(); });
   return visit(
-      name, [&](int threads) { return conv_gemm_workspace<T>(args, threads); },
+      conv_product_name<T>(args, "conv_gemm", "conv_gemm_bf16"),
+      [&](int threads) { return conv_gemm_workspace<T>(args, threads); },
       [&](void* workspace, const Team& team) { conv_gemm<T>(args, workspace, team); });
 }
 
 template <class Args>
-const char* conv_name(const Args& args) {
+KernelName conv_name(const Args& args) {
   return with_dtype(args.dtype, [&](auto t) {
-    return with_algorithm<decltype(t)>(args, [](const char* name, auto&&, auto&&) { return name; });
+    return with_algorithm<decltype(t)>(args, [](KernelName name, auto&&, auto&&) { return name; });
   });
 }
 
@@ -61,7 +60,7 @@ size_t conv_workspace(const Args& args, int threads) {
   if (is_empty(args)) return 0;
   return with_dtype(args.dtype, [&](auto t) {
     return with_algorithm<decltype(t)>(
-        args, [&](const char*, auto&& workspace, auto&&) -> size_t { return workspace(threads); });
+        args, [&](KernelName, auto&& workspace, auto&&) -> size_t { return workspace(threads); });
   });
 }
 
@@ -69,24 +68,24 @@ template <class Args>
 void conv(const Args& args, void* workspace, const Team& team) {
   if (is_empty(args)) return;
   with_dtype(args.dtype, [&](auto t) {
-    with_algorithm<decltype(t)>(args, [&](const char*, auto&&, auto&& run) { run(workspace, team); });
+    with_algorithm<decltype(t)>(args, [&](KernelName, auto&&, auto&& run) { run(workspace, team); });
   });
 }
 
 size_t conv_forward_workspace(const ConvForward& args, int threads) { return conv_workspace(args, threads); }
 void conv_forward(const ConvForward& args, void* workspace, const Team& team) { conv(args, workspace, team); }
-const char* conv_forward_name(const ConvForward& args) { return conv_name(args); }
+KernelName conv_forward_name(const ConvForward& args) { return conv_name(args); }
 size_t conv_backward_input_workspace(const ConvBackwardInput& args, int threads) {
   return conv_workspace(args, threads);
 }
 void conv_backward_input(const ConvBackwardInput& args, void* workspace, const Team& team) {
   conv(args, workspace, team);
 }
-const char* conv_backward_input_name(const ConvBackwardInput& args) { return conv_name(args); }
+KernelName conv_backward_input_name(const ConvBackwardInput& args) { return conv_name(args); }
 size_t conv_backward_weight_workspace(const ConvBackwardWeight& args, int threads) {
   return conv_workspace(args, threads);
 }
 void conv_backward_weight(const ConvBackwardWeight& args, void* workspace, const Team& team) {
   conv(args, workspace, team);
 }
-const char* conv_backward_weight_name(const ConvBackwardWeight& args) { return conv_name(args); }
+KernelName conv_backward_weight_name(const ConvBackwardWeight& args) { return conv_name(args); }

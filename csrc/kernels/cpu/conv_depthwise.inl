@@ -6,12 +6,12 @@
 // gradient of the input is the same correlation of the gradient's plane: with a stride, each residue of the position
 // modulo the stride has taps of its own. The gradient of the weights keeps one vector of sums a tap.
 
-constexpr const char* kDepthwiseName = "depthwise";
+constexpr KernelName kDepthwiseName = {"depthwise"};
 
 inline bool is_depthwise(const ConvGeometry& g) { return g.groups > 1 && g.groups == g.in_channels && is_flat(g); }
 
 // The weight gradient of a single channel's filters, which meet one plane like those of a depthwise convolution.
-constexpr const char* kPlanesName = "conv_planes";
+constexpr KernelName kPlanesName = {"conv_planes"};
 
 // The copy of a band, measured on Granite Rapids (48 KB L1d).
 constexpr int64_t kBandBytes = 32 * 1024;

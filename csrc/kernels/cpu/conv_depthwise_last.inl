@@ -54,7 +54,7 @@ inline LastScratch<E> last_scratch(const LastPlan& plan, void* workspace, int th
           reinterpret_cast<C*>(mine + plan.grads_at)};
 }
 
-constexpr const char* kDepthwiseLastName = "depthwise_last";
+constexpr KernelName kDepthwiseLastName = {"depthwise_last"};
 
 inline bool is_depthwise_last(Layout layout, const ConvGeometry& g) {
   return layout == Layout::channels_last && is_depthwise(g) && g.in_channels == g.out_channels;

@@ -17,8 +17,6 @@ constexpr int kFirstVectors = 3;
 // Bytes of a band's copy: it stays in L2, and the rows of one output row in L1.
 constexpr int64_t kFirstBandBytes = 128 * 1024;
 
-constexpr const char* kConvFirstName = "conv_first";
-
 struct FirstPlan {
   PaddedRow row;
   int64_t taps, blocks;  // blocks of output channels
@@ -148,6 +146,10 @@ bool conv_first_takes(const ConvForward& args) {
   if (tiles && (args.geometry.in_channels > 1 || args.bf16_multiply == Bf16Multiply::native)) return false;
 #endif
   return is_first_layer(args.layout, args.geometry, Vec<Compute<T>>::size);
+}
+template <class T>
+KernelName conv_first_name() {
+  return {"conv_first", {kFirstChannels, kFirstVectors * Vec<Compute<T>>::size}};
 }
 template <class T>
 size_t conv_first_workspace(const ConvForward& args, int threads) {

@@ -407,18 +407,10 @@ inline int64_t conv_work(const ConvGeometry& geometry) {
          volume(geometry.kernel);
 }
 
-template <class P>
-constexpr const char* conv_gemm_name() {
-#if defined(FASTOPS_HAS_AMX)
-  if constexpr (same_type<P, bf16_amx>) return "conv_gemm_amx_32x32";
-#endif
-#if defined(FASTOPS_HAS_AVX512_BF16)
-  if constexpr (same_type<P, bf16_pair>) return "conv_gemm_bf16_12x32";
-#endif
-  return Tile<P>::mr == 12   ? (Tile<P>::nr == 32 ? "conv_gemm_12x32" : "conv_gemm_12x16")
-         : Tile<P>::nr == 16 ? "conv_gemm_6x16"
-         : Tile<P>::nr == 8  ? "conv_gemm_6x8"
-                             : "conv_gemm_6x4";
+template <class T, class Args>
+KernelName conv_product_name(const Args& args, const char* algorithm, const char* algorithm_bf16) {
+  return with_panel<T>(args.bf16_multiply, conv_work(args.geometry),
+                       [&](auto panel) { return tile_name<decltype(panel)>(algorithm, algorithm_bf16); });
 }
 
 template <class T>

@@ -1,8 +1,6 @@
 // 1x1 convolutions of channels_last images, forward and the gradient of the input: a batch is a matrix of positions by
 // channels, which linear's products read where it lies or pack without looking for taps.
 
-constexpr const char* kPointwiseName = "pointwise";
-
 inline bool is_pointwise(Layout layout, const ConvGeometry& g) {
   bool same = layout == Layout::channels_last && g.groups == 1;
   for (int d = 0; d < 3; ++d) same = same && g.kernel[d] == 1 && g.stride[d] == 1 && g.in[d] == g.out[d];
@@ -60,6 +58,15 @@ template <class T>
 size_t pointwise_workspace(const ConvBackwardInput& args, int threads) {
   const BackwardPlan plan = plan_backward<T>(pointwise_linear(args), threads);
   return plan.gemm + plan.sums;
+}
+
+template <class T>
+KernelName pointwise_name(const ConvForward& args) {
+  return forward_name<T>(pointwise_linear(args));
+}
+template <class T>
+KernelName pointwise_name(const ConvBackwardInput& args) {
+  return backward_name<T>(pointwise_linear(args));
 }
 
 template <class T>

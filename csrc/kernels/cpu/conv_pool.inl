@@ -318,9 +318,9 @@ void conv_pool_forward(const ConvPoolForward& args, void* workspace, const Team&
     conv_pool<T>(args, workspace, team);
   });
 }
-const char* conv_pool_forward_name(const ConvPoolForward& args) {
-  if (pools_first_layer(args.dtype, args.layout, args.geometry, args.pool)) return "conv_pool_first";
-  return "conv_pool_blocks";
+KernelName conv_pool_forward_name(const ConvPoolForward& args) {
+  if (pools_first_layer(args.dtype, args.layout, args.geometry, args.pool)) return {"conv_pool_first"};
+  return {"conv_pool_blocks"};
 }
 size_t conv_pool_backward_workspace(const ConvPoolBackward& args, int threads) {
   return with_dtype(args.dtype, [&](auto t) {
@@ -331,9 +331,9 @@ size_t conv_pool_backward_workspace(const ConvPoolBackward& args, int threads) {
 void conv_pool_backward(const ConvPoolBackward& args, void* workspace, const Team& team) {
   with_dtype(args.dtype, [&](auto t) { conv_pool<decltype(t)>(args, workspace, team); });
 }
-const char* conv_pool_backward_name(const ConvPoolBackward& args) {
+KernelName conv_pool_backward_name(const ConvPoolBackward& args) {
   if (args.grad_x == nullptr && args.grad_w != nullptr &&
       pools_first_layer(args.dtype, args.layout, args.geometry, args.pool))
-    return "conv_pool_first";
-  return "conv_pool_blocks";
+    return {"conv_pool_first"};
+  return {"conv_pool_blocks"};
 }

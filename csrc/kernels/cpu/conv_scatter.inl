@@ -219,8 +219,10 @@ void scatter_member(const ConvBackwardInput& args, const ScatterPlan& plan, unsi
   });
 }
 
-constexpr const char* kConvScatterName = "conv_scatter";
-
+template <class T>
+KernelName conv_scatter_name(const ConvBackwardInput& args) {
+  return conv_product_name<T>(args, "conv_scatter", "conv_scatter_bf16");
+}
 template <class T>
 size_t conv_scatter_workspace(const ConvBackwardInput& args, int threads) {
   return with_panel<T>(args.bf16_multiply, conv_work(args.geometry), [&](auto panel) {

@@ -423,7 +423,7 @@ void winograd(const Args& args, void* workspace, const Team& team) {
 }
 
 template <class T, class Args>
-const char* winograd_name(const Args& args) {
+KernelName winograd_name(const Args& args) {
   return with_winograd_scheme(winograd_problem(args), args.precision,
-                              [](auto scheme) { return decltype(scheme)::name; });
+                              [](auto scheme) { return winograd_tile_name<decltype(scheme)>(); });
 }

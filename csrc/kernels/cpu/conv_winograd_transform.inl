@@ -18,7 +18,6 @@ struct WinogradScheme<2> {
   static constexpr int m = 2, n = 4, points = 16;
   static constexpr int64_t depth = 256;     // channels in a chain of multiply-adds: a panel of weights is 512 KB
   static constexpr int64_t job_panels = 2;  // panels of weights that a thread transforms at a time
-  static constexpr const char* name = "winograd_2x2";
   static void input(const VecF* d, VecF* r) {
     r[0] = d[0] - d[2];
     r[1] = d[1] + d[2];
@@ -47,7 +46,6 @@ struct WinogradScheme<4> {
   static constexpr int m = 4, n = 6, points = 36;
   static constexpr int64_t depth = 128;
   static constexpr int64_t job_panels = 1;
-  static constexpr const char* name = "winograd_4x4";
   static constexpr float kRoot = 1.41421356237309505f, kHalfRoot = 0.707106781186547524f;
   static void input(const VecF* d, VecF* r) {
     const VecF two_and_half = VecF::set1(2.5f), two = VecF::set1(2), half = VecF::set1(0.5f);
@@ -82,6 +80,11 @@ struct WinogradScheme<4> {
     r[3] = fma(half_root, fma(half, difference1, four * difference2), s[5]);
   }
 };
+
+template <class Scheme>
+constexpr KernelName winograd_tile_name() {
+  return {"winograd", {Scheme::m, Scheme::m}};
+}
 
 // The transforms of the gradient of the weights, F(2x2)'s transposed: with the tile e of the output's gradient,
 //

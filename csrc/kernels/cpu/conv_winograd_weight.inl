@@ -253,6 +253,6 @@ void winograd(const ConvBackwardWeight& args, void* workspace, const Team& team)
 }
 
 template <class T>
-const char* winograd_name(const ConvBackwardWeight&) {
-  return WinogradScheme<2>::name;
+KernelName winograd_name(const ConvBackwardWeight&) {
+  return winograd_tile_name<WinogradScheme<2>>();
 }

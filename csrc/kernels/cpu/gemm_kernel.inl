@@ -132,6 +132,12 @@ struct Tile<bf16_pair> {
 };
 #endif
 
+// The name of an algorithm that multiplies panels of P: the second one where P is multiplied by a bfloat16 instruction.
+template <class P>
+constexpr KernelName tile_name(const char* algorithm, const char* algorithm_bf16) {
+  return {Tile<P>::step > 1 ? algorithm_bf16 : algorithm, {Tile<P>::mr, Tile<P>::nr}};
+}
+
 // Operands that come in pieces of k each: piece i of A begins a_at[i] elements behind the first one, and of B b_at[i],
 // or where b_at is null right behind the piece before.
 struct Pieces {

@@ -104,18 +104,9 @@ void convert_bias(const LinearForward& args, Compute<T>* to) {
   }
 }
 
-template <class P>
-constexpr const char* gemm_name() {
-#if defined(FASTOPS_HAS_AMX)
-  if constexpr (same_type<P, bf16_amx>) return "gemm_amx_32x32";
-#endif
-#if defined(FASTOPS_HAS_AVX512_BF16)
-  if constexpr (same_type<P, bf16_pair>) return "gemm_bf16_12x32";
-#endif
-  return Tile<P>::mr == 12   ? (Tile<P>::nr == 32 ? "gemm_12x32" : "gemm_12x16")
-         : Tile<P>::nr == 16 ? "gemm_6x16"
-         : Tile<P>::nr == 8  ? "gemm_6x8"
-                             : "gemm_6x4";
+template <class P, class T>
+KernelName gemm_name(const Gemm<T>& g) {
+  return plan_gemm<P>(g, 1).tiny ? tile_name<P>("gemm_tiny", "gemm_tiny_bf16") : tile_name<P>("gemm", "gemm_bf16");
 }
 
 template <class T>
@@ -278,21 +269,20 @@ void backward(const LinearBackward& args, void* workspace, const Team& team) {
 }
 
 template <class T>
-const char* forward_name(const LinearForward& args) {
-  if (takes_dot(forward_gemm<T>(args))) return kDot == 5 ? "dot_5x5" : "dot_3x3";
-  return with_panel<T>(args.bf16_multiply, args.m * args.n * args.k, [&](auto panel) {
-    return plan_gemm<decltype(panel)>(forward_gemm<T>(args), 1).tiny ? "gemm_tiny" : gemm_name<decltype(panel)>();
-  });
+KernelName forward_name(const LinearForward& args) {
+  const Gemm<T> g = forward_gemm<T>(args);
+  if (takes_dot(g)) return {"dot", {kDot, kDot}};
+  return with_panel<T>(args.bf16_multiply, args.m * args.n * args.k,
+                       [&](auto panel) { return gemm_name<decltype(panel)>(g); });
 }
 
 template <class T>
-const char* backward_name(const LinearBackward& args) {
-  return with_panel<T>(args.bf16_multiply, args.m * args.n * args.k, [&](auto panel) {
-    if (args.grad_x == nullptr && args.grad_w == nullptr) return "column_sums";
-    if (args.grad_x != nullptr && takes_row_times_matrix(grad_x_gemm<T>(args))) return "row_times_matrix";
-    const Gemm<T> g = args.grad_x != nullptr ? grad_x_gemm<T>(args) : grad_w_gemm<T>(args);
-    return plan_gemm<decltype(panel)>(g, 1).tiny ? "gemm_tiny" : gemm_name<decltype(panel)>();
-  });
+KernelName backward_name(const LinearBackward& args) {
+  if (args.grad_x == nullptr && args.grad_w == nullptr) return {"column_sums"};
+  if (args.grad_x != nullptr && takes_row_times_matrix(grad_x_gemm<T>(args))) return {"row_times_matrix"};
+  const Gemm<T> g = args.grad_x != nullptr ? grad_x_gemm<T>(args) : grad_w_gemm<T>(args);
+  return with_panel<T>(args.bf16_multiply, args.m * args.n * args.k,
+                       [&](auto panel) { return gemm_name<decltype(panel)>(g); });
 }
 
 size_t linear_forward_workspace(const LinearForward& args, int threads) {
@@ -301,7 +291,7 @@ size_t linear_forward_workspace(const LinearForward& args, int threads) {
 void linear_forward(const LinearForward& args, void* workspace, const Team& team) {
   with_dtype(args.dtype, [&](auto t) { forward<decltype(t)>(args, workspace, team); });
 }
-const char* linear_forward_name(const LinearForward& args) {
+KernelName linear_forward_name(const LinearForward& args) {
   return with_dtype(args.dtype, [&](auto t) { return forward_name<decltype(t)>(args); });
 }
 size_t linear_backward_workspace(const LinearBackward& args, int threads) {
@@ -313,6 +303,6 @@ size_t linear_backward_workspace(const LinearBackward& args, int threads) {
 void linear_backward(const LinearBackward& args, void* workspace, const Team& team) {
   with_dtype(args.dtype, [&](auto t) { backward<decltype(t)>(args, workspace, team); });
 }
-const char* linear_backward_name(const LinearBackward& args) {
+KernelName linear_backward_name(const LinearBackward& args) {
   return with_dtype(args.dtype, [&](auto t) { return backward_name<decltype(t)>(args); });
 }

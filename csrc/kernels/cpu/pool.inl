@@ -18,6 +18,31 @@ void pool_backward(const Pool& pool, Layout layout, const void* grad_y, void* gr
     pool_backward_last(pool, static_cast<const S*>(grad_y), static_cast<S*>(grad_x), op, team);
 }
 
+// Names of the kernels (kernel_name.h).
+inline KernelName pool_name(DType dtype, Layout layout, const PoolGeometry& g, bool indexed) {
+  if (layout == Layout::channels_last) return {"pool_last"};
+  const PoolWay way = with_dtype(
+      dtype, [&](auto type) { return pool_way<decltype(type)>(make_pool(g, Layout::channels_first), indexed); });
+  return {way == PoolWay::halves ? "pool_halves" : way == PoolWay::across ? "pool_across" : "pool_within"};
+}
+inline KernelName pool_backward_name(DType dtype, Layout layout, const PoolGeometry& g, bool averages, bool window) {
+  if (layout == Layout::channels_last) return {"pool_last"};
+  const PoolBackwardWay way = with_dtype(dtype, [&](auto type) {
+    return pool_backward_way<Compute<decltype(type)>>(make_pool(g, Layout::channels_first), averages, window);
+  });
+  switch (way) {
+    case PoolBackwardWay::halves:
+      return {"pool_halves"};
+    case PoolBackwardWay::whole:
+      return {"pool_whole"};
+    case PoolBackwardWay::across:
+      return {"pool_across"};
+    case PoolBackwardWay::scatter:
+      break;
+  }
+  return {"pool_scatter"};
+}
+
 inline int64_t elements(const PoolGeometry& g, const int64_t (&spatial)[3]) {
   return g.batch * g.channels * spatial[0] * spatial[1] * spatial[2];
 }
@@ -76,4 +101,17 @@ void avg_pool_backward(const AvgPoolBackward& args, const Team& team) {
     pool_backward<S>(pool, args.layout, args.grad_y, args.grad_x,
                      AvgRoute<S>{args.count_include_pad, args.divisor_override}, team);
   });
+}
+
+KernelName max_pool_forward_name(const MaxPoolForward& args) {
+  return pool_name(args.dtype, args.layout, args.geometry, args.kind != PoolIndices::none);
+}
+KernelName max_pool_backward_name(const MaxPoolBackward& args) {
+  return pool_backward_name(args.dtype, args.layout, args.geometry, false, args.kind == PoolIndices::window);
+}
+KernelName avg_pool_forward_name(const AvgPoolForward& args) {
+  return pool_name(args.dtype, args.layout, args.geometry, false);
+}
+KernelName avg_pool_backward_name(const AvgPoolBackward& args) {
+  return pool_backward_name(args.dtype, args.layout, args.geometry, true, false);
 }

@@ -305,20 +305,30 @@ void backward_whole(const Pool& pool, const S* grad_y, S* grad_x, const AvgRoute
   });
 }
 
+enum class PoolBackwardWay { halves, whole, across, scatter };
+
+template <class C>
+PoolBackwardWay pool_backward_way(const Pool& pool, bool averages, bool window) {
+  if ((averages || window) && tiles_by_two(pool)) return PoolBackwardWay::halves;
+  if (averages && is_whole(pool)) return PoolBackwardWay::whole;
+  return averages && goes_back_across<C>(pool) ? PoolBackwardWay::across : PoolBackwardWay::scatter;
+}
+
 template <class S, class Route>
 void pool_backward_first(const Pool& pool, const S* grad_y, S* grad_x, const Route& op, const Team& team) {
+  const PoolBackwardWay way = pool_backward_way<Compute<S>>(pool, Route::kAverages, Route::kWindow);
   if constexpr (Route::kAverages || Route::kWindow)
-    if (tiles_by_two(pool)) {
+    if (way == PoolBackwardWay::halves) {
       for_units(team, pool.planes * pool.h.out, 2 * pool.w.in + pool.w.out,
                 [&](int64_t begin, int64_t end) { backward_halves(pool, grad_y, grad_x, op, begin, end); });
       return;
     }
   if constexpr (Route::kAverages) {
-    if (is_whole(pool)) {
+    if (way == PoolBackwardWay::whole) {
       backward_whole(pool, grad_y, grad_x, op, team);
       return;
     }
-    if (goes_back_across<Compute<S>>(pool)) {
+    if (way == PoolBackwardWay::across) {
       for_units(team, pool.planes * pool.d.in * pool.h.in, 2 * pool.w.in, [&](int64_t begin, int64_t end) {
         if (pool.w.stride == 1)
           backward_across<S, 1>(pool, grad_y, grad_x, op, begin, end);

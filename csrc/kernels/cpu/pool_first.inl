@@ -348,14 +348,22 @@ void pool_within(const Pool& pool, const S* x, const AvgPool<S>& op, int64_t beg
       });
 }
 
+enum class PoolWay { halves, across, within };
+
+template <class S>
+PoolWay pool_way(const Pool& pool, bool indexed) {
+  if (tiles_by_two(pool)) return PoolWay::halves;
+  return goes_across<S>(pool, indexed) ? PoolWay::across : PoolWay::within;
+}
+
 template <class S, class Op>
 void pool_first(const Pool& pool, const S* x, const Op& op, const Team& team) {
-  const bool halves = tiles_by_two(pool), across = goes_across<S>(pool, Op::kIndexed);
+  const PoolWay way = pool_way<S>(pool, Op::kIndexed);
   const int64_t rows = pool.planes * pool.d.out * pool.h.out;
   for_units(team, rows, pool.planes * (pool.in_plane() + pool.out_plane()) / rows, [&](int64_t begin, int64_t end) {
-    if (halves)
+    if (way == PoolWay::halves)
       pool_halves(pool, x, op, begin, end);
-    else if (across)
+    else if (way == PoolWay::across)
       pool_across(pool, x, op, begin, end);
     else
       pool_within(pool, x, op, begin, end);

@@ -30,9 +30,13 @@ constexpr KernelTable kernel_table(const char* isa) {
           glu_forward,
           glu_backward,
           max_pool_forward,
+          max_pool_forward_name,
           max_pool_backward,
+          max_pool_backward_name,
           avg_pool_forward,
+          avg_pool_forward_name,
           avg_pool_backward,
+          avg_pool_backward_name,
           peak_f32,
           peak_bf16};
 }

@@ -20,7 +20,7 @@ Status launch_units(const char* name, void (*kernel)(Task), const Task& task, co
   if (units.units == 0) return {};
   const int64_t wanted = quotient_up(units.units, int64_t{kThreads} * kBatch<n, sizeof(S)>);
   const int64_t blocks = smaller(wanted, int64_t{multiprocessors()} * kBlocksPerMultiprocessor);
-  return launch({name, blocks, kThreads, 0, stream}, kernel, task);
+  return launch({{name}, blocks, kThreads, 0, stream}, kernel, task);
 }
 
 template <class S>
@@ -155,10 +155,10 @@ Status prelu_backward_of(const PreluBackward& args, void* workspace, Stream stre
   const int64_t blocks = pieces * (per_column ? quotient_up(args.channels, kThreads) : args.channels);
   const Status status =
       per_column
-          ? launch({"prelu_backward_columns", blocks, kThreads, 0, stream}, prelu_backward_columns_kernel<S>, task)
-          : launch({"prelu_backward", blocks, kThreads, sums, stream}, prelu_backward_kernel<S>, task);
+          ? launch({{"prelu_backward_columns"}, blocks, kThreads, 0, stream}, prelu_backward_columns_kernel<S>, task)
+          : launch({{"prelu_backward"}, blocks, kThreads, sums, stream}, prelu_backward_kernel<S>, task);
   if (!status.ok() || args.grad_w == nullptr) return status;
-  return launch({"prelu_grad_weight", quotient_up(args.channels, kThreads / 32), kThreads, 0, stream},
+  return launch({{"prelu_grad_weight"}, quotient_up(args.channels, kThreads / 32), kThreads, 0, stream},
                 prelu_grad_weight_kernel<S>, task.partial, args.channels, pieces, per_column ? 1 : pieces,
                 per_column ? args.channels : 1, static_cast<S*>(args.grad_w));
 }

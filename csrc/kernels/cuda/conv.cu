@@ -44,12 +44,7 @@ size_t partial_bytes(DType dtype, fastops::Layout layout, const Extents& e) {
   return partial_bytes(plan_for(dtype, layout, e), dtype, e.m, e.n, e.row_sums, e.slabs);
 }
 
-const char* name_of(DType dtype, bool tf32, bool large) {
-  if (size_of(dtype) == 2) return large ? "conv_mma_128x128x32" : "conv_mma_64x64x32";
-  if (dtype == DType::f64) return "conv_simt_f64_64x64x16";
-  if (tf32) return large ? "conv_tf32_128x128x16" : "conv_tf32_64x64x16";
-  return large ? "conv_simt_128x128x16" : "conv_simt_64x64x16";
-}
+constexpr ProductNames kNames{"conv_gemm_mma", "conv_gemm_tf32", "conv_gemm_simt"};
 
 // ---- a call in the kernels' terms
 
@@ -122,14 +117,15 @@ Slope<S> slope_of(const Activation& activation) {
 // ---- launching the products
 
 template <class Multiplier, ConvProduct product, bool last, Loads loads>
-Status launch_product(const char* name, const ConvTask<typename Multiplier::S>& task, Stream stream) {
+Status launch_product(const KernelName& name, const ConvTask<typename Multiplier::S>& task, Stream stream) {
   const int64_t blocks = int64_t{task.tiles_m} * task.tiles_n * task.phases * task.groups * task.splits;
   return launch({name, blocks, Multiplier::kThreads, ConvShared<Multiplier>::kBytes, stream},
                 conv_kernel<Multiplier, product, last, loads>, task);
 }
 
 template <class Multiplier, ConvProduct product, bool last, bool large>
-Status run_product(const char* name, const ConvTask<typename Multiplier::S>& task, bool registers, Stream stream) {
+Status run_product(const KernelName& name, const ConvTask<typename Multiplier::S>& task, bool registers,
+                   Stream stream) {
   using S = typename Multiplier::S;
   constexpr bool is_double = sizeof(S) == 8, first16 = sizeof(S) == 2 && !last;
   if constexpr (!is_double && !first16)
@@ -140,16 +136,16 @@ Status run_product(const char* name, const ConvTask<typename Multiplier::S>& tas
 }
 
 template <ConvProduct product, bool last, bool large>
-Status run_tiles(const char* name, bool, bool registers, const ConvTask<double>& task, Stream stream) {
+Status run_tiles(const KernelName& name, bool, bool registers, const ConvTask<double>& task, Stream stream) {
   return run_product<Scalar64, product, last, false>(name, task, registers, stream);
 }
 template <ConvProduct product, bool last, bool large>
-Status run_tiles(const char* name, bool tf32, bool registers, const ConvTask<float>& task, Stream stream) {
+Status run_tiles(const KernelName& name, bool tf32, bool registers, const ConvTask<float>& task, Stream stream) {
   return tf32 ? run_product<Tensor32<large>, product, last, large>(name, task, registers, stream)
               : run_product<Scalar32<large>, product, last, large>(name, task, registers, stream);
 }
 template <ConvProduct product, bool last, bool large, class S>
-Status run_tiles(const char* name, bool, bool registers, const ConvTask<S>& task, Stream stream) {
+Status run_tiles(const KernelName& name, bool, bool registers, const ConvTask<S>& task, Stream stream) {
   using Multiplier = Tensor16<S, large, product != ConvProduct::weight, product != ConvProduct::weight>;
   return run_product<Multiplier, product, last, large>(name, task, registers, stream);
 }
@@ -173,14 +169,17 @@ Status run(DType dtype, bool tf32, ConvTask<S> task, const Extents& extents, voi
   }
   if (task.slope.kind != ActivationKind::identity)
     (product == ConvProduct::weight || last ? task.a : task.b).path = Path::registers;
-  const char* const name = name_of(dtype, tf32, plan.large);
+  const KernelName name = product_name(kNames, dtype, tf32, plan.large);
   const Status status = plan.large ? run_tiles<product, last, true>(name, tf32, extents.registers, task, stream)
                                    : run_tiles<product, last, false>(name, tf32, extents.registers, task, stream);
   if (!status.ok() || plan.splits == 1) return status;
   const int64_t threads = extents.m * quotient_up(extents.n, 2) + (task.row_sums != nullptr ? extents.m : 0);
-  return launch(
-      {"conv_reduce", quotient_up(threads, kReduceThreads) * extents.slabs, kReduceThreads, sizeof(ConvWindow), stream},
-      conv_reduce_kernel<S, product, last>, task);
+  return launch({{"conv_reduce"},
+                 quotient_up(threads, kReduceThreads) * extents.slabs,
+                 kReduceThreads,
+                 sizeof(ConvWindow),
+                 stream},
+                conv_reduce_kernel<S, product, last>, task);
 }
 
 template <ConvProduct product, class S>
@@ -253,7 +252,7 @@ Status reorder_filters(const Gathered& a, void* to, Stream stream) {
   task.row_stride = a.gradient ? d.channel_stride : d.image_stride;
   task.tap_stride = d.stride[2];
   task.channel_stride = a.gradient ? d.image_stride : d.channel_stride;
-  return launch({"conv_filters", quotient_up(task.count, kFiltersThreads), kFiltersThreads, 0, stream},
+  return launch({{"conv_filters"}, quotient_up(task.count, kFiltersThreads), kFiltersThreads, 0, stream},
                 filters_kernel<S>, task);
 }
 
@@ -348,12 +347,12 @@ Status run_depthwise(const Gathered& a, Stream stream) {
   task.parameters = parameters<S>(a.epilogue);
   task.y = static_cast<S*>(a.result);
   task.z = static_cast<S*>(a.z);
-  return launch({"depthwise", quotient_up(task.count, kDepthwiseThreads), kDepthwiseThreads, 0, stream},
+  return launch({{"depthwise"}, quotient_up(task.count, kDepthwiseThreads), kDepthwiseThreads, 0, stream},
                 depthwise_kernel<S>, task);
 }
 
-const char* implicit_name(const Gathered& a) {
-  return name_of(a.dtype, a.allow_tf32, plan_for(a.dtype, a.layout, extents_of(a)).large);
+KernelName implicit_name(const Gathered& a) {
+  return product_name(kNames, a.dtype, a.allow_tf32, plan_for(a.dtype, a.layout, extents_of(a)).large);
 }
 
 size_t implicit_workspace(const Gathered& a) {
@@ -512,22 +511,22 @@ Status run_depthwise_weight(const ConvBackwardWeight& a, void* workspace, Stream
   DepthwiseWeightTask<S> task = depthwise_weight_task<S>(a);
   task.partial = static_cast<Compute<S>*>(workspace);
   const int64_t blocks = int64_t{task.channel_blocks} * task.tap_blocks * task.splits;
-  const Status status = launch({"depthwise_weight", blocks, kDepthwiseThreads, DepthwiseShared::kBytes, stream},
+  const Status status = launch({{"depthwise_weight"}, blocks, kDepthwiseThreads, DepthwiseShared::kBytes, stream},
                                depthwise_weight_kernel<S>, task);
   if (!status.ok()) return status;
   const int64_t threads = task.channels * (product_of(a.geometry.kernel) + 1);
-  return launch({"depthwise_reduce", quotient_up(threads, kDepthwiseThreads), kDepthwiseThreads, 0, stream},
+  return launch({{"depthwise_reduce"}, quotient_up(threads, kDepthwiseThreads), kDepthwiseThreads, 0, stream},
                 depthwise_reduce_kernel<S>, task);
 }
 
 }  // namespace
 
-const char* conv_forward_name(const ConvForward& args) {
+KernelName conv_forward_name(const ConvForward& args) {
   switch (algorithm_of(args.geometry, args.layout)) {
     case Algorithm::pointwise:
       return linear_forward_name(as_linear(args));
     case Algorithm::depthwise:
-      return "depthwise";
+      return {"depthwise"};
     case Algorithm::implicit:
       break;
   }
@@ -554,12 +553,12 @@ Status conv_forward(const ConvForward& args, void* workspace, Stream stream) {
   });
 }
 
-const char* conv_backward_input_name(const ConvBackwardInput& args) {
+KernelName conv_backward_input_name(const ConvBackwardInput& args) {
   switch (algorithm_of(args.geometry, args.layout)) {
     case Algorithm::pointwise:
       return is_forward(args) ? linear_forward_name(as_linear(args)) : linear_backward_name(linear_gradient(args));
     case Algorithm::depthwise:
-      return "depthwise";
+      return {"depthwise"};
     case Algorithm::implicit:
       break;
   }
@@ -589,16 +588,16 @@ Status conv_backward_input(const ConvBackwardInput& args, void* workspace, Strea
   });
 }
 
-const char* conv_backward_weight_name(const ConvBackwardWeight& args) {
+KernelName conv_backward_weight_name(const ConvBackwardWeight& args) {
   switch (algorithm_of(args.geometry, args.layout)) {
     case Algorithm::pointwise:
       return linear_backward_name(linear_gradient(args));
     case Algorithm::depthwise:
-      return "depthwise_weight";
+      return {"depthwise_weight"};
     case Algorithm::implicit:
       break;
   }
-  return name_of(args.dtype, args.allow_tf32, plan_for(args.dtype, args.layout, extents_of(args)).large);
+  return product_name(kNames, args.dtype, args.allow_tf32, plan_for(args.dtype, args.layout, extents_of(args)).large);
 }
 size_t conv_backward_weight_workspace(const ConvBackwardWeight& args) {
   switch (algorithm_of(args.geometry, args.layout)) {

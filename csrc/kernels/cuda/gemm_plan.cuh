@@ -18,8 +18,20 @@ using Scalar32 = std::conditional_t<large, Simt<float, 4, 2, 2>, Simt<float, 4, 
 using Scalar64 = Simt<double, 4, 2, 1>;
 
 constexpr int kLarge = 128, kSmall = 64;  // of m and n, in every configuration
+constexpr int step_of_k(DType dtype) { return size_of(dtype) == 2 ? 32 : 16; }
 // A part of k has at least this many tiles, and k at most so many parts. Unmeasured.
 constexpr int64_t kTilesInSplit = 8, kMostSplits = 32;
+
+// What a product is called that tensor cores form of 16-bit numbers or of TF32, or multiply-adds.
+struct ProductNames {
+  const char *mma, *tf32, *simt;
+};
+inline KernelName product_name(const ProductNames& names, DType dtype, bool allow_tf32, bool large) {
+  const bool tf32 = dtype == DType::f32 && allow_tf32;
+  const char* const algorithm = size_of(dtype) == 2 ? names.mma : tf32 ? names.tf32 : names.simt;
+  const int tile = large ? kLarge : kSmall;
+  return {algorithm, {tile, tile, step_of_k(dtype)}};
+}
 
 struct Plan {
   bool large;
@@ -32,7 +44,7 @@ inline Plan plan_product(DType dtype, bool may_be_large, int64_t m, int64_t n, i
   Plan plan{};
   plan.large = may_be_large && dtype != DType::f64 && m > kSmall && n > kSmall &&
                quotient_up(m, kLarge) * quotient_up(n, kLarge) * slabs >= chip;
-  const int64_t tile = plan.large ? kLarge : kSmall, tile_k = size_of(dtype) == 2 ? 32 : 16;
+  const int64_t tile = plan.large ? kLarge : kSmall, tile_k = step_of_k(dtype);
   plan.tiles_m = quotient_up(m, tile);
   plan.tiles_n = n > 0 ? quotient_up(n, tile) : 1;
   const int64_t tiles_k = quotient_up(k, tile_k);

@@ -4,6 +4,7 @@
 
 #include "../activation.h"
 #include "../conv.h"
+#include "../kernel_name.h"
 #include "../linear.h"
 #include "../mlp.h"
 #include "../pool.h"
@@ -14,12 +15,14 @@ namespace fastops::cuda {
 
 using Stream = CUstream_st*;  // cudaStream_t
 
+inline constexpr const char* kTier = "cuda";  // of a kernel's name, whatever the GPU's architecture
+
 // What became of a call. A launcher neither throws nor waits for the device; of several launches it reports the first
 // that failed and makes no other.
 struct Status {
   int error = 0;  // cudaError_t
   const char* message = nullptr;
-  const char* kernel = nullptr;
+  KernelName kernel;
   unsigned blocks = 0, threads = 0;
   size_t shared = 0;  // bytes of shared memory for a block
 
@@ -59,18 +62,19 @@ struct KernelTable {
   Status (*avg_pool_forward)(const AvgPoolForward&, Stream);
   Status (*avg_pool_backward)(const AvgPoolBackward&, Stream);
 
-  // *_name is the kernel that this call will take, for record().
-  const char* (*linear_forward_name)(const LinearForward&);
+  // *_name is the kernel that this call will take, for record(). A backward call that takes several is named by the one
+  // for grad_w, or else for grad_x.
+  KernelName (*linear_forward_name)(const LinearForward&);
   size_t (*linear_forward_workspace)(const LinearForward&);
   Status (*linear_forward)(const LinearForward&, void* workspace, Stream);
-  const char* (*linear_backward_name)(const LinearBackward&);
+  KernelName (*linear_backward_name)(const LinearBackward&);
   size_t (*linear_backward_workspace)(const LinearBackward&);
   Status (*linear_backward)(const LinearBackward&, void* workspace, Stream);
 
   // Whether the fused kernels take this shape on the current device; nothing else of mlp may be asked where they do
   // not.
   bool (*mlp_applies)(const MlpShape&);
-  const char* (*mlp_name)(const MlpShape&);
+  KernelName (*mlp_name)(const MlpShape&);
   Status (*mlp_forward)(const MlpForward&, Stream);
   size_t (*mlp_backward_workspace)(const MlpBackward&);
   Status (*mlp_backward)(const MlpBackward&, void* workspace, Stream);
@@ -78,13 +82,13 @@ struct KernelTable {
   // gradient of the pre-activation is formed first, by activation_backward. No size of an axis (of input, output,
   // kernel, in elements, with stride, padding and dilation) reaches 2^29, nor does a filter's number of elements:
   // fits_int.
-  const char* (*conv_forward_name)(const ConvForward&);
+  KernelName (*conv_forward_name)(const ConvForward&);
   size_t (*conv_forward_workspace)(const ConvForward&);
   Status (*conv_forward)(const ConvForward&, void* workspace, Stream);
-  const char* (*conv_backward_input_name)(const ConvBackwardInput&);
+  KernelName (*conv_backward_input_name)(const ConvBackwardInput&);
   size_t (*conv_backward_input_workspace)(const ConvBackwardInput&);
   Status (*conv_backward_input)(const ConvBackwardInput&, void* workspace, Stream);
-  const char* (*conv_backward_weight_name)(const ConvBackwardWeight&);
+  KernelName (*conv_backward_weight_name)(const ConvBackwardWeight&);
   size_t (*conv_backward_weight_workspace)(const ConvBackwardWeight&);
   Status (*conv_backward_weight)(const ConvBackwardWeight&, void* workspace, Stream);
 };

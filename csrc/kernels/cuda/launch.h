@@ -14,7 +14,7 @@ inline int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 struct Launch {
-  const char* kernel;  // its name, for errors
+  KernelName kernel;  // for errors
   int64_t blocks;
   unsigned threads;
   size_t shared;  // bytes of shared memory for a block: all of a kernel's is dynamic (ptx.cuh: shared_memory)

@@ -19,25 +19,25 @@ Status max_pool_backward(const MaxPoolBackward&, Stream);
 Status avg_pool_forward(const AvgPoolForward&, Stream);
 Status avg_pool_backward(const AvgPoolBackward&, Stream);
 
-const char* linear_forward_name(const LinearForward&);
+KernelName linear_forward_name(const LinearForward&);
 size_t linear_forward_workspace(const LinearForward&);
 Status linear_forward(const LinearForward&, void* workspace, Stream);
-const char* linear_backward_name(const LinearBackward&);
+KernelName linear_backward_name(const LinearBackward&);
 size_t linear_backward_workspace(const LinearBackward&);
 Status linear_backward(const LinearBackward&, void* workspace, Stream);
 
 bool mlp_applies(const MlpShape&);
-const char* mlp_name(const MlpShape&);
+KernelName mlp_name(const MlpShape&);
 Status mlp_forward(const MlpForward&, Stream);
 size_t mlp_backward_workspace(const MlpBackward&);
 Status mlp_backward(const MlpBackward&, void* workspace, Stream);
-const char* conv_forward_name(const ConvForward&);
+KernelName conv_forward_name(const ConvForward&);
 size_t conv_forward_workspace(const ConvForward&);
 Status conv_forward(const ConvForward&, void* workspace, Stream);
-const char* conv_backward_input_name(const ConvBackwardInput&);
+KernelName conv_backward_input_name(const ConvBackwardInput&);
 size_t conv_backward_input_workspace(const ConvBackwardInput&);
 Status conv_backward_input(const ConvBackwardInput&, void* workspace, Stream);
-const char* conv_backward_weight_name(const ConvBackwardWeight&);
+KernelName conv_backward_weight_name(const ConvBackwardWeight&);
 size_t conv_backward_weight_workspace(const ConvBackwardWeight&);
 Status conv_backward_weight(const ConvBackwardWeight&, void* workspace, Stream);
 

@@ -19,6 +19,8 @@ size_t partial_bytes(DType dtype, int64_t m, int64_t n, int64_t k, bool row_sums
   return partial_bytes(plan_for(dtype, m, n, k), dtype, m, n, row_sums);
 }
 
+constexpr ProductNames kNames{"gemm_mma", "gemm_tf32", "gemm_simt"};
+
 // ---- launching
 
 // How an operand whose tiles have k (kKMajor) or m and n contiguous is loaded.
@@ -35,14 +37,14 @@ Load<S> load_of(const Operand<S>& operand, bool folded) {
 }
 
 template <class Multiplier, Loads loads>
-Status launch_gemm(const char* name, const GemmTask<typename Multiplier::S>& task, Stream stream) {
+Status launch_gemm(const KernelName& name, const GemmTask<typename Multiplier::S>& task, Stream stream) {
   return launch(
       {name, task.tiles_m * task.tiles_n * task.splits, Multiplier::kThreads, Stages<Multiplier>::kBytes, stream},
       gemm_kernel<Multiplier, loads>, task);
 }
 
 template <class Multiplier>
-Status run_gemm(const char* name, GemmTask<typename Multiplier::S> task, const Operand<typename Multiplier::S>& a,
+Status run_gemm(const KernelName& name, GemmTask<typename Multiplier::S> task, const Operand<typename Multiplier::S>& a,
                 const Operand<typename Multiplier::S>& b, Stream stream) {
   const bool folded = task.derivative.kind != ActivationKind::identity;
   task.a = load_of<typename Multiplier::A>(a, folded);
@@ -54,27 +56,20 @@ Status run_gemm(const char* name, GemmTask<typename Multiplier::S> task, const O
 }
 
 template <View view, bool large>
-Status run_view(const char* name, bool, const GemmTask<double>& task, const Operand<double>& a,
+Status run_view(const KernelName& name, bool, const GemmTask<double>& task, const Operand<double>& a,
                 const Operand<double>& b, Stream stream) {
   return run_gemm<Scalar64>(name, task, a, b, stream);
 }
 template <View view, bool large>
-Status run_view(const char* name, bool tf32, const GemmTask<float>& task, const Operand<float>& a,
+Status run_view(const KernelName& name, bool tf32, const GemmTask<float>& task, const Operand<float>& a,
                 const Operand<float>& b, Stream stream) {
   return tf32 ? run_gemm<Tensor32<large>>(name, task, a, b, stream)
               : run_gemm<Scalar32<large>>(name, task, a, b, stream);
 }
 template <View view, bool large, class S>
-Status run_view(const char* name, bool, const GemmTask<S>& task, const Operand<S>& a, const Operand<S>& b,
+Status run_view(const KernelName& name, bool, const GemmTask<S>& task, const Operand<S>& a, const Operand<S>& b,
                 Stream stream) {
   return run_gemm<Tensor16<S, large, view != View::grad_weight, view == View::output>>(name, task, a, b, stream);
-}
-
-const char* name_of(DType dtype, bool tf32, bool large) {
-  if (size_of(dtype) == 2) return large ? "mma_128x128x32" : "mma_64x64x32";
-  if (dtype == DType::f64) return "simt_f64_64x64x16";
-  if (tf32) return large ? "tf32_128x128x16" : "tf32_64x64x16";
-  return large ? "simt_128x128x16" : "simt_64x64x16";
 }
 
 // C = A B^T for A [m, k] and B [n, k], by the task's epilogue; row_sums where wanted.
@@ -94,12 +89,12 @@ Status product(DType dtype, bool tf32, GemmTask<S> task, const Operand<S>& a, co
     return reinterpret_cast<uintptr_t>(p) % (2 * sizeof(S)) == 0 && e.row_stride % 2 == 0;
   };
   e.pairs = even(e.y) && even(e.z);
-  const char* const name = name_of(dtype, tf32, plan.large);
+  const KernelName name = product_name(kNames, dtype, tf32, plan.large);
   const Status status = plan.large ? run_view<view, true>(name, tf32, task, a, b, stream)
                                    : run_view<view, false>(name, tf32, task, a, b, stream);
   if (!status.ok() || plan.splits == 1) return status;
   const int64_t threads = task.m * quotient_up(task.n, 2) + (task.row_sums != nullptr ? task.m : 0);
-  return launch({"gemm_reduce", quotient_up(threads, kReduceThreads), kReduceThreads, 0, stream}, reduce_kernel<S>,
+  return launch({{"gemm_reduce"}, quotient_up(threads, kReduceThreads), kReduceThreads, 0, stream}, reduce_kernel<S>,
                 task);
 }
 
@@ -191,8 +186,8 @@ Status linear_backward_of(const LinearBackward& args, void* workspace, Stream st
 
 }  // namespace
 
-const char* linear_forward_name(const LinearForward& args) {
-  return name_of(args.dtype, args.allow_tf32, plan_for(args.dtype, args.m, args.n, args.k).large);
+KernelName linear_forward_name(const LinearForward& args) {
+  return product_name(kNames, args.dtype, args.allow_tf32, plan_for(args.dtype, args.m, args.n, args.k).large);
 }
 size_t linear_forward_workspace(const LinearForward& args) {
   return partial_bytes(args.dtype, args.m, args.n, args.k, false);
@@ -202,11 +197,11 @@ Status linear_forward(const LinearForward& args, void* workspace, Stream stream)
 }
 
 // The name is that of the weight's gradient, or of the input's where it is the only one.
-const char* linear_backward_name(const LinearBackward& args) {
+KernelName linear_backward_name(const LinearBackward& args) {
   const bool weight = args.grad_w != nullptr || args.grad_b != nullptr;
   const int64_t n = args.grad_w != nullptr ? args.k : 0;
   const Plan plan = weight ? plan_for(args.dtype, args.n, n, args.m) : plan_for(args.dtype, args.m, args.k, args.n);
-  return name_of(args.dtype, args.allow_tf32, plan.large);
+  return product_name(kNames, args.dtype, args.allow_tf32, plan.large);
 }
 size_t linear_backward_workspace(const LinearBackward& args) {
   size_t partial = 0;

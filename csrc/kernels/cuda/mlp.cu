@@ -143,7 +143,7 @@ Status mlp_backward_of(const MlpBackward& args, void* workspace, Stream stream) 
   bool sums = false;
   for (int l = 0; l < shape.layers; ++l) sums = sums || wanted(l);
   if (!status.ok() || !sums) return status;
-  return launch({"mlp_reduce", quotient_up(task.partial_size, kReduceThreads), kReduceThreads, 0, stream},
+  return launch({{"mlp_reduce"}, quotient_up(task.partial_size, kReduceThreads), kReduceThreads, 0, stream},
                 mlp_reduce_kernel<S>, task, plan.blocks);
 }
 
@@ -158,11 +158,10 @@ bool mlp_applies(const MlpShape& shape) {
   });
 }
 
-const char* mlp_name(const MlpShape& shape) {
-  const bool wide = is_wide(shape);
-  if (size_of(shape.dtype) == 2) return wide ? "mlp_mma_128" : "mlp_mma_64";
-  if (shape.allow_tf32) return wide ? "mlp_tf32_128" : "mlp_tf32_64";
-  return wide ? "mlp_simt_128" : "mlp_simt_64";
+KernelName mlp_name(const MlpShape& shape) {
+  const int width = is_wide(shape) ? kWide : kNarrow;
+  if (size_of(shape.dtype) == 2) return {"mlp_mma", {width}};
+  return {shape.allow_tf32 ? "mlp_tf32" : "mlp_simt", {width}};
 }
 
 Status mlp_forward(const MlpForward& args, Stream stream) {

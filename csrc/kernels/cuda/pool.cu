@@ -51,7 +51,7 @@ Status with_types(const Args& args, int64_t count, Body&& body) {
 
 // A thread for each of `count` elements.
 Launch for_elements(const char* name, int64_t count, Stream stream) {
-  return {name, (count + kPoolThreads - 1) / kPoolThreads, kPoolThreads, 0, stream};
+  return {{name}, (count + kPoolThreads - 1) / kPoolThreads, kPoolThreads, 0, stream};
 }
 
 }  // namespace

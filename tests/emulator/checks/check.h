@@ -36,7 +36,7 @@ class Guarded {
 };
 
 inline bool succeeded(const fastops::cuda::Status& status) {
-  if (!status.ok()) std::printf("%s: %s\n", status.kernel, status.message);
+  if (!status.ok()) std::printf("%s: %s\n", status.kernel.algorithm, status.message);
   return status.ok();
 }
 

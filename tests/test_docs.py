@@ -1,0 +1,123 @@
+"""The documentation: every public name's docstring is complete and its examples run; the README is true."""
+
+import re
+import shlex
+from pathlib import Path
+
+import docs
+import pytest
+import torch
+
+import fastops
+from fastops import __main__ as command_line
+from fastops.benchmarks import report
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+# The modules whose public names are held to what tests/docs.py asks for.
+MODULES = ("fastops.functional", "fastops.info", "fastops.memory", "fastops.precision", "fastops.record")
+SYMBOLS = docs.symbols(MODULES)
+
+
+@pytest.fixture(autouse=True)
+def _settings():
+    """Examples print tensors in PyTorch's default way, and what they set is put back."""
+    torch.set_printoptions(profile="default")
+    limit, precision = fastops.memory.stats()["limit_bytes"], fastops.get_conv_precision()
+    yield
+    fastops.memory.set_limit(limit)
+    fastops.set_conv_precision(precision)
+
+
+# ---- docstrings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SYMBOLS)
+def test_docstring(name: str) -> None:
+    assert docs.missing_parts(SYMBOLS[name]) == []
+    assert docs.failed_examples(SYMBOLS[name], name) == ""
+
+
+def test_what_is_missing_is_found() -> None:
+    def scale(input: torch.Tensor, factor: float) -> torch.Tensor:
+        """y = a x."""
+
+    parts = ["the errors", "the source", "an example", "the shapes", "the dtypes", "input", "factor"]
+    assert docs.missing_parts(scale) == parts
+
+    class Heir(torch.nn.ReLU):
+        pass
+
+    assert docs.missing_parts(Heir) == ["a docstring"]
+
+    scale.__doc__ = ">>> torch.ones(2)\ntensor([1., 2.])"
+    assert "Got:\n    tensor([1., 1.])" in docs.failed_examples(scale, "scale")
+
+
+# ---- README ----------------------------------------------------------------------------------------------------------
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_python_in_the_readme_runs(capsys: pytest.CaptureFixture) -> None:
+    """Block after block, in one namespace. Lines of comment after a print are what it prints."""
+    names: dict = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+        printed = capsys.readouterr().out
+        shown = "".join(f"{line[2:]}\n" for line in block.splitlines() if line.startswith("# "))
+        assert shown in ("", printed)
+    assert "fastops" in names
+
+
+def test_commands_in_the_readme_exist() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    commands = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    commands += re.findall(r"`((?:make|fastops) [^`]+)`", README)
+    assert commands
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        if program == "make":
+            assert arguments[0] in targets, command
+        elif program == "fastops":
+            command_line.parser().parse_args([one for one in arguments if one != "--help"])
+        else:
+            assert command == "pip install ."
+
+
+def test_readme_names_every_environment_variable() -> None:
+    sources = [ROOT / "setup.py", ROOT / "build_native.py", ROOT / "tests" / "gpu.py"]
+    sources += [path for folder in ("fastops", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    sources += [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")]
+    read = set()
+    for path in sources:
+        lines = path.read_text().splitlines()
+        for before, line in zip(["", *lines], lines, strict=False):
+            if "environ" in line or "getenv(" in line:
+                read |= set(re.findall(r'"([A-Z][A-Z_]+)"', f"{before} {line}"))
+    assert {"FASTOPS_ISA", "FASTOPS_VERBOSE", "MAX_JOBS", "CUDA_PATH", "VIRTUAL_ENV"} <= read
+    table = README.split("## Environment variables")[1].split("\n## ")[0]
+    assert read - set(re.findall(r"`([A-Z][A-Z_]+)`", table)) == set()
+
+
+def test_links_in_the_readme_lead_somewhere() -> None:
+    for page in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
+            path, _, anchor = target.partition("#")
+            text = (ROOT / (path or page)).read_text()
+            anchors = [
+                re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+                for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+            ]
+            assert not anchor or anchor in anchors, target
+
+
+def test_readme_and_results_are_those_of_the_newest_measurements() -> None:
+    """Written by `make readme`, and not by hand."""
+    results = ROOT / "benchmarks" / "results"
+    of_models, of_ops = (report.newest(results, models_only) for models_only in (True, False))
+    assert README.split(report.BEGIN)[1].split(report.END)[0].strip() == report.readme_block(of_models, of_ops)
+    assert (ROOT / "benchmarks" / "RESULTS.md").read_text() == report.results_page(of_models, of_ops)

@@ -1,0 +1,56 @@
+"""What the first call of a process finds leaves nothing behind: modes, defaults, threads, a fork."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    """state -> "ok", or what is wrong after a first call in it."""
+    run = subprocess.run(
+        [sys.executable, TESTS / "first_call.py"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])},
+    )
+    assert run.returncode == 0, run.stderr
+    lines = [line.partition(": ") for line in run.stdout.splitlines()]
+    return {state: outcome for state, _, outcome in lines} | {"stderr": run.stderr}
+
+
+def _states():
+    import first_call
+
+    return list(first_call.STATES)
+
+
+@pytest.mark.parametrize("state", _states())
+def test_nothing_is_kept_from_the_first_call(outcomes, state):
+    assert outcomes.get(state, "the process ended") == "ok", outcomes["stderr"][-3000:]
+
+
+AFTER_A_FORK = """
+import os, torch, fastops
+torch.set_num_threads(2)
+torch.ones(1 << 20).exp()  # torch's threads are there now; the child will not have them
+x = torch.ones(512, 512)
+child = os.fork()
+if child == 0:
+    y = fastops.functional.linear(x, x)
+    os._exit(0 if float(y[5, 7]) == 512 else 1)
+assert os.waitpid(child, 0)[1] == 0
+print("ok")
+"""
+
+
+def test_first_call_in_a_forked_child():
+    """Where torch has used its threads before, and fastops has not been called."""
+    run = subprocess.run([sys.executable, "-c", AFTER_A_FORK], capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == "ok", run.stderr

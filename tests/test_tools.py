@@ -1,0 +1,428 @@
+"""Tools that look at a model see fastops' ops as they would see PyTorch's: FLOP counters, the profiler, exporters,
+selective checkpoints, tracers."""
+
+import functools
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastops
+import fastops.functional as FF
+import fastops.nn as fnn
+
+_ARGUMENTS = {"Linear": (6, 5), "Threshold": (0.1, 0.2), "PReLU": (4,)}
+_LAYERS = [
+    *((f"{kind}{d}d", args) for d in (1, 2, 3) for kind, args in (
+        ("Conv", (4, 6, 3, 2, 1)), ("ConvTranspose", (4, 6, 3, 2)), ("MaxPool", (2,)), ("AvgPool", (3, 2, 1)),
+        ("AdaptiveMaxPool", (2,)), ("AdaptiveAvgPool", (2,)),
+    )),
+    *((name, _ARGUMENTS.get(name, ())) for name in fnn.__all__ if not name.endswith(("1d", "2d", "3d"))),
+    # What comes to the kernels in another form.
+    ("Conv2d", (4, 6, 2, 1, "same")), ("ConvTranspose2d", (4, 6, 3, 2, 1, 1)), ("Conv1d", (4, 8, 3, 1, 2, 2, 4)),
+    ("MaxPool2d", (3, 2, 1, 1, False, True)), ("GELU", ("tanh",)),
+]  # fmt: skip
+
+# One layer for every op.
+_OPS = [("Linear", (6, 5)), ("Conv2d", (4, 6, 2, 1, "same")), ("ReLU", ()), ("PReLU", (4,)), ("GLU", ()),
+        ("MaxPool2d", (2,)), ("AvgPool2d", (2,))]  # fmt: skip
+
+
+def dims_of(name):
+    return int(name[-2]) if name[-2:] in ("1d", "2d", "3d") else 0
+
+
+def layer_input(name):
+    return torch.randn(2, 4, *[6] * (dims_of(name) or 1))
+
+
+class Layers(nn.Module):
+    """One layer of every class that has kernels, each with an input of its own."""
+
+    def __init__(self, layers=_LAYERS):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(getattr(nn, name)(*args) for name, args in layers)
+
+    def forward(self, inputs):
+        return [layer(x) for layer, x in zip(self.layers, inputs, strict=True)]
+
+
+def pair(layers=_LAYERS):
+    """(plain, replaced, inputs)"""
+    plain, ours = Layers(layers).eval(), Layers(layers).eval()
+    fastops.replace_(ours)
+    return plain, ours, [layer_input(name) for name, _ in layers]
+
+
+def test_every_layer_is_here():
+    assert {name for name, _ in _LAYERS} == set(fnn.__all__)
+
+
+# ---- FLOPs -----------------------------------------------------------------------------------------------------------
+
+
+def flops(model, x, order=1, autocast=False):
+    x = x.clone().requires_grad_()
+    counts = []
+    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = model(x)
+        counts.append(counter.get_total_flops())
+        y.square().sum().backward(create_graph=order == 2)
+        counts.append(counter.get_total_flops())
+        if order == 2:
+            x.grad.square().sum().backward()
+            counts.append(counter.get_total_flops())
+    return counts
+
+
+_COUNTED = {
+    "linear": (lambda nn: nn.Linear(5, 7), (3, 5)),
+    "linear without bias": (lambda nn: nn.Linear(5, 7, bias=False), (2, 3, 4, 5)),
+    "linear of a vector": (lambda nn: nn.Linear(5, 7), (5,)),
+    "linear of nothing": (lambda nn: nn.Linear(5, 7), (0, 5)),
+    "conv1d": (lambda nn: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 6)),
+    "conv2d, same": (lambda nn: nn.Conv2d(4, 6, 2, padding="same"), (2, 4, 6, 6)),
+    "conv2d of one image": (lambda nn: nn.Conv2d(4, 6, 3), (4, 6, 6)),
+    "conv2d, groups": (lambda nn: nn.Conv2d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2), (2, 4, 6, 6)),
+    "conv2d, depthwise": (lambda nn: nn.Conv2d(4, 8, 3, groups=4, bias=False), (2, 4, 6, 6)),
+    "conv3d": (lambda nn: nn.Conv3d(4, 6, 3), (2, 4, 6, 6, 6)),
+    "conv_transpose1d": (lambda nn: nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1), (2, 4, 6)),
+    "conv_transpose2d, groups": (lambda nn: nn.ConvTranspose2d(4, 6, 3, padding=1, groups=2), (2, 4, 6, 6)),
+    "conv_transpose3d": (lambda nn: nn.ConvTranspose3d(4, 6, 3), (2, 4, 6, 6, 6)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'", "ignore:Using backward.. with create_graph")
+@pytest.mark.parametrize("case", _COUNTED)
+def test_flop_counter(case):
+    make, shape = _COUNTED[case]
+    # PyTorch forms the second derivatives of other convolutions by convolutions of another shape.
+    order = 2 if case.startswith("linear") or case == "conv1d" else 1
+    theirs = flops(make(nn), torch.randn(shape), order)
+    assert flops(make(fnn), torch.randn(shape), order) == theirs
+    assert theirs[-1] > theirs[0] > 0 or 0 in shape
+
+
+def test_flop_counter_counts_wanted_gradients_only():
+    def counts(layer):
+        layer.weight.requires_grad_(False)
+        return flops(layer, torch.randn(2, 4, 6))
+
+    assert counts(fnn.Conv1d(4, 6, 3)) == counts(nn.Conv1d(4, 6, 3))
+    assert counts(fnn.Linear(6, 5)) == counts(nn.Linear(6, 5))
+
+
+def test_flop_counter_sees_fused_ops_autocast_and_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    w, b, x = torch.randn(6, 4, 3, 3), torch.randn(6), torch.randn(2, 4, 6, 6)
+    expected = flops(lambda x: F.max_pool2d(F.relu(F.conv2d(x, w, b)), 2), x)
+    assert flops(lambda x: FF.conv_max_pool2d(x, w, b, activation="relu", pool_size=2), x) == expected
+    weights, biases = [torch.randn(5, 4), torch.randn(3, 5)], [torch.randn(5), torch.randn(3)]
+    expected = flops(nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3)).requires_grad_(False), x[0, 0, :, :4])
+    assert flops(lambda x: FF.mlp(x, weights, biases, activation="gelu"), x[0, 0, :, :4]) == expected
+    layers = fnn.Linear(4, 3, activation="silu"), nn.Sequential(nn.Linear(4, 3), nn.SiLU())
+    for autocast in (False, True):
+        ours, theirs = (flops(layer, x[..., :4], autocast=autocast) for layer in layers)
+        assert ours == theirs
+    with FakeTensorMode():
+        assert flops(fnn.Conv2d(4, 6, 3), torch.randn(2, 4, 6, 6)) == flops(nn.Conv2d(4, 6, 3), torch.randn(2, 4, 6, 6))
+
+
+# ---- the profiler and autograd's graph -------------------------------------------------------------------------------
+
+
+def profiled(function, **options):
+    with profile(activities=[ProfilerActivity.CPU], **options) as profiler:
+        function()
+    return profiler
+
+
+def ours_of(profiler):
+    return [(event.name, event.input_shapes) for event in profiler.events() if event.name.startswith("fastops::")]
+
+
+def test_profiler_names_ops_and_shapes():
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    w, b, weight = torch.randn(4, 3, 3, 3, requires_grad=True), torch.randn(4), torch.randn(5, 4)
+
+    def step():
+        y = FF.max_pool2d(FF.gelu(FF.conv2d(x, w, b, padding=1)), 2, return_indices=True)[0]
+        FF.linear(FF.adaptive_avg_pool2d(y, 1).flatten(1), weight).sum().backward()
+
+    profiler = profiled(step, record_shapes=True)
+    seen = ours_of(profiler)
+    assert seen[:5] == [
+        ("fastops::conv2d", [[2, 3, 8, 8], [4, 3, 3, 3], [4]]),
+        ("fastops::gelu", [[2, 4, 8, 8]]),
+        ("fastops::max_pool2d", [[2, 4, 8, 8]]),
+        ("fastops::adaptive_avg_pool2d", [[2, 4, 4, 4]]),
+        ("fastops::linear", [[2, 4], [5, 4], []]),
+    ]
+    assert [name for name, _ in seen[5:]] == [
+        f"fastops::{op}_backward" for op in ("linear", "adaptive_avg_pool2d", "max_pool2d", "gelu", "conv2d")
+    ]
+    # The gradient, then what forward saved; a weight without a gradient needs no input.
+    assert seen[5][1] == [[2, 5], [], [5, 4], []]
+    assert seen[9][1] == [[2, 4, 8, 8], [2, 3, 8, 8], [4, 3, 3, 3], []]
+    # Backward events are linked to forward ones by their number.
+    numbers = {event.name: event.sequence_nr for event in profiler.events() if event.sequence_nr >= 0}
+    for forward, node in (("conv2d", "Conv2d"), ("gelu", "Gelu"), ("max_pool2d", "MaxPool2d"), ("linear", "Linear")):
+        assert numbers[f"fastops::{forward}"] == numbers[f"Fastops{node}Backward"]
+
+
+@pytest.mark.parametrize("name", fnn.__all__)
+def test_profiler_names_every_layer(name):
+    layer, x = getattr(fnn, name)(*dict(_LAYERS)[name]), layer_input(name).requires_grad_()
+    events = [event.name for event in profiled(lambda: layer(x).sum().backward()).events()]
+    [forward, backward] = [event for event in events if event.startswith("fastops::")]
+    assert backward == f"{forward}_backward"
+    node = layer(x).grad_fn
+    while not node.name().startswith("Fastops"):
+        node = node.next_functions[0][0]
+    assert node.name().lower() == f"{forward.replace('::', '').replace('_', '')}backward"
+    assert node.name() in events
+
+
+def test_profiler_names_the_general_door():
+    layer = fnn.Linear(4, 3)
+    events = profiled(lambda: torch.func.vmap(layer)(torch.randn(2, 5, 4)), record_shapes=True)
+    assert ("fastops::linear_forward", [[2, 5, 4], [3, 4], [3], [], [], [], []]) in ours_of(events)
+
+
+def test_names_of_second_derivatives():
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    for function, name in (
+        (FF.gelu, "FastopsGeluBackwardBackward"),
+        (lambda x: FF.avg_pool1d(x, 2), "FastopsAvgPool1dBackwardBackward"),
+    ):
+        [gradient] = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+        assert gradient.grad_fn.name() == name
+    assert "grad_fn=<FastopsGeluBackward>" in repr(FF.gelu(x))
+
+
+def test_execution_trace(tmp_path):
+    import json
+
+    observer = torch.profiler.ExecutionTraceObserver().register_callback(str(tmp_path / "trace.json"))
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    observer.start()
+    FF.max_pool2d(x, 2, return_indices=True)[0].sum().backward()
+    observer.stop()
+    observer.unregister_callback()
+    nodes = {node["name"]: node for node in json.loads((tmp_path / "trace.json").read_text())["nodes"]}
+    assert nodes["fastops::max_pool2d"]["inputs"]["shapes"] == [[2, 3, 8, 8]]
+    assert nodes["fastops::max_pool2d"]["outputs"]["shapes"] == [[2, 3, 4, 4]] * 2
+    assert nodes["fastops::max_pool2d_backward"]["outputs"]["shapes"] == [[2, 3, 8, 8]]
+
+
+@pytest.mark.parametrize("size", [64, 1024])  # below and above what comes from the pool
+def test_profiled_memory_balances(size):
+    def balance(layer):
+        x = torch.randn(size, 1024)
+
+        def kept():
+            y = layer(x)  # freed with the block's last line
+            return y[:, :1].clone()
+
+        layer(x)  # PyTorch's own buffers, and a block that the pool may give again
+        profiler = profiled(lambda: [kept() for _ in range(3)], profile_memory=True)
+        events = [event for event in profiler.events() if event.name != "[memory]"]
+        everything = profiler.profiler.kineto_results.events()
+        total = sum(event.nbytes() for event in everything if event.name() == "[memory]")
+        allocated = sum(event.self_cpu_memory_usage for event in events if event.self_cpu_memory_usage > 0)
+        return total, allocated
+
+    ours, theirs = balance(fnn.Sigmoid()), balance(nn.Sigmoid())
+    assert ours == theirs
+    assert theirs[1] >= 3 * size * 1024 * 4
+
+
+# ---- exporters -------------------------------------------------------------------------------------------------------
+
+
+def targets(program):
+    return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_exported_programs_hold_pytorchs_ops(strict):
+    plain, ours, inputs = pair(_OPS if strict else _LAYERS)
+    program = torch.export.export(ours, (inputs,), strict=strict)
+    expected = targets(torch.export.export(plain, (inputs,), strict=strict))
+    assert targets(program) - {"aten.relu6.default"} == expected  # nn.ReLU6 calls hardtanh
+    torch.testing.assert_close(program.module()(inputs), plain(inputs))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_fused_layers_hold_pytorchs_ops(strict):
+    model = nn.Sequential(fnn.Conv1d(4, 4, 3, activation="gelu_tanh"), fnn.Linear(4, 3, activation=nn.LeakyReLU(0.2)))
+    x = torch.randn(2, 4, 6)
+    program = torch.export.export(model, (x,), strict=strict)
+    assert not [name for name in targets(program) if "fastops" in name]
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_export_kernels(strict):
+    plain, ours, inputs = pair(_OPS if strict else _LAYERS)
+    with fastops.export_kernels():
+        program = torch.export.export(ours, (inputs,), strict=strict)
+    kept = targets(program)
+    assert {str(op) for op in fastops.decompositions()} <= kept
+    torch.testing.assert_close(program.module()(inputs), plain(inputs))
+    written_out = program.run_decompositions(fastops.decompositions())
+    assert not [name for name in targets(written_out) if "fastops" in name]
+    torch.testing.assert_close(written_out.module()(inputs), plain(inputs))
+    # Outside of the block as ever.
+    assert not [name for name in targets(torch.export.export(fnn.ReLU(), (inputs[0],))) if "fastops" in name]
+
+
+_LOAD = """
+import sys
+sys.modules["fastops"] = None
+import torch
+inputs, expected = torch.load(sys.argv[1] + "/tensors.pt")
+torch.testing.assert_close(torch.export.load(sys.argv[1] + "/plain.pt2").module()(inputs), expected)
+try:
+    torch.export.load(sys.argv[1] + "/kept.pt2")
+except Exception as error:
+    print(error)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_exported_programs_load_without_fastops(tmp_path):
+    plain, ours, inputs = pair(_OPS)
+    torch.export.save(torch.export.export(ours, (inputs,)), tmp_path / "plain.pt2")
+    with fastops.export_kernels():
+        torch.export.save(torch.export.export(ours, (inputs,)), tmp_path / "kept.pt2")
+    torch.save((inputs, plain(inputs)), tmp_path / "tensors.pt")
+    run = subprocess.run([sys.executable, "-c", _LOAD, tmp_path], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    # PyTorch's own words; all that is known of fastops in that process is the name of its ops.
+    assert "failed to resolve torch.ops.fastops." in run.stderr
+    assert "Please import the custom op" in run.stderr
+    assert "We ran into an error when deserializing" in run.stdout
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_onnx(dynamo, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    refused = {"AdaptiveMaxPool", "AdaptiveAvgPool"}
+    plain, ours, inputs = pair([layer for layer in _LAYERS if layer[0][:-2] not in refused])
+    operators = []
+    for model in (plain, ours):
+        torch.onnx.export(model, (inputs,), tmp_path / "net.onnx", dynamo=dynamo, verbose=False)
+        graph = onnx.load(tmp_path / "net.onnx").graph
+        operators.append([node.op_type for node in graph.node])
+    assert operators[0] == operators[1]
+
+
+# ---- selective checkpoints -------------------------------------------------------------------------------------------
+
+
+def checkpointed():
+    """(the gradient without checkpoint, a function that takes it with one, its argument)"""
+    model = nn.Sequential(fnn.Conv1d(4, 4, 3), fnn.GELU(), fnn.Linear(4, 4), fnn.Tanh(), fnn.Linear(4, 4))
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    contexts = functools.partial(create_selective_checkpoint_contexts, list(fastops.ops.COMPUTE_INTENSIVE))
+
+    def function(x):
+        return checkpoint(model, x, use_reentrant=False, context_fn=contexts).square().sum()
+
+    return torch.autograd.grad(model(x).square().sum(), x), function, x
+
+
+def test_selective_checkpoint_saves_the_products():
+    expected, function, x = checkpointed()
+    with fastops.record() as calls:
+        gradient = torch.autograd.grad(function(x), x)
+    torch.testing.assert_close(gradient, expected)
+    ran = [row.op for row in calls]
+    assert [ran.count(op) for op in ("conv1d", "linear", "gelu")] == [1, 2, 2]
+
+
+def test_compiled_selective_checkpoint_saves_the_products():
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes])
+        return graph
+
+    torch._dynamo.reset()
+    expected, function, x = checkpointed()
+    compiled = torch.compile(function, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x), expected)
+    forward, backward = ([op for op in graph if op in fastops.ops.COMPUTE_INTENSIVE] for graph in graphs)
+    assert len(forward) == 3
+    assert backward == []
+    assert torch.ops.fastops.activation_forward.default in graphs[1]
+
+
+# ---- others ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", _LAYERS, ids=str)
+def test_decompositions_are_the_ops(case):
+    """Every result, those that are only there for backward as well."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    table, compared = fastops.decompositions(), []
+
+    class Compare(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            result = op(*args, **(kwargs or {}))
+            if op in table:
+                compared.append((op, args, result, table[op](*args)))
+            return result
+
+    name, args = case
+    layer, x = getattr(fnn, name)(*args), layer_input(name)
+    if not dims_of(name) and name != "Linear":
+        x[0, 0, 0] = torch.nan
+    for wanted in (False, True):
+        with Compare(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            layer(x.requires_grad_(wanted))
+    assert len(compared) == 2
+    for _, args, ours, theirs in compared:
+        if args[-1] == "compact":  # written out, they are positions in the plane
+            geometry = args[0].shape, *args[2:6], len(args[1])
+            ours = ours[0], torch.ops.fastops.max_pool_positions(ours[1], *geometry)
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_import_is_light():
+    """Dynamo and sympy take a second to import, and PyTorch loads them when they are needed."""
+    code = "import sys, fastops; print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_make_fx_and_shape_propagation():
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.passes.shape_prop import ShapeProp
+
+    model = nn.Sequential(fnn.Conv1d(4, 6, 3), fnn.ReLU(), fnn.Linear(4, 5))
+    x = torch.randn(2, 4, 6)
+    graph = make_fx(model)(x)
+    torch.testing.assert_close(graph(x), model(x))
+    ShapeProp(graph).propagate(x)
+    found = [node.meta["tensor_meta"].shape for node in graph.graph.nodes if node.name.startswith("getitem")]
+    assert [2, 6, 4] in map(list, found)
+    assert [2, 6, 5] in map(list, found)
