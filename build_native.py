@@ -34,6 +34,8 @@ EMULATOR = ROOT / "tests" / "emulator"
 COMMON = ["-std=c++20", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden"]
 OPTIMIZE = ["-O3"]
 SANITIZE = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# AddressSanitizer sees a null pointer and the end of an object too, and the kernels have no virtual function.
+SANITIZE += ["-fno-sanitize=null,object-size,vptr"]
 
 # One source a tier: its flags, and nothing but its own code (isa.h and dispatch.cpp decide what runs). A product and a
 # sum are contracted to one rounding only where the source says fma, so that every path through a kernel rounds alike.
@@ -75,6 +77,22 @@ def common_flags(version: str) -> list[str]:
     # Two extensions that share a template's name must not share its statics; only gcc does that, and only it has the
     # flag.
     return COMMON if "clang" in version else [*COMMON, "-fno-gnu-unique"]
+
+
+def sanitizer_flags(version: str) -> list[str]:
+    # A call for each access instead of its code in place: gcc's threshold is 7000 accesses a function.
+    calls = (
+        "-mllvm=-asan-instrumentation-with-call-threshold=0"
+        if "clang" in version
+        else ("--param=asan-instrumentation-with-call-threshold=0")
+    )
+    return [*SANITIZE, calls]
+
+
+def runs_here(flags: list[str]) -> bool:
+    """Whether this processor has what these flags of a tier let the compiler use."""
+    processor = Path("/proc/cpuinfo").read_text().replace("_", "").split()
+    return all(flag.removeprefix("-m").replace("-", "") in processor for flag in flags)
 
 
 def kernel_sources() -> list[Path]:
@@ -449,16 +467,23 @@ def print_cuda_usage() -> int:
 
 
 def build_cpp_tests(folder: Path, sources: list[Path], extra: list[str]) -> list[Path]:
-    """Compiles the kernels once and links each source with them; returns the programs."""
+    """Compiles the kernels once and links each source with them; returns the programs.
+
+    Tiers that this processor does not have are left out: nothing could run them.
+    """
     cxx = compiler()
     build = Build(folder, cxx)
     common = [*common_flags(compiler_version(cxx)), *extra]
-    kernels = [build.compile(source, [*common, *kernel_flags(source)]) for source in kernel_sources()]
+    sources_here = [path for path in kernel_sources() if runs_here(TIERS.get(path.name, []))]
+    objects = [build.compile(source, [*common, *kernel_flags(source)]) for source in sources_here]
+    left_out = [path.stem.removeprefix("isa_") for path in kernel_sources() if path not in sources_here]
+    tables = " ".join(f"EMPTY({tier})" for tier in left_out)
+    objects.append(build.compile(ROOT / "tests" / "cpp" / "left_out.cpp", [*common, f"-DLEFT_OUT={tables}"]))
     programs = []
     for source in sources:
         test = build.compile(source, [*common, "-ffp-contract=off", "-pthread", f"-I{ROOT / 'csrc'}"])
         programs.append(folder / source.stem)
-        build.link([test, *kernels], programs[-1], [*extra, "-pthread"])
+        build.link([test, *objects], programs[-1], [*extra, "-pthread"])
     build.run()
     return programs
 
@@ -484,7 +509,8 @@ def main(arguments: list[str]) -> int:
     tests = ROOT / "tests" / "cpp"
     if arguments == ["sanitize"]:
         sources = sorted(tests.glob("test_*.cpp"))
-        programs = build_cpp_tests(ROOT / "build" / "sanitize", sources, SANITIZE)
+        flags = sanitizer_flags(compiler_version(compiler()))
+        programs = build_cpp_tests(ROOT / "build" / "sanitize", sources, flags)
         arguments = ["sanitize", "quick"]  # those with thousands of random shapes try fewer of them
     elif arguments == ["cuda-usage"]:
         return print_cuda_usage()
