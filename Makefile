@@ -17,7 +17,7 @@ demo: build
 
 # A process on every core.
 test: build
-	$(PYTHON) -m pytest -q -n auto --dist worksteal
+	$(PYTHON) -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 # The README's table of models, and benchmarks/RESULTS.md, from the newest results.
 readme: build
@@ -61,7 +61,14 @@ $(VENV)/requirements: requirements.txt
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/built: $(VENV)/requirements $(SOURCES)
+# What the environment asks of the build; written where that has changed.
+$(VENV)/asked: $(VENV)/requirements FORCE
+	@echo "$$CXX|$$CXXFLAGS|$$LDFLAGS|$$FASTOPS_CUDA|$$TORCH_CUDA_ARCH_LIST|$$NVCCFLAGS" > $@.now
+	@cmp -s $@.now $@ || cp $@.now $@
+
+FORCE:
+
+$(VENV)/built: $(VENV)/requirements $(VENV)/asked $(SOURCES)
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	touch $@
 

@@ -10,6 +10,7 @@ setup.py builds the extension with it; `make sanitize`, `make ulp` and `make cud
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import platform
 import re
@@ -33,6 +34,8 @@ EMULATOR = ROOT / "tests" / "emulator"
 COMMON = ["-std=c++20", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden"]
 OPTIMIZE = ["-O3"]
 SANITIZE = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# AddressSanitizer sees a null pointer and the end of an object too, and the kernels have no virtual function.
+SANITIZE += ["-fno-sanitize=null,object-size,vptr"]
 
 # One source a tier: its flags, and nothing but its own code (isa.h and dispatch.cpp decide what runs). A product and a
 # sum are contracted to one rounding only where the source says fma, so that every path through a kernel rounds alike.
@@ -52,6 +55,8 @@ KERNEL_FLAGS = ["-ffp-contract=off"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-Wall,-Wextra,-fPIC,-fvisibility=hidden"]
 ARCHITECTURES = "8.0+PTX;9.0a"
 OLDEST_NVCC = (12, 0)
+# One of these is there with a driver: on Linux, in a container that was given a GPU, under WSL.
+DRIVER = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")
 
 
 def compiler() -> list[str]:
@@ -72,6 +77,22 @@ def common_flags(version: str) -> list[str]:
     # Two extensions that share a template's name must not share its statics; only gcc does that, and only it has the
     # flag.
     return COMMON if "clang" in version else [*COMMON, "-fno-gnu-unique"]
+
+
+def sanitizer_flags(version: str) -> list[str]:
+    # A call for each access instead of its code in place: gcc's threshold is 7000 accesses a function.
+    calls = (
+        "-mllvm=-asan-instrumentation-with-call-threshold=0"
+        if "clang" in version
+        else ("--param=asan-instrumentation-with-call-threshold=0")
+    )
+    return [*SANITIZE, calls]
+
+
+def runs_here(flags: list[str]) -> bool:
+    """Whether this processor has what these flags of a tier let the compiler use."""
+    processor = Path("/proc/cpuinfo").read_text().replace("_", "").split()
+    return all(flag.removeprefix("-m").replace("-", "") in processor for flag in flags)
 
 
 def kernel_sources() -> list[Path]:
@@ -123,18 +144,28 @@ def find_cuda() -> Cuda:
     """What FASTOPS_CUDA asks for and this machine has.
 
     FASTOPS_CUDA=0: no CUDA kernels. 1: SystemExit where they cannot be built. auto, or not set: they are built where
-    nvcc is, which is looked for in CUDA_HOME, on the PATH and in /usr/local/cuda.
+    nvcc is and somebody wants them: this machine has an NVIDIA driver, or TORCH_CUDA_ARCH_LIST names architectures.
     """
     asked = os.environ.get("FASTOPS_CUDA", "").strip() or "auto"
     if asked not in ("0", "1", "auto"):
         raise SystemExit(f"fastops: FASTOPS_CUDA must be 0, 1 or auto, got '{asked}'")
-    cuda = Cuda(why_not="FASTOPS_CUDA=0") if asked == "0" else _find_cuda()
+    if asked == "0":
+        return Cuda(why_not="FASTOPS_CUDA=0")
+    if asked == "auto" and not has_driver() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return Cuda(why_not="this machine has no NVIDIA driver; FASTOPS_CUDA=1 compiles them all the same")
+    cuda = find_nvcc()
     if cuda.why_not and asked == "1":
         raise SystemExit(f"fastops: FASTOPS_CUDA=1 asks for CUDA kernels, which cannot be built: {cuda.why_not}")
     return cuda
 
 
-def _find_cuda() -> Cuda:
+def has_driver() -> bool:
+    """Whether an NVIDIA driver is there."""
+    return any(map(os.path.exists, DRIVER)) or shutil.which("nvidia-smi") is not None
+
+
+def find_nvcc() -> Cuda:
+    """nvcc of CUDA_HOME, of the PATH or of /usr/local/cuda, and the architectures it is to compile for."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     candidates = [str(Path(home) / "bin" / "nvcc") for home in homes] or ["nvcc", "/usr/local/cuda/bin/nvcc"]
     nvcc = next((path for path in map(shutil.which, candidates) if path), None)
@@ -187,6 +218,7 @@ class Build:
     def compile_cuda(self, cuda: Cuda, source: Path) -> Path:
         """The same by nvcc, with this compiler for the host's part."""
         flags = [*NVCC_FLAGS, *cuda.code_flags, f"-ccbin={self.compiler[0]}"]
+        flags += shlex.split(os.environ.get("NVCCFLAGS", ""))
         return self._compile([cuda.nvcc], source, source.with_suffix(".cu.o"), flags)
 
     def _compile(self, command: list[str], source: Path, object_: Path, flags: list[str]) -> Path:
@@ -208,6 +240,18 @@ class Build:
         (self.folder / "build.ninja").write_text(self._ninja_file())
         if subprocess.run([ninja, "-C", str(self.folder), f"-j{jobs}"]).returncode != 0:
             self._fail()
+
+    def describe(self, path: Path) -> None:
+        """Writes the compile steps where editors look for them, as a compile_commands.json."""
+        steps = [
+            {
+                "directory": str(self.folder),
+                "file": str(source),
+                "arguments": [*command, *flags, "-c", str(source), "-o", str(result)],
+            }
+            for command, source, result, flags in self.compiles
+        ]
+        path.write_text(json.dumps(steps, indent=1) + "\n")
 
     def _fail(self) -> None:
         cuda = any(source.suffix == ".cu" for _, source, _, _ in self.compiles)
@@ -323,6 +367,7 @@ def build_extension(
         # The runtime's symbols stay inside: torch may bring another one.
         libraries += [*cuda.library_flags, "-Wl,--exclude-libs,libcudart_static.a"]
     build.link(objects, result, ["-shared", *libraries])
+    build.describe(ROOT / "compile_commands.json")
     build.run()
 
 
@@ -406,7 +451,7 @@ def cuda_usage(cuda: Cuda, sources: list[Path]) -> list[Usage]:
 
 def print_cuda_usage() -> int:
     """The table of cuda_usage over all kernels; 1 where a matrix product or a fused network spills."""
-    cuda = find_cuda()
+    cuda = find_nvcc()
     if cuda.why_not:
         raise SystemExit(f"fastops: CUDA kernels {cuda}")
     rows = cuda_usage(cuda, sorted(CUDA_KERNELS.glob("*.cu")))
@@ -422,16 +467,23 @@ def print_cuda_usage() -> int:
 
 
 def build_cpp_tests(folder: Path, sources: list[Path], extra: list[str]) -> list[Path]:
-    """Compiles the kernels once and links each source with them; returns the programs."""
+    """Compiles the kernels once and links each source with them; returns the programs.
+
+    Tiers that this processor does not have are left out: nothing could run them.
+    """
     cxx = compiler()
     build = Build(folder, cxx)
     common = [*common_flags(compiler_version(cxx)), *extra]
-    kernels = [build.compile(source, [*common, *kernel_flags(source)]) for source in kernel_sources()]
+    sources_here = [path for path in kernel_sources() if runs_here(TIERS.get(path.name, []))]
+    objects = [build.compile(source, [*common, *kernel_flags(source)]) for source in sources_here]
+    left_out = [path.stem.removeprefix("isa_") for path in kernel_sources() if path not in sources_here]
+    tables = " ".join(f"EMPTY({tier})" for tier in left_out)
+    objects.append(build.compile(ROOT / "tests" / "cpp" / "left_out.cpp", [*common, f"-DLEFT_OUT={tables}"]))
     programs = []
     for source in sources:
         test = build.compile(source, [*common, "-ffp-contract=off", "-pthread", f"-I{ROOT / 'csrc'}"])
         programs.append(folder / source.stem)
-        build.link([test, *kernels], programs[-1], [*extra, "-pthread"])
+        build.link([test, *objects], programs[-1], [*extra, "-pthread"])
     build.run()
     return programs
 
@@ -457,7 +509,8 @@ def main(arguments: list[str]) -> int:
     tests = ROOT / "tests" / "cpp"
     if arguments == ["sanitize"]:
         sources = sorted(tests.glob("test_*.cpp"))
-        programs = build_cpp_tests(ROOT / "build" / "sanitize", sources, SANITIZE)
+        flags = sanitizer_flags(compiler_version(compiler()))
+        programs = build_cpp_tests(ROOT / "build" / "sanitize", sources, flags)
         arguments = ["sanitize", "quick"]  # those with thousands of random shapes try fewer of them
     elif arguments == ["cuda-usage"]:
         return print_cuda_usage()
