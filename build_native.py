@@ -81,16 +81,6 @@ def common_flags(version: str) -> list[str]:
     return COMMON if "clang" in version else [*COMMON, "-fno-gnu-unique"]
 
 
-def sanitizer_flags(version: str) -> list[str]:
-    # A call for each access instead of its code in place: gcc's threshold is 7000 accesses a function.
-    calls = (
-        "-mllvm=-asan-instrumentation-with-call-threshold=0"
-        if "clang" in version
-        else ("--param=asan-instrumentation-with-call-threshold=0")
-    )
-    return [*SANITIZE, calls]
-
-
 def runs_here(flags: list[str]) -> bool:
     """Whether this processor has what these flags of a tier let the compiler use."""
     processor = Path("/proc/cpuinfo").read_text().replace("_", "").split()
@@ -485,13 +475,16 @@ def print_cuda_usage() -> int:
 
 
 def build_cpp_tests(folder: Path, sources: list[Path], extra: list[str]) -> list[Path]:
-    """Compiles the kernels once and links each source with them; returns the programs.
+    """Compiles the kernels with these flags, and links each source with them; returns the programs.
 
+    A source's own code gets no such flags, unless it has kernels in it: what kernels are compared with would take the
+    sanitizers longer than they do.
     Tiers that this processor does not have are left out: nothing could run them.
     """
     cxx = compiler()
     build = Build(folder, cxx)
     common = [*common_flags(compiler_version(cxx)), *extra]
+    plain = [*common_flags(compiler_version(cxx)), "-O2"]
     sources_here = [path for path in kernel_sources() if runs_here(TIERS.get(path.name, []))]
     objects = [build.compile(source, [*common, *kernel_flags(source)]) for source in sources_here]
     left_out = [path.stem.removeprefix("isa_") for path in kernel_sources() if path not in sources_here]
@@ -499,7 +492,8 @@ def build_cpp_tests(folder: Path, sources: list[Path], extra: list[str]) -> list
     objects.append(build.compile(ROOT / "tests" / "cpp" / "left_out.cpp", [*common, f"-DLEFT_OUT={tables}"]))
     programs = []
     for source in sources:
-        test = build.compile(source, [*common, "-ffp-contract=off", "-pthread", f"-I{ROOT / 'csrc'}"])
+        flags = common if "bodies.inl" in source.read_text() else plain
+        test = build.compile(source, [*flags, "-ffp-contract=off", "-pthread", f"-I{ROOT / 'csrc'}"])
         programs.append(folder / source.stem)
         build.link([test, *objects], programs[-1], [*extra, "-pthread"])
     build.run()
@@ -527,8 +521,7 @@ def main(arguments: list[str]) -> int:
     tests = ROOT / "tests" / "cpp"
     if arguments == ["sanitize"]:
         sources = sorted(tests.glob("test_*.cpp"))
-        flags = sanitizer_flags(compiler_version(compiler()))
-        programs = build_cpp_tests(ROOT / "build" / "sanitize", sources, flags)
+        programs = build_cpp_tests(ROOT / "build" / "sanitize", sources, SANITIZE)
         arguments = ["sanitize", "quick"]  # those with thousands of random shapes try fewer of them
     elif arguments == ["cuda-usage"]:
         return print_cuda_usage()

@@ -34,11 +34,18 @@ inline uint32_t bits_of_float(float x) {
 inline double widen(float x) { return x; }
 inline double widen(double x) { return x; }
 inline double widen(bf16_t x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
+// 2^exponent: ldexp would take longer than the product that it is for.
+inline double power_of_two(int exponent) {
+  const uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
+  double x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
 inline double widen(f16_t x) {
   const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
   const double magnitude = exponent == 31  ? (fraction != 0 ? NAN : INFINITY)
-                           : exponent == 0 ? std::ldexp(fraction, -24)
-                                           : std::ldexp(1024 + fraction, exponent - 25);
+                           : exponent == 0 ? fraction * 0x1p-24
+                                           : (1024 + fraction) * power_of_two(exponent - 25);
   return (x.bits & 0x8000) != 0 ? -magnitude : magnitude;
 }
 
