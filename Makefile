@@ -3,6 +3,7 @@
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+PIP := $(PYTHON) -m pip --quiet --disable-pip-version-check
 PYTHON3 ?= python3
 
 SOURCES := $(shell find csrc -type f) build_native.py setup.py
@@ -56,22 +57,33 @@ cuda-usage: $(VENV)/requirements
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastops/_build.py fastops/*.so
 
-$(VENV)/requirements: requirements.txt
+# Two recipes at a time: pip brings torch while the kernels are compiled, which need none of it.
+MAKEFLAGS += -j2
+
+$(VENV)/ninja: requirements.txt
 	$(PYTHON3) -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) install $$(grep ^ninja== requirements.txt)
 	touch $@
 
-# What the environment asks of the build; written where that has changed.
-$(VENV)/asked: $(VENV)/requirements FORCE
-	@echo "$$CXX|$$CXXFLAGS|$$LDFLAGS|$$FASTOPS_CUDA|$$TORCH_CUDA_ARCH_LIST|$$NVCCFLAGS" > $@.now
-	@cmp -s $@.now $@ || cp $@.now $@
+$(VENV)/requirements: requirements.txt $(VENV)/ninja
+	$(PIP) install -r requirements.txt
+	touch $@
 
-FORCE:
+$(VENV)/kernels: $(VENV)/ninja $(VENV)/asked $(SOURCES)
+	$(PYTHON) build_native.py kernels
+	touch $@
 
-$(VENV)/built: $(VENV)/requirements $(VENV)/asked $(SOURCES)
+$(VENV)/built: $(VENV)/requirements $(VENV)/kernels
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	touch $@
 
 $(VENV)/installed: $(VENV)/built pyproject.toml setup.py
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	$(PIP) install --no-build-isolation --no-deps --editable .
 	touch $@
+
+# What the environment asks of the build; written where that has changed.
+$(VENV)/asked: $(VENV)/ninja FORCE
+	@echo "$$CXX|$$CXXFLAGS|$$LDFLAGS|$$FASTOPS_CUDA|$$TORCH_CUDA_ARCH_LIST|$$NVCCFLAGS" > $@.now
+	@cmp -s $@.now $@ || cp $@.now $@
+
+FORCE:

@@ -1,7 +1,8 @@
 """What is compiled, and with which flags: the one place that knows.
 
-setup.py builds the extension with it; `make sanitize`, `make ulp` and `make cuda-usage` come here too:
+setup.py builds the extension with it; `make build`, `make sanitize`, `make ulp` and `make cuda-usage` come here too:
 
+    python build_native.py kernels     # what the extension has that needs no torch, while pip brings that
     python build_native.py sanitize    # builds and runs every tests/cpp/test_*.cpp with the kernels, ASan and UBSan
     python build_native.py ulp [...]   # builds tests/cpp/ulp.cpp with the kernels and runs it with these arguments
     python build_native.py cuda-usage  # registers, stack and spills of every CUDA kernel on every architecture
@@ -30,6 +31,7 @@ KERNELS = ROOT / "csrc" / "kernels" / "cpu"
 CUDA_KERNELS = ROOT / "csrc" / "kernels" / "cuda"
 TORCH_LAYER = ROOT / "csrc" / "torch"
 EMULATOR = ROOT / "tests" / "emulator"
+EXTENSION = ROOT / "build" / "extension"
 
 COMMON = ["-std=c++20", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden"]
 OPTIMIZE = ["-O3"]
@@ -210,19 +212,19 @@ class Build:
     compiles: list[tuple[list[str], Path, Path, list[str]]] = field(default_factory=list)
     links: list[tuple[list[Path], Path, list[str]]] = field(default_factory=list)
 
-    def compile(self, source: Path, flags: list[str]) -> Path:
-        """Adds source -> object; returns the object's path."""
+    def compile(self, source: Path, flags: list[str], into: str = "") -> Path:
+        """Adds source -> object, in this folder of the folder; returns the object's path."""
         flags = [*flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        return self._compile(self.compiler, source, source.with_suffix(".o"), flags)
+        return self._compile(self.compiler, source, self.folder / into, source.with_suffix(".o"), flags)
 
     def compile_cuda(self, cuda: Cuda, source: Path) -> Path:
         """The same by nvcc, with this compiler for the host's part."""
         flags = [*NVCC_FLAGS, *cuda.code_flags, f"-ccbin={self.compiler[0]}"]
         flags += shlex.split(os.environ.get("NVCCFLAGS", ""))
-        return self._compile([cuda.nvcc], source, source.with_suffix(".cu.o"), flags)
+        return self._compile([cuda.nvcc], source, self.folder, source.with_suffix(".cu.o"), flags)
 
-    def _compile(self, command: list[str], source: Path, object_: Path, flags: list[str]) -> Path:
-        result = self.folder / object_.relative_to(ROOT)
+    def _compile(self, command: list[str], source: Path, folder: Path, object_: Path, flags: list[str]) -> Path:
+        result = folder / object_.relative_to(ROOT)
         self.compiles.append((command, source, result, flags))
         return result
 
@@ -324,17 +326,33 @@ def _path(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+def add_kernels(build: Build, cuda: Cuda) -> list[Path]:
+    """Adds the kernels for the processor and for the GPU; returns their objects. They need nothing of torch."""
+    common = [*common_flags(compiler_version(build.compiler)), *OPTIMIZE]
+    objects = [] if cuda.why_not else [build.compile_cuda(cuda, source) for source in sorted(CUDA_KERNELS.glob("*.cu"))]
+    return objects + [build.compile(source, [*common, *kernel_flags(source)]) for source in kernel_sources()]
+
+
+def build_kernels() -> None:
+    """What build_extension compiles that needs no torch; it then finds it done."""
+    with locked(EXTENSION):
+        build = Build(EXTENSION)
+        add_kernels(build, find_cuda())
+        build.run()
+
+
 def build_extension(
-    folder: Path, result: Path, torch: Path, python_include: str, version: str, torch_version: str
+    result: Path, torch: Path, torch_tag: str, python_include: str, version: str, torch_version: str
 ) -> None:
     """Compiles the kernels and the torch layer and links them into `result`, the module fastops._C.
 
-    torch: the package's folder, with include/ and lib/. Nothing is linked to an OpenMP of its own: the symbols resolve
-    to the libgomp that torch brings, of which there must be only one in a process.
+    torch: the package's folder, with include/ and lib/. torch_tag: a name for it and the Python that it is for. Nothing
+    is linked to an OpenMP of its own: the symbols resolve to the libgomp that torch brings, of which there must be only
+    one in a process.
     """
     cxx = compiler()
     cxx_version = compiler_version(cxx)
-    build = Build(folder, cxx)
+    build = Build(EXTENSION, cxx)
     common = [*common_flags(cxx_version), *OPTIMIZE]
     include = [torch / "include", torch / "include" / "torch" / "csrc" / "api" / "include", Path(python_include)]
     torch_layer = [
@@ -355,20 +373,20 @@ def build_extension(
         "FASTOPS_CUDA_BUILD": str(cuda),
     }
     with_cuda = [] if cuda.why_not else ["-DFASTOPS_WITH_CUDA"]
-    objects = [] if cuda.why_not else [build.compile_cuda(cuda, source) for source in sorted(CUDA_KERNELS.glob("*.cu"))]
-    objects += [build.compile(source, [*common, *kernel_flags(source)]) for source in kernel_sources()]
+    objects = add_kernels(build, cuda)
     for source in sorted(TORCH_LAYER.glob("*.cpp")):
         macros = [f'-D{name}="{value}"' for name, value in described.items()] if source.name == "library.cpp" else []
         if source.name == "gpu.cpp":
             macros = with_cuda
-        objects.append(build.compile(source, [*torch_layer, *macros]))
+        objects.append(build.compile(source, [*torch_layer, *macros], into=torch_tag))
     libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"]
     if not cuda.why_not:
         # The runtime's symbols stay inside: torch may bring another one.
         libraries += [*cuda.library_flags, "-Wl,--exclude-libs,libcudart_static.a"]
     build.link(objects, result, ["-shared", *libraries])
     build.describe(ROOT / "compile_commands.json")
-    build.run()
+    with locked(EXTENSION):
+        build.run()
 
 
 def emulator_flags() -> list[str]:
@@ -514,6 +532,9 @@ def main(arguments: list[str]) -> int:
         arguments = ["sanitize", "quick"]  # those with thousands of random shapes try fewer of them
     elif arguments == ["cuda-usage"]:
         return print_cuda_usage()
+    elif arguments == ["kernels"]:
+        build_kernels()
+        return 0
     elif arguments[:1] == ["ulp"]:
         programs = build_cpp_tests(ROOT / "build" / "ulp", [tests / "ulp.cpp"], OPTIMIZE)
     else:

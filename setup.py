@@ -63,9 +63,9 @@ class BuildExtension(build_ext):
         python_tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
         result = Path(self.get_ext_fullpath(ext.name)).resolve()
         build_native.build_extension(
-            HERE / "build" / f"{python_tag}-torch-{torch_version}-{zlib.crc32(str(torch).encode()):08x}",
             result,
             torch,
+            f"{python_tag}-torch-{torch_version}-{zlib.crc32(str(torch).encode()):08x}",
             sysconfig.get_path("include"),
             self.distribution.get_version(),
             torch_version,
