@@ -1,4 +1,4 @@
-"""DistributedDataParallel over two gloo processes: the weights of plain PyTorch, and of one process with all the data."""
+"""DistributedDataParallel over two gloo processes: the weights of plain PyTorch, and of one process with all data."""
 
 import os
 import subprocess
