@@ -277,6 +277,40 @@ def test_empty_batch(dtype, transposed, activation):
         exact(p, q)
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    "conv",
+    [
+        Conv(2, 16, 16, (5, 6), (3, 3)),
+        Conv(2, 16, 16, (5, 6), (3, 3), groups=16),
+        Conv(2, 2, 16, (5, 6), (3, 3)),
+        Conv(2, 16, 24, (5, 6), (1, 1)),
+        Conv(1, 4, 6, (5, 6, 4), (3, 3, 3)),
+        Conv(2, 16, 16, (1, 1), (3, 3), transposed=True),
+        Conv(2, 16, 16, (1, 1), (3, 3), groups=16, transposed=True),
+    ],
+    ids=str,
+)
+def test_a_stride_that_is_never_taken_may_be_any_number(isa, conv, last):
+    """Nothing may be reserved, or looked at, for it. (PyTorch's own backward crashes at some strides from 2^16 on.)"""
+    x, w, b = operands(conv, torch.float32)
+    tensors = channels_last(x) if last else x, w, b
+    near, far = conv._replace(stride=7), conv._replace(stride=2**61)
+    results = [with_gradients(function, leaves(*tensors), None) for function in (near.theirs, near.ours, far.ours)]
+    for theirs, ours, other in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
+        exact(other, ours)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_padding_in_front_shifts_a_1x1_convolution(isa, layout):
+    """What padding crops in front, output_padding adds behind: the sizes are those of a plain product of matrices."""
+    x, w = (integers(*shape, dtype=torch.float32) for shape in ((2, 4, 5, 6), (4, 3, 1, 1)))
+    x = x.contiguous(memory_format=layout)
+    arguments = {"padding": 1, "output_padding": 2, "dilation": 3}
+    exact(FF.conv_transpose2d(x, w, **arguments), F.conv_transpose2d(x, w, **arguments))
+
+
 def test_zero_channels_are_left_to_pytorch():
     with fastops.record() as rows:
         assert FF.conv2d(torch.randn(2, 0, 5, 5), torch.randn(4, 0, 3, 3)).shape == (2, 0, 3, 3)

@@ -99,6 +99,35 @@ def test_linear_transposed_and_sliced(isa, dtype, at_end):
         )
 
 
+@SIDES
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_of_any_strides(isa, dtype, at_end):
+    """Expanded, overlapping and gappy operands, each in memory that ends, or begins, where they do."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*choices):
+        return choices[int(torch.randint(len(choices), (), generator=random))]
+
+    def place(arena, *shape):
+        strides = [draw(0, 1, 2, shape[-1], shape[-1] + 3) for _ in shape]
+        span = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
+        values = torch.randint(-2, 3, (span,), generator=random).to(dtype)
+        return ARENAS[arena].tensor(values, at_end).as_strided(shape, strides)
+
+    ops = torch.ops.fastops
+    for _ in range(60):
+        m, n, k = (draw(1, 2, 5, 13, 33, 70) for _ in range(3))
+        x, w, b, g, saved = place(0, m, k), place(1, n, k), place(2, n), place(3, m, n), place(4, m, n)
+        what = f"{m}x{n}x{k}, strides {[t.stride() for t in (x, w, b, g, saved)]}"
+        y, _ = ops.linear_forward(x, w, b, "relu", 0.0, 0.0, False)
+        exact(y, (x.double() @ w.double().mT + b.double()).relu().to(dtype), what)
+        gx, gw, gb = ops.linear_backward(g, saved, x, w, "relu", 0.0, 0.0, [True, True, True])
+        gz = g.double() * (saved > 0)
+        exact(gx, (gz @ w.double()).to(dtype), what)
+        exact(gw, (gz.mT @ x.double()).to(dtype), what)
+        exact(gb, gz.sum(0).to(dtype), what)
+
+
 def _convs():
     """Channels and widths over their sweep in every kind of convolution, small enough for the arenas."""
     for size in (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 65):

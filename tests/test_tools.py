@@ -353,13 +353,9 @@ def test_onnx(dynamo, tmp_path):
         torch.onnx.export(model, (inputs,), tmp_path / "net.onnx", dynamo=dynamo, verbose=False)
         return [node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node]
 
-    # What PyTorch's exporters refuse themselves.
-    refused = (
-        ("AdaptiveAvgPool3d", "AdaptiveMaxPool1d", "AdaptiveMaxPool2d", "AdaptiveMaxPool3d")
-        if dynamo
-        else ("Threshold",)
-    )
-    plain, ours, inputs = pair([layer for layer in _LAYERS if layer[0] not in refused])
+    # What PyTorch's exporter refuses itself.
+    refused = "AdaptiveAvgPool3d" if dynamo else "Threshold"
+    plain, ours, inputs = pair([layer for layer in _LAYERS if layer[0] != refused])
     assert operators(ours, inputs) == operators(plain, inputs)
     plain, ours, inputs = pair(_OPS[:2])
     with fastops.export_kernels():
@@ -454,11 +450,20 @@ def test_decompositions_of_fused_layers(activation):
             torch.testing.assert_close(ours, theirs)
 
 
+_IMPORT = """
+import sys, fastops
+print([name for name in ("torch._dynamo", "sympy", "torch.utils.flop_counter") if name in sys.modules])
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+print(sorted(str(op) for op in flop_registry if "fastops" in str(op)))
+"""
+
+
 def test_import_is_light():
-    """Dynamo and sympy take a second to import, and PyTorch loads them when they are needed."""
-    code = "import sys, fastops; print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    """PyTorch loads these when they are needed (Dynamo takes a second), and the FLOP formulas are there then."""
+    run = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True)
+    loaded, registered = run.stdout.splitlines()
+    assert loaded == "[]"
+    assert registered == str([f"fastops.{op}_{way}" for op in ("conv", "linear") for way in ("backward", "forward")])
 
 
 def test_make_fx_and_shape_propagation():

@@ -1,7 +1,7 @@
 // Contract of the activation kernels: y = f(x), elementwise, and the gradient of x.
 //
 // Strides are in elements and may be any number: zero (an expanded tensor), negative, or less than a row. No output
-// overlaps an operand unless a struct below allows it. Sizes are >= 1: an empty tensor needs no kernel.
+// overlaps an operand unless a struct below allows it. Sizes are >= 0; PReLU has at least one channel.
 #pragma once
 
 #include "parallel.h"

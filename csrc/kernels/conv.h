@@ -44,6 +44,17 @@ inline bool fits_int(const ConvGeometry& g) {
   return fits && taps * (g.in_channels / g.groups) < limit && taps * (g.out_channels / g.groups) < limit;
 }
 
+// The same call with stride 1 along axes with one output and dilation 1 along axes with one tap, where they have no
+// effect. Any stride and dilation is legal there; the algorithms reserve memory and loop over phases by these numbers.
+template <class Args>
+inline Args canonical(Args args) {
+  for (int i = 0; i < 3; ++i) {
+    if (args.geometry.out[i] == 1) args.geometry.stride[i] = 1;
+    if (args.geometry.kernel[i] == 1) args.geometry.dilation[i] = 1;
+  }
+  return args;
+}
+
 // How much accuracy an algorithm may give up for speed. `highest`: the rms error is at most three times that of direct
 // summation. `medium` also allows Winograd's F(4x4, 3x3).
 enum class ConvPrecision : int { highest, medium };

@@ -12,8 +12,8 @@ namespace fastops {
 // Windows over x [batch, channels, in] for y [batch, channels, out]. Spatial arrays are as in ConvGeometry.
 //
 // Fixed windows: output p reads elements p * stride - padding + r * dilation for r < kernel and ignores those outside
-// the input. Every window has at least one element inside the input. Sizes are >= 0; kernel, stride and dilation are >=
-// 1.
+// the input. With dilation a window may have no element inside the input; its maximum is -infinity. Sizes are >= 0;
+// kernel, stride and dilation are >= 1.
 //
 // Adaptive windows: output p reads elements floor(p * in / out) up to, not including, ceil((p + 1) * in / out). kernel,
 // stride, padding and dilation are not read.

@@ -19,9 +19,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 from fastops import _C
+from fastops.ops._flops import register_flops
 
 KIND = {name: index for index, name in enumerate(_C.ACTIVATION_KINDS)}
 
@@ -129,14 +129,13 @@ def register(
 ) -> None:
     """Registers the fake kernel, and the Function's gradient on the op itself: the same arguments and results.
 
-    flops: what torch.utils.flop_counter counts, from the op's arguments with shapes in the place of tensors, and
-    out_shape. As in PyTorch, products and convolutions count and nothing else does.
+    flops: see register_flops. As in PyTorch, products and convolutions count and nothing else does.
     """
     name = f"fastops::{op}"
     torch.library.register_fake(name, fake)
     torch.library.register_autograd(name, function.backward, setup_context=function.setup_context)
     if flops is not None:
-        register_flop_formula(getattr(torch.ops.fastops, op))(flops)
+        register_flops(getattr(torch.ops.fastops, op), flops)
 
 
 def through(function: type[torch.autograd.Function], op: Callable[..., Any]) -> Callable[..., Any]:

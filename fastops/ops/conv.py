@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.utils.flop_counter import conv_backward_flop, conv_flop_count
 
 from fastops import _C
 from fastops.ops import KIND, autocast, forward_mode, records, register, supported, through, to_front
@@ -381,7 +380,7 @@ def _backward_fake(
 
 
 def _forward_flops(input, weight, bias, stride, padding, dilation, transposed, *_, out_shape, **__):
-    return conv_flop_count(input, weight, out_shape[0], transposed)
+    return torch.utils.flop_counter.conv_flop_count(input, weight, out_shape[0], transposed)
 
 
 def _backward_flops(
@@ -389,7 +388,7 @@ def _backward_flops(
     out_shape,
 ):  # fmt: skip
     rest = (stride, padding, dilation, transposed, None, groups, output_mask)
-    return conv_backward_flop(grad_output, input, weight, None, *rest, out_val=out_shape)
+    return torch.utils.flop_counter.conv_backward_flop(grad_output, input, weight, None, *rest, out_val=out_shape)
 
 
 _forward = through(_Conv, _ops.conv_forward)

@@ -424,6 +424,39 @@ void check_case(const KernelTable& table, const Case& c, int64_t rows, int64_t c
   }
 }
 
+// Rows that are the same, that overlap, that have gaps, and that go backwards: the bits of dense rows.
+template <class S>
+void check_strides(const KernelTable& table, const Case& c) {
+  constexpr int64_t rows = 3, cols = 37;
+  const DType dtype = kDType<S>;
+  const bool from_input =
+      saved_by_default(c.activation) != Saved::output && c.activation.kind != ActivationKind::identity;
+  for (const int64_t stride : {int64_t{0}, int64_t{1}, cols + 5, -cols}) {
+    const std::string name = std::string(c.name) + " " + dtype_name(dtype) + " stride " + std::to_string(stride);
+    const int64_t reach = (rows - 1) * std::abs(stride), first = stride < 0 ? reach : 0;
+    Buffer<S> x(reach + cols), g(reach + cols), dense_x(rows * cols), dense_g(rows * cols);
+    fill(x, 1, true);
+    fill(g, 2, false);
+    for (int64_t i = 0; i < rows * cols; ++i) {
+      dense_x[i] = x[first + i / cols * stride + i % cols];
+      dense_g[i] = g[first + i / cols * stride + i % cols];
+    }
+    Buffer<S> y(rows * cols), dense_y(rows * cols), grad(rows * cols), dense_grad(rows * cols);
+    table.activation_forward({dtype, c.activation, rows, cols, x.get() + first, stride, y.get(), nullptr}, Team{});
+    table.activation_forward({dtype, c.activation, rows, cols, dense_x.get(), cols, dense_y.get(), nullptr}, Team{});
+    if (!y.same(dense_y)) fail(table.isa, name, rows * cols, 0, 0, 0, 0);
+    const Saved saved = from_input ? Saved::input : saved_by_default(c.activation);
+    const void* const kept = from_input ? x.get() + first : dense_y.get();
+    const void* const dense_kept = from_input ? dense_x.get() : dense_y.get();
+    table.activation_backward(
+        {dtype, c.activation, saved, rows, cols, g.get() + first, stride, kept, from_input ? stride : cols, grad.get()},
+        Team{});
+    table.activation_backward(
+        {dtype, c.activation, saved, rows, cols, dense_g.get(), cols, dense_kept, cols, dense_grad.get()}, Team{});
+    if (!grad.same(dense_grad)) fail(table.isa, name + " backward", rows * cols, 0, 0, 0, 0);
+  }
+}
+
 template <class S>
 void check_prelu(const KernelTable& table, int64_t outer, int64_t channels, int64_t inner, int64_t w_stride) {
   const DType dtype = kDType<S>;
@@ -516,6 +549,7 @@ void check_dtype(const KernelTable& table) {
     }
     check_case<S>(table, c, 3, 20001, 5);
     check_case<S>(table, c, 0, 4, 0);
+    check_strides<S>(table, c);
   }
   for (int64_t inner : {1, 2, 9, 33, 300}) {
     check_prelu<S>(table, 3, 7, inner, 1);

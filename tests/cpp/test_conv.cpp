@@ -55,6 +55,16 @@ void test_dtype(bool quick) {
   both_layouts(make(2, 4, 0, 1, {3, 3}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, {1, 1}));
   both_layouts(make(0, 4, 3, 1, {3, 3}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, {1, 1}));
   both_layouts(make(2, 4, 3, 1, {2, 3}, {3, 3}, {1, 1}, {0, 0}, {1, 1}, {0, 0}));
+  // Strides and dilations that are never taken may be any number: no kernel may reserve memory for them.
+  constexpr int64_t huge = int64_t{1} << 61;
+  for (const int64_t groups : {1, 16})
+    for (const int64_t k : {1, 3})
+      both_layouts(make(2, 16, 16, groups, {5, 6}, {k, k}, {huge, huge}, {1, 1}, {k == 1 ? huge : 1, 1}, {0, 0}));
+  both_layouts(make(2, 2, 16, 1, {5, 6}, {3, 3}, {huge, huge}, {1, 1}, {1, 1}, {1, 1}));
+  both_layouts(make(2, 1, 4, 1, {7}, {3}, {huge}, {0}, {1}, {0}));
+  // A 1x1 convolution that is not a product of matrices: what padding adds in front is cropped behind.
+  both_layouts(make(2, 3, 5, 1, {4, 6}, {1, 1}, {1, 1}, {1, 0}, {1, 1}, {-1, 0}));
+  both_layouts(make(1, 3, 5, 1, {7}, {1}, {1}, {2}, {1}, {-2}));
   // Everything at random.
   std::mt19937 random(7);
   const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
@@ -68,7 +78,7 @@ void test_dtype(bool quick) {
       stride[d] = 1 + (below(3) == 0 ? below(4) : 0);
       dilation[d] = 1 + (below(4) == 0 ? below(3) : 0);
       padding[d] = below(4);
-      after[d] = below(4);
+      after[d] = below(5) - 1;
     }
     const int groups = below(3) == 0 ? 1 + below(4) : 1, many = below(4) == 0 ? 40 : 9;
     Case c{make(1 + below(3), groups * (1 + below(many)), groups * (1 + below(many)), groups, in, kernel, stride,

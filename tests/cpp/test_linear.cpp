@@ -23,6 +23,7 @@ enum Layout {
   zero_both,
   negative_rows,
   negative_cols,
+  overlapping,
   layouts
 };
 
@@ -59,6 +60,9 @@ struct Operand {
         break;
       case negative_cols:
         rs = cols, cs = -1;
+        break;
+      case overlapping:
+        rs = 1, cs = 2;
         break;
       default:
         break;

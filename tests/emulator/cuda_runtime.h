@@ -1,4 +1,4 @@
-// What the .cu sources use of CUDA, on the emulator: this folder comes first on the include path.
+// The part of CUDA that the .cu sources use, on the emulator. This folder is first on the include path.
 #pragma once
 
 #include <cmath>
@@ -29,7 +29,7 @@ struct alignas(16) uint4 {
 inline void __syncthreads() { simt::barrier(); }
 inline void __syncwarp() { simt::warp_operation("__syncwarp", nullptr, nullptr); }
 
-// Every lane gets the value of lane ^ distance.
+// Every lane receives the value of lane ^ distance.
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int distance) {
   if (mask != 0xffffffffu) simt::fail("__shfl_xor_sync with a part of a warp");
@@ -74,7 +74,7 @@ cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);
 
 namespace simt {
-// How much dynamic shared memory this thread's next launch has asked for.
+// The dynamic shared memory for the next launch of this thread.
 size_t& asked_shared();
 cudaError_t finish_launch(const char* problem);
 }  // namespace simt

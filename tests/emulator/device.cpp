@@ -1,9 +1,8 @@
-// The emulator as a device of torch, so that its tensors go through both doors, autograd and autocast as CUDA tensors
-// do.
+// The emulator as a device of torch. Its tensors go through both doors, autograd and autocast, like CUDA tensors.
 //
-// Memory is the host's: every allocation starts full of NaNs between two pages that fault, and ends at the second, or
-// where `aligned` says so up to 15 bytes before it, as a GPU's allocations are aligned. What those bytes hold is looked
-// at when the memory is given back. Every op that is not fastops' runs on the CPU.
+// Its memory is host memory. Every allocation is between two pages that fault and is full of NaNs at first. It ends at
+// the second page or, with `aligned`, up to 15 bytes before it, as a GPU aligns allocations. These bytes are checked
+// when the memory is freed. Ops of other libraries run on the CPU.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
@@ -33,7 +32,7 @@ using at::Tensor;
 constexpr auto kType = c10::DeviceType::PrivateUse1;
 const c10::Device kDevice(kType, 0);
 constexpr unsigned char kPoison = 0xff;
-constexpr size_t kPoisoned = size_t{1} << 30;  // more is address space that a test hardly touches
+constexpr size_t kPoisoned = size_t{1} << 30;  // larger allocations are address space that a test hardly touches
 
 std::atomic<bool> aligned{true};
 std::atomic<int64_t> overruns{0};
@@ -88,7 +87,7 @@ struct GuardImpl final : c10::impl::NoOpDeviceGuardImpl<kType> {
 };
 C10_REGISTER_GUARD_IMPL(PrivateUse1, GuardImpl);
 
-// What autograd asks of a device.
+// The hooks that autograd needs.
 struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
@@ -115,7 +114,7 @@ Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::optional
   return at::detail::empty_strided_generic(size, stride, &allocator, kKeys, c10::dtype_or_default(dtype));
 }
 
-// The same memory, as a tensor of the CPU.
+// A CPU tensor with the same memory.
 Tensor on_host(const Tensor& tensor) {
   if (tensor.is_cpu()) return tensor;
   return at::from_blob(const_cast<void*>(tensor.const_data_ptr()), tensor.sizes(), tensor.strides(),
@@ -133,7 +132,7 @@ at::Scalar local_scalar(const Tensor& self) { return on_host(self).item(); }
 
 void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) { at::native::cpu_fallback(op, stack); }
 
-// The one op that has no kernel to fall back to.
+// The only op for which the fallback to the CPU has no kernel.
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef stride,
                    at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding,
                    int64_t groups) {

@@ -1,4 +1,4 @@
-// ptx.cuh's functions for the emulator, each after the PTX ISA's description of its instruction.
+// The functions of ptx.cuh for the emulator, each written from the description of its instruction in the PTX ISA.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,7 @@ inline unsigned cvt_rna_tf32(float x) {
 }
 inline float tf32_value(unsigned bits) { return __builtin_bit_cast(float, bits & ~0x1fffu); }
 
-// Off by as much as the instruction may be, one way or the other.
+// The result has the largest error that the instruction may have, in either direction.
 inline float rcp_approx(float x) {
   const float exact = 1 / x;
   if (!std::isfinite(exact) || std::fpclassify(exact) != FP_NORMAL) return exact;
@@ -43,8 +43,8 @@ struct LoadMatrix {
   unsigned* r;
 };
 
-// Lane i's address is of row i % 8 of matrix i / 8. Of matrix m lane i gets elements (i / 4, 2 (i % 4)) and the next of
-// that row; of its transpose, (2 (i % 4), i / 4) and the next of that column.
+// The address of lane i is that of row i % 8 of matrix i / 8. From matrix m, lane i receives element (i / 4, 2 (i % 4))
+// and the next one of that row; if transposed, element (2 (i % 4), i / 4) and the next one of that column.
 template <bool kTransposed>
 void load_matrices(void* const (&lanes)[32]) {
   for (int i = 0; i < 32; ++i)
@@ -72,7 +72,7 @@ inline float value_of(uint16_t bits, f16_t) {
   return static_cast<float>(half);
 }
 
-// Sums k products in float32, in order: a GPU's order is not specified.
+// The sum of k products in float32, in order. The order of a GPU is not specified.
 template <int k, class A, class B>
 void multiply(void* const (&lanes)[32], const A& a, const B& b) {
   for (int g = 0; g < 8; ++g)
@@ -84,7 +84,7 @@ void multiply(void* const (&lanes)[32], const A& a, const B& b) {
 }
 
 // a0 a1: row g, columns 2 t and 2 t + 1; a2 a3: row g + 8; a4 a5: row g, columns 2 t + 8 and + 9; a6 a7: row g + 8.
-// b0 b1: rows 2 t and 2 t + 1 of column g; b2 b3: rows 2 t + 8 and + 9. Two of them to a register.
+// b0 b1: rows 2 t and 2 t + 1 of column g; b2 b3: rows 2 t + 8 and + 9. A register holds two of these.
 template <class S>
 void mma_m16n8k16(void* const (&lanes)[32]) {
   float a[16][16], b[16][8];

@@ -1,17 +1,18 @@
-// A CUDA device in one thread of the CPU, to know that kernels are right where there is no GPU.
+// A CUDA device in one thread of the CPU, to test kernels without a GPU.
 //
-// A block runs at a time; each of its threads is a fiber with a stack of its own between guard pages. A fiber runs
-// until it waits: at a barrier for the block, at a warp operation for its warp; then the schedule picks another.
-// `forward` always picks the first that can run, so that a warp runs as far ahead of the others as its barriers let it;
-// `reverse` the last; `shuffled` any, by a seed. Blocks go in the same order. Shared memory is exactly as large as the
-// launch asked for, ends at a guard page and starts every block full of NaNs. What an asynchronous copy will write is
-// NaN from the copy's issue on, and only there when its thread has waited: so it shows both who reads too early and who
-// is still reading what is overwritten.
+// Blocks run one after the other. Every thread of a block is a fiber, whose stack is between guard pages. A fiber runs
+// until it waits: for the block at a barrier, for its warp at a warp operation. Then the schedule selects another
+// fiber: `forward` the first one that can run, so that a warp runs as far ahead of the others as barriers allow;
+// `reverse` the last one; `shuffled` a random one, by a seed. Blocks have the same order.
 //
-// A kernel that no GPU could run is an error of its launch: a barrier or a warp operation that some of its threads
-// never reach, warps of less than 32 threads, misaligned copies, more shared memory than the launch may have.
+// Shared memory has exactly the size given at the launch, ends at a guard page, and is full of NaNs at the start of a
+// block. The target of an asynchronous copy is NaN from its issue until its thread has waited for it. So a read that is
+// too early gives NaN, and so does a read of the data that the copy overwrites.
 //
-// What this cannot show: speed, and what a GPU's memory model allows beyond these orders.
+// A kernel that no GPU could run fails at its launch: a barrier or warp operation that some threads never reach, warps
+// of fewer than 32 threads, misaligned copies, more shared memory than a launch may have.
+//
+// What this cannot show is speed, and what a GPU's memory model allows beyond these orders.
 #pragma once
 
 #include <cstddef>
@@ -33,7 +34,7 @@ Dim3 block_size();
 Dim3 grid_size();
 void* shared_memory();
 void barrier();
-// All 32 threads of the warp come here with the same name; perform gets what each of them brought, by lane, once.
+// Called by all 32 threads of a warp with the same name. Calls perform once, with the argument `mine` of every lane.
 void warp_operation(const char* name, void* mine, void (*perform)(void* const (&lanes)[32]));
 void copy_async(void* shared, const void* global, int size, int bytes);
 void copy_async_commit();
@@ -48,16 +49,16 @@ enum class Schedule : int { forward, reverse, shuffled };
 struct Settings {
   Schedule schedule = Schedule::forward;
   uint64_t seed = 0;
-  // What kernels are told, and choose tiles, splits and what stays on the chip by.
+  // The properties of the device, by which launchers choose tiles, splits and what stays on the chip.
   int multiprocessors = 4;
-  size_t shared = size_t{99} << 10;  // a block's, if it asks: the least of all GPUs from sm_80 on
+  size_t shared = size_t{99} << 10;  // the most per block: the minimum of all GPUs from sm_80 on
 };
 Settings& settings();
 
-// The most that `shared` can be: sm_90's.
+// The largest value of `shared`, that of sm_90.
 constexpr size_t kMostShared = 227 << 10;
 
-// Runs body in every thread of every block; returns what is wrong with it, or null.
+// Runs body in every thread of every block. Returns null, or what is wrong with the kernel.
 const char* launch(Dim3 grid, Dim3 block, size_t shared, const std::function<void()>& body);
 
 }  // namespace simt

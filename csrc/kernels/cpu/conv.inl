@@ -50,15 +50,17 @@ inline auto with_algorithm(const Args& args, Visit&& visit) {
 }
 
 template <class Args>
-KernelName conv_name(const Args& args) {
+KernelName conv_name(const Args& call) {
+  const Args args = canonical(call);
   return with_dtype(args.dtype, [&](auto t) {
     return with_algorithm<decltype(t)>(args, [](KernelName name, auto&&, auto&&) { return name; });
   });
 }
 
 template <class Args>
-size_t conv_workspace(const Args& args, int threads) {
-  if (is_empty(args)) return 0;
+size_t conv_workspace(const Args& call, int threads) {
+  if (is_empty(call)) return 0;
+  const Args args = canonical(call);
   return with_dtype(args.dtype, [&](auto t) {
     return with_algorithm<decltype(t)>(
         args, [&](KernelName, auto&& workspace, auto&&) -> size_t { return workspace(threads); });
@@ -66,8 +68,9 @@ size_t conv_workspace(const Args& args, int threads) {
 }
 
 template <class Args>
-void conv(const Args& args, void* workspace, const Team& team) {
-  if (is_empty(args)) return;
+void conv(const Args& call, void* workspace, const Team& team) {
+  if (is_empty(call)) return;
+  const Args args = canonical(call);
   with_dtype(args.dtype, [&](auto t) {
     with_algorithm<decltype(t)>(args, [&](KernelName, auto&&, auto&& run) { run(workspace, team); });
   });

@@ -1,5 +1,5 @@
-// Packing of Patches: what pack() is for a Source. If elements are copied without conversion, panels are packed
-// directly from the image, else through a buffer in L1.
+// Packing of Patches. If elements are copied without conversion, panels are packed directly from the image, else
+// through a buffer in L1.
 
 // One panel from lanes at any addresses, each contiguous along k; a null lane is zero. pack_along_k does the same for
 // lanes at equal distances.
@@ -101,7 +101,7 @@ inline Source<T> plain_patches(const Patches<T>& s, bool positions_are_lanes, in
   return source;
 }
 
-// What pack() is for a Source. Lanes are positions and k is features, or the reverse.
+// pack() for Patches. Lanes are positions and k is features, or the reverse.
 template <class P, class T, int W>
 void pack_patches(const Patches<T>& s, bool positions_are_lanes, int64_t lane, int64_t lanes, int64_t k0, int64_t k,
                   P* to, int64_t panel_stride, Compute<T>* sums) {

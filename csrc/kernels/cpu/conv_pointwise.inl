@@ -3,7 +3,8 @@
 
 inline bool is_pointwise(Layout layout, const ConvGeometry& g) {
   bool same = layout == Layout::channels_last && g.groups == 1;
-  for (int d = 0; d < 3; ++d) same = same && g.kernel[d] == 1 && g.stride[d] == 1 && g.in[d] == g.out[d];
+  for (int d = 0; d < 3; ++d)  // padding shifts the image, also where a crop behind makes sizes equal
+    same = same && g.kernel[d] == 1 && g.stride[d] == 1 && g.padding[d] == 0 && g.in[d] == g.out[d];
   return same;
 }
 

@@ -87,7 +87,7 @@ inline void transpose_run(const T* from, int64_t stride, int lanes, int count, T
   for (int i = 0; i < count; ++i) copy_run(from + i, stride, lanes, to + i * to_rs);
 }
 
-// What pack() is for a Source. Every k is packed for all panels before the next k, as their runs are contiguous.
+// pack() for ConvWeights. Every k is packed for all panels before the next k, as their runs are contiguous.
 template <class P, class T, int W>
 void pack_weights(const ConvWeights<T>& s, int64_t lane, int64_t lanes, int64_t k0, int64_t k, P* to,
                   int64_t panel_stride) {

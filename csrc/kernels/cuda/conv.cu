@@ -522,7 +522,8 @@ Status run_depthwise_weight(const ConvBackwardWeight& a, void* workspace, Stream
 
 }  // namespace
 
-KernelName conv_forward_name(const ConvForward& args) {
+KernelName conv_forward_name(const ConvForward& call) {
+  const ConvForward args = canonical(call);
   switch (algorithm_of(args.geometry, args.layout)) {
     case Algorithm::pointwise:
       return linear_forward_name(as_linear(args));
@@ -533,7 +534,8 @@ KernelName conv_forward_name(const ConvForward& args) {
   }
   return implicit_name(gathered(args));
 }
-size_t conv_forward_workspace(const ConvForward& args) {
+size_t conv_forward_workspace(const ConvForward& call) {
+  const ConvForward args = canonical(call);
   switch (algorithm_of(args.geometry, args.layout)) {
     case Algorithm::pointwise:
       return linear_forward_workspace(as_linear(args));
@@ -544,7 +546,8 @@ size_t conv_forward_workspace(const ConvForward& args) {
   }
   return implicit_workspace(gathered(args));
 }
-Status conv_forward(const ConvForward& args, void* workspace, Stream stream) {
+Status conv_forward(const ConvForward& call, void* workspace, Stream stream) {
+  const ConvForward args = canonical(call);
   const Algorithm algorithm = algorithm_of(args.geometry, args.layout);
   if (algorithm == Algorithm::pointwise) return linear_forward(as_linear(args), workspace, stream);
   return with_dtype(args.dtype, [&](auto type) {
@@ -554,7 +557,8 @@ Status conv_forward(const ConvForward& args, void* workspace, Stream stream) {
   });
 }
 
-KernelName conv_backward_input_name(const ConvBackwardInput& args) {
+KernelName conv_backward_input_name(const ConvBackwardInput& call) {
+  const ConvBackwardInput args = canonical(call);
   switch (algorithm_of(args.geometry, args.layout)) {
     case Algorithm::pointwise:
       return is_forward(args) ? linear_forward_name(as_linear(args)) : linear_backward_name(linear_gradient(args));
@@ -565,7 +569,8 @@ KernelName conv_backward_input_name(const ConvBackwardInput& args) {
   }
   return implicit_name(gathered(args));
 }
-size_t conv_backward_input_workspace(const ConvBackwardInput& args) {
+size_t conv_backward_input_workspace(const ConvBackwardInput& call) {
+  const ConvBackwardInput args = canonical(call);
   switch (algorithm_of(args.geometry, args.layout)) {
     case Algorithm::pointwise:
       return is_forward(args) ? linear_forward_workspace(as_linear(args))
@@ -577,7 +582,8 @@ size_t conv_backward_input_workspace(const ConvBackwardInput& args) {
   }
   return implicit_workspace(gathered(args));
 }
-Status conv_backward_input(const ConvBackwardInput& args, void* workspace, Stream stream) {
+Status conv_backward_input(const ConvBackwardInput& call, void* workspace, Stream stream) {
+  const ConvBackwardInput args = canonical(call);
   const Algorithm algorithm = algorithm_of(args.geometry, args.layout);
   if (algorithm == Algorithm::pointwise)
     return is_forward(args) ? linear_forward(as_linear(args), workspace, stream)
@@ -589,7 +595,8 @@ Status conv_backward_input(const ConvBackwardInput& args, void* workspace, Strea
   });
 }
 
-KernelName conv_backward_weight_name(const ConvBackwardWeight& args) {
+KernelName conv_backward_weight_name(const ConvBackwardWeight& call) {
+  const ConvBackwardWeight args = canonical(call);
   switch (algorithm_of(args.geometry, args.layout)) {
     case Algorithm::pointwise:
       return linear_backward_name(linear_gradient(args));
@@ -600,7 +607,8 @@ KernelName conv_backward_weight_name(const ConvBackwardWeight& args) {
   }
   return product_name(kNames, args.dtype, args.allow_tf32, plan_for(args.dtype, args.layout, extents_of(args)).large);
 }
-size_t conv_backward_weight_workspace(const ConvBackwardWeight& args) {
+size_t conv_backward_weight_workspace(const ConvBackwardWeight& call) {
+  const ConvBackwardWeight args = canonical(call);
   switch (algorithm_of(args.geometry, args.layout)) {
     case Algorithm::pointwise:
       return linear_backward_workspace(linear_gradient(args));
@@ -611,7 +619,8 @@ size_t conv_backward_weight_workspace(const ConvBackwardWeight& args) {
   }
   return partial_bytes(args.dtype, args.layout, extents_of(args));
 }
-Status conv_backward_weight(const ConvBackwardWeight& args, void* workspace, Stream stream) {
+Status conv_backward_weight(const ConvBackwardWeight& call, void* workspace, Stream stream) {
+  const ConvBackwardWeight args = canonical(call);
   const Algorithm algorithm = algorithm_of(args.geometry, args.layout);
   if (algorithm == Algorithm::pointwise) return linear_backward(linear_gradient(args), workspace, stream);
   return with_dtype(args.dtype, [&](auto type) {

@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(Kind::Forward::kThreads, 1)
       const int n = width_of(l + 1);
       const S* w = weights + (task.resident ? l * kMlpWeights<Kind> : 0);
       if (!task.resident) {
-        weights_to(l, weights);  // since the last barrier nobody reads the layer's before
+        weights_to(l, weights);  // no thread has read the previous layer's since the last barrier
         cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();  // the layer's weights are there for all
