@@ -204,9 +204,11 @@ def test_func(pool):
 @SOME
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 def test_compile(pool, last):
+    if last and (pool.dims == 1 or len(pool.shape) != pool.dims + 2):
+        pytest.skip("has no channels_last")
     torch._dynamo.reset()
     x = torch.randn(pool.shape)
-    if last and len(pool.shape) == pool.dims + 2 and pool.dims > 1:
+    if last:
         x = x.contiguous(memory_format=LAST[pool.dims])
     compiled = torch.compile(pool.ours, fullgraph=True, backend="aot_eager")
     for one, two in zip(run(compiled, x), run(pool.ours, x), strict=True):
