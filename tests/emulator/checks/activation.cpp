@@ -21,7 +21,7 @@ bool hardtanh_is_right(int64_t rows, int64_t cols, int64_t stride, bool vectors)
   const ForwardTask<S> task{
       {rows * per_row, per_row, cols, rows},           vectors, x.get(), stride, y.get(), mask.get(),
       parameters<S>({ActivationKind::hardtanh, -1, 1})};
-  if (!succeeded(launch({"hardtanh", 2, kThreads, 0, nullptr}, activation_forward_kernel<Hardtanh, S, true>, task)))
+  if (!succeeded(launch({{"hardtanh"}, 2, kThreads, 0, nullptr}, activation_forward_kernel<Hardtanh, S, true>, task)))
     return false;
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t col = 0; col < mask_row * 8; ++col) {
@@ -49,7 +49,7 @@ bool prelu_sums_are_right() {
   constexpr int64_t units = (count + n - 1) / n;
   const PreluTask<float> forward{{units, units, count, 1}, false, false, 1, 1, x.get(), w.get(), 1, nullptr};
   const PreluBackwardTask<float> task{forward, g.get(), grad_x.get(), partial.get(), 1, units};
-  if (!succeeded(launch({"prelu_backward", 1, kThreads, kThreads / 32 * sizeof(float), nullptr},
+  if (!succeeded(launch({{"prelu_backward"}, 1, kThreads, kThreads / 32 * sizeof(float), nullptr},
                         prelu_backward_kernel<float>, task)))
     return false;
   for (size_t i = 0; i < count; ++i)

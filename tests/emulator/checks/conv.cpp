@@ -19,13 +19,19 @@ template <class Multiplier, ConvProduct product, bool last, Loads loads>
 bool launched(const ConvTask<typename Multiplier::S>& task) {
   using S = typename Multiplier::S;
   const int64_t slabs = int64_t{task.phases} * task.groups;
-  if (!succeeded(launch({"conv", int64_t{task.tiles_m} * task.tiles_n * slabs * task.splits, Multiplier::kThreads,
-                         ConvShared<Multiplier>::kBytes, nullptr},
+  if (!succeeded(launch({{"conv"},
+                         int64_t{task.tiles_m} * task.tiles_n * slabs * task.splits,
+                         Multiplier::kThreads,
+                         ConvShared<Multiplier>::kBytes,
+                         nullptr},
                         conv_kernel<Multiplier, product, last, loads>, task)))
     return false;
   const int64_t threads = task.m * ((task.n + 1) / 2) + task.m;
-  return task.splits == 1 || succeeded(launch({"reduce", (threads + kReduceThreads - 1) / kReduceThreads * slabs,
-                                               kReduceThreads, sizeof(ConvWindow), nullptr},
+  return task.splits == 1 || succeeded(launch({{"reduce"},
+                                               (threads + kReduceThreads - 1) / kReduceThreads * slabs,
+                                               kReduceThreads,
+                                               sizeof(ConvWindow),
+                                               nullptr},
                                               conv_reduce_kernel<S, product, last>, task));
 }
 
@@ -161,7 +167,7 @@ bool filters_are_right() {
   for (size_t i = 0; i < count; ++i) put(static_cast<int>(i), &from[i]);
   const FiltersTask<bf16_t> task{from.get(), to.get(), count,        inputs, taps, outputs, outputs * inputs * taps,
                                  taps,       1,        inputs * taps};
-  if (!succeeded(launch({"filters", 1, kFiltersThreads, 0, nullptr}, filters_kernel<bf16_t>, task))) return false;
+  if (!succeeded(launch({{"filters"}, 1, kFiltersThreads, 0, nullptr}, filters_kernel<bf16_t>, task))) return false;
   size_t next = 0;
   for (int64_t group = 0; group < groups; ++group)
     for (int64_t i = 0; i < inputs; ++i)

@@ -40,7 +40,7 @@ bool depthwise_is_right(Case c) {
         for (int v = 0; v < s.out[2]; ++v) sums[static_cast<size_t>(k)] += slope(y.at(b, k, h, v));
 
   const auto elements = [](const char* name, size_t count) {
-    return Launch{name, static_cast<int64_t>(count / kDepthwiseThreads + 1), kDepthwiseThreads, 0, nullptr};
+    return Launch{{name}, static_cast<int64_t>(count / kDepthwiseThreads + 1), kDepthwiseThreads, 0, nullptr};
   };
   DepthwiseTask<S> task{};
   task.shape = s;
@@ -77,8 +77,11 @@ bool depthwise_is_right(Case c) {
   weight.grad_bias = grad_bias.get();
   const Guarded<S> partial(static_cast<size_t>(weight.splits * outputs * (taps + 1)));
   weight.partial = partial.get();
-  const Launch sum{"weight", int64_t{weight.channel_blocks} * weight.tap_blocks * weight.splits, kDepthwiseThreads,
-                   DepthwiseShared::kBytes, nullptr};
+  const Launch sum{{"weight"},
+                   int64_t{weight.channel_blocks} * weight.tap_blocks * weight.splits,
+                   kDepthwiseThreads,
+                   DepthwiseShared::kBytes,
+                   nullptr};
   if (!succeeded(launch(elements("output", ys), depthwise_kernel<S>, task)) ||
       !succeeded(launch(elements("gradient", xs), depthwise_kernel<S>, gradient)) ||
       !succeeded(launch(sum, depthwise_weight_kernel<S>, weight)) ||

@@ -68,9 +68,9 @@ bool product_is_right(Path path, int64_t k, int64_t splits, bool folded) {
   task.tiles_m = task.tiles_n = 2;
   task.splits = splits;
   task.k_per_split = (k / splits + Multiplier::kTileK - 1) / Multiplier::kTileK * Multiplier::kTileK;
-  const Launch how{"gemm", 4 * splits, Multiplier::kThreads, Stages<Multiplier>::kBytes, nullptr};
+  const Launch how{{"gemm"}, 4 * splits, Multiplier::kThreads, Stages<Multiplier>::kBytes, nullptr};
   if (!succeeded(launch(how, gemm_kernel<Multiplier, loads>, task))) return false;
-  const Launch then{"reduce", (m * n / 2 + m + kReduceThreads - 1) / kReduceThreads, kReduceThreads, 0, nullptr};
+  const Launch then{{"reduce"}, (m * n / 2 + m + kReduceThreads - 1) / kReduceThreads, kReduceThreads, 0, nullptr};
   if (splits > 1 && !succeeded(launch(then, reduce_kernel<S>, task))) return false;
 
   for (int64_t i = 0; i < m; ++i) {

@@ -130,8 +130,8 @@ bool network_is_right(bool resident, int stages, int64_t pad, ActivationKind hid
   const size_t forward_shared =
       kLayers * Kind::kWidth * sizeof(float) +
       static_cast<size_t>((resident ? kLayers : 1) * kMlpWeights<Kind> + stages * kMlpForwardTile<Kind>) * sizeof(S);
-  if (!succeeded(launch({"forward", blocks, Kind::Forward::kThreads, forward_shared, nullptr}, mlp_forward_kernel<Kind>,
-                        forward)))
+  if (!succeeded(launch({{"forward"}, blocks, Kind::Forward::kThreads, forward_shared, nullptr},
+                        mlp_forward_kernel<Kind>, forward)))
     return false;
   if (!equal(out.get(), kWidths[kLayers], y[kLayers])) return false;
   for (size_t l = 1; l < kLayers; ++l)
@@ -139,11 +139,11 @@ bool network_is_right(bool resident, int stages, int64_t pad, ActivationKind hid
 
   const size_t backward_shared =
       static_cast<size_t>(kMlpWeights<Kind> + stages * 2 * kMlpBackwardTile<Kind>) * sizeof(S);
-  if (!succeeded(launch({"backward", blocks, Kind::InputGradient::kThreads, backward_shared, nullptr},
+  if (!succeeded(launch({{"backward"}, blocks, Kind::InputGradient::kThreads, backward_shared, nullptr},
                         mlp_backward_kernel<Kind>, backward)))
     return false;
   const int64_t reducers = (backward.partial_size + kReduceThreads - 1) / kReduceThreads;
-  if (!succeeded(launch({"reduce", reducers, kReduceThreads, 0, nullptr}, mlp_reduce_kernel<S>, backward, blocks)))
+  if (!succeeded(launch({{"reduce"}, reducers, kReduceThreads, 0, nullptr}, mlp_reduce_kernel<S>, backward, blocks)))
     return false;
   if (!equal(grad_x.get(), kWidths[0], g[0])) return false;
   for (size_t l = 0; l < kLayers; ++l) {

@@ -28,7 +28,7 @@ bool pools_are_right(bool channels_last) {
   };
   for (size_t i = 0; i < ins; ++i) x[i] = static_cast<float>(i * 37 % 139);
   for (size_t i = 0; i < outs; ++i) grad_y[i] = static_cast<float>(i % 7 + 1);
-  const Launch forward{"forward", 1, kPoolThreads, 0, nullptr}, backward = forward;
+  const Launch forward{{"forward"}, 1, kPoolThreads, 0, nullptr}, backward = forward;
   const PoolDivisor inside{false, 0};
   if (!succeeded(launch(forward, max_pool_forward_kernel<float, I>, shape, static_cast<I>(outs), x.get(), y.get(),
                         PoolIndices::window, taps.get())) ||
