@@ -14,7 +14,9 @@ class Row(NamedTuple):
     """One kernel call. A call handed to PyTorch's own op has kernel "aten"."""
 
     op: str  # "linear", "linear_backward", "gelu", ...
-    kernel: str  # the kernel's name with its ISA tier; "cuda" for a GPU's elementwise ones
+    # <algorithm>[_<tile>]_<tier>: gemm_12x32_avx512, winograd_2x2_avx2, elementwise_cuda. A tile is the block of outputs
+    # that is computed together; kernels without one name none. The tier is the instruction set, or cuda.
+    kernel: str
     shapes: str  # of the operands: "16x10, 5x10, 5"
     dtype: str
     microseconds: float  # on a GPU, until the kernel is queued
