@@ -9,7 +9,6 @@ nn, functional                 torch.nn's layers and functions on fastops' kerne
 record                         which kernels ran, and for how long
 info                           what is running, and why
 memory                         the pool that large outputs come from
-export_kernels, decompositions what torch.export writes: PyTorch's ops, or fastops' where asked
 set_conv_precision             what convolutions may trade for speed
 export_kernels, decompositions whether torch.export keeps fastops' ops, and how to turn them into PyTorch's
 

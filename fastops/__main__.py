@@ -9,7 +9,6 @@ import fastops
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     from fastops import demo
-    from fastops.benchmarks import command
 
     parser = argparse.ArgumentParser(
         prog="fastops", description="Ordinary PyTorch models, faster, without changing them."
@@ -22,8 +21,16 @@ def parser() -> argparse.ArgumentParser:
     trains.set_defaults(run=demo.run)
     demo.add_arguments(trains)
     measures = commands.add_parser("bench", help="time fastops against PyTorch")
-    measures.set_defaults(run=command.run)
-    command.add_arguments(measures)
+    try:
+        from fastops.benchmarks import command
+    except ModuleNotFoundError as error:
+        # A checkout that was built and not installed, where `info` has to work all the same.
+        if error.name != "fastops.benchmarks":
+            raise
+        measures.set_defaults(run=_not_installed)
+    else:
+        measures.set_defaults(run=command.run)
+        command.add_arguments(measures)
     return parser
 
 
@@ -36,6 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _info(options: argparse.Namespace) -> int:
     print(fastops.info())
     return 0
+
+
+def _not_installed(options: argparse.Namespace) -> int:
+    print("fastops bench: fastops.benchmarks is not installed. Run: pip install --editable .", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ _kept = False
 def export_kernels() -> Iterator[None]:
     """Inside the block, torch.export keeps fastops' ops in the program.
 
-    Outside of it an exported program holds PyTorch's own ops, so that it runs where fastops is not installed, and every
-    tool that takes such programs knows its ops. A program with fastops' ops, and an AOTInductor package made of one,
+    Outside of it an exported program holds PyTorch's own ops, so that it runs where fastops is not installed, and tools
+    that take such programs know its ops. A program with fastops' ops, and an AOTInductor package made of one,
     runs fastops' kernels; what loads it must `import fastops` first. `run_decompositions(fastops.decompositions())`
-    makes it one of PyTorch's ops again. ONNX always gets PyTorch's ops.
+    makes it one of PyTorch's ops again. torch.onnx.export of a model always writes PyTorch's ops.
 
     Raises: what the block raises. Source: fastops' own.
 

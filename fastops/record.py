@@ -14,9 +14,7 @@ class Row(NamedTuple):
     """One kernel call. A call handed to PyTorch's own op has kernel "aten"."""
 
     op: str  # "linear", "linear_backward", "gelu", ...
-    # <algorithm>[_<tile>]_<tier>: gemm_12x32_avx512, winograd_2x2_avx2, elementwise_cuda. A tile is the block of outputs
-    # that is computed together; kernels without one name none. The tier is the instruction set, or cuda.
-    kernel: str
+    kernel: str  # <algorithm>[_<tile>]_<tier>, see record
     shapes: str  # of the operands: "16x10, 5x10, 5"
     dtype: str
     microseconds: float  # on a GPU, until the kernel is queued
@@ -42,7 +40,9 @@ def record() -> Iterator[Calls]:
 
     Yields:
         Calls, a list of one Row (op, kernel, shapes, dtype, microseconds) for each call. It is filled when the block
-        ends. str() is an aligned table. The kernel of a call that PyTorch's own op did is "aten".
+        ends. str() is an aligned table. The kernel of a call that PyTorch's own op did is "aten". Every other name is
+        <algorithm>[_<tile>]_<tier>: gemm_12x32_avx512, winograd_2x2_avx2, elementwise_cuda. The tile is the block of
+        outputs that is computed together, if the algorithm has one; the tier is the instruction set, or cuda.
 
     Raises: what the block raises, which ends the recording. Source: fastops' own; FASTOPS_VERBOSE=1 prints such rows.
 

@@ -86,6 +86,7 @@ def replace_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
 
     Raises:
         TypeError: model is not a torch.nn.Module.
+        What filter_fn raises; the model is then what it was.
 
     >>> model = nn.Sequential(nn.Linear(10, 10), nn.ReLU(), nn.LayerNorm(10), nn.Linear(10, 2))
     >>> print(fastops.replace_(model))
@@ -133,7 +134,8 @@ def replaced(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     What the block found replaced already, it leaves replaced. It yields the Report of replace_.
 
     What was replaced is restored wherever it is when the block ends, also where it has left the model. A layer that
-    cannot be (see restore_) is added to the report's `skipped`, with a warning.
+    cannot be (see restore_) is added to the report's `skipped`, with a warning. A copy that was made inside the block
+    (deepcopy, AveragedModel) is another model: `restore_` takes it back.
 
     >>> model = nn.Sequential(nn.Linear(10, 2))
     >>> with fastops.replaced(model) as report:
@@ -179,7 +181,7 @@ def _replace(
     model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None
 ) -> tuple[Report, list[tuple[str, nn.Module]]]:
     _check(model, "replace_")
-    report, swapped = Report(), []
+    report, swaps = Report(), []
     read_directly = _read_directly(model)
     for name, module in model.named_modules():
         cls = type(module)
@@ -195,13 +197,15 @@ def _replace(
         if why:
             report.skipped.append(Row(name, _name(cls), why))
         elif ours is not None:
-            _swap(module, ours)
             report.replaced.append(Row(name, _name(cls), _name(ours)))
-            swapped.append((name, module))
+            swaps.append((name, module, ours))
         elif _works(module) and "parametrizations" not in name.split("."):
             known = getattr(nn, cls.__name__, None) is cls
             report.left.append(Row(name, _name(cls), "no fastops kernel" if known else "not a torch.nn layer"))
-    return report, swapped
+    # Only now that filter_fn has not raised: a model is replaced as a whole, or stays what it was.
+    for _, module, ours in swaps:
+        _swap(module, ours)
+    return report, [(name, module) for name, module, _ in swaps]
 
 
 def _restore(module: nn.Module, name: str, report: Report) -> None:
@@ -214,7 +218,7 @@ def _restore(module: nn.Module, name: str, report: Report) -> None:
         if isinstance(module, Fused):
             why = f"activation={module.activation!r} has no equal in {_name(_TO_TORCH[PLAIN[base]])}"
         else:
-            why = f"a subclass of {_name(base)}: only what it is derived from could make it another"
+            why = f"a user-defined subclass of {_name(base)}: change its base class to restore it"
         report.skipped.append(Row(name, _name(cls), why))
         return
     _swap(module, theirs)
@@ -290,7 +294,7 @@ def _why_not_type(module: nn.Module) -> str:
         return ""
     if counterpart(cls, _TO_FASTOPS) is not None:
         return f"a class that a tool such as fully_shard made from {_name(base)}: replace_ has to come before it"
-    return f"a subclass of {_name(base)}, which may compute something else"
+    return f"a subclass of {_name(base)}: its forward may differ"
 
 
 def _why_not(module: nn.Module, ours: type) -> str:
@@ -298,7 +302,7 @@ def _why_not(module: nn.Module, ours: type) -> str:
     if "forward" in vars(module) and not _sees_through(module):
         return "its forward has been overridden on the instance: take that off, replace, and put it on again"
     if issubclass(ours, Fusable) and hasattr(module, "activation"):
-        return f"it has an attribute activation of its own, which {_name(ours)} has another use for"
+        return f"it already has an attribute named activation, which {_name(ours)} reserves"
     for name, tensor in module.named_parameters(recurse=False):
         if type(tensor).__name__ == "DTensor":
             return f"{name} is a DTensor: replace_ has to come before the model is sharded"

@@ -388,7 +388,7 @@ def test_an_attribute_activation_of_ones_own():
     for value in ("relu", nn.ReLU()):
         layer = nn.Linear(3, 4)
         layer.activation = value
-        assert skipped(layer).startswith("it has an attribute activation of its own")
+        assert skipped(layer).startswith("it already has an attribute named activation")
         assert layer.activation is value
 
 
@@ -692,10 +692,10 @@ def test_what_cannot_go_back_is_in_the_report():
     reasons = {row.name: row.result for row in report.skipped}
     assert names(report.replaced) == ["3"]
     assert list(reasons) == on_fastops(model) == ["0", "1", "2", "4", "5", "6"]
-    assert reasons["0"].startswith("a subclass of fastops.nn.Linear")
-    assert reasons["1"].startswith("a subclass of fastops.nn.ReLU")
-    assert reasons["4"].startswith("a subclass of fastops.nn.Linear")
-    assert reasons["6"].startswith("a subclass of fastops.nn.Tanh")
+    assert reasons["0"].startswith("a user-defined subclass of fastops.nn.Linear")
+    assert reasons["1"].startswith("a user-defined subclass of fastops.nn.ReLU")
+    assert reasons["4"].startswith("a user-defined subclass of fastops.nn.Linear")
+    assert reasons["6"].startswith("a user-defined subclass of fastops.nn.Tanh")
     assert reasons["5"] == "activation='tanh' has no equal in torch.nn.Linear"
     model(torch.randn(1, 3, 3))
 
@@ -863,3 +863,23 @@ def test_jit_script_of_padding_modes_and_output_sizes():
         script = torch.jit.script(layer)
         for size in ([10, 11], [9, 12]):
             torch.testing.assert_close(script(x, size), layer(x, size), atol=1e-5, rtol=1e-5)
+
+
+def _enter_replaced(model, filter_fn):
+    with fastops.replaced(model, filter_fn):
+        raise AssertionError("the block was entered")
+
+
+@pytest.mark.parametrize("scoped", [False, True])
+def test_a_filter_that_raises_leaves_the_model_as_it_was(scoped):
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+
+    def filter_fn(module, name):
+        if name == "2":
+            raise KeyError(name)
+        return True
+
+    function = _enter_replaced if scoped else fastops.replace_
+    with pytest.raises(KeyError):
+        function(model, filter_fn)
+    assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.Linear]

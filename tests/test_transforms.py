@@ -445,11 +445,62 @@ def test_make_fx():
     torch.testing.assert_close(graph(x), grad(lambda t: F.gelu(t).sum())(x))
 
 
-def test_fx_symbolic_trace():
-    ours, theirs = replaced_net(), net()
-    traced = torch.fx.symbolic_trace(ours)
-    assert FF.linear in [node.target for node in traced.graph.nodes]
-    compare_models(traced, theirs, torch.randn(5, 10))
+def test_fx_traces_functions():
+    ours = torch.fx.symbolic_trace(lambda x, w: FF.gelu(FF.linear(x, w)))
+    assert FF.linear in [node.target for node in ours.graph.nodes]
+    x, w = torch.randn(5, 10), torch.randn(3, 10)
+    torch.testing.assert_close(ours(x, w), F.gelu(F.linear(x, w)))
+
+
+class Wide(nn.Module):
+    """A layer used twice, one inside another module, and an argument by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.ConvTranspose2d(2, 4, 3, 2)
+        self.relu = nn.ReLU()
+        self.inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.GELU())
+
+    def forward(self, x):
+        return self.relu(self.inner(self.relu(self.up(x, output_size=[14, 14]))))
+
+
+def test_fx_sees_modules_as_it_sees_pytorchs():
+    """The same graph: layers are called, with their hooks, and not traced through."""
+    ours, theirs = Wide(), Wide()
+    fastops.replace_(ours)
+    one, two = torch.fx.symbolic_trace(ours), torch.fx.symbolic_trace(theirs)
+    assert [(n.op, n.name, n.target) for n in one.graph.nodes] == [(n.op, n.name, n.target) for n in two.graph.nodes]
+    torch.jit.script(one)
+    x, called = torch.randn(1, 2, 6, 6), []
+    ours.up.register_forward_hook(lambda module, args, output: called.append(type(args[0])))
+    torch.testing.assert_close(one(x), two(x))
+    assert called == [torch.Tensor]
+    fastops.restore_(one)
+    assert not [m for m in one.modules() if type(m).__module__.startswith("fastops")]
+
+
+@pytest.mark.parametrize("activation", ["relu", nn.LeakyReLU(0.3)])
+def test_fx_sees_layers_with_an_activation(activation):
+    model = nn.Sequential(fnn.Linear(4, 4, activation=activation), nn.Linear(4, 2))
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(traced(x), model(x))
+
+
+def test_fx_traces_through_a_subclass_and_where_a_tracer_says_so():
+    class Mine(fnn.Linear):
+        pass
+
+    assert "call_module" not in [n.op for n in torch.fx.symbolic_trace(nn.Sequential(Mine(4, 2))).graph.nodes]
+
+    class Through(torch.fx.Tracer):
+        def is_leaf_module(self, m, module_qualified_name):
+            return False
+
+    assert "call_module" not in [n.op for n in Through().trace(nn.Sequential(fnn.Linear(4, 2))).nodes]
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

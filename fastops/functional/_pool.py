@@ -74,7 +74,7 @@ def max_pool2d(
         input: (batch, channels, height, width) or (channels, height, width), any strides; float32, float64, bfloat16 or
             float16.
         kernel_size, stride, padding, dilation: a number, or one for each dimension. stride is kernel_size by default.
-            padding never is a maximum; it may be at most half of kernel_size.
+            padded positions are ignored; padding may be at most half of kernel_size.
         ceil_mode: take windows too that reach beyond the padded input, as long as they start inside.
         return_indices: also return where the maxima are (the first of equal ones), as int64 positions in the input's
             planes.
@@ -86,8 +86,8 @@ def max_pool2d(
     Raises:
         RuntimeError: shapes and windows do not fit. TypeError: an argument is of the wrong type.
 
-    Source: torch.nn.functional.max_pool2d. Without return_indices, one byte for each output is kept for backward, and
-    not the input.
+    Source: torch.nn.functional.max_pool2d. Without return_indices, and for windows of up to 256 elements,
+    backward keeps one byte for each output, and not the input.
 
     >>> FF.max_pool2d(torch.arange(16.0).view(1, 1, 4, 4), 2)
     tensor([[[[ 5.,  7.],

@@ -1,5 +1,10 @@
 """torch.nn's modules on fastops' kernels: torch.nn's names and signatures; Linear and convolutions plus activation=."""
 
+import functools
+
+import torch.fx
+
+from fastops.nn._fused import Fused, made_by_a_tool
 from fastops.nn.activation import (
     CELU,
     ELU,
@@ -86,3 +91,23 @@ __all__ = [
     "Tanhshrink",
     "Threshold",
 ]
+
+
+def _are_leaves_of_fx() -> None:
+    """torch.fx calls a module of torch.nn and traces through any other: ours are called, with their hooks, as well.
+
+    A tracer that overrides is_leaf_module has the last word.
+    """
+    ours = (*(globals()[name] for name in __all__), Fused)
+    theirs = torch.fx.Tracer.is_leaf_module
+
+    @functools.wraps(theirs)
+    def is_leaf_module(self: torch.fx.Tracer, m: torch.nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, ours) and (type(m).__module__.startswith("fastops.nn.") or made_by_a_tool(type(m))):
+            return True
+        return theirs(self, m, module_qualified_name)
+
+    torch.fx.Tracer.is_leaf_module = is_leaf_module
+
+
+_are_leaves_of_fx()

@@ -15,7 +15,7 @@ class MaxPool1d(nn.MaxPool1d):
 
     Args:
         kernel_size, stride, padding, dilation: a number. stride: kernel_size by
-            default. padding: at most half of kernel_size, and no part of a maximum.
+            default. padding: at most half of kernel_size; padded positions are ignored.
         return_indices: return the positions of the maxima too, as MaxUnpool1d wants them. Default: False.
         ceil_mode: also windows that reach beyond the end. Default: False.
 
@@ -44,7 +44,7 @@ class MaxPool2d(nn.MaxPool2d):
 
     Args:
         kernel_size, stride, padding, dilation: a number or (height, width). stride: kernel_size by
-            default. padding: at most half of kernel_size, and no part of a maximum.
+            default. padding: at most half of kernel_size; padded positions are ignored.
         return_indices: return the positions of the maxima too, as MaxUnpool2d wants them. Default: False.
         ceil_mode: also windows that reach beyond the end. Default: False.
 
@@ -75,7 +75,7 @@ class MaxPool3d(nn.MaxPool3d):
 
     Args:
         kernel_size, stride, padding, dilation: a number or (depth, height, width). stride: kernel_size by
-            default. padding: at most half of kernel_size, and no part of a maximum.
+            default. padding: at most half of kernel_size; padded positions are ignored.
         return_indices: return the positions of the maxima too, as MaxUnpool3d wants them. Default: False.
         ceil_mode: also windows that reach beyond the end. Default: False.
 
