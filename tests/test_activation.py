@@ -503,3 +503,29 @@ def test_large_outputs_have_the_bits_of_small_ones(isa, kind):
     parts = [run(x[..., part], grad[part]) for part in (slice(half), slice(half, None))]
     for actual, pieces in zip(whole, zip(*parts, strict=True), strict=True):
         exact(actual, torch.cat(pieces, dim=-1))
+
+
+def test_parameters_that_are_nan():
+    nan, x = float("nan"), torch.tensor([5.0, -5.0])
+    for arguments in ((nan, 2.0), (-2.0, nan)):
+        for one, two in ((FF.hardtanh, F.hardtanh), (FF.hardtanh_, F.hardtanh_)):
+            torch.testing.assert_close(one(x.clone(), *arguments), two(x.clone(), *arguments), equal_nan=True)
+    for module in (F, FF):
+        with pytest.raises(RuntimeError):
+            module.softshrink(x, nan)
+
+
+@pytest.mark.parametrize("inplace", ["yes", 1, [], None, 0.0])
+def test_inplace_is_any_truth_value(inplace):
+    x = torch.tensor([1.0, -1.0])
+    assert (FF.relu(x, inplace) is x) == bool(inplace)
+
+
+@pytest.mark.parametrize("dim", [2**64, "a", 1.0, None])
+def test_glu_refuses_as_pytorch(dim):
+    errors = []
+    for module in (F, FF):
+        with pytest.raises((RuntimeError, TypeError, ValueError, OverflowError)) as error:
+            module.glu(torch.ones(4), dim)
+        errors.append(error.type)
+    assert errors[0] is errors[1]

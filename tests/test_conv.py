@@ -722,3 +722,15 @@ class TestModule:
         expected = model(torch.ones(1, 3, 5, 5))
         assert len(fastops.replace_(model).replaced) == 1
         torch.testing.assert_close(model(torch.ones(1, 3, 5, 5)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["conv1d", "conv_transpose1d"])
+@pytest.mark.parametrize("arguments", [
+    {"dilation": 2**62}, {"dilation": 2**63 - 1}, {"padding": 2**62}, {"dilation": 2**62 + 5, "padding": 2**62},
+    {"dilation": 2**31, "padding": 2**31}, {"padding": 2**64},
+], ids=str)  # fmt: skip
+def test_numbers_whose_products_overflow(name, arguments):
+    """They are refused, and nothing is read that does not exist. (PyTorch computes something in some of them.)"""
+    x, w = torch.ones(1, 8, 40), torch.ones(8, 8, 3)
+    with pytest.raises((RuntimeError, ValueError)):
+        getattr(FF, name)(x, w, **arguments)

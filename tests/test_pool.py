@@ -1,7 +1,9 @@
 """Pooling against PyTorch and a float64 reference: values, indices, gradients, every dtype, tier, layout and edge."""
 
 import copy
+import functools
 import math
+import random
 
 import pytest
 import torch
@@ -394,3 +396,104 @@ def test_modules(name):
         ours, plain = (getattr(module, name)(*args, **kwargs, return_indices=True) for module in (fnn, nn))
         for one, two in zip(ours(x), plain(x), strict=True):
             torch.testing.assert_close(one, two)
+
+
+# ---- geometry at its limits
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["max", "avg"])
+def test_windows_that_cover_an_axis_and_its_padding(isa, kind, dims):
+    """Sizes of one, kernels that span an axis, padding on some axes alone: every mix of small ones."""
+    theirs, ours = (getattr(module, f"{kind}_pool{dims}d") for module in (F, FF))
+    rng = random.Random(dims)
+    for _ in range(150):
+        size = [rng.choice((1, 1, 2, 3)) for _ in range(dims)]
+        kernel = [rng.choice((1, 2, 3, n)) for n in size]
+        padding = [rng.randint(0, k // 2) for k in kernel]
+        stride = [rng.choice((1, k)) for k in kernel]
+        x = torch.randn(2, 3, *size)
+        if rng.random() < 0.5 and dims == 2:
+            x = x.contiguous(memory_format=torch.channels_last)
+        arguments = tuple(kernel), tuple(stride), tuple(padding)
+        try:
+            expected = _with_gradient(theirs, x, arguments)
+        except RuntimeError:
+            continue
+        for one, two in zip(_with_gradient(ours, x, arguments), expected, strict=True):
+            torch.testing.assert_close(one, two, msg=lambda m, what=(size, *arguments): f"{what}: {m}")
+
+
+def _with_gradient(function, x, arguments):
+    leaf = x.clone().requires_grad_()
+    y = function(leaf, *arguments)
+    return y.detach(), *torch.autograd.grad(y, leaf, torch.linspace(-1, 1, y.numel()).view(y.shape))
+
+
+@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("output", [(0, 2), (2, 0), (0, 0)])
+def test_a_pool_without_outputs_has_no_gradient(kind, output):
+    for module in (F, FF):
+        x = torch.ones(1, 2, 4, 4, requires_grad=True)
+        y = getattr(module, f"adaptive_{kind}_pool2d")(x, output)
+        assert y.shape == (1, 2, *output)
+        with pytest.raises(RuntimeError, match="backward"):
+            y.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["max_pool2d", "avg_pool2d", "max_pool1d", "avg_pool3d"])
+def test_ceil_mode_with_a_window_larger_than_the_input(name):
+    """Through every door."""
+    dims = int(name[-2])
+    x = torch.arange(2.0**dims).view(1, 1, *(2,) * dims)
+    arguments = {"kernel_size": 3, "stride": 2, "ceil_mode": True}
+    theirs, ours = (functools.partial(getattr(module, name), **arguments) for module in (F, FF))
+    try:
+        expected = theirs(x)
+    except RuntimeError:  # avg_pool3d takes no larger window
+        with pytest.raises(RuntimeError):
+            ours(x)
+        return
+    torch.testing.assert_close(ours(x), expected)
+    torch.testing.assert_close(torch.func.vmap(ours)(x[None]), expected[None])
+    torch.testing.assert_close(torch.compile(ours, backend="aot_eager")(x), expected)
+    gradient = torch.func.grad(lambda z: ours(z).sum())(x)
+    torch.testing.assert_close(gradient, torch.func.grad(lambda z: theirs(z).sum())(x))
+
+
+@pytest.mark.parametrize("name", ["max_pool1d", "max_pool2d", "adaptive_max_pool2d"])
+def test_a_gradient_of_nothing_can_be_differentiated(name):
+    x = torch.randn(0, 2, *(4,) * int(name[-2]), requires_grad=True)
+    y = getattr(FF, name)(x, 2)
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y).requires_grad_(), create_graph=True)
+    assert gradient.requires_grad
+    gradient.sum().backward()
+
+
+LARGE = [2**31, 2**40, 2**62, 2**63 - 1]
+
+
+@pytest.mark.parametrize("argument", ["kernel_size", "stride", "padding", "dilation"])
+@pytest.mark.parametrize("value", LARGE)
+def test_numbers_beyond_32_bits(argument, value):
+    """What PyTorch refuses is refused; nothing overflows."""
+    x = torch.ones(1, 1, 4, 4)
+    arguments = {"kernel_size": 3, argument: value}
+    if argument == "kernel_size":
+        arguments["padding"] = value // 2
+    for module in (F, FF):
+        with pytest.raises(RuntimeError):
+            module.max_pool2d(x, **arguments)
+
+
+@pytest.mark.parametrize("output", [(2,), [2], [None], -(2**63), 2**64, (2, 2, 2), -1, (-1, 2)], ids=str)
+@pytest.mark.parametrize("name", ["adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d"])
+def test_output_sizes_that_are_refused(name, output):
+    x = torch.ones(1, 2, *(4,) * int(name[-2]))
+    outcomes = []
+    for module in (F, FF):
+        try:
+            outcomes.append(tuple(getattr(module, name)(x, output).shape))
+        except (RuntimeError, TypeError, ValueError, IndexError, OverflowError) as error:
+            outcomes.append(type(error))
+    assert outcomes[0] == outcomes[1]

@@ -350,6 +350,11 @@ std::string plan_conv(const Tensor& input, const Tensor& weight, const Tensor& b
     if (stride < 1) return c10::str("stride must be at least 1, got ", stride);
     if (dilation < 1) return c10::str("dilation must be at least 1, got ", dilation);
     if (before < 0) return c10::str("padding must not be negative, got ", before);
+    // Sums and products of these must not overflow.
+    for (const auto& [value, name] : {std::pair(dilation, "dilation"), {before, "padding"}, {after, "padding"}})
+      if (value > INT32_MAX) return c10::str(name, " must be below 2^31, got ", value);
+    if (params.transposed && size > 1 && stride > INT64_MAX / 4 / (size - 1))
+      return c10::str("stride takes the output beyond 2^61 elements, got ", stride);
     if (size < 1 && g.batch > 0) return c10::str("input's spatial dimensions must not be empty, got ", input.sizes());
     const int64_t window = dilation * (kernel - 1) + 1;
     int64_t result = 0;

@@ -148,7 +148,7 @@ PoolPlan make_pool_plan(at::IntArrayRef sizes, at::IntArrayRef output, at::IntAr
   PoolPlan plan;
   std::string problem = plan_pool(sizes, params, plan);
   const auto fits = [&] { return std::equal(output.begin(), output.end(), plan.geometry.out + first); };
-  if (problem.empty() && !fits()) {
+  if (!problem.empty() || !fits()) {
     params.ceil_mode = true;
     problem = plan_pool(sizes, params, plan);
   }
@@ -504,11 +504,13 @@ std::string conv_problem(const Tensor& input, const Tensor& weight, const option
   return plan_conv(input.dim() == dims + 1 ? input.unsqueeze(0) : input, weight, bias.value_or(Tensor()), params, plan);
 }
 
-py::object activation_fast(py::handle input, int kind, double a, double b, bool inplace) {
+py::object activation_fast(py::handle input, int kind, double a, double b, py::handle is_inplace) {
   if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr())) return not_implemented();
   const Tensor& x = THPVariable_Unpack(input.ptr());
   if (!is_supported(x.scalar_type())) return not_implemented();
   const Activation f = make_activation(kind, a, b);
+  const int inplace = PyObject_IsTrue(is_inplace.ptr());  // as PyTorch, whatever it is
+  if (inplace < 0) throw py::error_already_set();
   // PyTorch's threshold_ is the one in-place activation that takes expanded tensors.
   if (inplace && f.kind == ActivationKind::threshold && at::has_internal_overlap(x) == at::MemOverlap::Yes)
     return not_implemented();
@@ -526,7 +528,9 @@ py::object prelu_fast(py::handle input, py::handle weight) {
   return wrap(without_gil([] { return "prelu"; }, [&] { return fastops::prelu(x, w); }, x, w));
 }
 
-py::object glu_fast(py::handle input, int64_t dim) {
+py::object glu_fast(py::handle input, py::handle dimension) {
+  int64_t dim = 0;
+  if (!read_int(dimension.ptr(), dim)) return not_implemented();
   if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr())) return not_implemented();
   const Tensor& x = THPVariable_Unpack(input.ptr());
   if (!glu_accepts(x, dim)) return not_implemented();
@@ -551,14 +555,17 @@ bool read_windows(py::handle kernel, py::handle stride, py::handle padding, py::
 
 // A number, or a tuple or list of numbers and None, which stands for the input's size.
 bool read_output_size(PyObject* object, PoolParams& params) {
-  if (read_sizes(object, params.dims, params.output))
-    return !PyList_Check(object) || PyList_GET_SIZE(object) == params.dims;
-  if (!PyTuple_CheckExact(object) && !PyList_CheckExact(object)) return false;
+  if (!PyTuple_CheckExact(object) && !PyList_CheckExact(object)) {
+    int64_t size = 0;
+    if (!read_int(object, size) || size < 0) return false;
+    std::fill(params.output + 3 - params.dims, params.output + 3, size);
+    return true;
+  }
   if (PySequence_Fast_GET_SIZE(object) != params.dims) return false;
   for (int i = 0; i < params.dims; ++i) {
     int64_t& size = params.output[3 - params.dims + i];
     PyObject* const item = PySequence_Fast_GET_ITEM(object, i);
-    if (item == Py_None)
+    if (item == Py_None && params.dims > 1)
       size = PoolParams::kSameSize;
     else if (!read_int(item, size) || size < 0)
       return false;

@@ -80,8 +80,9 @@ int64_t output_size(int64_t in, int64_t kernel, int64_t stride, int64_t padding,
 // loses against copies to channels_first and back, where a window adds to one element (a comparison for 16 channels
 // takes about 4 cycles, the copies 15 an element; Granite Rapids).
 bool overlaps_widely(const PoolGeometry& g) {
-  int64_t windows = 1;
-  for (int i = 0; i < 3 && !g.adaptive; ++i) windows *= (g.kernel[i] + g.stride[i] - 1) / g.stride[i];
+  int64_t windows = 1;  // each factor is cut off: their product may not overflow
+  for (int i = 0; i < 3 && !g.adaptive; ++i)
+    windows *= std::min<int64_t>((g.kernel[i] + g.stride[i] - 1) / g.stride[i], 65);
   return windows > 64;
 }
 
@@ -105,6 +106,14 @@ void check_operand(const Tensor& tensor, const PoolPlan& plan, const int64_t (&s
                    const char* name) {
   TORCH_CHECK(tensor.sizes() == at::IntArrayRef(sizes_of(plan, spatial)), op, ": ", name, " must have shape ",
               at::IntArrayRef(sizes_of(plan, spatial)), ", got ", tensor.sizes());
+}
+
+// PyTorch's adaptive pools may have no outputs, and then no gradient either.
+void check_has_outputs(const PoolPlan& plan, const char* kind) {
+  for (int i = 3 - plan.dims; i < 3; ++i)
+    TORCH_CHECK(plan.geometry.out[i] > 0, op_name(plan, kind, "_backward"),
+                ": grad_output must not be empty in a spatial dimension, got shape ",
+                at::IntArrayRef(sizes_of(plan, plan.geometry.out)));
 }
 
 // ---- autograd
@@ -272,6 +281,11 @@ std::string plan_pool(at::IntArrayRef sizes, const PoolParams& params, PoolPlan&
     if (g.stride[i] <= 0) return c10::str("stride must be positive, got ", g.stride[i]);
     if (g.dilation[i] <= 0) return c10::str("dilation must be positive, got ", g.dilation[i]);
     if (g.padding[i] < 0) return c10::str("padding must not be negative, got ", g.padding[i]);
+    for (const auto& [value, name] : {std::pair(g.kernel[i], "kernel_size"),
+                                      {g.stride[i], "stride"},
+                                      {g.padding[i], "padding"},
+                                      {g.dilation[i], "dilation"}})
+      if (value > INT32_MAX) return c10::str(name, " must be below 2^31, got ", value);
     if (g.padding[i] > g.kernel[i] / 2)
       return c10::str("padding must be at most half of kernel_size, got ", g.padding[i], " with kernel_size ",
                       g.kernel[i]);
@@ -284,7 +298,9 @@ std::string plan_pool(at::IntArrayRef sizes, const PoolParams& params, PoolPlan&
 }
 
 PoolIndices compact_indices(const PoolGeometry& g) {
-  return pool_box(g, 0) * pool_box(g, 1) * pool_box(g, 2) <= 256 ? PoolIndices::window : PoolIndices::plane;
+  int64_t box = 1;  // each factor is cut off: their product may not overflow
+  for (int i = 0; i < 3; ++i) box *= std::min<int64_t>(pool_box(g, i), 257);
+  return box <= 256 ? PoolIndices::window : PoolIndices::plane;
 }
 
 MaxPoolOutput max_pool_forward(const Tensor& input, const PoolPlan& plan, PoolIndices kind) {
@@ -311,6 +327,7 @@ MaxPoolOutput max_pool_forward(const Tensor& input, const PoolPlan& plan, PoolIn
 
 Tensor max_pool_backward(const Tensor& grad_output, const Tensor& indices, const PoolPlan& plan) {
   check_input(grad_output, "max_pool_backward", "grad_output");
+  check_has_outputs(plan, "max");
   check_operand(grad_output, plan, plan.geometry.out, "max_pool_backward", "grad_output");
   check_operand(indices, plan, plan.geometry.out, "max_pool_backward", "indices");
   const bool window = indices.scalar_type() == at::kByte;
@@ -360,11 +377,12 @@ Tensor max_pool_positions(const Tensor& indices, const PoolPlan& plan) {
 }
 
 Tensor differentiable_max_pool_backward(const Tensor& grad_output, const Tensor& indices, const PoolPlan& plan) {
+  check_has_outputs(plan, "max");
   const PoolGeometry& geometry = plan.geometry;
   const std::array<int64_t, 2> rows = {geometry.batch * geometry.channels, -1};
   const Sizes sizes = sizes_of(plan, geometry.in);
   const Tensor zeros = at::zeros(sizes, grad_output.options());
-  if (grad_output.numel() == 0) return zeros;
+  if (grad_output.numel() == 0) return zeros + grad_output.sum();  // what is differentiated needs a graph
   const Tensor positions = max_pool_positions(indices, plan).reshape(rows);
   return zeros.reshape(rows).scatter_add(-1, positions, grad_output.reshape(rows)).reshape(sizes);
 }
@@ -398,6 +416,7 @@ Tensor avg_pool_forward(const Tensor& input, const PoolPlan& plan, const AvgDivi
 
 Tensor avg_pool_backward(const Tensor& grad_output, const PoolPlan& plan, const AvgDivisor& divisor) {
   check_input(grad_output, "avg_pool_backward", "grad_output");
+  check_has_outputs(plan, "avg");
   check_operand(grad_output, plan, plan.geometry.out, "avg_pool_backward", "grad_output");
   const Tensor g = in_layout(grad_output, plan.layout);
   Tensor grad_input = empty_in(sizes_of(plan, plan.geometry.in), plan.layout, g.scalar_type(), g.device());

@@ -159,7 +159,9 @@ def valid(kind: str, a: Any, b: Any) -> bool:
     """Whether the parameters are plain numbers that the kernels take. PyTorch refuses the others."""
     if not (isinstance(a, (int, float)) and isinstance(b, (int, float))):
         return False
-    return not ((kind == "celu" and a == 0) or (kind == "softshrink" and a < 0))
+    if kind == "hardtanh":
+        return a <= b
+    return not (kind == "celu" and a == 0) and (kind != "softshrink" or a >= 0)
 
 
 def _general_activation(
@@ -581,7 +583,7 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     """
     if min_val > max_val:
         raise ValueError(f"hardtanh: min_val cannot be greater than max_val, got {min_val} and {max_val}")
-    if not _is_compiling():
+    if not _is_compiling() and min_val <= max_val:
         result = _fast_activation(input, _HARDTANH, min_val, max_val, inplace)
         if result is not NotImplemented:
             return result
@@ -603,7 +605,7 @@ def hardtanh_(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Ten
     >>> x
     tensor([-1.,  0.,  1.])
     """
-    if not _is_compiling():
+    if not _is_compiling() and min_val <= max_val:
         result = _fast_activation(input, _HARDTANH, min_val, max_val, True)
         if result is not NotImplemented:
             return result

@@ -303,10 +303,17 @@ def _sizes(value: Any, dims: int) -> tuple[int, ...] | None:
     return values if len(values) == dims and all(type(v) is int for v in values) else None
 
 
+def _check_range(name: str, values: tuple[int, ...]) -> None:
+    """Refuses what would overflow in the arithmetic of positions. PyTorch's parser refuses numbers from 2^63."""
+    if 2**31 <= max(values) < 2**63:
+        raise RuntimeError(f"conv: {name} must be below 2^31, got {values}")
+
+
 def _geometry(numbers: _Numbers, dims: int, transposed: bool, weight: Tensor) -> _conv_ops.Geometry | None:
     stride, dilation, extra = (_sizes(v, dims) for v in (numbers.stride, numbers.dilation, numbers.output_padding))
     if stride is None or dilation is None or extra is None or type(numbers.groups) is not int:
         return None
+    _check_range("dilation", dilation)
     if isinstance(numbers.padding, str):
         if transposed or numbers.padding not in ("same", "valid"):
             return None
@@ -321,6 +328,7 @@ def _geometry(numbers: _Numbers, dims: int, transposed: bool, weight: Tensor) ->
         before = _sizes(numbers.padding, dims)
         if before is None:
             return None
+        _check_range("padding", before)
         after = tuple(n - e for n, e in zip(before, extra, strict=True))
     return _conv_ops.Geometry(stride, before + after, dilation, transposed, numbers.groups)
 

@@ -395,7 +395,7 @@ def _general_avg(
         args = *args, divisor_override
     if not _is_compiling() and overrides(input):
         return handle_torch_function(ours, (input,), input, *args)
-    good = divisor_override is None or (type(divisor_override) is int and divisor_override != 0)
+    good = divisor_override is None or (type(divisor_override) is int and 0 < abs(divisor_override) < 2**63)
     if _takes(input) and type(count_include_pad) is bool and good:
         windows = _windows(input, dims, kernel_size, stride, padding, 1, ceil_mode)
         # PyTorch refuses windows larger than the input in three dimensions, padding or not.
@@ -412,14 +412,15 @@ def _general_adaptive(ours: Callable[..., Any], input: Any, output_size: Any, *r
         return handle_torch_function(ours, (input,), input, output_size, *return_indices)
     if _takes(input) and input.dim() in (dims + 1, dims + 2) and all(type(b) is bool for b in return_indices):
         spatial = input.shape[input.dim() - dims :]
-        several = isinstance(output_size, (tuple, list)) and len(output_size) == dims
-        if several:
+        several = isinstance(output_size, (tuple, list))
+        # PyTorch's one-dimensional forms know no None.
+        if several and len(output_size) == dims > 1:
             output_size = [n if o is None else o for o, n in zip(output_size, spatial, strict=True)]
         # A symbolic size of the input's is no int, and good.
-        output = tuple(output_size) if several else _sizes(output_size, dims)
-        if output is not None and min(spatial) > 0 and all(isinstance(o, (int, torch.SymInt)) for o in output):
+        output = tuple(output_size) if several else (output_size,) * dims
+        if len(output) == dims and min(spatial) > 0 and all(isinstance(o, (int, torch.SymInt)) for o in output):
             windows = _pool_ops.Windows(output)
-            if min(output) >= 0 and not any(type(o) is bool for o in output):
+            if min(output) >= 0 and not any(type(o) is bool or (type(o) is int and o >= 2**63) for o in output):
                 if return_indices:
                     return _maxima(input, windows, return_indices[0])
                 return _pool_ops.avg_pool(_cast(input, dims), windows, False, 0)

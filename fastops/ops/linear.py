@@ -59,7 +59,7 @@ def _times(x: Tensor, y: Tensor) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     """(*, n) as (m, n), also where m or n is 0."""
-    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    return x.unsqueeze(0) if x.dim() == 1 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _sum(*terms: Tensor | None) -> Tensor | None:

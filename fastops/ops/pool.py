@@ -40,6 +40,8 @@ def windows(
     """The windows over an input of these spatial sizes; None where PyTorch refuses them."""
     output = []
     for size, k, s, p, d in zip(sizes, kernel, stride, padding, dilation, strict=True):
+        if max(k, s, p, d) >= 2**31:  # PyTorch keeps them in 32 bits
+            return None
         if size < 1 or k < 1 or s < 1 or d < 1 or p < 0 or p > k // 2:
             return None
         out = (size + 2 * p - d * (k - 1) - 1 + (s - 1 if ceil_mode else 0)) // s + 1

@@ -121,10 +121,11 @@ inline Pool make_pool(const PoolGeometry& g, Layout layout) {
   return pool;
 }
 
-// Whether a plane is a single window, and, after merging, a single row.
+// Whether a plane is a single window, and, after merging, a single row. A window that reaches beyond that row has
+// another divisor.
 inline bool is_whole(const Pool& pool) {
-  return pool.d.in == 1 && pool.h.in == 1 && pool.w.out == 1 && pool.w.kernel == pool.w.in && pool.w.padding == 0 &&
-         pool.w.dilation == 1 && pool.out_plane() == 1;
+  return pool.d.in == 1 && pool.d.kernel == 1 && pool.h.in == 1 && pool.h.kernel == 1 && pool.w.out == 1 &&
+         pool.w.kernel == pool.w.in && pool.w.padding == 0 && pool.w.dilation == 1 && pool.out_plane() == 1;
 }
 
 // Iterates over the positions of volumes.
