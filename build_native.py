@@ -35,6 +35,9 @@ EXTENSION = ROOT / "build" / "extension"
 
 COMMON = ["-std=c++20", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden"]
 OPTIMIZE = ["-O3"]
+# -O3 compiles the scalar tier in 118 s and -O2 in 67 (Zen 5, two at a time). Products, convolutions and activations are
+# as fast, 3x3 max pools 12% slower.
+OPTIMIZE_SCALAR = ["-O2"]
 SANITIZE = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # AddressSanitizer sees a null pointer and the end of an object too, and the kernels have no virtual function.
 SANITIZE += ["-fno-sanitize=null,object-size,vptr"]
@@ -318,9 +321,12 @@ def _path(path: Path) -> str:
 
 def add_kernels(build: Build, cuda: Cuda) -> list[Path]:
     """Adds the kernels for the processor and for the GPU; returns their objects. They need nothing of torch."""
-    common = [*common_flags(compiler_version(build.compiler)), *OPTIMIZE]
+    common = common_flags(compiler_version(build.compiler))
     objects = [] if cuda.why_not else [build.compile_cuda(cuda, source) for source in sorted(CUDA_KERNELS.glob("*.cu"))]
-    return objects + [build.compile(source, [*common, *kernel_flags(source)]) for source in kernel_sources()]
+    for source in kernel_sources():
+        optimize = OPTIMIZE_SCALAR if source.name == "isa_scalar.cpp" else OPTIMIZE
+        objects.append(build.compile(source, [*common, *optimize, *kernel_flags(source)]))
+    return objects
 
 
 def build_kernels() -> None:
