@@ -58,12 +58,13 @@ def test_sizes_beyond_two_to_the_31_elements():
     x.copy_(torch.randn(64))
     actual = FF.max_pool1d(x.view(1, 1, 64), 2)
     exact(actual.cpu(), F.max_pool1d(x.cpu().view(1, 1, 64), 2))
-    # A padded window so large that its products need 64 bits.
+    # A padded window so large that its products need 64 bits; PyTorch takes none that is larger.
+    window = [2**31 - 1], [2**31 - 1], [2**30 - 1], [1]
     small = torch.randn(1, 1, 5, device=DEVICE)
-    y, indices = ops.max_pool_forward(small, [1], [2**31], [2**31], [2**30], [1], "plane")
+    y, indices = ops.max_pool_forward(small, [1], *window, "plane")
     assert float(y.cpu()) == float(small.cpu().max())
     assert int(indices.cpu()) == int(small.cpu().argmax())
-    grad = ops.max_pool_backward(torch.ones_like(y), indices, [1, 1, 5], [2**31], [2**31], [2**30], [1], 1, False)
+    grad = ops.max_pool_backward(torch.ones_like(y), indices, [1, 1, 5], *window, 1, False)
     exact(grad.cpu(), F.one_hot(small.cpu().argmax(), 5).float().view(1, 1, 5))
 
 
