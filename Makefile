@@ -3,8 +3,8 @@
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-INSTALL := $(PYTHON) -m pip --quiet --disable-pip-version-check install --no-compile
 # Bytecode is compiled at the first import, of what is imported: 10 s less on one core.
+INSTALL := $(PYTHON) -m pip --quiet --disable-pip-version-check install --no-compile
 PYTHON3 ?= python3
 
 SOURCES := $(shell find csrc -type f) build_native.py setup.py

@@ -11,11 +11,11 @@ import sys
 import traceback
 
 import torch
+from modes import Through
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastops
 import fastops.functional as FF
@@ -34,11 +34,6 @@ def call(x=None):
     m = model()
     fastops.replace_(m)
     return m(torch.ones(3, 2, 8, 8) if x is None else x)
-
-
-class _Through(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -135,7 +130,7 @@ STATES = {
     "default device meta": in_mode(lambda: default_device("meta")),
     "one thread": in_mode(lambda: threads(1)),
     "deterministic": in_mode(deterministic),
-    "dispatch mode": in_mode(_Through),
+    "dispatch mode": in_mode(Through),
     "anomaly detection": in_mode(lambda: torch.autograd.detect_anomaly(check_nan=False)),
     "saved tensors on disk": in_mode(lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)),
     "profiler": in_mode(torch.profiler.profile),

@@ -1,6 +1,5 @@
 """DistributedDataParallel over two gloo processes: the weights of plain PyTorch, and of one process with all data."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import ddp
 import pytest
 import torch.distributed
+from modes import ENVIRONMENT
 
 TESTS = Path(__file__).resolve().parent
 
@@ -18,14 +18,13 @@ def outcomes(tmp_path_factory):
     if not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
     meeting = tmp_path_factory.mktemp("ddp") / "meeting"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])}
     processes = [
         subprocess.Popen(
             [sys.executable, TESTS / "ddp.py", str(rank), meeting],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=ENVIRONMENT,
         )
         for rank in range(2)
     ]

@@ -1,11 +1,11 @@
 """What the first call of a process finds leaves nothing behind: modes, defaults, threads, a fork."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from modes import ENVIRONMENT
 
 TESTS = Path(__file__).resolve().parent
 
@@ -18,7 +18,7 @@ def outcomes():
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])},
+        env=ENVIRONMENT,
     )
     assert run.returncode == 0, run.stderr
     lines = [line.partition(": ") for line in run.stdout.splitlines()]

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from modes import Through
 from reference import ACTIVATIONS, INPLACE
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastops.functional as FF
@@ -41,11 +41,6 @@ FORMS = [Form(name, args, True) for name, args in _ARGUMENTS]
 FORMS += [Form(f"{name}_", args, False) for name, args in _ARGUMENTS if hasattr(F, f"{name}_")]
 
 
-class _Through(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-
-
 def _backward(f: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
     leaf = x.clone().requires_grad_()
     y = f(leaf * 1)
@@ -58,7 +53,7 @@ def plain(f, x):
 
 
 def under_a_dispatch_mode(f, x):
-    with _Through():
+    with Through():
         return _backward(f, x)
 
 

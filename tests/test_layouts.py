@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from guarded import Arena, extent, random_strides
+from modes import Through
 from reference import ACTIVATIONS, INPLACE
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastops.functional as FF
 
@@ -122,13 +122,6 @@ def _run(function: Callable[..., Tensor], operands: Sequence[Tensor], grad: Tens
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
-class _Through(TorchDispatchMode):
-    """A mode that changes nothing, and so makes every call take the general door."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-
-
 def _random_call(op: Callable[[random.Random], Call], seed: int) -> tuple[Call, list[Tensor], Tensor]:
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -157,7 +150,7 @@ def test_any_strides(op, door):
         if door == "fast":
             actual = _run(call.ours, operands, grad)
         else:
-            with _Through():
+            with Through():
                 actual = _run(call.ours, operands, grad)
         what = f"seed {seed}: {_described(operands, grad)}"
         for one, two in zip(actual, expected, strict=True):
@@ -169,7 +162,7 @@ def test_fake_kernels_promise_the_strides(op):
     """What a compiler is told about a result is what the op returns: shape, strides and dtype, forward and backward."""
     for seed in range(1000, 1040):
         call, operands, grad = _random_call(op, seed)
-        with _Through():
+        with Through():
             real = _run(call.ours, operands, grad)
         with FakeTensorMode(allow_non_fake_inputs=False) as mode:
             fake = _run(call.ours, [mode.from_tensor(t) for t in operands], mode.from_tensor(grad))
@@ -216,4 +209,4 @@ def test_in_place_on_any_strides(door):
 
 
 def _door(name: str):
-    return _Through() if name == "general" else torch.enable_grad()
+    return Through() if name == "general" else torch.enable_grad()
