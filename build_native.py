@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
-KERNELS = ROOT / "csrc" / "kernels" / "cpu"
-CUDA_KERNELS = ROOT / "csrc" / "kernels" / "cuda"
+KERNELS = ROOT / "csrc" / "kernels"  # a room an op: <op>/<op>.h, <op>/cpu, <op>/cuda
+SAVED = KERNELS / "activation" / "cpu" / "saved.cpp"  # what each activation saves
 TORCH_LAYER = ROOT / "csrc" / "torch"
 EMULATOR = ROOT / "tests" / "emulator"
 EXTENSION = ROOT / "build" / "extension"
@@ -93,8 +93,13 @@ def runs_here(flags: list[str]) -> bool:
 def kernel_sources() -> list[Path]:
     """The kernels for this kind of processor, slowest to compile first."""
     x86 = platform.machine() in ("x86_64", "AMD64")
-    tiers = [KERNELS / name for name in TIERS if x86 or name == "isa_scalar.cpp"]
-    return tiers + sorted(path for path in KERNELS.glob("*.cpp") if path.name not in TIERS)
+    tiers = [KERNELS / "common" / "cpu" / name for name in TIERS if x86 or name == "isa_scalar.cpp"]
+    return tiers + sorted(path for path in KERNELS.glob("*/cpu/*.cpp") if path.name not in TIERS)
+
+
+def cuda_sources() -> list[Path]:
+    """The CUDA kernels."""
+    return sorted(KERNELS.glob("*/cuda/*.cu"))
 
 
 def kernel_flags(source: Path) -> list[str]:
@@ -322,7 +327,7 @@ def _path(path: Path) -> str:
 def add_kernels(build: Build, cuda: Cuda) -> list[Path]:
     """Adds the kernels for the processor and for the GPU; returns their objects. They need nothing of torch."""
     common = common_flags(compiler_version(build.compiler))
-    objects = [] if cuda.why_not else [build.compile_cuda(cuda, source) for source in sorted(CUDA_KERNELS.glob("*.cu"))]
+    objects = [] if cuda.why_not else [build.compile_cuda(cuda, source) for source in cuda_sources()]
     for source in kernel_sources():
         optimize = OPTIMIZE_SCALAR if source.name == "isa_scalar.cpp" else OPTIMIZE
         objects.append(build.compile(source, [*common, *optimize, *kernel_flags(source)]))
@@ -401,8 +406,8 @@ def build_emulator(folder: Path, result: Path, torch: Path, python_include: str)
     build = Build(folder)
     flags = emulator_flags()
     include = [torch / "include", torch / "include" / "torch" / "csrc" / "api" / "include", Path(python_include)]
-    objects = [build.compile(source, ["-x", "c++", *flags]) for source in sorted(CUDA_KERNELS.glob("*.cu"))]
-    objects.append(build.compile(KERNELS / "activation.cpp", flags))  # what each activation saves
+    objects = [build.compile(source, ["-x", "c++", *flags]) for source in cuda_sources()]
+    objects.append(build.compile(SAVED, flags))
     for source in sorted(EMULATOR.glob("*.cpp")):
         uses_torch = source.name == "device.cpp"
         objects.append(build.compile(source, [*flags, *(f"-isystem{path}" for path in include if uses_torch)]))
@@ -416,7 +421,7 @@ def build_emulator_checks(folder: Path, kernels: Path) -> list[Path]:
     build = Build(folder)
     flags = [*emulator_flags(), "-O1"]
     emulator = [build.compile(EMULATOR / name, flags) for name in ("simt.cpp", "cuda_runtime.cpp")]
-    emulator.append(build.compile(KERNELS / "activation.cpp", flags))
+    emulator.append(build.compile(SAVED, flags))
     programs = []
     for source in sorted((EMULATOR / "checks").glob("*.cpp")):
         check = build.compile(source, [*flags, f"-I{kernels}", "-include", str(EMULATOR / "checks" / "mutant.h")])
@@ -468,7 +473,7 @@ def print_cuda_usage() -> int:
     cuda = find_nvcc()
     if cuda.why_not:
         raise SystemExit(f"fastops: CUDA kernels {cuda}")
-    rows = cuda_usage(cuda, sorted(CUDA_KERNELS.glob("*.cu")))
+    rows = cuda_usage(cuda, cuda_sources())
     print(f"{'':8} {'registers':>9} {'stack':>6} {'spilled':>8}  kernel")
     for row in sorted(rows):
         print(

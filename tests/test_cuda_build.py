@@ -131,7 +131,7 @@ def test_architectures(monkeypatch):
 def test_no_kernel_of_linear_spills(monkeypatch):
     """`make cuda-usage` shows all kernels on all architectures."""
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
-    rows = build_native.cuda_usage(_nvcc(), [build_native.CUDA_KERNELS / "linear.cu"])
+    rows = build_native.cuda_usage(_nvcc(), [build_native.KERNELS / "linear" / "cuda" / "linear.cu"])
     assert len(rows) >= 30
     assert {row.architecture for row in rows} == {"sm_80"}
     assert [row for row in rows if row.spill_stores or row.spill_loads] == []
@@ -157,7 +157,7 @@ def test_kernels_see_no_torch():
 
 def test_editors_are_told_how_a_file_is_compiled(tmp_path):
     build = build_native.Build(tmp_path, ["g++"])
-    source = ROOT / "csrc" / "kernels" / "cpu" / "dispatch.cpp"
+    source = ROOT / "csrc" / "kernels" / "common" / "cpu" / "dispatch.cpp"
     result = build.compile(source, ["-O3"])
     build.describe(tmp_path / "compile_commands.json")
     (step,) = json.loads((tmp_path / "compile_commands.json").read_text())

@@ -29,7 +29,7 @@ class Mutant(NamedTuple):
 
 
 GEMM, ACTIVATION, FORMULAS, POOL = "gemm.cuh", "activation.cuh", "formulas.cuh", "pool.cuh"
-CONV, DEPTHWISE, MLP = "conv.cuh", "conv_depthwise.cuh", "mlp.cuh"
+CONV, DEPTHWISE, MLP = "conv.cuh", "depthwise.cuh", "mlp.cuh"
 MUTANTS = [
     # ---- barriers
     Mutant("no barrier before a tile is read", "gemm", GEMM, "__syncthreads();", "", back="  // this tile"),
@@ -215,7 +215,7 @@ def programs() -> dict[str, Path]:
     with build_native.locked(folder):
         kernels = ROOT / "csrc" / "kernels"
         for source in filter(Path.is_file, kernels.rglob("*")):
-            mutants = [(i, m) for i, m in enumerate(MUTANTS, 1) if source == kernels / "cuda" / m.file]
+            mutants = [(i, m) for i, m in enumerate(MUTANTS, 1) if source.name == m.file]
             text = switches(mutants, source.read_text())
             copy = folder / "kernels" / source.relative_to(kernels)
             copy.parent.mkdir(parents=True, exist_ok=True)

@@ -100,7 +100,7 @@ def test_verbose(value, lines):
         assert "aten" in rows[1]
 
 
-# ---- names of kernels: the rule is in csrc/kernels/kernel_name.h
+# ---- names of kernels: the rule is in csrc/kernels/common/kernel_name.h
 
 NAME = re.compile(
     r"([a-z][a-z0-9]*(?:_[a-z][a-z0-9]*)*?)(?:_(\d+(?:x\d+)*))?_(scalar|avx2|avx512|avx512_bf16|amx|cuda)"

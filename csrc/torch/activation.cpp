@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "../kernels/cpu/isa.h"
+#include "../kernels/common/cpu/isa.h"
 #include "check.h"
 #include "fast_door.h"
 #include "gpu.h"

@@ -5,8 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 
-#include "../kernels/activation.h"
-#include "../kernels/tensor.h"
+#include "../kernels/activation/activation.h"
+#include "../kernels/common/tensor.h"
 #include "gpu.h"
 
 namespace fastops {

@@ -1,10 +1,10 @@
-#include "../kernels/conv.h"
+#include "../kernels/conv/conv.h"
 
 #include <ATen/ATen.h>
 
 #include <atomic>
 
-#include "../kernels/cpu/isa.h"
+#include "../kernels/common/cpu/isa.h"
 #include "check.h"
 #include "conv_plan.h"
 #include "fast_door.h"

@@ -1,8 +1,8 @@
-#include "../kernels/conv_pool.h"
+#include "../kernels/conv_pool/conv_pool.h"
 
 #include <ATen/ATen.h>
 
-#include "../kernels/cpu/isa.h"
+#include "../kernels/common/cpu/isa.h"
 #include "conv_plan.h"
 #include "fast_door.h"
 #include "node.h"

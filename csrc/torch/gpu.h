@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "../kernels/cuda/kernels.h"
+#include "../kernels/common/cuda/kernels.h"
 #include "record.h"
 
 namespace fastops::gpu {

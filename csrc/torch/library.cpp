@@ -6,7 +6,7 @@
 #include <torch/library.h>
 #include <torch/python.h>
 
-#include "../kernels/cpu/isa.h"
+#include "../kernels/common/cpu/isa.h"
 #include "check.h"
 #include "fast_door.h"
 #include "gpu.h"

@@ -1,7 +1,7 @@
 #include <ATen/ATen.h>
 
-#include "../kernels/cpu/isa.h"
-#include "../kernels/linear.h"
+#include "../kernels/common/cpu/isa.h"
+#include "../kernels/linear/linear.h"
 #include "check.h"
 #include "fast_door.h"
 #include "gpu.h"

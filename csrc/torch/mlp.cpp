@@ -1,4 +1,4 @@
-#include "../kernels/mlp.h"
+#include "../kernels/mlp/mlp.h"
 
 #include <ATen/ATen.h>
 

@@ -11,9 +11,9 @@
 #include <string>
 #include <string_view>
 
-#include "../kernels/activation.h"
-#include "../kernels/conv.h"
-#include "../kernels/pool.h"
+#include "../kernels/activation/activation.h"
+#include "../kernels/conv/conv.h"
+#include "../kernels/pool/pool.h"
 
 namespace fastops {
 
@@ -97,7 +97,7 @@ std::array<Tensor, 3> differentiable_conv_backward(const Tensor& grad_output, co
 void set_conv_precision(ConvPrecision precision);
 ConvPrecision conv_precision();
 
-// ---- activation.cpp
+// ---- saved.cpp
 struct ActivationOutput {
   Tensor y;
   Tensor mask;  // uint8, (numel + 7) / 8 bytes in the memory order of y; undefined if not wanted

@@ -1,8 +1,8 @@
-#include "../kernels/pool.h"
+#include "../kernels/pool/pool.h"
 
 #include <ATen/ATen.h>
 
-#include "../kernels/cpu/isa.h"
+#include "../kernels/common/cpu/isa.h"
 #include "check.h"
 #include "fast_door.h"
 #include "gpu.h"

@@ -12,7 +12,7 @@
 #include <string_view>
 #include <vector>
 
-#include "../kernels/kernel_name.h"
+#include "../kernels/common/kernel_name.h"
 
 namespace fastops::record {
 
@@ -26,7 +26,7 @@ void start();             // begins a recording; recordings nest
 std::vector<Row> stop();  // ends the innermost one: its rows, in order of call
 void add(Row row);
 
-// The name of a kernel by the rule of csrc/kernels/kernel_name.h: "gemm_12x32_avx512".
+// The name of a kernel by the rule of csrc/kernels/common/kernel_name.h: "gemm_12x32_avx512".
 std::string kernel_text(const KernelName& name, const char* tier);
 
 std::string shapes_of(std::initializer_list<at::Tensor> tensors);  // "16x10, 5x10, 5"; undefined ones are left out

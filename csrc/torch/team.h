@@ -1,7 +1,7 @@
 // The threads of the kernels, from PyTorch's OpenMP pool.
 #pragma once
 
-#include "../kernels/parallel.h"
+#include "../kernels/common/parallel.h"
 
 namespace fastops {
 

@@ -95,7 +95,7 @@ def supports(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 
 
 def _fits_int(input: Tensor, weight: Tensor, sizes: Sequence[int], geometry: Geometry) -> bool:
-    """What the CUDA kernels count in ints: see fits_int in csrc/kernels/conv.h, which takes a little more."""
+    """What the CUDA kernels count in ints: see fits_int in csrc/kernels/conv/conv.h, which takes a little more."""
     around, strides = geometry.padding[: len(sizes)], geometry.stride
     spans = (k * d for k, d in zip(weight.shape[2:], geometry.dilation, strict=True))
     reaches = (n * s for n, s in zip((*input.shape[2:], *sizes), (*strides, *strides), strict=True))

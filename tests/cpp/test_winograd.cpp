@@ -10,13 +10,13 @@
 #if !defined(FASTOPS_VEC_AVX2) && !defined(FASTOPS_VEC_AVX512) && !defined(FASTOPS_VEC_SCALAR)
 #define FASTOPS_VEC_SCALAR
 #endif
-#include "../../csrc/kernels/cpu/bodies_prelude.h"
+#include "../../csrc/kernels/common/cpu/bodies_prelude.h"
 #include "products.h"
 
 namespace fastops {
 namespace tested {
 namespace {
-#include "../../csrc/kernels/cpu/bodies.inl"
+#include "../../csrc/kernels/common/cpu/bodies.inl"
 }  // namespace
 }  // namespace tested
 }  // namespace fastops

@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "../../csrc/kernels/cpu/isa.h"
+#include "../../csrc/kernels/common/cpu/isa.h"
 
 namespace {
 

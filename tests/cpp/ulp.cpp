@@ -19,7 +19,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/kernels/cpu/isa.h"
+#include "../../csrc/kernels/common/cpu/isa.h"
 
 namespace {
 

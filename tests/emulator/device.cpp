@@ -22,7 +22,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "../../csrc/kernels/cuda/kernels.h"
+#include "../../csrc/kernels/common/cuda/kernels.h"
 #include "simt.h"
 
 namespace {

@@ -1,5 +1,5 @@
 // Elementwise kernels over rows that are not whole units, with a mask, and PReLU's sum of a channel.
-#include "cuda/activation.cuh"
+#include "activation/cuda/activation.cuh"
 
 #include "check.h"
 

@@ -10,7 +10,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/launch.h"
+#include "common/cuda/launch.h"
 #include "simt.h"
 
 // Elements that end at a page that faults, full of NaNs at first.

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "check.h"
-#include "cuda/conv.cuh"
+#include "conv/cuda/conv.cuh"
 
 namespace fastops::cuda {
 namespace {

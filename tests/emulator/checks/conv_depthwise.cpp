@@ -1,6 +1,6 @@
 // Depthwise convolutions of integers in both layouts: output and gradients, folded and not, with a stride and two
 // outputs a channel, sums in two parts.
-#include "cuda/conv_depthwise.cuh"
+#include "conv/cuda/depthwise.cuh"
 
 #include "conv.h"
 

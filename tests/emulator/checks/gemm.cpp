@@ -1,6 +1,6 @@
 // The matrix product on integers, whose results are exact: every multiplier and way to load, tiles that are not full,
 // more tiles of k than stages, k in two parts, sums of rows.
-#include "cuda/gemm.cuh"
+#include "gemm/cuda/gemm.cuh"
 
 #include "check.h"
 

@@ -1,7 +1,7 @@
 // The fused network on integers, whose results are exact: every way to form the products, weights that stay and that
 // come layer by layer, one tile and two at a time, rows that fill no tile, widths that fill no step, operands that are
 // read 16 bytes at a time and not.
-#include "cuda/mlp.cuh"
+#include "mlp/cuda/mlp.cuh"
 
 #include "check.h"
 

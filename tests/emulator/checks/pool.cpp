@@ -1,6 +1,6 @@
 // Pools of windows that overlap and reach over the edge, forward and backward: every x is different, so that a maximum
 // is at one place.
-#include "cuda/pool.cuh"
+#include "pool/cuda/pool.cuh"
 
 #include "check.h"
 

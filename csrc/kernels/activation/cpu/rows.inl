@@ -1,0 +1,65 @@
+// Activations and their derivatives over rows of elements. Linear also calls these, in its epilogue and while it packs
+// operands.
+#pragma once
+
+#include "../../common/cpu/math.inl"
+#include "../../common/cpu/vec.h"
+#include "../activation_math.inl"
+
+// y[i] = f(x[i]). In is S or its compute type. If In is S, x == y is allowed.
+template <class Kind, class In, class S>
+void forward_row(const In* x, S* y, int64_t n, const Activation& activation) {
+  using V = Vec<Compute<S>>;
+  const auto p = parameters<S>(activation);
+  int64_t i = 0;
+  for (; i + V::size <= n; i += V::size) Kind::forward(V::load(x + i), p).store(y + i);
+  if (i < n) {
+    const int tail = static_cast<int>(n - i);
+    Kind::forward(V::load(x + i, tail), p).store(y + i, tail);
+  }
+}
+
+// g[i] = grad_y[i] f'(saved[i]). Out is S or its compute type. If Out is S, g may be grad_y or saved.
+template <class Kind, class S, class Out>
+void backward_row(const S* grad_y, const S* saved, Out* g, int64_t n, const Activation& activation) {
+  using V = Vec<Compute<S>>;
+  const auto p = parameters<S>(activation);
+  int64_t i = 0;
+  for (; i + V::size <= n; i += V::size) Kind::backward(V::load(grad_y + i), V::load(saved + i), p).store(g + i);
+  if (i < n) {
+    const int tail = static_cast<int>(n - i);
+    Kind::backward(V::load(grad_y + i, tail), V::load(saved + i, tail), p).store(g + i, tail);
+  }
+}
+
+template <class In, class S>
+using ForwardRow = void (*)(const In* x, S* y, int64_t n, const Activation&);
+template <class S, class Out>
+using BackwardRow = void (*)(const S* grad_y, const S* saved, Out* g, int64_t n, const Activation&);
+
+template <class In, class S>
+ForwardRow<In, S> find_forward_row(ActivationKind kind) {
+  return with_kind(kind, [](auto k) -> ForwardRow<In, S> { return forward_row<decltype(k), In, S>; });
+}
+
+// Reads y if from_output, else x. For sigmoid and tanh it always reads y.
+template <class S, class Out>
+BackwardRow<S, Out> find_backward_row(ActivationKind kind, bool from_output) {
+  return with_derivative(kind, from_output,
+                         [](auto k) -> BackwardRow<S, Out> { return backward_row<decltype(k), S, Out>; });
+}
+
+// For linear: y = f(z) in the epilogue, and g = grad_y f'(saved), where saved is y or z as saved_by_linear says.
+template <class S>
+using RowForward = ForwardRow<Compute<S>, S>;
+template <class S>
+using RowDerivative = BackwardRow<S, Compute<S>>;
+
+template <class S>
+RowForward<S> row_forward(ActivationKind kind) {
+  return find_forward_row<Compute<S>, S>(kind);
+}
+template <class S>
+RowDerivative<S> row_derivative(ActivationKind kind) {
+  return find_backward_row<S, Compute<S>>(kind, kind == ActivationKind::softshrink);
+}

@@ -1,0 +1,74 @@
+// Contract of the fully fused multilayer perceptron: all layers of a narrow network in one kernel, forward and
+// backward. CUDA only. On the CPU, and where mlp_applies is false, the op is a chain of linear layers (linear.h).
+//
+//   y_0 = x,   y_l+1 = f(y_l W_l^T + b_l) for l < layers - 1,   y = g(y_layers-1 W_layers-1^T + b_layers-1)
+//
+// Hidden outputs are rounded to the storage type, as in a chain of layers. Weights and activations stay on the chip, an
+// idea of Mueller, Rousselle, Novak and Keller, "Real-time Neural Radiance Caching for Path Tracing" (2021).
+//
+// Strides are in elements. Outputs overlap no operand.
+#pragma once
+
+#include "../activation/activation.h"
+#include "../common/tensor.h"
+
+namespace fastops {
+
+inline constexpr int kMostMlpLayers = 16;
+inline constexpr int64_t kMostMlpWidth = 128;
+
+// Float32, bfloat16 or float16; every width from 1 to kMostMlpWidth.
+struct MlpShape {
+  DType dtype;
+  bool allow_tf32;  // float32 products of operands rounded to tf32
+  int64_t m;        // rows of the batch
+  int layers;
+  int64_t widths[kMostMlpLayers + 1];  // of x, then of each layer's output
+};
+
+// What forward saves for backward: layers - 1 matrices [m, mlp_hidden_stride] with the hidden outputs. If
+// saved_by_linear(f) is input, layers - 1 more with their pre-activations follow. Columns past a layer's width are
+// undefined.
+inline int64_t mlp_hidden_stride(const MlpShape& shape) {
+  int64_t widest = 0;
+  for (int l = 1; l < shape.layers; ++l) widest = shape.widths[l] > widest ? shape.widths[l] : widest;
+  return (widest + 7) / 8 * 8;  // rows start on 16 bytes
+}
+inline int64_t mlp_hidden_matrices(const MlpShape& shape, const Activation& hidden) {
+  return (shape.layers - 1) * (saved_by_linear(hidden) == Saved::input ? 2 : 1);
+}
+
+// x has unit column stride and any x_row_stride. W_l [widths[l + 1], widths[l]], b_l and y are contiguous.
+struct MlpForward {
+  MlpShape shape;
+  const void* x;
+  int64_t x_row_stride;
+  const void* w[kMostMlpLayers];
+  const void* b[kMostMlpLayers];  // each nullable
+  Activation hidden, output;
+  void* y;
+  void* z;               // nullable: the pre-activation of y, in the layout of y
+  void* hidden_outputs;  // nullable: what backward needs (see above); 16-byte aligned
+};
+
+// The gradients of x, every W_l and every b_l, from grad_y and what forward saved.
+//
+// grad_y and x have unit column stride and any row stride. saved is y or z, as saved_by_linear(output) says, and
+// contiguous; for identity it is not read. Every gradient is contiguous. A null gradient is not computed. The gradients
+// of weights and biases are summed in float32, in an order that depends only on the shape and the chip.
+struct MlpBackward {
+  MlpShape shape;
+  const void* grad_y;
+  int64_t grad_y_row_stride;
+  const void* saved;
+  const void* x;
+  int64_t x_row_stride;
+  const void* w[kMostMlpLayers];
+  const void* hidden_outputs;
+  Activation hidden, output;
+  void* grad_x;
+  void* grad_w[kMostMlpLayers];
+  void* grad_b[kMostMlpLayers];
+};
+
+}  // namespace fastops

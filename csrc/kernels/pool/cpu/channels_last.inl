@@ -1,0 +1,294 @@
+// Pooling of channels_last tensors, forward and backward. A vector holds neighbouring channels of one position, and
+// every tap is one load.
+#pragma once
+
+#include "../../common/cpu/math.inl"
+#include "../../common/cpu/numbers.inl"
+#include "../../common/cpu/vec.h"
+#include "../../conv/cpu/depthwise_last_correlate.inl"
+#include "../../conv/cpu/patches.inl"
+#include "channels_first_backward.inl"
+#include "channels_first_forward.inl"
+#include "taps.inl"
+#include "window_ops.inl"
+#include "windows.inl"
+
+constexpr int kPoolVectors = 4;  // vectors of channels at a time
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+// n accumulators with the same initial value.
+template <class Accumulator, int n>
+struct Repeated;
+template <class Accumulator>
+struct Repeated<Accumulator, 1> {
+  Accumulator of[1];
+  template <class First>
+  explicit Repeated(First first) : of{Accumulator(first)} {}
+};
+template <class Accumulator>
+struct Repeated<Accumulator, 2> {
+  Accumulator of[2];
+  template <class First>
+  explicit Repeated(First first) : of{Accumulator(first), Accumulator(first)} {}
+};
+template <class Accumulator>
+struct Repeated<Accumulator, 4> {
+  Accumulator of[4];
+  template <class First>
+  explicit Repeated(First first) : of{Accumulator(first), Accumulator(first), Accumulator(first), Accumulator(first)} {}
+};
+
+// body(c, vectors, count) for all channels: kPoolVectors or half as many whole vectors from channel c on, or one vector
+// of `count` channels.
+template <int kSize, class Body>
+inline void for_channels(int64_t channels, Body body) {
+  int64_t c = 0;
+  for (; c + kPoolVectors * kSize <= channels; c += kPoolVectors * kSize) body(c, Constant<kPoolVectors>{}, kSize);
+  if (c + kPoolVectors / 2 * kSize <= channels) {
+    body(c, Constant<kPoolVectors / 2>{}, kSize);
+    c += kPoolVectors / 2 * kSize;
+  }
+  for (; c < channels; c += kSize) body(c, Constant<1>{}, static_cast<int>(smaller(channels - c, kSize)));
+}
+
+// body(position, tap) for every tap of a window inside the input.
+template <class Body>
+inline void for_taps(const Pool& pool, const PoolWindow& d, const PoolWindow& h, const PoolWindow& w, Body body) {
+  for (int64_t i = d.begin; i < d.end; ++i)
+    for (int64_t j = h.begin; j < h.end; ++j) {
+      const int64_t row = position_of(pool, d.first + i * pool.d.dilation, h.first + j * pool.h.dilation, w.first);
+      const int64_t tap = (i * pool.h.kernel + j) * pool.w.kernel;
+      for (int64_t k = w.begin; k < w.end; ++k) body(row + k * pool.w.dilation, tap + k);
+    }
+}
+
+// Sums of long windows are computed from sums of pieces of their rows, which keeps errors small. A window over a whole
+// plane has a single row.
+constexpr int64_t kPoolLongSum = 64, kPoolPiece = 32;
+
+template <class S, class Op>
+void pool_window_last(const Pool& pool, const S* x, const Op& op, int64_t at, const PoolWindow& d, const PoolWindow& h,
+                      const PoolWindow& w, const PoolPlace<Compute<S>>& place) {
+  using C = Compute<S>;
+  using V = Vec<C>;
+  const Taps<C> first = Taps<C>::set1(static_cast<int>((d.begin * pool.h.kernel + h.begin) * pool.w.kernel + w.begin));
+  for_channels<V::size>(pool.channels, [&](int64_t c, auto vectors, int count) {
+    constexpr int kVectors = decltype(vectors)::value;
+    const auto take = [&](auto& results, const PoolWindow& depths, const PoolWindow& heights,
+                          const PoolWindow& widths) {
+      for_taps(pool, depths, heights, widths, [&](int64_t position, int64_t tap) {
+        const S* p = x + position * pool.channels + c;
+        for (int v = 0; v < kVectors; ++v)
+          results[v].take(kVectors > 1 ? V::load(p + v * V::size) : V::load(p, count), tap);
+      });
+    };
+    Repeated<typename Op::Accumulator, kVectors> results(first);
+    if constexpr (Op::kSums) {
+      if (pool.taps() >= kPoolLongSum) {
+        for (int64_t i = d.begin; i < d.end; ++i)
+          for (int64_t j = h.begin; j < h.end; ++j)
+            for (int64_t k = w.begin; k < w.end; k += kPoolPiece) {
+              Repeated<typename Op::Accumulator, kVectors> piece(first);
+              take(piece.of, {d.first, i, i + 1}, {h.first, j, j + 1}, {w.first, k, smaller(k + kPoolPiece, w.end)});
+              for (int v = 0; v < kVectors; ++v) results.of[v].take(piece.of[v].value, 0);
+            }
+      } else {
+        take(results.of, d, h, w);
+      }
+    } else {
+      take(results.of, d, h, w);
+    }
+    for (int v = 0; v < kVectors; ++v) op.finish(at + c + v * V::size, count, results.of[v], place);
+  });
+}
+
+// The maximum with positions in the plane, for windows with more taps than a byte can count. New maxima are rare, so
+// they may be slow.
+template <class S>
+void max_far_last(const Pool& pool, const S* x, const MaxPool<S, int64_t>& op, int64_t at, const PoolWindow& d,
+                  const PoolWindow& h, const PoolWindow& w) {
+  using V = Vec<Compute<S>>;
+  for_channels<V::size>(pool.channels, [&](int64_t c, auto vectors, int count) {
+    for (int64_t first = c; first < c + decltype(vectors)::value * V::size; first += V::size) {
+      V best = V::set1(kMinusInfinity<Compute<S>>);
+      int64_t positions[V::size];
+      for (int64_t& position : positions)
+        position = position_of(pool, d.first + d.begin * pool.d.dilation, h.first + h.begin * pool.h.dilation,
+                               w.first + w.begin * pool.w.dilation);
+      for_taps(pool, d, h, w, [&](int64_t position, int64_t) {
+        const V v = V::load(x + position * pool.channels + first, count);
+        const auto better = gt(v, best) | unordered(v, v);
+        best = select(better, v, best);
+        for (unsigned bits = better.bits(); bits != 0; bits &= bits - 1) positions[__builtin_ctz(bits)] = position;
+      });
+      best.store(op.y + at + first, count);
+      for (int i = 0; i < count; ++i) op.indices[at + first + i] = positions[i];
+    }
+  });
+}
+
+template <class S, class Op>
+void pool_last(const Pool& pool, const S* x, const Op& op, const Team& team) {
+  using C = Compute<S>;
+  const int64_t positions = pool.planes * pool.out_plane();
+  const int64_t cost = pool.channels * (1 + smaller(pool.taps(), pool.in_plane()));
+  for_units(team, positions, cost, [&](int64_t begin, int64_t end) {
+    PoolPosition o = PoolPosition::of(begin, pool.d.out, pool.h.out, pool.w.out);
+    for (int64_t i = begin; i < end; ++i, o.next(pool.d.out, pool.h.out, pool.w.out)) {
+      const PoolWindow d = window_of(pool.d, o.d), h = window_of(pool.h, o.h), w = window_of(pool.w, o.w);
+      const S* plane = x + o.plane * pool.in_plane() * pool.channels;
+      if constexpr (same_type<Op, MaxPool<S, int64_t>>) {
+        if (pool.taps() > 256) {
+          max_far_last(pool, plane, op, i * pool.channels, d, h, w);
+          continue;
+        }
+      }
+      PoolPlace<C> place = place_of(op, pool, o.d, o.h);
+      place.position += w.first;
+      place.step = 0;
+      place.divisor = op.whole_divisor(place.divisor * static_cast<C>(op.divisor(pool.w, o.w)));
+      pool_window_last(pool, plane, op, i * pool.channels, d, h, w, place);
+    }
+  });
+}
+
+// ---- backward
+
+template <class V, int kVectors, class S>
+inline void store_vectors(const V (&values)[kVectors], S* to, int count) {
+  for (int v = 0; v < kVectors; ++v) {
+    if (kVectors > 1)
+      values[v].store(to + v * V::size);
+    else
+      values[v].store(to, count);
+  }
+}
+
+// Whether windows do not overlap. Each window then writes the elements of its stride.
+inline bool is_tiled(const PoolAxis& axis) {
+  return !axis.ragged && axis.padding == 0 && axis.dilation == 1 && axis.kernel <= axis.stride;
+}
+
+// The window whose stride contains element i, and the tap; window is -1 if there is none.
+struct PoolTile {
+  int64_t window, tap;
+
+  PoolTile(const PoolAxis& axis, int64_t i) : window(i / axis.stride), tap(i % axis.stride) {
+    if (window >= axis.out || tap >= axis.kernel) window = -1;
+  }
+};
+
+template <class S, class Route>
+void backward_last_tiled(const Pool& shape, const S* grad_y, S* grad_x, const Route& op, const Team& team) {
+  using V = Vec<Compute<S>>;
+  for_units(team, shape.planes * shape.d.in * shape.h.in, 2 * shape.channels * shape.w.in,
+            [&](int64_t begin, int64_t end) {
+              const Pool pool = shape;  // a local copy, which stores to grad_x cannot alias
+              PoolRow row(begin, pool.d.in, pool.h.in);
+              for (int64_t i = begin; i < end; ++i, row.next(pool.d.in, pool.h.in)) {
+                S* to = grad_x + i * pool.w.in * pool.channels;
+                const PoolTile d(pool.d, row.d), h(pool.h, row.h);
+                const bool any = d.window >= 0 && h.window >= 0;
+                const int64_t windows = ((row.plane * pool.d.out + d.window) * pool.h.out + h.window) * pool.w.out;
+                const int64_t row_tap = (d.tap * pool.h.kernel + h.tap) * pool.w.kernel;
+                int64_t w = 0, tap = 0;
+                for (int64_t j = 0; j < pool.w.in; ++j, to += pool.channels) {
+                  const bool send = any && w < pool.w.out && tap < pool.w.kernel;
+                  const int64_t name = op.name(row_tap + tap, position_of(pool, row.d, row.h, j));
+                  V share = V::zero();
+                  if constexpr (Route::kAverages)
+                    if (send) share = op.share(pool, d.window, h.window, w);
+                  const int64_t from = (windows + w) * pool.channels;
+                  for_channels<V::size>(pool.channels, [&](int64_t c, auto vectors, int count) {
+                    constexpr int kVectors = decltype(vectors)::value;
+                    V values[kVectors];
+                    for (int v = 0; v < kVectors; ++v) {
+                      const int64_t at = from + c + v * V::size;
+                      V value = V::zero();  // stored once for both cases: g++ 12 crashes on two stores here at -O1
+                      if (send) {
+                        const V g = kVectors > 1 ? V::load(grad_y + at) : V::load(grad_y + at, count);
+                        value = Route::kAverages ? g * share : op.sent(name, g, at, kVectors > 1 ? V::size : count);
+                      }
+                      values[v] = value;
+                    }
+                    store_vectors(values, to + c, count);
+                  });
+                  if (++tap == pool.w.stride) {
+                    tap = 0;
+                    ++w;
+                  }
+                }
+              }
+            });
+}
+
+// For any windows: a part of a row of grad_x that stays in L1 is cleared, every window over it adds its gradient, and
+// the part is written.
+template <class S, class Route>
+void backward_last_rows(const Pool& shape, const S* grad_y, S* grad_x, const Route& op, const Team& team) {
+  using C = Compute<S>;
+  using V = Vec<C>;
+  constexpr int64_t kPoolLastColumns = kPoolBandBytes / static_cast<int64_t>(sizeof(C) * kPoolVectors * V::size);
+  for_units(team, shape.planes * shape.d.in * shape.h.in, 2 * shape.channels * shape.w.in,
+            [&](int64_t begin, int64_t end) {
+              const Pool pool = shape;  // a local copy, which stores to grad_x cannot alias
+              alignas(64) C buffer[kPoolBandBytes / sizeof(C)];
+              PoolRow row(begin, pool.d.in, pool.h.in);
+              PoolReach ds(pool.d, row.d), hs(pool.h, row.h);
+              for (int64_t i = begin; i < end; ++i, move_on(pool, row, ds, hs))
+                for (int64_t column = 0; column < pool.w.in; column += kPoolLastColumns) {
+                  const int64_t columns = smaller(kPoolLastColumns, pool.w.in - column);
+                  const PoolRange ws = outputs_of(pool.w, column, column + columns);
+                  for_channels<V::size>(pool.channels, [&](int64_t c, auto vectors, int count) {
+                    constexpr int kVectors = decltype(vectors)::value, kPitch = kVectors * V::size;
+                    for (int64_t j = 0; j < columns * kPitch; j += V::size) V::zero().store(buffer + j);
+                    for (int64_t d = ds.begin; d < ds.end; ++d)
+                      for (int64_t h = hs.begin; h < hs.end; ++h) {
+                        const int64_t d_tap = tap_of(pool.d, d, row.d), h_tap = tap_of(pool.h, h, row.h);
+                        if (d_tap < 0 || h_tap < 0) continue;
+                        const int64_t windows = ((row.plane * pool.d.out + d) * pool.h.out + h) * pool.w.out;
+                        const int64_t row_tap = (d_tap * pool.h.kernel + h_tap) * pool.w.kernel;
+                        for (int64_t w = ws.begin; w < ws.end; ++w) {
+                          const PoolWindow window = window_of(pool.w, w);
+                          const int64_t from = (windows + w) * pool.channels + c;
+                          V g[kVectors];
+                          for (int v = 0; v < kVectors; ++v)
+                            g[v] = kVectors > 1 ? V::load(grad_y + from + v * V::size) : V::load(grad_y + from, count);
+                          if constexpr (Route::kAverages) {
+                            const V share = op.share(pool, d, h, w);
+                            for (V& value : g) value = value * share;
+                          }
+                          for (int64_t t = window.begin; t < window.end; ++t) {
+                            const int64_t at = window.first + t * pool.w.dilation;
+                            if (at < column || at >= column + columns) continue;
+                            C* const sums = buffer + (at - column) * kPitch;
+                            const int64_t name = op.name(row_tap + t, position_of(pool, row.d, row.h, at));
+                            for (int v = 0; v < kVectors; ++v) {
+                              const V sent = op.sent(name, g[v], from + v * V::size, kVectors > 1 ? V::size : count);
+                              (V::load(sums + v * V::size) + sent).store(sums + v * V::size);
+                            }
+                          }
+                        }
+                      }
+                    S* const to = grad_x + (i * pool.w.in + column) * pool.channels + c;
+                    for (int64_t j = 0; j < columns; ++j) {
+                      V values[kVectors];
+                      for (int v = 0; v < kVectors; ++v) values[v] = V::load(buffer + j * kPitch + v * V::size);
+                      store_vectors(values, to + j * pool.channels, count);
+                    }
+                  });
+                }
+            });
+}
+
+template <class S, class Route>
+void pool_backward_last(const Pool& pool, const S* grad_y, S* grad_x, const Route& op, const Team& team) {
+  if (is_tiled(pool.d) && is_tiled(pool.h) && is_tiled(pool.w))
+    backward_last_tiled(pool, grad_y, grad_x, op, team);
+  else
+    backward_last_rows(pool, grad_y, grad_x, op, team);
+}

@@ -1,0 +1,89 @@
+// Contract of the pooling kernels: maximum and average over windows in one, two or three spatial dimensions.
+//
+// There are no strides here: every tensor is dense in `layout`. Outputs overlap no operand.
+#pragma once
+
+#include "../common/parallel.h"
+#include "../common/tensor.h"
+#include "../conv/conv.h"
+
+namespace fastops {
+
+// Windows over x [batch, channels, in] for y [batch, channels, out]. Spatial arrays are as in ConvGeometry.
+//
+// Fixed windows: output p reads elements p * stride - padding + r * dilation for r < kernel and ignores those outside
+// the input. With dilation a window may have no element inside the input; its maximum is -infinity. Sizes are >= 0;
+// kernel, stride and dilation are >= 1.
+//
+// Adaptive windows: output p reads elements floor(p * in / out) up to, not including, ceil((p + 1) * in / out). kernel,
+// stride, padding and dilation are not read.
+struct PoolGeometry {
+  int64_t batch, channels;
+  int64_t in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
+  bool adaptive;
+};
+
+// The length of a window along axis i; for adaptive windows, an upper bound of their lengths.
+inline int64_t pool_box(const PoolGeometry& g, int i) {
+  if (!g.adaptive) return g.kernel[i];
+  return g.out[i] == 0 ? 0 : g.in[i] / g.out[i] + (g.in[i] % g.out[i] == 0 ? 0 : 2);
+}
+
+// The form in which a max pool returns the positions of its maxima.
+enum class PoolIndices : int {
+  none,
+  window,  // uint8: the position in the window, ((d * box_h) + h) * box_w + w, box = pool_box <= 256 elements
+  plane,   // int64: the position in the input plane, ((d * in_h) + h) * in_w + w, as PyTorch returns it
+};
+
+// y = the maximum of the window. The first of equal maxima counts. A NaN is greater than any number; of several, the
+// last one in the window counts, as in PyTorch. indices has the shape and layout of y.
+struct MaxPoolForward {
+  DType dtype;
+  Layout layout;
+  PoolGeometry geometry;
+  const void* x;
+  void* y;
+  PoolIndices kind;
+  void* indices;
+};
+
+// grad_x[i] = the sum of grad_y[p] over the windows p whose maximum was at i, in float32 (float64 for float64) and in
+// the order of p. Every element of grad_x is written. Indices must be those of a forward call with this geometry.
+struct MaxPoolBackward {
+  DType dtype;
+  Layout layout;
+  PoolGeometry geometry;
+  const void* grad_y;
+  PoolIndices kind;  // window or plane
+  const void* indices;
+  void* grad_x;
+};
+
+// y[p] = (sum of the window) / divisor. Sums are float32 (float64 for float64). Dilation is 1.
+//
+// The divisor is divisor_override, unless that is 0. Otherwise, with count_include_pad, it is the size of the window
+// clipped to the padded input [-padding, in + padding); without, the number of its elements inside the input. An
+// adaptive pool divides by the number of elements of the window.
+struct AvgPoolForward {
+  DType dtype;
+  Layout layout;
+  PoolGeometry geometry;
+  bool count_include_pad;
+  int64_t divisor_override;
+  const void* x;
+  void* y;
+};
+
+// grad_x[i] = the sum of grad_y[p] / divisor over the windows p that contain i. Every element of grad_x is written.
+struct AvgPoolBackward {
+  DType dtype;
+  Layout layout;
+  PoolGeometry geometry;
+  bool count_include_pad;
+  int64_t divisor_override;
+  const void* grad_y;
+  void* grad_x;
+};
+
+}  // namespace fastops
