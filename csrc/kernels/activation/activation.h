@@ -4,7 +4,6 @@
 // overlaps an operand unless a struct below allows it. Sizes are >= 0; PReLU has at least one channel.
 #pragma once
 
-#include "../common/parallel.h"
 #include "../common/tensor.h"
 
 namespace fastops {
@@ -42,6 +41,7 @@ struct Activation {
   ActivationKind kind = ActivationKind::identity;
   double a = 0;
   double b = 0;
+  bool operator==(const Activation&) const = default;
 };
 
 // What backward reads besides the incoming gradient.
@@ -70,16 +70,21 @@ bool can_save_output(Activation activation);
 // x has unit column stride and x_row_stride between rows. y is contiguous. x == y (in place) is allowed if x is
 // contiguous. A contiguous tensor of any shape is one row.
 //
-// mask may be null. Otherwise element (r, c) sets bit c % 8 of mask[r * mask_row_bytes(cols) + c / 8] if the derivative
+// With a mask, element (r, c) sets bit c % 8 of mask[r * mask_row_bytes(cols) + c / 8] if the derivative
 // takes the value of the piece "inside", with torch's decision on NaN. Bits past cols are zero.
 struct ActivationForward {
   DType dtype;
   Activation activation;
   int64_t rows, cols;
-  const void* x;
   int64_t x_row_stride;
-  void* y;
-  uint8_t* mask;
+  bool with_mask = false;
+
+  struct Pointers {
+    const void* x;
+    void* y;
+    uint8_t* mask = nullptr;
+  };
+  bool operator==(const ActivationForward&) const = default;
 };
 
 inline int64_t mask_row_bytes(int64_t cols) { return (cols + 7) / 8; }
@@ -95,11 +100,14 @@ struct ActivationBackward {
   Activation activation;
   Saved saved_kind;
   int64_t rows, cols;
-  const void* grad_y;
-  int64_t grad_y_row_stride;
-  const void* saved;
-  int64_t saved_row_stride;
-  void* grad_x;
+  int64_t grad_y_row_stride, saved_row_stride;
+
+  struct Pointers {
+    const void* grad_y;
+    const void* saved;
+    void* grad_x;
+  };
+  bool operator==(const ActivationBackward&) const = default;
 };
 
 // PReLU: y[o, c, i] = x[o, c, i] > 0 ? x[o, c, i] : w[c] x[o, c, i]. x and y are contiguous [outer, channels, inner].
@@ -107,34 +115,46 @@ struct ActivationBackward {
 struct PreluForward {
   DType dtype;
   int64_t outer, channels, inner;
-  const void* x;
-  const void* w;
   int64_t w_stride;
-  void* y;
+
+  struct Pointers {
+    const void* x;
+    const void* w;
+    void* y;
+  };
+  bool operator==(const PreluForward&) const = default;
 };
 
 // grad_x[o, c, i] = grad_y[o, c, i] * (x[o, c, i] > 0 ? 1 : w[c]), and grad_w[c] = sum of grad_y * x over x <= 0.
 //
-// grad_y, x and grad_x are contiguous [outer, channels, inner]; grad_w is contiguous [channels]. A null gradient is not
-// computed. Sums are float32 (float64 for float64); their order does not depend on the number of threads. The workspace
-// is KernelTable::prelu_backward_workspace bytes.
+// grad_y, x and grad_x are contiguous [outer, channels, inner]; grad_w is contiguous [channels]. Sums are float32
+// (float64 for float64); their order does not depend on the number of threads.
 struct PreluBackward {
   DType dtype;
   int64_t outer, channels, inner;
-  const void* grad_y;
-  const void* x;
-  const void* w;
   int64_t w_stride;
-  void* grad_x;
-  void* grad_w;
+  bool with_grad_x = false, with_grad_w = false;
+
+  struct Pointers {
+    const void* grad_y;
+    const void* x;
+    const void* w;
+    void* grad_x = nullptr;
+    void* grad_w = nullptr;
+  };
+  bool operator==(const PreluBackward&) const = default;
 };
 
 // GLU: y[o, i] = x[o, 0, i] * sigmoid(x[o, 1, i]). x [outer, 2, inner] and y [outer, inner] are contiguous.
 struct GluForward {
   DType dtype;
   int64_t outer, inner;
-  const void* x;
-  void* y;
+
+  struct Pointers {
+    const void* x;
+    void* y;
+  };
+  bool operator==(const GluForward&) const = default;
 };
 
 // With s = sigmoid(x[o, 1, i]): grad_x[o, 0, i] = grad_y[o, i] s, and grad_x[o, 1, i] = grad_y[o, i] x[o, 0, i] s (1 -
@@ -142,9 +162,13 @@ struct GluForward {
 struct GluBackward {
   DType dtype;
   int64_t outer, inner;
-  const void* grad_y;
-  const void* x;
-  void* grad_x;
+
+  struct Pointers {
+    const void* grad_y;
+    const void* x;
+    void* grad_x;
+  };
+  bool operator==(const GluBackward&) const = default;
 };
 
 }  // namespace fastops

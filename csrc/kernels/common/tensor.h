@@ -18,12 +18,14 @@ struct f16_t {
 
 inline constexpr size_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-// A read-only matrix: element (i, j) is at data + i * row_stride + j * col_stride. Strides are in elements. Any stride
-// is legal: zero (an expanded tensor), negative, and strides that make rows overlap.
-struct Matrix {
-  const void* data = nullptr;
-  int64_t row_stride = 0;
-  int64_t col_stride = 0;
+// The strides of a matrix: element (i, j) is at i * row + j * col. Any stride is legal: zero (an expanded tensor),
+// negative, and strides that make rows overlap.
+struct Strides {
+  int64_t row = 0, col = 0;
+  bool operator==(const Strides&) const = default;
 };
+
+// How much accuracy a kernel may give up for speed. `highest`: none. `medium`: what the contract of the op says.
+enum class Precision : int { highest, medium };
 
 }  // namespace fastops

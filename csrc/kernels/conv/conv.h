@@ -5,9 +5,7 @@
 #pragma once
 
 #include "../activation/activation.h"
-#include "../common/parallel.h"
 #include "../common/tensor.h"
-#include "../linear/linear.h"
 
 namespace fastops {
 
@@ -25,6 +23,7 @@ enum class Layout : int { channels_first, channels_last };
 struct ConvGeometry {
   int64_t batch, in_channels, out_channels, groups;
   int64_t in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
+  bool operator==(const ConvGeometry&) const = default;
 };
 
 // Whether every coordinate of this convolution and every index into one filter is far from the limits of int, the type
@@ -44,28 +43,27 @@ inline bool fits_int(const ConvGeometry& g) {
   return fits && taps * (g.in_channels / g.groups) < limit && taps * (g.out_channels / g.groups) < limit;
 }
 
-// The same call with stride 1 along axes with one output and dilation 1 along axes with one tap, where they have no
-// effect. Any stride and dilation is legal there; the algorithms reserve memory and loop over phases by these numbers.
-template <class Args>
-inline Args canonical(Args args) {
+// The same convolution with stride 1 along axes with one output and dilation 1 along axes with one tap, where they have
+// no effect. Any stride and dilation is legal there; the algorithms reserve memory and loop over phases by these
+// numbers.
+inline ConvGeometry canonical(ConvGeometry geometry) {
   for (int i = 0; i < 3; ++i) {
-    if (args.geometry.out[i] == 1) args.geometry.stride[i] = 1;
-    if (args.geometry.kernel[i] == 1) args.geometry.dilation[i] = 1;
+    if (geometry.out[i] == 1) geometry.stride[i] = 1;
+    if (geometry.kernel[i] == 1) geometry.dilation[i] = 1;
   }
-  return args;
+  return geometry;
 }
 
-// How much accuracy an algorithm may give up for speed. `highest`: the rms error is at most three times that of direct
-// summation. `medium` also allows Winograd's F(4x4, 3x3).
-enum class ConvPrecision : int { highest, medium };
+// Of all calls below. Precision::highest: the rms error is at most three times that of direct summation.
+// Precision::medium: on a CPU, Winograd's F(4x4, 3x3) as well; a GPU may round float32 operands to TF32.
 
 // y[b, k, p] = f(sum_{c, r} w[k, c, r] x[b, group(k) C + c, p * stride - padding + r * dilation] + bias[k])
 //
 // where C = in_channels / groups and group(k) = k / (out_channels / groups).
 //
 // x [batch, in_channels, in] and y [batch, out_channels, out] are dense in `layout`. w [out_channels, C, kernel] is
-// dense in w_layout; channels_last is [out_channels, kernel, C]. bias is null or contiguous. z is null, or receives the
-// pre-activation in the dtype and layout of y. An empty sum gives f(bias).
+// dense in w_layout; channels_last is [out_channels, kernel, C]. bias is contiguous. z receives the pre-activation in
+// the dtype and layout of y. An empty sum gives f(bias).
 //
 // Products accumulate in float32 (float64 for float64). 16-bit results are rounded once, after bias and activation. The
 // result is bitwise the same for any number of threads.
@@ -73,15 +71,21 @@ struct ConvForward {
   DType dtype;
   Layout layout, w_layout;
   ConvGeometry geometry;
-  const void* x;
-  const void* w;
-  const void* bias;
-  Activation activation;
-  void* y;
-  void* z;
-  ConvPrecision precision = ConvPrecision::highest;
-  Bf16Multiply bf16_multiply = Bf16Multiply::automatic;  // CPU
-  bool allow_tf32 = false;                               // CUDA: float32 products of operands rounded to tf32
+  bool with_bias = false;
+  Activation activation = {};
+  bool with_z = false;
+  Precision precision = Precision::highest;
+  bool packed_w = false;  // w is what Plan::pack made of it, if the plan has something to pack
+  int alignment = 1;      // of x and w, in bytes
+
+  struct Pointers {
+    const void* x;
+    const void* w;
+    const void* bias = nullptr;
+    void* y;
+    void* z = nullptr;
+  };
+  bool operator==(const ConvForward&) const = default;
 };
 
 // The gradient of x:
@@ -93,23 +97,27 @@ struct ConvForward {
 //
 // The same call is the forward pass of a transposed convolution: grad_y is its input, grad_x its output, `geometry` the
 // geometry of the convolution that it transposes. Only then are there a bias [in_channels] and an activation h (the
-// epilogue); for a gradient they are null and identity. z is null, or receives the argument of h in the dtype and
-// layout of grad_x.
+// epilogue). z receives the argument of h in the dtype and layout of grad_x.
 struct ConvBackwardInput {
   DType dtype;
   Layout layout, w_layout;
   ConvGeometry geometry;
-  const void* grad_y;
-  Activation activation;
-  const void* saved;
-  const void* w;
-  const void* bias;
-  Activation epilogue;
-  void* grad_x;
-  void* z;
-  ConvPrecision precision = ConvPrecision::highest;
-  Bf16Multiply bf16_multiply = Bf16Multiply::automatic;  // CPU
-  bool allow_tf32 = false;                               // CUDA: float32 products of operands rounded to tf32
+  Activation activation = {};
+  bool with_bias = false;
+  Activation epilogue = {};
+  bool with_z = false;
+  Precision precision = Precision::highest;
+  int alignment = 1;  // of grad_y, saved and w, in bytes
+
+  struct Pointers {
+    const void* grad_y;
+    const void* saved = nullptr;
+    const void* w;
+    const void* bias = nullptr;
+    void* grad_x;
+    void* z = nullptr;
+  };
+  bool operator==(const ConvBackwardInput&) const = default;
 };
 
 // The gradients of w and bias, with g as in ConvBackwardInput:
@@ -117,19 +125,24 @@ struct ConvBackwardInput {
 //   grad_w[k, c, r] = sum_{b, p} g[b, k, p] x[b, group(k) C + c, p * stride - padding + r * dilation]
 //   grad_bias[k] = sum_{b, p} g[b, k, p]
 //
-// grad_w is dense in w_layout, grad_bias contiguous. A null gradient is not computed.
+// grad_w is dense in w_layout, grad_bias contiguous. x is read only for grad_w.
 struct ConvBackwardWeight {
   DType dtype;
   Layout layout, w_layout;
   ConvGeometry geometry;
-  const void* grad_y;
-  Activation activation;
-  const void* saved;
-  const void* x;
-  void* grad_w;
-  void* grad_bias;
-  Bf16Multiply bf16_multiply = Bf16Multiply::automatic;  // CPU
-  bool allow_tf32 = false;                               // CUDA: float32 products of operands rounded to tf32
+  Activation activation = {};
+  bool with_grad_w = false, with_grad_bias = false;
+  Precision precision = Precision::highest;
+  int alignment = 1;  // of grad_y, saved and x, in bytes
+
+  struct Pointers {
+    const void* grad_y;
+    const void* saved = nullptr;
+    const void* x = nullptr;
+    void* grad_w = nullptr;
+    void* grad_bias = nullptr;
+  };
+  bool operator==(const ConvBackwardWeight&) const = default;
 };
 
 }  // namespace fastops

@@ -2,10 +2,8 @@
 // and b. The convolution's result is not an output: it goes through the workspace, a few images at a time.
 #pragma once
 
-#include "../common/parallel.h"
 #include "../common/tensor.h"
 #include "../conv/conv.h"
-#include "../pool/pool.h"
 
 namespace fastops {
 
@@ -18,7 +16,7 @@ namespace fastops {
 // The result is that of the three operations in sequence: 16-bit values are rounded before they are compared. The first
 // of equal maxima counts. A NaN is greater than any number; of several, the last one in the window counts.
 //
-// y is [batch, out_channels, pooled], dense in `layout`. indices is null, or receives one byte per element of y, for
+// y is [batch, out_channels, pooled], dense in `layout`. indices receives one byte per element of y, for
 // backward: the position of the maximum in its window, ((d * pool_h) + h) * pool_w + w, or kNoGradient if f' is zero
 // there. The result is bitwise the same for any number of threads.
 struct ConvPoolForward {
@@ -26,14 +24,19 @@ struct ConvPoolForward {
   Layout layout, w_layout;
   ConvGeometry geometry;
   int64_t pool[3];
-  const void* x;
-  const void* w;
-  const void* bias;
-  Activation activation;
-  void* y;
-  uint8_t* indices;
-  ConvPrecision precision = ConvPrecision::highest;
-  Bf16Multiply bf16_multiply = Bf16Multiply::automatic;
+  bool with_bias = false;
+  Activation activation = {};
+  bool with_indices = false;
+  Precision precision = Precision::highest;
+
+  struct Pointers {
+    const void* x;
+    const void* w;
+    const void* bias = nullptr;
+    void* y;
+    uint8_t* indices = nullptr;
+  };
+  bool operator==(const ConvPoolForward&) const = default;
 };
 
 constexpr uint8_t kNoGradient = 255;
@@ -48,15 +51,19 @@ struct ConvPoolBackward {
   Layout layout, w_layout;
   ConvGeometry geometry;
   int64_t pool[3];
-  const void* grad_y;
-  const uint8_t* indices;
-  const void* x;
-  const void* w;
-  void* grad_x;
-  void* grad_w;
-  void* grad_bias;
-  ConvPrecision precision = ConvPrecision::highest;
-  Bf16Multiply bf16_multiply = Bf16Multiply::automatic;
+  bool with_grad_x = false, with_grad_w = false, with_grad_bias = false;
+  Precision precision = Precision::highest;
+
+  struct Pointers {
+    const void* grad_y;
+    const uint8_t* indices;
+    const void* x = nullptr;
+    const void* w = nullptr;
+    void* grad_x = nullptr;
+    void* grad_w = nullptr;
+    void* grad_bias = nullptr;
+  };
+  bool operator==(const ConvPoolBackward&) const = default;
 };
 
 }  // namespace fastops

@@ -1,5 +1,5 @@
 // Contract of the fully fused multilayer perceptron: all layers of a narrow network in one kernel, forward and
-// backward. CUDA only. On the CPU, and where mlp_applies is false, the op is a chain of linear layers (linear.h).
+// backward. CUDA only. On the CPU, and where there is no plan, the op is a chain of linear layers (linear.h).
 //
 //   y_0 = x,   y_l+1 = f(y_l W_l^T + b_l) for l < layers - 1,   y = g(y_layers-1 W_layers-1^T + b_layers-1)
 //
@@ -17,13 +17,15 @@ namespace fastops {
 inline constexpr int kMostMlpLayers = 16;
 inline constexpr int64_t kMostMlpWidth = 128;
 
-// Float32, bfloat16 or float16; every width from 1 to kMostMlpWidth.
+// Float32, bfloat16 or float16; every width from 1 to kMostMlpWidth. Precision::medium: float32 products of operands
+// rounded to TF32.
 struct MlpShape {
   DType dtype;
-  bool allow_tf32;  // float32 products of operands rounded to tf32
-  int64_t m;        // rows of the batch
+  Precision precision;
+  int64_t m;  // rows of the batch
   int layers;
   int64_t widths[kMostMlpLayers + 1];  // of x, then of each layer's output
+  bool operator==(const MlpShape&) const = default;
 };
 
 // What forward saves for backward: layers - 1 matrices [m, mlp_hidden_stride] with the hidden outputs. If
@@ -41,14 +43,18 @@ inline int64_t mlp_hidden_matrices(const MlpShape& shape, const Activation& hidd
 // x has unit column stride and any x_row_stride. W_l [widths[l + 1], widths[l]], b_l and y are contiguous.
 struct MlpForward {
   MlpShape shape;
-  const void* x;
   int64_t x_row_stride;
-  const void* w[kMostMlpLayers];
-  const void* b[kMostMlpLayers];  // each nullable
   Activation hidden, output;
-  void* y;
-  void* z;               // nullable: the pre-activation of y, in the layout of y
-  void* hidden_outputs;  // nullable: what backward needs (see above); 16-byte aligned
+
+  struct Pointers {
+    const void* x;
+    const void* w[kMostMlpLayers];
+    const void* bias[kMostMlpLayers];  // each nullable
+    void* y;
+    void* z = nullptr;               // nullable: the pre-activation of y, in the layout of y
+    void* hidden_outputs = nullptr;  // nullable: what backward needs (see above); 16-byte aligned
+  };
+  bool operator==(const MlpForward&) const = default;
 };
 
 // The gradients of x, every W_l and every b_l, from grad_y and what forward saved.
@@ -58,17 +64,20 @@ struct MlpForward {
 // of weights and biases are summed in float32, in an order that depends only on the shape and the chip.
 struct MlpBackward {
   MlpShape shape;
-  const void* grad_y;
-  int64_t grad_y_row_stride;
-  const void* saved;
-  const void* x;
-  int64_t x_row_stride;
-  const void* w[kMostMlpLayers];
-  const void* hidden_outputs;
+  int64_t grad_y_row_stride, x_row_stride;
   Activation hidden, output;
-  void* grad_x;
-  void* grad_w[kMostMlpLayers];
-  void* grad_b[kMostMlpLayers];
+
+  struct Pointers {
+    const void* grad_y;
+    const void* saved;
+    const void* x;
+    const void* w[kMostMlpLayers];
+    const void* hidden_outputs;
+    void* grad_x;  // each gradient nullable
+    void* grad_w[kMostMlpLayers];
+    void* grad_bias[kMostMlpLayers];
+  };
+  bool operator==(const MlpBackward&) const = default;
 };
 
 }  // namespace fastops

@@ -3,7 +3,6 @@
 // There are no strides here: every tensor is dense in `layout`. Outputs overlap no operand.
 #pragma once
 
-#include "../common/parallel.h"
 #include "../common/tensor.h"
 #include "../conv/conv.h"
 
@@ -21,6 +20,7 @@ struct PoolGeometry {
   int64_t batch, channels;
   int64_t in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
   bool adaptive;
+  bool operator==(const PoolGeometry&) const = default;
 };
 
 // The length of a window along axis i; for adaptive windows, an upper bound of their lengths.
@@ -42,10 +42,14 @@ struct MaxPoolForward {
   DType dtype;
   Layout layout;
   PoolGeometry geometry;
-  const void* x;
-  void* y;
-  PoolIndices kind;
-  void* indices;
+  PoolIndices kind;  // of the indices
+
+  struct Pointers {
+    const void* x;
+    void* y;
+    void* indices = nullptr;
+  };
+  bool operator==(const MaxPoolForward&) const = default;
 };
 
 // grad_x[i] = the sum of grad_y[p] over the windows p whose maximum was at i, in float32 (float64 for float64) and in
@@ -54,10 +58,14 @@ struct MaxPoolBackward {
   DType dtype;
   Layout layout;
   PoolGeometry geometry;
-  const void* grad_y;
-  PoolIndices kind;  // window or plane
-  const void* indices;
-  void* grad_x;
+  PoolIndices kind;  // of the indices: window or plane
+
+  struct Pointers {
+    const void* grad_y;
+    const void* indices;
+    void* grad_x;
+  };
+  bool operator==(const MaxPoolBackward&) const = default;
 };
 
 // y[p] = (sum of the window) / divisor. Sums are float32 (float64 for float64). Dilation is 1.
@@ -71,8 +79,12 @@ struct AvgPoolForward {
   PoolGeometry geometry;
   bool count_include_pad;
   int64_t divisor_override;
-  const void* x;
-  void* y;
+
+  struct Pointers {
+    const void* x;
+    void* y;
+  };
+  bool operator==(const AvgPoolForward&) const = default;
 };
 
 // grad_x[i] = the sum of grad_y[p] / divisor over the windows p that contain i. Every element of grad_x is written.
@@ -82,8 +94,12 @@ struct AvgPoolBackward {
   PoolGeometry geometry;
   bool count_include_pad;
   int64_t divisor_override;
-  const void* grad_y;
-  void* grad_x;
+
+  struct Pointers {
+    const void* grad_y;
+    void* grad_x;
+  };
+  bool operator==(const AvgPoolBackward&) const = default;
 };
 
 }  // namespace fastops
