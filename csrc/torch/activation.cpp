@@ -3,15 +3,10 @@
 
 #include <cmath>
 
-#include "../kernels/common/cpu/isa.h"
-#include "check.h"
+#include "call.h"
 #include "fast_door.h"
-#include "gpu.h"
-#include "memory.h"
 #include "node.h"
 #include "ops.h"
-#include "record.h"
-#include "team.h"
 
 namespace fastops {
 namespace {
@@ -76,35 +71,15 @@ void check_saved_kind(Activation activation, Saved kind) {
               activation_name(activation.kind), ", got '", saved_name(kind), "'");
 }
 
-// The kernel of the device that the tensors are on: on_cpu(table), or on_gpu(table, stream).
-template <class Op, class OnCpu, class OnGpu>
-void run_kernel(at::Device device, DType dtype, Op&& op, std::initializer_list<Tensor> operands, OnCpu&& on_cpu,
-                OnGpu&& on_gpu) {
-  const auto row = [&](const char* tier) {
-    return record::Row{op(), record::kernel_text({"elementwise"}, tier), record::shapes_of(operands),
-                       dtype_name(operands.begin()->scalar_type())};
-  };
-  if (!device.is_cpu()) {
-    gpu::call(device, [&] { return row(cuda::kTier); }, on_gpu);
-    return;
-  }
-  const KernelTable& table = kernels(dtype);
-  record::timed([&] { return row(table.isa); }, [&] { on_cpu(table); });
+record::Row row_of(std::string op, std::initializer_list<Tensor> operands) {
+  return {std::move(op), "", record::shapes_of(operands), dtype_name(operands.begin()->scalar_type())};
 }
 
 void run_forward(const Tensor& input, const Rows& rows, Tensor& y, Tensor& mask, Activation activation) {
-  const ActivationForward args{to_dtype(input.scalar_type()),
-                               activation,
-                               rows.rows,
-                               rows.cols,
-                               input.const_data_ptr(),
-                               rows.stride,
-                               y.mutable_data_ptr(),
-                               mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr};
-  run_kernel(
-      input.device(), args.dtype, [&] { return activation_name(activation.kind); }, {input},
-      [&](const KernelTable& table) { table.activation_forward(args, torch_team()); },
-      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.activation_forward(args, stream); });
+  const ActivationForward call{
+      to_dtype(input.scalar_type()), activation, rows.rows, rows.cols, rows.stride, mask.defined()};
+  run(call, {input.const_data_ptr(), y.mutable_data_ptr(), mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr},
+      input.device(), [&] { return row_of(activation_name(activation.kind), {input}); });
 }
 
 // A tensor this small is saved as PyTorch would: allocating its mask takes longer than the bits save (1K elements
@@ -340,20 +315,10 @@ Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, Activ
   }
   Tensor grad_input = empty_result(g);
   if (g.numel() == 0) return grad_input;
-  const ActivationBackward args{to_dtype(g.scalar_type()),
-                                activation,
-                                kind,
-                                s_rows.rows,
-                                s_rows.cols,
-                                g.const_data_ptr(),
-                                g_rows.stride,
-                                s.const_data_ptr(),
-                                s_rows.stride,
-                                grad_input.mutable_data_ptr()};
-  run_kernel(
-      g.device(), args.dtype, [&] { return std::string(activation_name(activation.kind)) + "_backward"; }, {g},
-      [&](const KernelTable& table) { table.activation_backward(args, torch_team()); },
-      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.activation_backward(args, stream); });
+  const ActivationBackward call{
+      to_dtype(g.scalar_type()), activation, kind, s_rows.rows, s_rows.cols, g_rows.stride, s_rows.stride};
+  run(call, {g.const_data_ptr(), s.const_data_ptr(), grad_input.mutable_data_ptr()}, g.device(),
+      [&] { return row_of(std::string(activation_name(activation.kind)) + "_backward", {g}); });
   return grad_input;
 }
 
@@ -496,18 +461,9 @@ Tensor prelu_forward(const Tensor& input, const Tensor& weight) {
   Tensor y = empty_result(x);
   if (x.numel() == 0) return y;
   const auto [outer, channels, inner] = channels_of(x, weight.numel());
-  const PreluForward args{to_dtype(x.scalar_type()),
-                          outer,
-                          channels,
-                          inner,
-                          x.const_data_ptr(),
-                          weight.const_data_ptr(),
-                          weight.dim() ? weight.stride(0) : 0,
-                          y.mutable_data_ptr()};
-  run_kernel(
-      x.device(), args.dtype, [] { return "prelu"; }, {x, weight},
-      [&](const KernelTable& table) { table.prelu_forward(args, torch_team()); },
-      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.prelu_forward(args, stream); });
+  run(PreluForward{to_dtype(x.scalar_type()), outer, channels, inner, weight.dim() ? weight.stride(0) : 0},
+      {x.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr()}, x.device(),
+      [&] { return row_of("prelu", {x, weight}); });
   return y;
 }
 
@@ -528,26 +484,12 @@ std::array<Tensor, 2> prelu_backward(const Tensor& grad_output, const Tensor& in
     return out;
   }
   const auto [outer, channels, inner] = channels_of(x, weight.numel());
-  const PreluBackward args{to_dtype(x.scalar_type()),
-                           outer,
-                           channels,
-                           inner,
-                           g.const_data_ptr(),
-                           x.const_data_ptr(),
-                           weight.const_data_ptr(),
-                           weight.dim() ? weight.stride(0) : 0,
-                           out[0].defined() ? out[0].mutable_data_ptr() : nullptr,
-                           out[1].defined() ? out[1].mutable_data_ptr() : nullptr};
-  run_kernel(
-      x.device(), args.dtype, [] { return "prelu_backward"; }, {g, x, weight},
-      [&](const KernelTable& table) {
-        const Workspace workspace(table.prelu_backward_workspace(args));
-        table.prelu_backward(args, workspace.get(), torch_team());
-      },
-      [&](const cuda::KernelTable& table, cuda::Stream stream) {
-        const gpu::Workspace workspace(table.prelu_backward_workspace(args), x.device());
-        return table.prelu_backward(args, workspace.get(), stream);
-      });
+  const PreluBackward call{to_dtype(x.scalar_type()),           outer,          channels,      inner,
+                           weight.dim() ? weight.stride(0) : 0, output_mask[0], output_mask[1]};
+  run(call,
+      {g.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(), mutable_or_null(out[0]),
+       mutable_or_null(out[1])},
+      x.device(), [&] { return row_of("prelu_backward", {g, x, weight}); });
   return out;
 }
 
@@ -575,11 +517,8 @@ Tensor glu_forward(const Tensor& input, int64_t dim) {
   Tensor y = empty_output(sizes, x.scalar_type(), x.device());
   if (y.numel() == 0) return y;
   const auto [outer, inner] = halves_of(x, axis);
-  const GluForward args{to_dtype(x.scalar_type()), outer, inner, x.const_data_ptr(), y.mutable_data_ptr()};
-  run_kernel(
-      x.device(), args.dtype, [] { return "glu"; }, {x},
-      [&](const KernelTable& table) { table.glu_forward(args, torch_team()); },
-      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.glu_forward(args, stream); });
+  run(GluForward{to_dtype(x.scalar_type()), outer, inner}, {x.const_data_ptr(), y.mutable_data_ptr()}, x.device(),
+      [&] { return row_of("glu", {x}); });
   return y;
 }
 
@@ -595,12 +534,9 @@ Tensor glu_backward(const Tensor& grad_output, const Tensor& input, int64_t dim)
   Tensor grad_input = empty_output(x.sizes(), x.scalar_type(), x.device());
   if (x.numel() == 0) return grad_input;
   const auto [outer, inner] = halves_of(x, axis);
-  const GluBackward args{to_dtype(x.scalar_type()),    outer, inner, g.const_data_ptr(), x.const_data_ptr(),
-                         grad_input.mutable_data_ptr()};
-  run_kernel(
-      x.device(), args.dtype, [] { return "glu_backward"; }, {g, x},
-      [&](const KernelTable& table) { table.glu_backward(args, torch_team()); },
-      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.glu_backward(args, stream); });
+  run(GluBackward{to_dtype(x.scalar_type()), outer, inner},
+      {g.const_data_ptr(), x.const_data_ptr(), grad_input.mutable_data_ptr()}, x.device(),
+      [&] { return row_of("glu_backward", {g, x}); });
   return grad_input;
 }
 

@@ -4,114 +4,76 @@
 
 #include <atomic>
 
-#include "../kernels/common/cpu/isa.h"
-#include "check.h"
+#include "call.h"
 #include "conv_plan.h"
 #include "fast_door.h"
-#include "memory.h"
 #include "node.h"
 #include "ops.h"
-#include "record.h"
-#include "team.h"
 
 namespace fastops {
 namespace {
 
-std::atomic<ConvPrecision> precision_setting{ConvPrecision::highest};
+std::atomic<Precision> precision_setting{Precision::highest};
 
 // ---- single kernel calls, in terms of the underlying convolution; operands have the layouts of the plan
 
-template <class Args>
-using NameOf = KernelName (*)(const Args&);
-
-// The functions of one pass, in the tables of the CPU and of the GPU.
-template <class Args>
-struct Pass {
-  NameOf<Args> KernelTable::* name;
-  size_t (*KernelTable::*workspace)(const Args&, int threads);
-  void (*KernelTable::*run)(const Args&, void* workspace, const Team& team);
-  NameOf<Args> cuda::KernelTable::* gpu_name;
-  size_t (*cuda::KernelTable::*gpu_workspace)(const Args&);
-  cuda::Status (*cuda::KernelTable::*gpu_run)(const Args&, void* workspace, cuda::Stream);
-};
-
-// row(kernel) describes the call, for record().
-template <class Args, class Row>
-void call(const Pass<Args>& pass, Args args, at::Device device, Row&& row) {
-  if (!device.is_cpu()) {
-    args.allow_tf32 = args.dtype == DType::f32 && gpu::conv_allows_tf32();
-    gpu::call(
-        device, [&] { return row(record::kernel_text((gpu::table()->*pass.gpu_name)(args), cuda::kTier)); },
-        [&](const cuda::KernelTable& table, cuda::Stream stream) {
-          const gpu::Workspace workspace((table.*pass.gpu_workspace)(args), device);
-          return (table.*pass.gpu_run)(args, workspace.get(), stream);
-        });
-    return;
-  }
-  const KernelTable& table = kernels(args.dtype);
-  const Team team = torch_team();
-  const Workspace workspace((table.*pass.workspace)(args, team.threads));
-  record::timed([&] { return row(record::kernel_text((table.*pass.name)(args), table.isa)); },
-                [&] { (table.*pass.run)(args, workspace.get(), team); });
+// A CPU has fastops' own setting, a GPU PyTorch's.
+Precision precision_for(const Tensor& operand) {
+  return operand.is_cpu() ? conv_precision() : gpu::conv_precision(operand);
 }
 
-constexpr Pass<ConvForward> kForward{&KernelTable::conv_forward_name,
-                                     &KernelTable::conv_forward_workspace,
-                                     &KernelTable::conv_forward,
-                                     &cuda::KernelTable::conv_forward_name,
-                                     &cuda::KernelTable::conv_forward_workspace,
-                                     &cuda::KernelTable::conv_forward};
-constexpr Pass<ConvBackwardInput> kBackwardInput{&KernelTable::conv_backward_input_name,
-                                                 &KernelTable::conv_backward_input_workspace,
-                                                 &KernelTable::conv_backward_input,
-                                                 &cuda::KernelTable::conv_backward_input_name,
-                                                 &cuda::KernelTable::conv_backward_input_workspace,
-                                                 &cuda::KernelTable::conv_backward_input};
-constexpr Pass<ConvBackwardWeight> kBackwardWeight{&KernelTable::conv_backward_weight_name,
-                                                   &KernelTable::conv_backward_weight_workspace,
-                                                   &KernelTable::conv_backward_weight,
-                                                   &cuda::KernelTable::conv_backward_weight_name,
-                                                   &cuda::KernelTable::conv_backward_weight_workspace,
-                                                   &cuda::KernelTable::conv_backward_weight};
+record::Row row_of(const ConvPlan& plan, const char* suffix, std::initializer_list<Tensor> operands) {
+  return {op_name(plan, suffix), "", record::shapes_of(operands), dtype_name(operands.begin()->scalar_type())};
+}
 
 void run_forward(const ConvPlan& plan, const Tensor& x, const Tensor& w, const Tensor& bias, Activation activation,
                  const Tensor& y, const Tensor& z, const char* suffix) {
-  const ConvForward args{to_dtype(x.scalar_type()), plan.layout,        plan.w_layout,      plan.geometry,
-                         x.const_data_ptr(),        w.const_data_ptr(), data_or_null(bias), activation,
-                         y.mutable_data_ptr(),      mutable_or_null(z), conv_precision()};
-  call(kForward, args, x.device(), [&](const std::string& kernel) {
-    return record::Row{op_name(plan, suffix), kernel, record::shapes_of({x, w, bias}), dtype_name(x.scalar_type())};
-  });
+  const void *const x_data = x.const_data_ptr(), *const w_data = w.const_data_ptr();
+  const ConvForward call{.dtype = to_dtype(x.scalar_type()),
+                         .layout = plan.layout,
+                         .w_layout = plan.w_layout,
+                         .geometry = plan.geometry,
+                         .with_bias = bias.defined(),
+                         .activation = activation,
+                         .with_z = z.defined(),
+                         .precision = precision_for(x),
+                         .alignment = alignment_of({x_data, w_data})};
+  run(call, {x_data, w_data, data_or_null(bias), y.mutable_data_ptr(), mutable_or_null(z)}, x.device(),
+      [&] { return row_of(plan, suffix, {x, w, bias}); });
 }
 
 void run_backward_input(const ConvPlan& plan, const Tensor& g, Activation activation, const Tensor& saved,
                         const Tensor& w, const Tensor& bias, Activation epilogue, const Tensor& x, const Tensor& z,
                         const char* suffix) {
-  const ConvBackwardInput args{to_dtype(g.scalar_type()), plan.layout, plan.w_layout,        plan.geometry,
-                               g.const_data_ptr(),        activation,  data_or_null(saved),  w.const_data_ptr(),
-                               data_or_null(bias),        epilogue,    x.mutable_data_ptr(), mutable_or_null(z),
-                               conv_precision()};
-  call(kBackwardInput, args, g.device(), [&](const std::string& kernel) {
-    return record::Row{op_name(plan, suffix), kernel, record::shapes_of({g, w, bias}), dtype_name(g.scalar_type())};
-  });
+  const ConvBackwardInput::Pointers pointers{g.const_data_ptr(), data_or_null(saved),  w.const_data_ptr(),
+                                             data_or_null(bias), x.mutable_data_ptr(), mutable_or_null(z)};
+  const ConvBackwardInput call{.dtype = to_dtype(g.scalar_type()),
+                               .layout = plan.layout,
+                               .w_layout = plan.w_layout,
+                               .geometry = plan.geometry,
+                               .activation = activation,
+                               .with_bias = bias.defined(),
+                               .epilogue = epilogue,
+                               .with_z = z.defined(),
+                               .precision = precision_for(g),
+                               .alignment = alignment_of({pointers.grad_y, pointers.saved, pointers.w})};
+  run(call, pointers, g.device(), [&] { return row_of(plan, suffix, {g, w, bias}); });
 }
 
 void run_backward_weight(const ConvPlan& plan, const ConvGeometry& geometry, const Tensor& g, Activation activation,
                          const Tensor& saved, const Tensor& x, const Tensor& grad_w, const Tensor& grad_bias) {
-  const ConvBackwardWeight args{to_dtype(g.scalar_type()),
-                                plan.layout,
-                                plan.w_layout,
-                                geometry,
-                                g.const_data_ptr(),
-                                activation,
-                                data_or_null(saved),
-                                data_or_null(x),
-                                mutable_or_null(grad_w),
-                                mutable_or_null(grad_bias)};
-  call(kBackwardWeight, args, g.device(), [&](const std::string& kernel) {
-    return record::Row{op_name(plan, "_backward_weight"), kernel, record::shapes_of({g, x}),
-                       dtype_name(g.scalar_type())};
-  });
+  const ConvBackwardWeight::Pointers pointers{g.const_data_ptr(), data_or_null(saved), data_or_null(x),
+                                              mutable_or_null(grad_w), mutable_or_null(grad_bias)};
+  const ConvBackwardWeight call{.dtype = to_dtype(g.scalar_type()),
+                                .layout = plan.layout,
+                                .w_layout = plan.w_layout,
+                                .geometry = geometry,
+                                .activation = activation,
+                                .with_grad_w = grad_w.defined(),
+                                .with_grad_bias = grad_bias.defined(),
+                                .precision = precision_for(g),
+                                .alignment = alignment_of({pointers.grad_y, pointers.saved, pointers.x})};
+  run(call, pointers, g.device(), [&] { return row_of(plan, "_backward_weight", {g, x}); });
 }
 
 // The gradients of w and of the bias from g [batch, out_channels, out].
@@ -307,9 +269,9 @@ std::array<Tensor, 3> differentiable_conv_backward(const Tensor& grad_output, co
   return out;
 }
 
-void set_conv_precision(ConvPrecision precision) { precision_setting.store(precision, std::memory_order_relaxed); }
+void set_conv_precision(Precision precision) { precision_setting.store(precision, std::memory_order_relaxed); }
 
-ConvPrecision conv_precision() { return precision_setting.load(std::memory_order_relaxed); }
+Precision conv_precision() { return precision_setting.load(std::memory_order_relaxed); }
 
 std::string plan_conv(const Tensor& input, const Tensor& weight, const Tensor& bias, const ConvParams& params,
                       ConvPlan& plan) {

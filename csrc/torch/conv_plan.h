@@ -56,9 +56,6 @@ inline Tensor empty_in(at::IntArrayRef sizes, Layout layout, at::ScalarType type
   return empty_output_strided(sizes, strides, type, device);
 }
 
-inline const void* data_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
-inline void* mutable_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
-
 inline void check_operand(const Tensor& tensor, at::ScalarType type, at::IntArrayRef sizes, const char* name,
                           at::Device device = at::kCPU) {
   check_tensor(tensor, "conv", name, device);

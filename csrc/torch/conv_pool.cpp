@@ -2,12 +2,10 @@
 
 #include <ATen/ATen.h>
 
-#include "../kernels/common/cpu/isa.h"
+#include "call.h"
 #include "conv_plan.h"
 #include "fast_door.h"
 #include "node.h"
-#include "record.h"
-#include "team.h"
 
 namespace fastops {
 namespace {
@@ -50,27 +48,19 @@ MaxPoolOutput conv_pool_forward(const Tensor& input, const Tensor& weight, const
   if (need_indices) out.indices = empty_in(sizes, plan.layout, at::kByte);
   if (out.y.numel() == 0) return out;
   const Tensor x = in_layout(input, plan), w = weight_in_layout(weight, plan);
-  const ConvPoolForward args{to_dtype(type),
-                             plan.layout,
-                             plan.w_layout,
-                             plan.geometry,
-                             {pool[0], pool[1], pool[2]},
-                             x.const_data_ptr(),
-                             w.const_data_ptr(),
-                             data_or_null(b),
-                             activation,
-                             out.y.mutable_data_ptr(),
-                             need_indices ? out.indices.mutable_data_ptr<uint8_t>() : nullptr,
-                             conv_precision()};
-  const KernelTable& table = kernels(args.dtype);
-  const Team team = torch_team();
-  const Workspace workspace(table.conv_pool_forward_workspace(args, team.threads));
-  record::timed(
-      [&] {
-        return record::Row{conv_pool_name(plan), record::kernel_text(table.conv_pool_forward_name(args), table.isa),
-                           record::shapes_of({x, w, b}), dtype_name(type)};
-      },
-      [&] { table.conv_pool_forward(args, workspace.get(), team); });
+  const ConvPoolForward call{.dtype = to_dtype(type),
+                             .layout = plan.layout,
+                             .w_layout = plan.w_layout,
+                             .geometry = plan.geometry,
+                             .pool = {pool[0], pool[1], pool[2]},
+                             .with_bias = b.defined(),
+                             .activation = activation,
+                             .with_indices = need_indices,
+                             .precision = conv_precision()};
+  run(call,
+      {x.const_data_ptr(), w.const_data_ptr(), data_or_null(b), out.y.mutable_data_ptr(),
+       need_indices ? out.indices.mutable_data_ptr<uint8_t>() : nullptr},
+      at::kCPU, [&] { return record::Row{conv_pool_name(plan), "", record::shapes_of({x, w, b}), dtype_name(type)}; });
   return out;
 }
 
@@ -87,29 +77,21 @@ std::array<Tensor, 3> conv_pool_backward(const Tensor& grad_output, const Tensor
   const Tensor g = in_layout(grad_output, plan);
   const Tensor x = output_mask[1] ? in_layout(input, plan) : Tensor();
   const Tensor w = output_mask[0] ? weight_in_layout(weight, plan) : Tensor();
-  const ConvPoolBackward args{to_dtype(type),
-                              plan.layout,
-                              plan.w_layout,
-                              plan.geometry,
-                              {pool[0], pool[1], pool[2]},
-                              g.const_data_ptr(),
-                              indices.const_data_ptr<uint8_t>(),
-                              data_or_null(x),
-                              data_or_null(w),
-                              mutable_or_null(out[0]),
-                              mutable_or_null(out[1]),
-                              mutable_or_null(out[2]),
-                              conv_precision()};
-  const KernelTable& table = kernels(args.dtype);
-  const Team team = torch_team();
-  const Workspace workspace(table.conv_pool_backward_workspace(args, team.threads));
-  record::timed(
-      [&] {
-        return record::Row{conv_pool_name(plan, "_backward"),
-                           record::kernel_text(table.conv_pool_backward_name(args), table.isa),
-                           record::shapes_of({g, x, w}), dtype_name(type)};
-      },
-      [&] { table.conv_pool_backward(args, workspace.get(), team); });
+  const ConvPoolBackward call{.dtype = to_dtype(type),
+                              .layout = plan.layout,
+                              .w_layout = plan.w_layout,
+                              .geometry = plan.geometry,
+                              .pool = {pool[0], pool[1], pool[2]},
+                              .with_grad_x = output_mask[0],
+                              .with_grad_w = output_mask[1],
+                              .with_grad_bias = output_mask[2],
+                              .precision = conv_precision()};
+  run(call,
+      {g.const_data_ptr(), indices.const_data_ptr<uint8_t>(), data_or_null(x), data_or_null(w), mutable_or_null(out[0]),
+       mutable_or_null(out[1]), mutable_or_null(out[2])},
+      at::kCPU, [&] {
+        return record::Row{conv_pool_name(plan, "_backward"), "", record::shapes_of({g, x, w}), dtype_name(type)};
+      });
   return out;
 }
 

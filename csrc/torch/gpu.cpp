@@ -48,9 +48,11 @@ bool runs_on(int device) {
   return state == yes;
 }
 
-bool allows_tf32(at::Float32Op op) {
-  return !at::NoTF32Guard::should_disable_tf32() &&
-         at::globalContext().float32Precision(at::Float32Backend::CUDA, op) == at::Float32Precision::TF32;
+Precision allowed(const at::Tensor& operand, at::Float32Op op) {
+  const bool tf32 = !operand.is_cpu() && operand.scalar_type() == at::kFloat &&
+                    !at::NoTF32Guard::should_disable_tf32() &&
+                    at::globalContext().float32Precision(at::Float32Backend::CUDA, op) == at::Float32Precision::TF32;
+  return tf32 ? Precision::medium : Precision::highest;
 }
 
 std::string version_text(int version) {
@@ -93,9 +95,11 @@ Description describe() {
 
 void use_emulator(const cuda::KernelTable* kernels) { emulator.store(kernels); }
 
-bool allows_tf32() { return allows_tf32(at::Float32Op::MATMUL); }
+Precision precision(const at::Tensor& operand) { return allowed(operand, at::Float32Op::MATMUL); }
 
-bool conv_allows_tf32() { return allows_tf32(at::Float32Op::CONV); }
+Precision conv_precision(const at::Tensor& operand) { return allowed(operand, at::Float32Op::CONV); }
+
+const Planners& planners() { return table()->planners; }
 
 cuda::Stream current_stream(at::Device device) {
   if (device.type() != c10::DeviceType::CUDA) return nullptr;
@@ -109,7 +113,7 @@ Workspace::Workspace(size_t bytes, at::Device device) {
     memory_ = at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions().dtype(at::kByte).device(device));
 }
 
-void throw_failed(const cuda::Status& status, const record::Row& row) {
+void throw_failed(const Status& status, const record::Row& row) {
   TORCH_CHECK(false, row.op, ": kernel ", record::kernel_text(status.kernel, cuda::kTier), " for ", row.dtype,
               " tensors of shapes ", row.shapes, " failed on a grid of ", status.blocks, " blocks of ", status.threads,
               " threads and ", status.shared, " bytes of shared memory: ", status.message);

@@ -32,10 +32,10 @@ Description describe();
 // Uses the kernels of the test suite's emulator, for devices of type PrivateUse1.
 void use_emulator(const cuda::KernelTable* kernels);
 
-// Whether PyTorch's settings allow float32 matrix products to round their operands to TF32.
-bool allows_tf32();
+// Precision::medium where PyTorch's settings allow matrix products of this operand to round to TF32: on a GPU, float32.
+Precision precision(const at::Tensor& operand);
 // The same for convolutions, which have their own settings (torch.backends.cudnn.conv.fp32_precision, allow_tf32).
-bool conv_allows_tf32();
+Precision conv_precision(const at::Tensor& operand);
 
 cuda::Stream current_stream(at::Device device);
 
@@ -49,18 +49,18 @@ class Workspace {
   at::Tensor memory_;
 };
 
-[[noreturn]] void throw_failed(const cuda::Status& status, const record::Row& row);
+[[noreturn]] void throw_failed(const Status& status, const record::Row& row);
 
-// Calls launch(table, stream) with `device` as the current device. If its Status is a failure, throws an error that
-// names the op, the kernel and the shapes. The recorded time ends when the work is queued; it does not wait for the
-// device.
-template <class Describe, class Launch>
-void call(at::Device device, Describe&& describe, Launch&& launch) {
-  const c10::DeviceGuard guard(device);
-  table()->use_device(device.index());
-  cuda::Status status;
-  record::timed(describe, [&] { status = launch(*table(), current_stream(device)); });
-  if (!status.ok()) throw_failed(status, describe());
-}
+// The planners of the GPU's kernels.
+const Planners& planners();
+
+// Makes the device current, for torch and for the extension's own copy of the CUDA runtime.
+class Current {
+ public:
+  explicit Current(at::Device device) : guard_(device) { table()->use_device(device.index()); }
+
+ private:
+  c10::DeviceGuard guard_;
+};
 
 }  // namespace fastops::gpu

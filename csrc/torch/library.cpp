@@ -728,7 +728,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_max_pool2d", &conv_max_pool_fast<2>);
   m.def("conv_max_pool3d", &conv_max_pool_fast<3>);
   m.def("conv_problem", &conv_problem);
-  m.def("set_conv_precision", [](int precision) { set_conv_precision(static_cast<ConvPrecision>(precision)); });
+  m.def("set_conv_precision", [](int precision) { set_conv_precision(static_cast<Precision>(precision)); });
   m.def("conv_precision", [] { return static_cast<int>(conv_precision()); });
   m.def("activation", &activation_fast);
   m.def("prelu", &prelu_fast);

@@ -1,24 +1,19 @@
 #include <ATen/ATen.h>
 
-#include "../kernels/common/cpu/isa.h"
 #include "../kernels/linear/linear.h"
-#include "check.h"
+#include "call.h"
 #include "fast_door.h"
-#include "gpu.h"
-#include "memory.h"
 #include "node.h"
 #include "ops.h"
-#include "record.h"
-#include "team.h"
 
 namespace fastops {
 namespace {
 
 // A tensor as a matrix: columns are its last dimension, rows all others. `tensor` is replaced by a contiguous copy only
 // if the leading dimensions do not have one common stride.
-Matrix as_matrix(Tensor& tensor) {
+Strides as_matrix(Tensor& tensor) {
   const int64_t dims = tensor.dim();
-  if (dims == 1) return {tensor.const_data_ptr(), 0, tensor.stride(0)};
+  if (dims == 1) return {0, tensor.stride(0)};
   if (dims > 2) {
     int64_t expected = -1;
     for (int64_t i = dims - 2; i >= 0; --i) {
@@ -39,7 +34,7 @@ Matrix as_matrix(Tensor& tensor) {
       break;
     }
   }
-  return {tensor.const_data_ptr(), row_stride, tensor.stride(dims - 1)};
+  return {row_stride, tensor.stride(dims - 1)};
 }
 
 int64_t rows_of(at::IntArrayRef sizes) {
@@ -134,37 +129,23 @@ LinearOutput linear_forward(const Tensor& input, const Tensor& weight, const opt
   if (out.y.numel() == 0) return out;
 
   Tensor x = input;
-  LinearForward args{to_dtype(type),
-                     rows_of(input.sizes()),
-                     n,
-                     k,
-                     as_matrix(x),
-                     {weight.const_data_ptr(), weight.stride(0), weight.stride(1)},
-                     b.defined() ? b.const_data_ptr() : nullptr,
-                     b.defined() ? b.stride(0) : 0,
-                     activation,
-                     out.y.mutable_data_ptr(),
-                     n,
-                     out.z.defined() ? out.z.mutable_data_ptr() : nullptr};
-  const auto row = [&](const KernelName& kernel, const char* tier) {
-    return record::Row{"linear", record::kernel_text(kernel, tier), record::shapes_of({input, weight, b}),
-                       dtype_name(type)};
-  };
-  if (!input.is_cpu()) {
-    args.allow_tf32 = type == at::kFloat && gpu::allows_tf32();
-    gpu::call(
-        input.device(), [&] { return row(gpu::table()->linear_forward_name(args), cuda::kTier); },
-        [&](const cuda::KernelTable& table, cuda::Stream stream) {
-          const gpu::Workspace workspace(table.linear_forward_workspace(args), input.device());
-          return table.linear_forward(args, workspace.get(), stream);
-        });
-    return out;
-  }
-  const KernelTable& table = kernels(args.dtype);
-  const Team team = torch_team();
-  const Workspace workspace(table.linear_forward_workspace(args, team.threads));
-  record::timed([&] { return row(table.linear_forward_name(args), table.isa); },
-                [&] { table.linear_forward(args, workspace.get(), team); });
+  const Strides x_strides = as_matrix(x);
+  const void *const x_data = x.const_data_ptr(), *const w_data = weight.const_data_ptr();
+  const LinearForward call{.dtype = to_dtype(type),
+                           .m = rows_of(input.sizes()),
+                           .n = n,
+                           .k = k,
+                           .x_strides = x_strides,
+                           .w_strides = {weight.stride(0), weight.stride(1)},
+                           .y_row_stride = n,
+                           .with_bias = b.defined(),
+                           .bias_stride = b.defined() ? b.stride(0) : 1,
+                           .activation = activation,
+                           .with_z = out.z.defined(),
+                           .precision = gpu::precision(input),
+                           .alignment = alignment_of({x_data, w_data})};
+  run(call, {x_data, w_data, data_or_null(b), out.y.mutable_data_ptr(), mutable_or_null(out.z)}, input.device(),
+      [&] { return record::Row{"linear", "", record::shapes_of({input, weight, b}), dtype_name(type)}; });
   return out;
 }
 
@@ -197,6 +178,7 @@ std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& s
   }
 
   Tensor g = grad_output, s = identity ? Tensor() : saved, x = output_mask[1] ? input : Tensor();
+  const Tensor w = output_mask[0] ? weight : Tensor();
   const auto data = [](Tensor& tensor) {
     return tensor.defined() && tensor.numel() > 0 ? tensor.mutable_data_ptr() : nullptr;
   };
@@ -205,38 +187,26 @@ std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& s
     if (g.stride(-1) != 1) g = g.contiguous();
     if (s.stride(-1) != 1) s = s.contiguous();
   }
-  LinearBackward args{to_dtype(type),
-                      m,
-                      n,
-                      k,
-                      as_matrix(g),
-                      activation,
-                      s.defined() ? as_matrix(s) : Matrix{},
-                      x.defined() ? as_matrix(x) : Matrix{},
-                      output_mask[0] ? Matrix{weight.const_data_ptr(), weight.stride(0), weight.stride(1)} : Matrix{},
-                      data(out[0]),
-                      data(out[1]),
-                      data(out[2])};
-  if (args.grad_x == nullptr && args.grad_w == nullptr && args.grad_b == nullptr) return out;
-  const auto row = [&](const KernelName& kernel, const char* tier) {
-    return record::Row{"linear_backward", record::kernel_text(kernel, tier),
-                       record::shapes_of({grad_output, input, weight}), dtype_name(type)};
-  };
-  if (!device.is_cpu()) {
-    args.allow_tf32 = type == at::kFloat && gpu::allows_tf32();
-    gpu::call(
-        device, [&] { return row(gpu::table()->linear_backward_name(args), cuda::kTier); },
-        [&](const cuda::KernelTable& table, cuda::Stream stream) {
-          const gpu::Workspace workspace(table.linear_backward_workspace(args), device);
-          return table.linear_backward(args, workspace.get(), stream);
-        });
-    return out;
-  }
-  const KernelTable& table = kernels(args.dtype);
-  const Team team = torch_team();
-  const Workspace workspace(table.linear_backward_workspace(args, team.threads));
-  record::timed([&] { return row(table.linear_backward_name(args), table.isa); },
-                [&] { table.linear_backward(args, workspace.get(), team); });
+  void *const grad_x = data(out[0]), *const grad_w = data(out[1]), *const grad_bias = data(out[2]);
+  if (grad_x == nullptr && grad_w == nullptr && grad_bias == nullptr) return out;
+  const LinearBackward call{.dtype = to_dtype(type),
+                            .m = m,
+                            .n = n,
+                            .k = k,
+                            .grad_y_strides = as_matrix(g),
+                            .saved_strides = s.defined() ? as_matrix(s) : Strides{},
+                            .x_strides = x.defined() ? as_matrix(x) : Strides{},
+                            .w_strides = w.defined() ? Strides{w.stride(0), w.stride(1)} : Strides{},
+                            .activation = activation,
+                            .with_grad_x = grad_x != nullptr,
+                            .with_grad_w = grad_w != nullptr,
+                            .with_grad_bias = grad_bias != nullptr,
+                            .precision = gpu::precision(g),
+                            .alignment = alignment_of({g.const_data_ptr(), data_or_null(x), data_or_null(w)})};
+  run(call, {g.const_data_ptr(), data_or_null(s), data_or_null(x), data_or_null(w), grad_x, grad_w, grad_bias}, device,
+      [&] {
+        return record::Row{"linear_backward", "", record::shapes_of({grad_output, input, weight}), dtype_name(type)};
+      });
   return out;
 }
 

@@ -4,13 +4,10 @@
 
 #include <algorithm>
 
-#include "check.h"
+#include "call.h"
 #include "fast_door.h"
-#include "gpu.h"
-#include "memory.h"
 #include "node.h"
 #include "ops.h"
-#include "record.h"
 
 namespace fastops {
 namespace {
@@ -26,18 +23,18 @@ Tensor as_rows(const Tensor& tensor) {
   return rows.stride(1) == 1 || cols == 1 ? rows : rows.contiguous();
 }
 
-MlpShape shape_of(const Tensor& input, at::TensorList weights, bool allow_tf32) {
-  MlpShape shape{to_dtype(input.scalar_type()), allow_tf32, 1, static_cast<int>(weights.size()), {}};
+MlpShape shape_of(const Tensor& input, at::TensorList weights, Precision precision) {
+  MlpShape shape{to_dtype(input.scalar_type()), precision, 1, static_cast<int>(weights.size()), {}};
   for (int64_t i = 0; i + 1 < input.dim(); ++i) shape.m *= input.size(i);
   shape.widths[0] = input.size(-1);
   for (size_t l = 0; l < weights.size(); ++l) shape.widths[l + 1] = weights[l].size(0);
   return shape;
 }
 
-record::Row row_of(const char* op, const Tensor& input, at::TensorList weights, const MlpShape& shape) {
+record::Row row_of(const char* op, const Tensor& input, at::TensorList weights) {
   std::string shapes = record::shapes_of({input});
   for (const Tensor& weight : weights) shapes += ", " + record::shapes_of({weight});
-  return {op, record::kernel_text(gpu::table()->mlp_name(shape), cuda::kTier), shapes, dtype_name(input.scalar_type())};
+  return {op, "", shapes, dtype_name(input.scalar_type())};
 }
 
 struct MlpOutput {
@@ -47,59 +44,55 @@ struct MlpOutput {
 };
 
 MlpOutput mlp_forward(const Tensor& input, at::TensorList weights, at::TensorList biases,
-                      const MlpActivations& activations, bool allow_tf32, bool need_saved) {
+                      const MlpActivations& activations, Precision precision, bool need_saved) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const auto type = input.scalar_type();
   const at::Device device = input.device();
-  MlpForward args{};
-  args.shape = shape_of(input, weights, allow_tf32);
+  MlpForward call{shape_of(input, weights, precision), 0, activations.hidden, activations.output};
+  MlpForward::Pointers args{};
   c10::DimVector sizes(input.sizes());
-  sizes.back() = args.shape.widths[weights.size()];
+  sizes.back() = call.shape.widths[weights.size()];
   MlpOutput out{empty_output(sizes, type, device), {}, {}};
   if (need_saved && saved_by_linear(activations.output) == Saved::input) out.z = empty_output(sizes, type, device);
   if (need_saved)
     out.hidden =
-        empty_output({mlp_hidden_matrices(args.shape, activations.hidden), args.shape.m, mlp_hidden_stride(args.shape)},
+        empty_output({mlp_hidden_matrices(call.shape, activations.hidden), call.shape.m, mlp_hidden_stride(call.shape)},
                      type, device);
-  if (args.shape.m == 0) return out;
+  if (call.shape.m == 0) return out;
 
   const Tensor x = as_rows(input);
   args.x = x.const_data_ptr();
-  args.x_row_stride = x.stride(0);
+  call.x_row_stride = x.stride(0);
   variable_list kept;
   for (size_t l = 0; l < weights.size(); ++l) {
     kept.push_back(weights[l].contiguous());
     args.w[l] = kept.back().const_data_ptr();
     if (!biases[l].defined()) continue;
     kept.push_back(biases[l].contiguous());
-    args.b[l] = kept.back().const_data_ptr();
+    args.bias[l] = kept.back().const_data_ptr();
   }
-  args.hidden = activations.hidden;
-  args.output = activations.output;
   args.y = out.y.mutable_data_ptr();
   args.z = out.z.defined() ? out.z.mutable_data_ptr() : nullptr;
   args.hidden_outputs = out.hidden.defined() && out.hidden.numel() > 0 ? out.hidden.mutable_data_ptr() : nullptr;
-  gpu::call(
-      device, [&] { return row_of("mlp", input, weights, args.shape); },
-      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.mlp_forward(args, stream); });
+  run(call, args, device, [&] { return row_of("mlp", input, weights); });
   return out;
 }
 
 // The gradients of the input, of the weights and of the biases, in this order, as far as `needs` asks for them.
 variable_list mlp_backward(const Tensor& grad_output, const Tensor& saved, const Tensor& input, at::TensorList weights,
-                           const Tensor& hidden, const MlpActivations& activations, bool allow_tf32, Needs needs) {
+                           const Tensor& hidden, const MlpActivations& activations, Precision precision, Needs needs) {
   const auto type = input.scalar_type();
   const at::Device device = input.device();
   const size_t layers = weights.size();
   variable_list result(1 + 2 * layers);
-  MlpBackward args{};
-  args.shape = shape_of(input, weights, allow_tf32);
+  MlpBackward call{shape_of(input, weights, precision), 0, 0, activations.hidden, activations.output};
+  MlpBackward::Pointers args{};
   if (needs(0)) result[0] = empty_output(input.sizes(), type, device);
   for (size_t l = 0; l < layers; ++l) {
     if (needs(1 + l)) result[1 + l] = empty_output(weights[l].sizes(), type, device);
     if (needs(1 + layers + l)) result[1 + layers + l] = empty_output({weights[l].size(0)}, type, device);
   }
-  if (args.shape.m == 0) {  // empty sums
+  if (call.shape.m == 0) {  // empty sums
     for (const Tensor& gradient : result)
       if (gradient.defined()) gradient.zero_();
     return result;
@@ -108,27 +101,20 @@ variable_list mlp_backward(const Tensor& grad_output, const Tensor& saved, const
   const auto data = [](const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; };
   const Tensor g = as_rows(grad_output), x = as_rows(input);
   args.grad_y = g.const_data_ptr();
-  args.grad_y_row_stride = g.stride(0);
+  call.grad_y_row_stride = g.stride(0);
   args.saved = saved.defined() ? saved.const_data_ptr() : nullptr;
   args.x = x.const_data_ptr();
-  args.x_row_stride = x.stride(0);
+  call.x_row_stride = x.stride(0);
   variable_list kept;
   for (size_t l = 0; l < layers; ++l) {
     kept.push_back(weights[l].contiguous());
     args.w[l] = kept.back().const_data_ptr();
     args.grad_w[l] = data(result[1 + l]);
-    args.grad_b[l] = data(result[1 + layers + l]);
+    args.grad_bias[l] = data(result[1 + layers + l]);
   }
   args.hidden_outputs = hidden.const_data_ptr();
-  args.hidden = activations.hidden;
-  args.output = activations.output;
   args.grad_x = data(result[0]);
-  gpu::call(
-      device, [&] { return row_of("mlp_backward", input, weights, args.shape); },
-      [&](const cuda::KernelTable& table, cuda::Stream stream) {
-        const gpu::Workspace workspace(table.mlp_backward_workspace(args), device);
-        return table.mlp_backward(args, workspace.get(), stream);
-      });
+  run(call, args, device, [&] { return row_of("mlp_backward", input, weights); });
   return result;
 }
 
@@ -168,14 +154,14 @@ variable_list composite_backward(const Tensor& grad_output, const Tensor& input,
 struct MlpOp : CompiledBackward<MlpOp> {
   struct Args {
     MlpActivations activations;
-    bool allow_tf32;
+    Precision precision;
   };
   static std::string name(const Args&) { return "mlp"; }
   static c10::IValue pack(const Args& args) {
     std::vector<double> values;
     for (const Activation& f : {args.activations.hidden, args.activations.output})
       values.insert(values.end(), {static_cast<double>(f.kind), f.a, f.b});
-    values.push_back(args.allow_tf32);
+    values.push_back(static_cast<double>(args.precision));
     return values;
   }
   static Args unpack(const c10::IValue& packed) {
@@ -183,7 +169,7 @@ struct MlpOp : CompiledBackward<MlpOp> {
     const auto activation_at = [&](size_t i) {
       return Activation{static_cast<ActivationKind>(static_cast<int>(values[i])), values[i + 1], values[i + 2]};
     };
-    return {{activation_at(0), activation_at(3)}, values[6] != 0};
+    return {{activation_at(0), activation_at(3)}, static_cast<Precision>(static_cast<int>(values[6]))};
   }
 
   // saved: hidden, y or z, input, weights, biases.
@@ -195,7 +181,7 @@ struct MlpOp : CompiledBackward<MlpOp> {
     const at::TensorList weights(saved.data() + 3, layers), biases(saved.data() + 3 + layers, layers);
     if (at::GradMode::is_enabled() || !fast_door::is_plain(grads[0]))
       return composite_backward(grads[0], input, weights, biases, args.activations, needs);
-    return mlp_backward(grads[0], saved[1], input, weights, saved[0], args.activations, args.allow_tf32, needs);
+    return mlp_backward(grads[0], saved[1], input, weights, saved[0], args.activations, args.precision, needs);
   }
 };
 
@@ -210,10 +196,10 @@ Tensor mlp(const Tensor& input, at::TensorList weights, at::TensorList biases, A
       records = records || needs_grad(tensor);
     }
   records = records && at::GradMode::is_enabled();
-  const bool allow_tf32 = input.scalar_type() == at::kFloat && gpu::allows_tf32();
-  auto [y, z, hidden_outputs] = mlp_forward(input, weights, biases, {hidden, output}, allow_tf32, records);
+  const Precision precision = gpu::precision(input);
+  auto [y, z, hidden_outputs] = mlp_forward(input, weights, biases, {hidden, output}, precision, records);
   if (!records) return y;
-  const auto node = make_node<MlpOp>({{hidden, output}, allow_tf32}, operands);
+  const auto node = make_node<MlpOp>({{hidden, output}, precision}, operands);
   torch::autograd::set_history(y, node);
   operands.insert(operands.begin(), output.kind == ActivationKind::identity ? Tensor() : z.defined() ? z : y);
   operands.insert(operands.begin(), hidden_outputs);
@@ -232,9 +218,9 @@ bool mlp_accepts(const Tensor& input, at::TensorList weights, at::TensorList bia
     features = w.size(0);
     if (b.defined() && (b.dim() != 1 || b.size(0) != features)) return false;
   }
-  const c10::DeviceGuard guard(input.device());
-  gpu::table()->use_device(input.device().index());
-  return gpu::table()->mlp_applies(shape_of(input, weights, input.scalar_type() == at::kFloat && gpu::allows_tf32()));
+  const gpu::Current current(input.device());
+  return planned(MlpForward{shape_of(input, weights, gpu::precision(input)), features, {}, {}}, input.device(), {})
+             .runner != nullptr;
 }
 
 }  // namespace fastops

@@ -94,8 +94,8 @@ Tensor conv(const Tensor& input, const Tensor& weight, const optional<Tensor>& b
 std::array<Tensor, 3> differentiable_conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                                                    const ConvPlan& plan, std::array<bool, 3> output_mask);
 // How much accuracy convolutions may give up for speed, for the whole process.
-void set_conv_precision(ConvPrecision precision);
-ConvPrecision conv_precision();
+void set_conv_precision(Precision precision);
+Precision conv_precision();
 
 // ---- saved.cpp
 struct ActivationOutput {

@@ -2,15 +2,10 @@
 
 #include <ATen/ATen.h>
 
-#include "../kernels/common/cpu/isa.h"
-#include "check.h"
+#include "call.h"
 #include "fast_door.h"
-#include "gpu.h"
-#include "memory.h"
 #include "node.h"
 #include "ops.h"
-#include "record.h"
-#include "team.h"
 
 namespace fastops {
 namespace {
@@ -86,20 +81,12 @@ bool overlaps_widely(const PoolGeometry& g) {
   return windows > 64;
 }
 
-// The kernel of the device that the tensor is on: on_cpu(table), named by name(table), or on_gpu(table, stream).
-template <class Name, class OnCpu, class OnGpu>
-void run_kernel(const PoolPlan& plan, const char* kind, const char* suffix, const Tensor& tensor, Name&& name,
-                OnCpu&& on_cpu, OnGpu&& on_gpu) {
-  const auto row = [&](const KernelName& kernel, const char* tier) {
-    return record::Row{op_name(plan, kind, suffix), record::kernel_text(kernel, tier), record::shapes_of({tensor}),
-                       dtype_name(tensor.scalar_type())};
-  };
-  if (!tensor.is_cpu()) {
-    gpu::call(tensor.device(), [&] { return row({"pool_gather"}, cuda::kTier); }, on_gpu);
-    return;
-  }
-  const KernelTable& table = kernels(to_dtype(tensor.scalar_type()));
-  record::timed([&] { return row(name(table), table.isa); }, [&] { on_cpu(table); });
+template <class Call>
+void run_pool(const Call& call, const typename Call::Pointers& pointers, const PoolPlan& plan, const char* kind,
+              const char* suffix, const Tensor& tensor) {
+  run(call, pointers, tensor.device(), [&] {
+    return record::Row{op_name(plan, kind, suffix), "", record::shapes_of({tensor}), dtype_name(tensor.scalar_type())};
+  });
 }
 
 void check_operand(const Tensor& tensor, const PoolPlan& plan, const int64_t (&spatial)[3], const char* op,
@@ -311,17 +298,8 @@ MaxPoolOutput max_pool_forward(const Tensor& input, const PoolPlan& plan, PoolIn
   if (kind != PoolIndices::none)
     out.indices = empty_in(sizes, plan.layout, kind == PoolIndices::plane ? at::kLong : at::kByte, x.device());
   if (is_empty(plan, plan.geometry.out)) return out;
-  const MaxPoolForward args{to_dtype(x.scalar_type()),
-                            plan.layout,
-                            plan.geometry,
-                            x.const_data_ptr(),
-                            out.y.mutable_data_ptr(),
-                            kind,
-                            out.indices.defined() ? out.indices.mutable_data_ptr() : nullptr};
-  run_kernel(
-      plan, "max", "", x, [&](const KernelTable& table) { return table.max_pool_forward_name(args); },
-      [&](const KernelTable& table) { table.max_pool_forward(args, torch_team()); },
-      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.max_pool_forward(args, stream); });
+  run_pool(MaxPoolForward{to_dtype(x.scalar_type()), plan.layout, plan.geometry, kind},
+           {x.const_data_ptr(), out.y.mutable_data_ptr(), mutable_or_null(out.indices)}, plan, "max", "", x);
   return out;
 }
 
@@ -344,17 +322,9 @@ Tensor max_pool_backward(const Tensor& grad_output, const Tensor& indices, const
   const Tensor g = in_layout(grad_output, plan.layout), i = in_layout(indices, plan.layout);
   Tensor grad_input = empty_in(sizes_of(plan, plan.geometry.in), plan.layout, g.scalar_type(), g.device());
   if (is_empty(plan, plan.geometry.in)) return grad_input;
-  const MaxPoolBackward args{to_dtype(g.scalar_type()),
-                             plan.layout,
-                             plan.geometry,
-                             g.const_data_ptr(),
-                             window ? PoolIndices::window : PoolIndices::plane,
-                             i.const_data_ptr(),
-                             grad_input.mutable_data_ptr()};
-  run_kernel(
-      plan, "max", "_backward", g, [&](const KernelTable& table) { return table.max_pool_backward_name(args); },
-      [&](const KernelTable& table) { table.max_pool_backward(args, torch_team()); },
-      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.max_pool_backward(args, stream); });
+  const PoolIndices kind = window ? PoolIndices::window : PoolIndices::plane;
+  run_pool(MaxPoolBackward{to_dtype(g.scalar_type()), plan.layout, plan.geometry, kind},
+           {g.const_data_ptr(), i.const_data_ptr(), grad_input.mutable_data_ptr()}, plan, "max", "_backward", g);
   return grad_input;
 }
 
@@ -405,12 +375,8 @@ Tensor avg_pool_forward(const Tensor& input, const PoolPlan& plan, const AvgDivi
   const Tensor x = in_layout(input, plan.layout);
   Tensor y = empty_in(sizes_of(plan, plan.geometry.out), plan.layout, x.scalar_type(), x.device());
   if (is_empty(plan, plan.geometry.out)) return y;
-  const AvgPoolForward args{to_dtype(x.scalar_type()), plan.layout,        plan.geometry,       divisor.include_pad,
-                            divisor.override,          x.const_data_ptr(), y.mutable_data_ptr()};
-  run_kernel(
-      plan, "avg", "", x, [&](const KernelTable& table) { return table.avg_pool_forward_name(args); },
-      [&](const KernelTable& table) { table.avg_pool_forward(args, torch_team()); },
-      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.avg_pool_forward(args, stream); });
+  run_pool(AvgPoolForward{to_dtype(x.scalar_type()), plan.layout, plan.geometry, divisor.include_pad, divisor.override},
+           {x.const_data_ptr(), y.mutable_data_ptr()}, plan, "avg", "", x);
   return y;
 }
 
@@ -421,13 +387,9 @@ Tensor avg_pool_backward(const Tensor& grad_output, const PoolPlan& plan, const 
   const Tensor g = in_layout(grad_output, plan.layout);
   Tensor grad_input = empty_in(sizes_of(plan, plan.geometry.in), plan.layout, g.scalar_type(), g.device());
   if (is_empty(plan, plan.geometry.in)) return grad_input;
-  const AvgPoolBackward args{to_dtype(g.scalar_type()),    plan.layout,      plan.geometry,
-                             divisor.include_pad,          divisor.override, g.const_data_ptr(),
-                             grad_input.mutable_data_ptr()};
-  run_kernel(
-      plan, "avg", "_backward", g, [&](const KernelTable& table) { return table.avg_pool_backward_name(args); },
-      [&](const KernelTable& table) { table.avg_pool_backward(args, torch_team()); },
-      [&](const cuda::KernelTable& table, cuda::Stream stream) { return table.avg_pool_backward(args, stream); });
+  run_pool(
+      AvgPoolBackward{to_dtype(g.scalar_type()), plan.layout, plan.geometry, divisor.include_pad, divisor.override},
+      {g.const_data_ptr(), grad_input.mutable_data_ptr()}, plan, "avg", "_backward", g);
   return grad_input;
 }
 

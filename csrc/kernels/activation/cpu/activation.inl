@@ -8,6 +8,7 @@
 #include "../../common/cpu/elements.inl"
 #include "../../common/cpu/math.inl"
 #include "../../common/cpu/numbers.inl"
+#include "../../common/cpu/planning.inl"
 #include "../../common/cpu/threads.inl"
 #include "../../common/cpu/vec.h"
 #include "../activation_math.inl"
@@ -172,7 +173,13 @@ BackwardMaskRow<S> find_backward_mask_row(ActivationKind kind) {
 }
 
 template <class S>
-void activation_forward_of(const ActivationForward& args, const Team& team) {
+struct ForwardKernels {
+  ForwardRow<S, S> row;
+  ForwardMaskRow<S> mask_row;  // with a mask
+};
+
+template <class S>
+void activation_forward(const Bound<ActivationForward>& args, const ForwardKernels<S>& kernels, const Team& team) {
   const S* x = static_cast<const S*>(args.x);
   S* y = static_cast<S*>(args.y);
   int64_t rows = args.rows, cols = args.cols;
@@ -182,7 +189,7 @@ void activation_forward_of(const ActivationForward& args, const Team& team) {
   }
   const int64_t per_thread = grain(args.activation.kind);
   if (args.mask == nullptr) {
-    const ForwardRow<S, S> row_kernel = find_forward_row<S, S>(args.activation.kind);
+    const ForwardRow<S, S> row_kernel = kernels.row;
     const bool stream = streams(y, x, rows, cols);
     for_blocks(team, rows, cols, kBlock, per_thread, [&](int64_t row, int64_t first, int64_t count) {
       const S* const from = x + row * args.x_row_stride + first;
@@ -193,7 +200,7 @@ void activation_forward_of(const ActivationForward& args, const Team& team) {
         row_kernel(from, to, count, args.activation);
     });
   } else {
-    const ForwardMaskRow<S> row_kernel = find_forward_mask_row<S>(args.activation.kind);
+    const ForwardMaskRow<S> row_kernel = kernels.mask_row;
     const bool stream = streams(y, x, rows, cols);
     for_blocks(team, rows, cols, kBlock, per_thread, [&](int64_t row, int64_t first, int64_t count) {
       uint8_t* const mask = args.mask + row * mask_row_bytes(cols) + first / 8;
@@ -210,7 +217,13 @@ void activation_forward_of(const ActivationForward& args, const Team& team) {
 }
 
 template <class S>
-void activation_backward_of(const ActivationBackward& args, const Team& team) {
+struct BackwardKernels {
+  BackwardRow<S, S> row;
+  BackwardMaskRow<S> mask_row;  // from a mask
+};
+
+template <class S>
+void activation_backward(const Bound<ActivationBackward>& args, const BackwardKernels<S>& kernels, const Team& team) {
   const S* grad_y = static_cast<const S*>(args.grad_y);
   S* grad_x = static_cast<S*>(args.grad_x);
   const bool masked = args.saved_kind == Saved::mask;
@@ -223,7 +236,7 @@ void activation_backward_of(const ActivationBackward& args, const Team& team) {
   const bool stream = grad_x != args.saved && streams(grad_x, args.grad_y, rows, cols);
   if (masked) {
     const uint8_t* mask = static_cast<const uint8_t*>(args.saved);
-    const BackwardMaskRow<S> row_kernel = find_backward_mask_row<S>(args.activation.kind);
+    const BackwardMaskRow<S> row_kernel = kernels.mask_row;
     for_blocks(team, rows, cols, kBlock, per_thread, [&](int64_t row, int64_t first, int64_t count) {
       const S* const from = grad_y + row * args.grad_y_row_stride + first;
       const uint8_t* const bits = mask + row * mask_row_bytes(cols) + first / 8;
@@ -240,7 +253,7 @@ void activation_backward_of(const ActivationBackward& args, const Team& team) {
     const bool nothing = args.saved_kind == Saved::nothing;
     const S* saved = nothing ? grad_y : static_cast<const S*>(args.saved);
     const int64_t saved_stride = nothing ? args.grad_y_row_stride : args.saved_row_stride;
-    const auto row_kernel = find_backward_row<S, S>(args.activation.kind, args.saved_kind == Saved::output);
+    const BackwardRow<S, S> row_kernel = kernels.row;
     for_blocks(team, rows, cols, kBlock, per_thread, [&](int64_t row, int64_t first, int64_t count) {
       const S* const from = grad_y + row * args.grad_y_row_stride + first;
       const S* const kept = saved + row * saved_stride + first;
@@ -254,12 +267,35 @@ void activation_backward_of(const ActivationBackward& args, const Team& team) {
   }
 }
 
-void activation_forward(const ActivationForward& args, const Team& team) {
-  with_dtype(args.dtype, [&](auto type) { activation_forward_of<decltype(type)>(args, team); });
+constexpr KernelName kElementwise{"elementwise"};
+
+void plan_call(Plan<ActivationForward>& plan) {
+  const ActivationForward& call = plan.call;
+  with_dtype(call.dtype, [&](auto type) {
+    using S = decltype(type);
+    const ActivationKind kind = call.activation.kind;
+    const ForwardKernels<S> kernels = {call.with_mask ? nullptr : find_forward_row<S, S>(kind),
+                                       call.with_mask ? find_forward_mask_row<S>(kind) : nullptr};
+    decide(plan, kElementwise, 0, kernels,
+           [](const Bound<ActivationForward>& args, const ForwardKernels<S>& kernels, void*, const Team& team) {
+             activation_forward<S>(args, kernels, team);
+           });
+  });
 }
 
-void activation_backward(const ActivationBackward& args, const Team& team) {
-  with_dtype(args.dtype, [&](auto type) { activation_backward_of<decltype(type)>(args, team); });
+void plan_call(Plan<ActivationBackward>& plan) {
+  const ActivationBackward& call = plan.call;
+  with_dtype(call.dtype, [&](auto type) {
+    using S = decltype(type);
+    const ActivationKind kind = call.activation.kind;
+    const bool masked = call.saved_kind == Saved::mask, from_output = call.saved_kind == Saved::output;
+    const BackwardKernels<S> kernels = {masked ? nullptr : find_backward_row<S, S>(kind, from_output),
+                                        masked ? find_backward_mask_row<S>(kind) : nullptr};
+    decide(plan, kElementwise, 0, kernels,
+           [](const Bound<ActivationBackward>& args, const BackwardKernels<S>& kernels, void*, const Team& team) {
+             activation_backward<S>(args, kernels, team);
+           });
+  });
 }
 
 // ---- PReLU
@@ -307,7 +343,7 @@ inline Vec<C> prelu(Vec<C> x, Vec<C> w) {
 }
 
 template <class S>
-void prelu_forward_of(const PreluForward& args, const Team& team) {
+void prelu_forward(const Bound<PreluForward>& args, const Team& team) {
   using C = Compute<S>;
   using V = Vec<C>;
   const S* x = static_cast<const S*>(args.x);
@@ -351,8 +387,8 @@ void prelu_forward_of(const PreluForward& args, const Team& team) {
   });
 }
 
-size_t prelu_backward_workspace(const PreluBackward& args) {
-  if (args.grad_w == nullptr) return 0;
+inline size_t prelu_backward_workspace(const PreluBackward& args) {
+  if (!args.with_grad_w) return 0;
   const PreluShape shape = prelu_shape(args.outer, args.channels, args.inner);
   const int64_t sums = shape.weight_per_column ? shape.chunks * shape.cols : shape.rows * shape.blocks_per_row;
   return static_cast<size_t>(sums) * (args.dtype == DType::f64 ? 8 : 4);
@@ -367,7 +403,7 @@ inline double sum_partials(const C* first, int64_t count, int64_t stride) {
 }
 
 template <class S>
-void prelu_backward_of(const PreluBackward& args, void* workspace, const Team& team) {
+void prelu_backward(const Bound<PreluBackward>& args, void* workspace, const Team& team) {
   using C = Compute<S>;
   using V = Vec<C>;
   const S* grad_y = static_cast<const S*>(args.grad_y);
@@ -445,12 +481,20 @@ void prelu_backward_of(const PreluBackward& args, void* workspace, const Team& t
   });
 }
 
-void prelu_forward(const PreluForward& args, const Team& team) {
-  with_dtype(args.dtype, [&](auto type) { prelu_forward_of<decltype(type)>(args, team); });
+void plan_call(Plan<PreluForward>& plan) {
+  with_dtype(plan.call.dtype, [&](auto type) {
+    decide(plan, kElementwise, 0, [](const Bound<PreluForward>& args, void*, const Team& team) {
+      prelu_forward<decltype(type)>(args, team);
+    });
+  });
 }
 
-void prelu_backward(const PreluBackward& args, void* workspace, const Team& team) {
-  with_dtype(args.dtype, [&](auto type) { prelu_backward_of<decltype(type)>(args, workspace, team); });
+void plan_call(Plan<PreluBackward>& plan) {
+  with_dtype(plan.call.dtype, [&](auto type) {
+    decide(plan, kElementwise, prelu_backward_workspace(plan.call), [](const Bound<PreluBackward>& args, void* workspace, const Team& team) {
+      prelu_backward<decltype(type)>(args, workspace, team);
+    });
+  });
 }
 
 // ---- GLU
@@ -458,7 +502,7 @@ void prelu_backward(const PreluBackward& args, void* workspace, const Team& team
 constexpr int64_t kGluGrain = 12288;
 
 template <class S>
-void glu_forward_of(const GluForward& args, const Team& team) {
+void glu_forward(const Bound<GluForward>& args, const Team& team) {
   using V = Vec<Compute<S>>;
   const S* x = static_cast<const S*>(args.x);
   S* y = static_cast<S*>(args.y);
@@ -481,7 +525,7 @@ void glu_forward_of(const GluForward& args, const Team& team) {
 }
 
 template <class S>
-void glu_backward_of(const GluBackward& args, const Team& team) {
+void glu_backward(const Bound<GluBackward>& args, const Team& team) {
   using C = Compute<S>;
   using V = Vec<C>;
   const S* grad_y = static_cast<const S*>(args.grad_y);
@@ -502,10 +546,18 @@ void glu_backward_of(const GluBackward& args, const Team& team) {
   });
 }
 
-void glu_forward(const GluForward& args, const Team& team) {
-  with_dtype(args.dtype, [&](auto type) { glu_forward_of<decltype(type)>(args, team); });
+void plan_call(Plan<GluForward>& plan) {
+  with_dtype(plan.call.dtype, [&](auto type) {
+    decide(plan, kElementwise, 0, [](const Bound<GluForward>& args, void*, const Team& team) {
+      glu_forward<decltype(type)>(args, team);
+    });
+  });
 }
 
-void glu_backward(const GluBackward& args, const Team& team) {
-  with_dtype(args.dtype, [&](auto type) { glu_backward_of<decltype(type)>(args, team); });
+void plan_call(Plan<GluBackward>& plan) {
+  with_dtype(plan.call.dtype, [&](auto type) {
+    decide(plan, kElementwise, 0, [](const Bound<GluBackward>& args, void*, const Team& team) {
+      glu_backward<decltype(type)>(args, team);
+    });
+  });
 }

@@ -21,3 +21,5 @@
 #define FASTOPS_FN inline
 #define FASTOPS_HOST_FN inline
 #define FASTOPS_TABLE constexpr
+
+#define FASTOPS_BODIES  // calls.h includes the bodies from here on

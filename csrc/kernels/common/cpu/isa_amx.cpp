@@ -7,10 +7,12 @@
 namespace fastops {
 namespace amx {
 namespace {
-#include "bodies.inl"
+constexpr const char* kTier = "amx";
+#include "../calls.h"
+#include "table.inl"
 }  // namespace
 }  // namespace amx
 
-const KernelTable kernels_amx = amx::kernel_table("amx");
+const KernelTable kernels_amx = amx::kTable;
 
 }  // namespace fastops

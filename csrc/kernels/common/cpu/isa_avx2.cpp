@@ -5,10 +5,12 @@
 namespace fastops {
 namespace avx2 {
 namespace {
-#include "bodies.inl"
+constexpr const char* kTier = "avx2";
+#include "../calls.h"
+#include "table.inl"
 }  // namespace
 }  // namespace avx2
 
-const KernelTable kernels_avx2 = avx2::kernel_table("avx2");
+const KernelTable kernels_avx2 = avx2::kTable;
 
 }  // namespace fastops

@@ -5,10 +5,12 @@
 namespace fastops {
 namespace avx512 {
 namespace {
-#include "bodies.inl"
+constexpr const char* kTier = "avx512";
+#include "../calls.h"
+#include "table.inl"
 }  // namespace
 }  // namespace avx512
 
-const KernelTable kernels_avx512 = avx512::kernel_table("avx512");
+const KernelTable kernels_avx512 = avx512::kTable;
 
 }  // namespace fastops

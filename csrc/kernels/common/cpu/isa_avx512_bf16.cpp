@@ -6,10 +6,12 @@
 namespace fastops {
 namespace avx512_bf16 {
 namespace {
-#include "bodies.inl"
+constexpr const char* kTier = "avx512_bf16";
+#include "../calls.h"
+#include "table.inl"
 }  // namespace
 }  // namespace avx512_bf16
 
-const KernelTable kernels_avx512_bf16 = avx512_bf16::kernel_table("avx512_bf16");
+const KernelTable kernels_avx512_bf16 = avx512_bf16::kTable;
 
 }  // namespace fastops

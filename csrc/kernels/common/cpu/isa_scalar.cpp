@@ -6,10 +6,12 @@
 namespace fastops {
 namespace scalar {
 namespace {
-#include "bodies.inl"
+constexpr const char* kTier = "scalar";
+#include "../calls.h"
+#include "table.inl"
 }  // namespace
 }  // namespace scalar
 
-const KernelTable kernels_scalar = scalar::kernel_table("scalar");
+const KernelTable kernels_scalar = scalar::kTable;
 
 }  // namespace fastops

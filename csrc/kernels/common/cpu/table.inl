@@ -1,42 +1,18 @@
-// The tier's kernels as one constant table. bodies.inl includes this file last.
-constexpr KernelTable kernel_table(const char* isa) {
-  return {isa,
-          linear_forward_workspace,
-          linear_forward,
-          linear_forward_name,
-          linear_backward_workspace,
-          linear_backward,
-          linear_backward_name,
-          conv_forward_workspace,
-          conv_forward,
-          conv_forward_name,
-          conv_backward_input_workspace,
-          conv_backward_input,
-          conv_backward_input_name,
-          conv_backward_weight_workspace,
-          conv_backward_weight,
-          conv_backward_weight_name,
-          conv_pool_forward_workspace,
-          conv_pool_forward,
-          conv_pool_forward_name,
-          conv_pool_backward_workspace,
-          conv_pool_backward,
-          conv_pool_backward_name,
-          activation_forward,
-          activation_backward,
-          prelu_forward,
-          prelu_backward_workspace,
-          prelu_backward,
-          glu_forward,
-          glu_backward,
-          max_pool_forward,
-          max_pool_forward_name,
-          max_pool_backward,
-          max_pool_backward_name,
-          avg_pool_forward,
-          avg_pool_forward_name,
-          avg_pool_backward,
-          avg_pool_backward_name,
-          peak_f32,
-          peak_bf16};
+// The tier's planners as one constant table, and its peak rates. calls.h includes the bodies first.
+#pragma once
+
+#include "peak.inl"
+#include "planning.inl"
+
+template <class Call>
+void fill_plan(Plan<Call>& plan) {
+  plan.tier = kTier;
+  plan_call(plan);
 }
+
+template <class... Calls>
+constexpr KernelTable table_of(const PlannersOf<Calls...>*) {
+  return {kTier, {Planner<Calls>{fill_plan<Calls>}...}, peak_f32, peak_bf16};
+}
+
+constexpr KernelTable kTable = table_of(static_cast<const Planners*>(nullptr));

@@ -3,6 +3,7 @@
 
 #include "../../common/cpu/dtype.inl"
 #include "../../common/cpu/numbers.inl"
+#include "../../common/cpu/planning.inl"
 #include "depthwise.inl"
 #include "depthwise_last.inl"
 #include "first_layer_forward.inl"
@@ -14,96 +15,73 @@
 #include "winograd.inl"
 #include "winograd_weight.inl"
 
-inline bool is_empty(const ConvForward& args) {
+inline bool is_empty(const Bound<ConvForward>& args) {
   return args.geometry.batch * args.geometry.out_channels * volume(args.geometry.out) == 0;
 }
-inline bool is_empty(const ConvBackwardInput& args) {
+inline bool is_empty(const Bound<ConvBackwardInput>& args) {
   return args.geometry.batch * args.geometry.in_channels * volume(args.geometry.in) == 0;
 }
-inline bool is_empty(const ConvBackwardWeight& args) {
+inline bool is_empty(const Bound<ConvBackwardWeight>& args) {
   return args.geometry.out_channels == 0 || (args.grad_w == nullptr && args.grad_bias == nullptr);
 }
 
-// visit(name, workspace, run) for the first algorithm in this order whose *_takes is true. Each of them accepts the
-// calls for which it was measured to be the fastest on Granite Rapids; the measurements are in its file. The matrix
-// product computes all other calls.
-template <class T, class Args, class Visit>
-inline auto with_algorithm(const Args& args, Visit&& visit) {
-  if (depthwise_takes<T>(args))
-    return visit(
-        is_depthwise(args.geometry) ? kDepthwiseName : kPlanesName,
-        [&](int threads) { return depthwise_workspace<T>(args, threads); },
-        [&](void* workspace, const Team& team) { depthwise<T>(args, workspace, team); });
-  if (depthwise_last_takes<T>(args))
-    return visit(
-        kDepthwiseLastName, [&](int threads) { return depthwise_last_workspace<T>(args, threads); },
-        [&](void* workspace, const Team& team) { depthwise_last<T>(args, workspace, team); });
-  if constexpr (same_type<Args, ConvForward>)
-    if (conv_first_takes<T>(args))
-      return visit(
-          conv_first_name<T>(), [&](int threads) { return conv_first_workspace<T>(args, threads); },
-          [&](void* workspace, const Team& team) { conv_first<T>(args, workspace, team); });
-  if constexpr (same_type<Args, ConvBackwardInput>)
-    if (conv_scatter_takes<T>(args))
-      return visit(
-          conv_scatter_name<T>(args), [&](int threads) { return conv_scatter_workspace<T>(args, threads); },
-          [&](void* workspace, const Team& team) { conv_scatter<T>(args, workspace, team); });
-  if constexpr (!same_type<Args, ConvBackwardWeight>)
-    if (pointwise_takes(args))
-      return visit(
-          pointwise_name<T>(args), [&](int threads) { return pointwise_workspace<T>(args, threads); },
-          [&](void* workspace, const Team& team) { pointwise<T>(args, workspace, team); });
-  if (winograd_takes<T>(args))
-    return visit(
-        winograd_name<T>(args), [&](int threads) { return winograd_workspace<T>(args, threads); },
-        [&](void* workspace, const Team& team) { winograd<T>(args, workspace, team); });
-  return visit(
-      conv_product_name<T>(args, "conv_gemm", "conv_gemm_bf16"),
-      [&](int threads) { return conv_gemm_workspace<T>(args, threads); },
-      [&](void* workspace, const Team& team) { conv_gemm<T>(args, workspace, team); });
+// Decides for the first algorithm in this order whose *_takes is true. Each of them accepts the calls for which it was
+// measured to be the fastest on Granite Rapids; the measurements are in its file. The matrix product computes all other
+// calls.
+template <class T, class Call>
+void plan_algorithm(Plan<Call>& plan, const Bound<Call>& args) {
+  const int threads = plan.target.threads;
+  if (depthwise_takes<T>(args)) {
+    const DepthwisePlan bands = plan_depthwise<T>(args, threads);
+    return decide(plan, is_depthwise(args.geometry) ? kDepthwiseName : kPlanesName, static_cast<size_t>(bands.total()),
+                  bands, [](const Bound<Call>& args, const DepthwisePlan& bands, void* workspace, const Team& team) {
+                    depthwise<T>(args, bands, workspace, team);
+                  });
+  }
+  if (depthwise_last_takes<T>(args)) {
+    const LastPlan bands = plan_depthwise_last<T>(args, threads);
+    return decide(plan, kDepthwiseLastName, static_cast<size_t>(bands.total()), bands,
+                  [](const Bound<Call>& args, const LastPlan& bands, void* workspace, const Team& team) {
+                    depthwise_last<T>(args, bands, workspace, team);
+                  });
+  }
+  if constexpr (same_type<Call, ConvForward>) {
+    if (conv_first_takes<T>(args)) {
+      const FirstPlan bands = plan_first<Compute<T>>(args.geometry, threads);
+      return decide(plan, conv_first_name<T>(), static_cast<size_t>(bands.total), bands,
+                    [](const Bound<Call>& args, const FirstPlan& bands, void* workspace, const Team& team) {
+                      conv_first<T>(args, bands, workspace, team);
+                    });
+    }
+  }
+  if constexpr (same_type<Call, ConvBackwardInput>)
+    if (conv_scatter_takes<T>(args)) return plan_scatter<T>(plan, args);
+  if constexpr (!same_type<Call, ConvBackwardWeight>)
+    if (pointwise_takes(args)) return plan_pointwise<T>(plan, args);
+  if (winograd_takes<T>(args)) return plan_winograd(plan, args);
+  plan_implicit_gemm<T>(plan, args);
 }
 
-template <class Args>
-KernelName conv_name(const Args& call) {
-  const Args args = canonical(call);
-  return with_dtype(args.dtype, [&](auto t) {
-    return with_algorithm<decltype(t)>(args, [](KernelName name, auto&&, auto&&) { return name; });
-  });
+template <class Call>
+void plan_conv(Plan<Call>& plan, const typename Call::Pointers& pointers) {
+  plan.call.geometry = canonical(plan.call.geometry);
+  const Bound<Call> args = bind(plan, pointers);
+  if (is_empty(args)) return decide_nothing(plan);
+  with_dtype(args.dtype, [&](auto type) { plan_algorithm<decltype(type)>(plan, args); });
 }
 
-template <class Args>
-size_t conv_workspace(const Args& call, int threads) {
-  if (is_empty(call)) return 0;
-  const Args args = canonical(call);
-  return with_dtype(args.dtype, [&](auto t) {
-    return with_algorithm<decltype(t)>(
-        args, [&](KernelName, auto&& workspace, auto&&) -> size_t { return workspace(threads); });
-  });
+void plan_call(Plan<ConvForward>& plan) {
+  const ConvForward& call = plan.call;
+  void* const p = planned_address(call.alignment);
+  plan_conv(plan, {p, p, call.with_bias ? p : nullptr, p, call.with_z ? p : nullptr});
 }
-
-template <class Args>
-void conv(const Args& call, void* workspace, const Team& team) {
-  if (is_empty(call)) return;
-  const Args args = canonical(call);
-  with_dtype(args.dtype, [&](auto t) {
-    with_algorithm<decltype(t)>(args, [&](KernelName, auto&&, auto&& run) { run(workspace, team); });
-  });
+void plan_call(Plan<ConvBackwardInput>& plan) {
+  const ConvBackwardInput& call = plan.call;
+  void* const p = planned_address(call.alignment);
+  plan_conv(plan, {p, p, p, call.with_bias ? p : nullptr, p, call.with_z ? p : nullptr});
 }
-
-size_t conv_forward_workspace(const ConvForward& args, int threads) { return conv_workspace(args, threads); }
-void conv_forward(const ConvForward& args, void* workspace, const Team& team) { conv(args, workspace, team); }
-KernelName conv_forward_name(const ConvForward& args) { return conv_name(args); }
-size_t conv_backward_input_workspace(const ConvBackwardInput& args, int threads) {
-  return conv_workspace(args, threads);
+void plan_call(Plan<ConvBackwardWeight>& plan) {
+  const ConvBackwardWeight& call = plan.call;
+  void* const p = planned_address(call.alignment);
+  plan_conv(plan, {p, p, p, call.with_grad_w ? p : nullptr, call.with_grad_bias ? p : nullptr});
 }
-void conv_backward_input(const ConvBackwardInput& args, void* workspace, const Team& team) {
-  conv(args, workspace, team);
-}
-KernelName conv_backward_input_name(const ConvBackwardInput& args) { return conv_name(args); }
-size_t conv_backward_weight_workspace(const ConvBackwardWeight& args, int threads) {
-  return conv_workspace(args, threads);
-}
-void conv_backward_weight(const ConvBackwardWeight& args, void* workspace, const Team& team) {
-  conv(args, workspace, team);
-}
-KernelName conv_backward_weight_name(const ConvBackwardWeight& args) { return conv_name(args); }

@@ -10,6 +10,7 @@
 #include "../../common/cpu/elements.inl"
 #include "../../common/cpu/math.inl"
 #include "../../common/cpu/numbers.inl"
+#include "../../common/cpu/planning.inl"
 #include "../../common/cpu/threads.inl"
 #include "../../common/cpu/vec.h"
 #include "depthwise_correlate.inl"
@@ -39,6 +40,8 @@ struct DepthwisePlan {
   int64_t phase_pitch;  // for the input gradient: elements of a row of one residue
   int threads;
   int64_t copy_at, tap_at, extra_at, per_thread;  // bytes
+
+  int64_t total() const { return per_thread * threads; }
 };
 
 inline int depthwise_threads(const ConvGeometry& g, int64_t units, int threads) {
@@ -152,20 +155,18 @@ void load_filter(const T* w, int64_t kh, int64_t kw, bool columns, Compute<T>* t
 
 // depthwise_takes: whether these kernels can compute the call. They are then the fastest.
 template <class T>
-bool depthwise_takes(const ConvForward& args) {
+bool depthwise_takes(const Bound<ConvForward>& args) {
   return args.layout == Layout::channels_first && is_depthwise(args.geometry);
 }
 template <class T>
-size_t depthwise_workspace(const ConvForward& args, int threads) {
-  const DepthwisePlan plan = plan_depthwise_forward<Compute<T>>(args.geometry, threads, false);
-  return static_cast<size_t>(plan.per_thread * plan.threads);
+DepthwisePlan plan_depthwise(const Bound<ConvForward>& args, int threads) {
+  return plan_depthwise_forward<Compute<T>>(args.geometry, threads, false);
 }
 
 template <class T>
-void depthwise(const ConvForward& args, void* workspace, const Team& team) {
+void depthwise(const Bound<ConvForward>& args, const DepthwisePlan& plan, void* workspace, const Team& team) {
   using C = Compute<T>;
   const ConvGeometry& g = args.geometry;
-  const DepthwisePlan plan = plan_depthwise_forward<C>(g, team.threads, false);
   const int64_t planes = g.batch * g.in_channels, multiplier = g.out_channels / g.groups;
   const int64_t kh = g.kernel[1], kw = g.kernel[2], in = g.in[1] * g.in[2], out = g.out[1] * g.out[2];
   const bool columns = has_column(kh, g.stride[1], g.dilation[1]);
@@ -196,13 +197,12 @@ void depthwise(const ConvForward& args, void* workspace, const Team& team) {
 }
 
 template <class T>
-bool depthwise_takes(const ConvBackwardInput& args) {
+bool depthwise_takes(const Bound<ConvBackwardInput>& args) {
   return args.layout == Layout::channels_first && is_depthwise(args.geometry);
 }
 template <class T>
-size_t depthwise_workspace(const ConvBackwardInput& args, int threads) {
-  const DepthwisePlan plan = plan_depthwise_input<Compute<T>>(args.geometry, threads);
-  return static_cast<size_t>(plan.per_thread * plan.threads);
+DepthwisePlan plan_depthwise(const Bound<ConvBackwardInput>& args, int threads) {
+  return plan_depthwise_input<Compute<T>>(args.geometry, threads);
 }
 
 // The positions of [q0, q1) that equal q0 + residue modulo the stride. For position q, tap r reads the gradient at
@@ -301,10 +301,9 @@ void depthwise_input_band(const ConvGeometry& g, const DepthwisePlan& plan, cons
 }
 
 template <class T>
-void depthwise(const ConvBackwardInput& args, void* workspace, const Team& team) {
+void depthwise(const Bound<ConvBackwardInput>& args, const DepthwisePlan& plan, void* workspace, const Team& team) {
   using C = Compute<T>;
   const ConvGeometry& g = args.geometry;
-  const DepthwisePlan plan = plan_depthwise_input<C>(g, team.threads);
   const int64_t multiplier = g.out_channels / g.groups;
   const int64_t in = g.in[1] * g.in[2], out = g.out[1] * g.out[2], window = g.kernel[1] * g.kernel[2];
   const int64_t bands = ceil_div(g.in[1], plan.band), units = g.batch * g.in_channels * bands;
@@ -328,15 +327,14 @@ void depthwise(const ConvBackwardInput& args, void* workspace, const Team& team)
 }
 
 template <class T>
-bool depthwise_takes(const ConvBackwardWeight& args) {
+bool depthwise_takes(const Bound<ConvBackwardWeight>& args) {
   const ConvGeometry& g = args.geometry;
   const bool single = g.in_channels == 1 && is_flat(g) && has_column(g.kernel[1], g.stride[1], g.dilation[1]);
   return args.layout == Layout::channels_first && (is_depthwise(g) || single);
 }
 template <class T>
-size_t depthwise_workspace(const ConvBackwardWeight& args, int threads) {
-  const DepthwisePlan plan = plan_depthwise_forward<Compute<T>>(args.geometry, threads, true);
-  return static_cast<size_t>(plan.per_thread * plan.threads);
+DepthwisePlan plan_depthwise(const Bound<ConvBackwardWeight>& args, int threads) {
+  return plan_depthwise_forward<Compute<T>>(args.geometry, threads, true);
 }
 
 template <class C>
@@ -351,7 +349,7 @@ inline Vec<C> sum_rows(const C* g, int64_t rs, int64_t rows, int64_t cols, Vec<C
 // The weight and bias gradients of filters [m0, m1) of input channel c, over all images. All these filters use the same
 // copy of a band. The sums of a filter are one vector per tap and one for the bias.
 template <class T>
-void depthwise_weight_filters(const ConvBackwardWeight& args, const DepthwisePlan& plan, int64_t c, int64_t m0,
+void depthwise_weight_filters(const Bound<ConvBackwardWeight>& args, const DepthwisePlan& plan, int64_t c, int64_t m0,
                               int64_t m1, bool columns, const DepthwiseScratch<Compute<T>>& scratch) {
   using C = Compute<T>;
   using Lanes = Vec<C>;
@@ -405,10 +403,9 @@ void depthwise_weight_filters(const ConvBackwardWeight& args, const DepthwisePla
 }
 
 template <class T>
-void depthwise(const ConvBackwardWeight& args, void* workspace, const Team& team) {
+void depthwise(const Bound<ConvBackwardWeight>& args, const DepthwisePlan& plan, void* workspace, const Team& team) {
   using C = Compute<T>;
   const ConvGeometry& g = args.geometry;
-  const DepthwisePlan plan = plan_depthwise_forward<C>(g, team.threads, true);
   const bool columns = has_column(g.kernel[1], g.stride[1], g.dilation[1]);
   const int64_t multiplier = g.out_channels / g.groups, blocks = ceil_div(multiplier, kFilterBlock);
   const int64_t units = g.groups * blocks;

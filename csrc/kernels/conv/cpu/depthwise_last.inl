@@ -6,6 +6,7 @@
 #include "../../common/cpu/elements.inl"
 #include "../../common/cpu/math.inl"
 #include "../../common/cpu/numbers.inl"
+#include "../../common/cpu/planning.inl"
 #include "../../common/cpu/vec.h"
 #include "depthwise.inl"
 #include "depthwise_correlate.inl"
@@ -23,6 +24,8 @@ struct LastPlan {
   int threads;
   int64_t bias_at, job_at, tap_at, grads_at, per_thread;  // bytes
   int64_t chunks, chunk_bytes;
+
+  int64_t total() const { return per_thread * threads + chunks * chunk_bytes; }
 };
 
 // Plans bands for `rows` output rows. grad_rows: elements of the gradient in the compute type that a band needs.
@@ -163,23 +166,17 @@ inline LastOutput<E> last_output(const PlaneOutput<Compute<T>>& out, int64_t pos
 }
 
 template <class T>
-bool depthwise_last_takes(const ConvForward& args) {
+bool depthwise_last_takes(const Bound<ConvForward>& args) {
   return is_depthwise_last(args.layout, args.geometry);
 }
 template <class T>
-LastPlan plan_depthwise_last(const ConvForward& args, int threads) {
+LastPlan plan_depthwise_last(const Bound<ConvForward>& args, int threads) {
   return plan_depthwise_last<Compute<T>>(args.geometry, args.geometry.out[1], 0, false, threads);
-}
-template <class T>
-size_t depthwise_last_workspace(const ConvForward& args, int threads) {
-  const LastPlan plan = plan_depthwise_last<T>(args, threads);
-  return static_cast<size_t>(plan.per_thread * plan.threads);
 }
 
 template <class T>
-void depthwise_last(const ConvForward& args, void* workspace, const Team& team) {
+void depthwise_last(const Bound<ConvForward>& args, const LastPlan& plan, void* workspace, const Team& team) {
   const ConvGeometry& g = args.geometry;
-  const LastPlan plan = plan_depthwise_last<T>(args, team.threads);
   const LastRow at = {-g.padding[2], g.stride[2], g.in[2], g.in_channels, plan.pitch};
   const PlaneOutput<Compute<T>> output = plane_output<T>(args.y, args.z, 0, args.activation);
   team.parallel(plan.threads, [&](int thread, int actual) {
@@ -199,20 +196,15 @@ void depthwise_last(const ConvForward& args, void* workspace, const Team& team) 
 }
 
 template <class T>
-bool depthwise_last_takes(const ConvBackwardInput& args) {
+bool depthwise_last_takes(const Bound<ConvBackwardInput>& args) {
   return is_depthwise_last(args.layout, args.geometry);
 }
 template <class T>
-LastPlan plan_depthwise_last(const ConvBackwardInput& args, int threads) {
+LastPlan plan_depthwise_last(const Bound<ConvBackwardInput>& args, int threads) {
   const ConvGeometry& g = args.geometry;
   const bool forms = args.activation.kind != ActivationKind::identity;
   const int64_t rows = forms ? gradient_span(g, 1, 0, kLastBand).count + 1 : 0;
   return plan_depthwise_last<Compute<T>>(g, g.in[1], rows * g.out[2] * g.out_channels, false, threads);
-}
-template <class T>
-size_t depthwise_last_workspace(const ConvBackwardInput& args, int threads) {
-  const LastPlan plan = plan_depthwise_last<T>(args, threads);
-  return static_cast<size_t>(plan.per_thread * plan.threads);
 }
 
 // Whether `tap` reads the gradient for position u.
@@ -252,7 +244,7 @@ int64_t input_jobs_last(const ConvGeometry& g, const E* grad, int64_t first, int
 
 // E is T if the gradient is read in place, and the compute type if the derivative of an activation is applied first.
 template <class T, class E>
-void depthwise_last_input(const ConvBackwardInput& args, const LastPlan& plan, void* workspace, const Team& team) {
+void depthwise_last_input(const Bound<ConvBackwardInput>& args, const LastPlan& plan, void* workspace, const Team& team) {
   const ConvGeometry& g = args.geometry;
   const int64_t row = g.out[2] * g.out_channels;
   const LastRow at = {0, 1, g.out[2], g.out_channels, plan.pitch};
@@ -288,8 +280,7 @@ void depthwise_last_input(const ConvBackwardInput& args, const LastPlan& plan, v
 }
 
 template <class T>
-void depthwise_last(const ConvBackwardInput& args, void* workspace, const Team& team) {
-  const LastPlan plan = plan_depthwise_last<T>(args, team.threads);
+void depthwise_last(const Bound<ConvBackwardInput>& args, const LastPlan& plan, void* workspace, const Team& team) {
   if (args.activation.kind == ActivationKind::identity)
     depthwise_last_input<T, T>(args, plan, workspace, team);
   else
@@ -297,19 +288,14 @@ void depthwise_last(const ConvBackwardInput& args, void* workspace, const Team& 
 }
 
 template <class T>
-bool depthwise_last_takes(const ConvBackwardWeight& args) {
+bool depthwise_last_takes(const Bound<ConvBackwardWeight>& args) {
   return is_depthwise_last(args.layout, args.geometry);
 }
 template <class T>
-LastPlan plan_depthwise_last(const ConvBackwardWeight& args, int threads) {
+LastPlan plan_depthwise_last(const Bound<ConvBackwardWeight>& args, int threads) {
   const ConvGeometry& g = args.geometry;
   const int64_t grads = converts<T>(args.activation) ? kLastBand * g.out[2] * g.out_channels : 0;
   return plan_depthwise_last<Compute<T>>(g, g.out[1], grads, true, threads);
-}
-template <class T>
-size_t depthwise_last_workspace(const ConvBackwardWeight& args, int threads) {
-  const LastPlan plan = plan_depthwise_last<T>(args, threads);
-  return static_cast<size_t>(plan.per_thread * plan.threads + plan.chunks * plan.chunk_bytes);
 }
 
 // Adds rows of the gradient to the bias sums, which follow the taps' sums of each vector of channels.
@@ -327,7 +313,7 @@ void bias_sums_last(const LastPlan& plan, const C* grad, int64_t rows, int64_t c
 
 // Adds output rows [p0, p1) of image b to the sums of a chunk.
 template <class T>
-void weight_band_last(const ConvBackwardWeight& args, const LastPlan& plan, int64_t b, int64_t p0, int64_t p1,
+void weight_band_last(const Bound<ConvBackwardWeight>& args, const LastPlan& plan, int64_t b, int64_t p0, int64_t p1,
                       Compute<T>* sums, const LastScratch<T>& scratch) {
   using C = Compute<T>;
   const ConvGeometry& g = args.geometry;
@@ -345,10 +331,9 @@ void weight_band_last(const ConvBackwardWeight& args, const LastPlan& plan, int6
 }
 
 template <class T>
-void depthwise_last(const ConvBackwardWeight& args, void* workspace, const Team& team) {
+void depthwise_last(const Bound<ConvBackwardWeight>& args, const LastPlan& plan, void* workspace, const Team& team) {
   using C = Compute<T>;
   const ConvGeometry& g = args.geometry;
-  const LastPlan plan = plan_depthwise_last<T>(args, team.threads);
   const int64_t window = g.kernel[1] * g.kernel[2], elements = plan.vectors * plan.pitch, S = Vec<C>::size;
   C* const chunks = reinterpret_cast<C*>(static_cast<unsigned char*>(workspace) + plan.per_thread * plan.threads);
   team.parallel(plan.threads, [&](int thread, int actual) {

@@ -10,6 +10,7 @@
 #include "../../common/cpu/elements.inl"
 #include "../../common/cpu/math.inl"
 #include "../../common/cpu/numbers.inl"
+#include "../../common/cpu/planning.inl"
 #include "../../common/cpu/threads.inl"
 #include "../../common/cpu/vec.h"
 #include "depthwise_correlate.inl"
@@ -149,7 +150,7 @@ inline void first_tile(const C* in, const int64_t* offsets, int64_t taps, const 
 // With several input channels, AMX tiles are faster for bfloat16 (3 -> 64 channels, 7x7: 11.6 ms, here 12.7; Granite
 // Rapids, one thread).
 template <class T>
-bool conv_first_takes(const ConvForward& args) {
+bool conv_first_takes(const Bound<ConvForward>& args) {
 #if defined(FASTOPS_HAS_AMX)
   const bool tiles = same_type<T, bf16_t> && args.bf16_multiply != Bf16Multiply::float32;
   if (tiles && (args.geometry.in_channels > 1 || args.bf16_multiply == Bf16Multiply::native)) return false;
@@ -160,17 +161,12 @@ template <class T>
 KernelName conv_first_name() {
   return {"conv_first", {kFirstChannels, kFirstVectors * Vec<Compute<T>>::size}};
 }
-template <class T>
-size_t conv_first_workspace(const ConvForward& args, int threads) {
-  return static_cast<size_t>(plan_first<Compute<T>>(args.geometry, threads).total);
-}
 
 template <class T>
-void conv_first(const ConvForward& args, void* workspace, const Team& team) {
+void conv_first(const Bound<ConvForward>& args, const FirstPlan& plan, void* workspace, const Team& team) {
   using C = Compute<T>;
   constexpr int64_t S = Vec<C>::size, K = kFirstChannels;
   const ConvGeometry& g = args.geometry;
-  const FirstPlan plan = plan_first<C>(g, team.threads);
   const int64_t plane = g.out[1] * g.out[2];
   const PlaneOutput<C> out = plane_output<T>(args.y, args.z, plane, args.activation);
   team.parallel(plan.threads, [&](int thread, int actual) {

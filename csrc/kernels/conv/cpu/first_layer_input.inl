@@ -16,6 +16,7 @@
 
 #include "../../common/cpu/math.inl"
 #include "../../common/cpu/numbers.inl"
+#include "../../common/cpu/planning.inl"
 #include "../../common/cpu/vec.h"
 #include "../../gemm/cpu/amx.inl"
 #include "../../gemm/cpu/gemm.inl"
@@ -85,7 +86,7 @@ ScatterPlan plan_scatter(const ConvGeometry& g, int threads) {
 }
 
 template <class T>
-bool conv_scatter_takes(const ConvBackwardInput& args) {
+bool conv_scatter_takes(const Bound<ConvBackwardInput>& args) {
   const ConvGeometry& g = args.geometry;
   const int64_t taps = g.kernel[1] * g.kernel[2];
   return is_flat(g) && g.groups == 1 && g.in_channels <= kFirstInputs && g.out[2] <= kScatterColumns &&
@@ -159,7 +160,7 @@ void store_scattered(const ConvGeometry& g, const ScatterPlan& plan, const ConvO
 }
 
 template <class P, class T>
-void scatter_member(const ConvBackwardInput& args, const ScatterPlan& plan, unsigned char* workspace, Crew& crew,
+void scatter_member(const Bound<ConvBackwardInput>& args, const ScatterPlan& plan, unsigned char* workspace, Crew& crew,
                     int thread) {
   using Kind = Tile<P>;
   using A = typename Kind::A;
@@ -237,23 +238,16 @@ void scatter_member(const ConvBackwardInput& args, const ScatterPlan& plan, unsi
 }
 
 template <class T>
-KernelName conv_scatter_name(const ConvBackwardInput& args) {
-  return conv_product_name<T>(args, "conv_scatter", "conv_scatter_bf16");
-}
-template <class T>
-size_t conv_scatter_workspace(const ConvBackwardInput& args, int threads) {
-  return with_panel<T>(args.bf16_multiply, conv_work(args.geometry), [&](auto panel) {
-    return static_cast<size_t>(plan_scatter<decltype(panel), T>(args.geometry, threads).total);
-  });
-}
-
-template <class T>
-void conv_scatter(const ConvBackwardInput& args, void* workspace, const Team& team) {
-  unsigned char* const bytes = static_cast<unsigned char*>(workspace);
+void plan_scatter(Plan<ConvBackwardInput>& plan, const Bound<ConvBackwardInput>& args) {
   with_panel<T>(args.bf16_multiply, conv_work(args.geometry), [&](auto panel) {
     using P = decltype(panel);
-    const ScatterPlan plan = plan_scatter<P, T>(args.geometry, team.threads);
-    parallel_crew(team, plan.threads, workspace,
-                  [&](Crew& crew, int thread) { scatter_member<P, T>(args, plan, bytes, crew, thread); });
+    const ScatterPlan product = plan_scatter<P, T>(args.geometry, plan.target.threads);
+    decide(plan, conv_product_name<P>("conv_scatter", "conv_scatter_bf16"), static_cast<size_t>(product.total), product,
+           [](const Bound<ConvBackwardInput>& args, const ScatterPlan& product, void* workspace, const Team& team) {
+             unsigned char* const bytes = static_cast<unsigned char*>(workspace);
+             parallel_crew(team, product.threads, workspace, [&](Crew& crew, int thread) {
+               scatter_member<P, T>(args, product, bytes, crew, thread);
+             });
+           });
   });
 }

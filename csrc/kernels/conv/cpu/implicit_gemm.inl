@@ -15,6 +15,7 @@
 #include "../../common/cpu/elements.inl"
 #include "../../common/cpu/math.inl"
 #include "../../common/cpu/numbers.inl"
+#include "../../common/cpu/planning.inl"
 #include "../../common/cpu/threads.inl"
 #include "../../gemm/cpu/amx.inl"
 #include "../../gemm/cpu/gemm.inl"
@@ -36,7 +37,7 @@ constexpr int64_t kStripBytes = 512 << 10;
 // The outputs whose weights are packed in one unit of work.
 constexpr int64_t kWeightLanes = 96;
 
-struct ConvPlan {
+struct ImplicitPlan {
   int threads;
   int64_t kc, k_padded;
   int64_t groups_at_once, outputs_at_once, strip, strips, parts;
@@ -51,11 +52,11 @@ inline int conv_threads(double flop, int threads) {
 }
 
 template <class P, class T>
-ConvPlan plan_conv(const ConvProduct<T>& g, int threads) {
+ImplicitPlan plan_implicit(const ConvProduct<T>& g, int threads) {
   using Kind = Tile<P>;
   constexpr int64_t kElement = sizeof(typename Kind::B), step = Kind::step;
   constexpr GemmBlocking kBlocking = Kind::blocking;
-  ConvPlan plan{};
+  ImplicitPlan plan{};
   plan.threads = conv_threads(2.0 * static_cast<double>(g.groups * g.outputs) * static_cast<double>(g.positions) *
                                   static_cast<double>(larger<int64_t>(g.features, 1)),
                               threads);
@@ -112,7 +113,7 @@ inline ConvProduct<T> of_group(const ConvProduct<T>& g, int64_t group) {
 
 // Positions [n0, n1) and outputs [o0, o1). w_panels are the packed weights of these outputs.
 template <class P, class T>
-void conv_strip(const ConvProduct<T>& g, const ConvPlan& plan, const void* w_panels, int64_t o0, int64_t o1, int64_t n0,
+void conv_strip(const ConvProduct<T>& g, const ImplicitPlan& plan, const void* w_panels, int64_t o0, int64_t o1, int64_t n0,
                 int64_t n1, void* x_panels, Compute<T>* sums) {
   using Kind = Tile<P>;
   using A = typename Kind::A;
@@ -143,7 +144,7 @@ void conv_strip(const ConvProduct<T>& g, const ConvPlan& plan, const void* w_pan
 }
 
 template <class P, class T>
-void conv_member(const ConvProduct<T>& g, const ConvPlan& plan, unsigned char* workspace, Crew& crew, int thread) {
+void conv_member(const ConvProduct<T>& g, const ImplicitPlan& plan, unsigned char* workspace, Crew& crew, int thread) {
   using Kind = Tile<P>;
   using A = typename Kind::A;
   using B = typename Kind::B;
@@ -207,8 +208,7 @@ void conv_member(const ConvProduct<T>& g, const ConvPlan& plan, unsigned char* w
 }
 
 template <class P, class T>
-void conv_product(const ConvProduct<T>& product, void* workspace, const Team& team) {
-  const ConvPlan plan = plan_conv<P>(product, team.threads);
+void conv_product(const ConvProduct<T>& product, const ImplicitPlan& plan, void* workspace, const Team& team) {
   ConvProduct<T> g = product;
   const int64_t bytes_out = g.groups * g.outputs * g.positions * static_cast<int64_t>(sizeof(T));
   g.out.stream = g.out.dense && g.features <= smaller(kStreamK, plan.kc) && bytes_out >= kStreamBytes;
@@ -336,7 +336,7 @@ inline ConvWeights<T> conv_weights(const ConvGeometry& geometry, Layout layout, 
 }
 
 template <class T>
-inline ConvProduct<T> forward_product(const ConvForward& args) {
+inline ConvProduct<T> forward_product(const Bound<ConvForward>& args) {
   const ConvGeometry& geometry = args.geometry;
   ConvProduct<T> g{};
   g.groups = geometry.groups;
@@ -357,7 +357,7 @@ inline ConvProduct<T> forward_product(const ConvForward& args) {
 // The product for the phase of grad_x that starts at `phase`, phase[d] < stride[d]. Position j of the phase is the
 // element q = phase + j stride. Tap r reads grad_y at (q + padding - r dilation) / stride, if that is an integer.
 template <class T>
-inline ConvProduct<T> input_product(const ConvBackwardInput& args, const int64_t* phase) {
+inline ConvProduct<T> input_product(const Bound<ConvBackwardInput>& args, const int64_t* phase) {
   const ConvGeometry& geometry = args.geometry;
   ConvProduct<T> g{};
   g.groups = geometry.groups;
@@ -399,7 +399,7 @@ inline ConvProduct<T> input_product(const ConvBackwardInput& args, const int64_t
 
 // body(product) for every phase that has elements.
 template <class T, class Body>
-inline void for_phases(const ConvBackwardInput& args, Body&& body) {
+inline void for_phases(const Bound<ConvBackwardInput>& args, Body&& body) {
   const ConvGeometry& geometry = args.geometry;
   int64_t phases[3], phase[3];
   for (int d = 0; d < 3; ++d) phases[d] = smaller(geometry.stride[d], geometry.in[d]);
@@ -414,39 +414,49 @@ inline int64_t conv_work(const ConvGeometry& geometry) {
          volume(geometry.kernel);
 }
 
-template <class T, class Args>
-KernelName conv_product_name(const Args& args, const char* algorithm, const char* algorithm_bf16) {
-  return with_panel<T>(args.bf16_multiply, conv_work(args.geometry),
-                       [&](auto panel) { return tile_name<decltype(panel)>(algorithm, algorithm_bf16); });
+// The name of this product; conv_gemm and conv_gemm_bf16 where nothing else is said.
+template <class P>
+constexpr KernelName conv_product_name(const char* algorithm = "conv_gemm", const char* bf16 = "conv_gemm_bf16") {
+  return tile_name<P>(algorithm, bf16);
 }
 
 template <class T>
-size_t conv_gemm_workspace(const ConvForward& args, int threads) {
-  const ConvProduct<T> g = forward_product<T>(args);
-  return with_panel<T>(args.bf16_multiply, conv_work(args.geometry),
-                       [&](auto panel) { return plan_conv<decltype(panel)>(g, threads).total; });
-}
-
-template <class T>
-void conv_gemm(const ConvForward& args, void* workspace, const Team& team) {
-  const ConvProduct<T> g = forward_product<T>(args);
-  with_panel<T>(args.bf16_multiply, conv_work(args.geometry),
-                [&](auto panel) { conv_product<decltype(panel)>(g, workspace, team); });
-}
-
-template <class T>
-size_t conv_gemm_workspace(const ConvBackwardInput& args, int threads) {
-  return with_panel<T>(args.bf16_multiply, conv_work(args.geometry), [&](auto panel) {
-    size_t bytes = 0;
-    for_phases<T>(
-        args, [&](const ConvProduct<T>& g) { bytes = larger(bytes, plan_conv<decltype(panel)>(g, threads).total); });
-    return bytes;
+void plan_implicit_gemm(Plan<ConvForward>& plan, const Bound<ConvForward>& args) {
+  with_panel<T>(args.bf16_multiply, conv_work(args.geometry), [&](auto panel) {
+    using P = decltype(panel);
+    const ImplicitPlan product = plan_implicit<P>(forward_product<T>(args), plan.target.threads);
+    decide(plan, conv_product_name<P>(), product.total, product,
+           [](const Bound<ConvForward>& args, const ImplicitPlan& product, void* workspace, const Team& team) {
+             conv_product<P>(forward_product<T>(args), product, workspace, team);
+           });
   });
 }
 
+// With a stride of one there is one phase. The products of several are planned one after the other, when they run.
 template <class T>
-void conv_gemm(const ConvBackwardInput& args, void* workspace, const Team& team) {
+void plan_implicit_gemm(Plan<ConvBackwardInput>& plan, const Bound<ConvBackwardInput>& args) {
   with_panel<T>(args.bf16_multiply, conv_work(args.geometry), [&](auto panel) {
-    for_phases<T>(args, [&](const ConvProduct<T>& g) { conv_product<decltype(panel)>(g, workspace, team); });
+    using P = decltype(panel);
+    size_t bytes = 0;
+    ImplicitPlan last;
+    int phases = 0;
+    for_phases<T>(args, [&](const ConvProduct<T>& g) {
+      last = plan_implicit<P>(g, plan.target.threads);
+      bytes = larger(bytes, last.total);
+      ++phases;
+    });
+    if (phases == 1)
+      return decide(plan, conv_product_name<P>(), bytes, last,
+                    [](const Bound<ConvBackwardInput>& args, const ImplicitPlan& product, void* workspace,
+                       const Team& team) {
+                      constexpr int64_t first[3] = {};
+                      conv_product<P>(input_product<T>(args, first), product, workspace, team);
+                    });
+    decide(plan, conv_product_name<P>(), bytes,
+           [](const Bound<ConvBackwardInput>& args, void* workspace, const Team& team) {
+             for_phases<T>(args, [&](const ConvProduct<T>& g) {
+               conv_product<P>(g, plan_implicit<P>(g, team.threads), workspace, team);
+             });
+           });
   });
 }

@@ -2,6 +2,7 @@
 // by channels, so they are the products of a linear layer, which reads or packs that matrix without searching for taps.
 #pragma once
 
+#include "../../common/cpu/planning.inl"
 #include "../../gemm/cpu/gemm.inl"
 #include "../../linear/cpu/linear.inl"
 #include "implicit_gemm.inl"
@@ -13,73 +14,52 @@ inline bool is_pointwise(Layout layout, const ConvGeometry& g) {
   return same;
 }
 
-inline Matrix pixels(const void* p, int64_t channels) { return {p, channels, 1}; }
+inline Strides pixels(int64_t channels) { return {channels, 1}; }
 
-inline LinearForward pointwise_linear(const ConvForward& args) {
-  const ConvGeometry& g = args.geometry;
-  return {args.dtype,
-          g.batch * volume(g.out),
-          g.out_channels,
-          g.in_channels,
-          pixels(args.x, g.in_channels),
-          pixels(args.w, g.in_channels),
-          args.bias,
-          1,
-          args.activation,
-          args.y,
-          g.out_channels,
-          args.z,
-          args.bf16_multiply};
-}
-
-inline LinearBackward pointwise_linear(const ConvBackwardInput& args) {
-  const ConvGeometry& g = args.geometry;
-  return {args.dtype,
-          g.batch * volume(g.out),
-          g.out_channels,
-          g.in_channels,
-          pixels(args.grad_y, g.out_channels),
-          args.activation,
-          pixels(args.saved, g.out_channels),
-          {},
-          pixels(args.w, g.in_channels),
-          args.grad_x,
-          nullptr,
-          nullptr,
-          args.bf16_multiply};
-}
+struct AsLinear {
+  Bound<LinearForward> operator()(const Bound<ConvForward>& args) const {
+    const ConvGeometry& g = args.geometry;
+    return {{.dtype = args.dtype,
+             .m = g.batch * volume(g.out),
+             .n = g.out_channels,
+             .k = g.in_channels,
+             .x_strides = pixels(g.in_channels),
+             .w_strides = pixels(g.in_channels),
+             .y_row_stride = g.out_channels,
+             .with_bias = args.with_bias,
+             .activation = args.activation,
+             .with_z = args.with_z},
+            {args.x, args.w, args.bias, args.y, args.z},
+            args.bf16_multiply};
+  }
+  Bound<LinearBackward> operator()(const Bound<ConvBackwardInput>& args) const {
+    const ConvGeometry& g = args.geometry;
+    return {{.dtype = args.dtype,
+             .m = g.batch * volume(g.out),
+             .n = g.out_channels,
+             .k = g.in_channels,
+             .grad_y_strides = pixels(g.out_channels),
+             .saved_strides = pixels(g.out_channels),
+             .w_strides = pixels(g.in_channels),
+             .activation = args.activation,
+             .with_grad_x = true},
+            {.grad_y = args.grad_y, .saved = args.saved, .w = args.w, .grad_x = args.grad_x},
+            args.bf16_multiply};
+  }
+};
 
 // Not the weight gradient: it is faster with chunks of positions (weight_gemm.inl).
-inline bool pointwise_takes(const ConvForward& args) { return is_pointwise(args.layout, args.geometry); }
-inline bool pointwise_takes(const ConvBackwardInput& args) {
+inline bool pointwise_takes(const Bound<ConvForward>& args) { return is_pointwise(args.layout, args.geometry); }
+inline bool pointwise_takes(const Bound<ConvBackwardInput>& args) {
   return is_pointwise(args.layout, args.geometry) && args.bias == nullptr && args.z == nullptr &&
          args.epilogue.kind == ActivationKind::identity;
 }
 
 template <class T>
-size_t pointwise_workspace(const ConvForward& args, int threads) {
-  return forward_workspace<T>(pointwise_linear(args), threads);
+void plan_pointwise(Plan<ConvForward>& plan, const Bound<ConvForward>& args) {
+  plan_linear_forward<T>(plan, args, AsLinear{});
 }
 template <class T>
-size_t pointwise_workspace(const ConvBackwardInput& args, int threads) {
-  const BackwardPlan plan = plan_backward<T>(pointwise_linear(args), threads);
-  return plan.gemm + plan.sums;
-}
-
-template <class T>
-KernelName pointwise_name(const ConvForward& args) {
-  return forward_name<T>(pointwise_linear(args));
-}
-template <class T>
-KernelName pointwise_name(const ConvBackwardInput& args) {
-  return backward_name<T>(pointwise_linear(args));
-}
-
-template <class T>
-void pointwise(const ConvForward& args, void* workspace, const Team& team) {
-  forward<T>(pointwise_linear(args), workspace, team);
-}
-template <class T>
-void pointwise(const ConvBackwardInput& args, void* workspace, const Team& team) {
-  backward<T>(pointwise_linear(args), workspace, team);
+void plan_pointwise(Plan<ConvBackwardInput>& plan, const Bound<ConvBackwardInput>& args) {
+  plan_linear_backward<T>(plan, args, AsLinear{});
 }

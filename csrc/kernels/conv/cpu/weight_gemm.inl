@@ -8,6 +8,7 @@
 #include "../../common/cpu/elements.inl"
 #include "../../common/cpu/math.inl"
 #include "../../common/cpu/numbers.inl"
+#include "../../common/cpu/planning.inl"
 #include "../../common/cpu/vec.h"
 #include "../../gemm/cpu/amx.inl"
 #include "../../gemm/cpu/gemm.inl"
@@ -174,7 +175,7 @@ void conv_weight_member(const ConvWeightProduct<T>& g, const ConvWeightPlan& pla
 }
 
 template <class T>
-inline ConvWeightProduct<T> weight_product(const ConvBackwardWeight& args) {
+inline ConvWeightProduct<T> weight_product(const Bound<ConvBackwardWeight>& args) {
   const ConvGeometry& geometry = args.geometry;
   ConvWeightProduct<T> g{};
   g.groups = geometry.groups;

@@ -8,6 +8,7 @@
 
 #include "../../common/cpu/math.inl"
 #include "../../common/cpu/numbers.inl"
+#include "../../common/cpu/planning.inl"
 #include "../../common/cpu/vec.h"
 #include "../../gemm/cpu/amx.inl"
 #include "../../gemm/cpu/gemm.inl"
@@ -174,42 +175,38 @@ void conv_weight_rows(const ConvWeightProduct<T>& g, const WeightRowsPlan& plan,
 }
 
 template <class T>
-size_t conv_gemm_workspace(const ConvBackwardWeight& args, int threads) {
+void plan_implicit_gemm(Plan<ConvBackwardWeight>& plan, const Bound<ConvBackwardWeight>& args) {
   const ConvWeightProduct<T> g = weight_product<T>(args);
-  return with_panel<T>(args.bf16_multiply, conv_work(args.geometry), [&](auto panel) -> size_t {
-    using P = decltype(panel);
-    if constexpr (same_type<P, Compute<T>>) {
-      const WeightRowsPlan plan = plan_weight_rows(g, threads);
-      if (plan.taken) return plan.total;
-    }
-#if defined(FASTOPS_HAS_AMX)
-    if constexpr (same_type<P, bf16_amx>) {
-      const WeightPixelsPlan plan = plan_weight_pixels(g, threads);
-      if (plan.taken) return plan.total;
-    }
-#endif
-    return plan_conv_weight<P>(g, threads).total;
-  });
-}
-
-template <class T>
-void conv_gemm(const ConvBackwardWeight& args, void* workspace, const Team& team) {
-  const ConvWeightProduct<T> g = weight_product<T>(args);
-  unsigned char* const bytes = static_cast<unsigned char*>(workspace);
   with_panel<T>(args.bf16_multiply, conv_work(args.geometry), [&](auto panel) {
     using P = decltype(panel);
+    const KernelName name = conv_product_name<P>();
     if constexpr (same_type<P, Compute<T>>) {
-      const WeightRowsPlan plan = plan_weight_rows(g, team.threads);
-      if (plan.taken) return conv_weight_rows(g, plan, args.w_layout, workspace, team);
+      const WeightRowsPlan rows = plan_weight_rows(g, plan.target.threads);
+      if (rows.taken)
+        return decide(plan, name, rows.total, rows,
+                      [](const Bound<ConvBackwardWeight>& args, const WeightRowsPlan& rows, void* workspace,
+                         const Team& team) {
+                        conv_weight_rows(weight_product<T>(args), rows, args.w_layout, workspace, team);
+                      });
     }
 #if defined(FASTOPS_HAS_AMX)
     if constexpr (same_type<P, bf16_amx>) {
-      const WeightPixelsPlan plan = plan_weight_pixels(g, team.threads);
-      if (plan.taken) return conv_weight_pixels(g, plan, args.w_layout, workspace, team);
+      const WeightPixelsPlan pixels = plan_weight_pixels(g, plan.target.threads);
+      if (pixels.taken)
+        return decide(plan, name, pixels.total, pixels,
+                      [](const Bound<ConvBackwardWeight>& args, const WeightPixelsPlan& pixels, void* workspace,
+                         const Team& team) {
+                        conv_weight_pixels(weight_product<T>(args), pixels, args.w_layout, workspace, team);
+                      });
     }
 #endif
-    const ConvWeightPlan plan = plan_conv_weight<P>(g, team.threads);
-    parallel_crew(team, plan.threads, workspace,
-                  [&](Crew& crew, int thread) { conv_weight_member<P>(g, plan, bytes, crew, thread); });
+    const ConvWeightPlan product = plan_conv_weight<P>(g, plan.target.threads);
+    decide(plan, name, product.total, product,
+           [](const Bound<ConvBackwardWeight>& args, const ConvWeightPlan& product, void* workspace, const Team& team) {
+             const ConvWeightProduct<T> g = weight_product<T>(args);
+             parallel_crew(team, product.threads, workspace, [&](Crew& crew, int thread) {
+               conv_weight_member<P>(g, product, static_cast<unsigned char*>(workspace), crew, thread);
+             });
+           });
   });
 }

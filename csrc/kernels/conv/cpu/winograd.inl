@@ -17,6 +17,7 @@
 
 #include "../../activation/cpu/rows.inl"
 #include "../../common/cpu/numbers.inl"
+#include "../../common/cpu/planning.inl"
 #include "../../common/cpu/threads.inl"
 #include "../../common/cpu/vec.h"
 #include "../../gemm/cpu/gemm.inl"
@@ -288,8 +289,7 @@ struct WinogradMember {
 };
 
 template <class Scheme>
-void run_winograd(const Winograd& p, void* workspace, const Team& team) {
-  const WinogradPlan plan = plan_winograd<Scheme>(p, team.threads);
+void run_winograd(const Winograd& p, const WinogradPlan& plan, void* workspace, const Team& team) {
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
   parallel_crew(team, plan.threads, workspace, [&](Crew& crew, int thread) {
     const WinogradMember<Scheme> member(p, plan, bytes, thread);
@@ -314,7 +314,7 @@ inline Output<float> winograd_output_of(void* y, void* z, const void* bias, Acti
   return out;
 }
 
-inline Winograd winograd_problem(const ConvForward& args) {
+inline Winograd winograd_problem(const Bound<ConvForward>& args) {
   const ConvGeometry& g = args.geometry;
   Winograd p{};
   p.channels_last = args.layout == Layout::channels_last;
@@ -342,7 +342,7 @@ inline Winograd winograd_problem(const ConvForward& args) {
   return p;
 }
 
-inline Winograd winograd_problem(const ConvBackwardInput& args) {
+inline Winograd winograd_problem(const Bound<ConvBackwardInput>& args) {
   const ConvGeometry& g = args.geometry;
   Winograd p{};
   p.channels_last = args.layout == Layout::channels_last;
@@ -381,12 +381,12 @@ inline Winograd winograd_problem(const ConvBackwardInput& args) {
 constexpr int64_t kWinogradWeightWork = 110;
 
 template <class Body>
-inline auto with_winograd_scheme(const Winograd& p, ConvPrecision precision, Body&& body) {
+inline auto with_winograd_scheme(const Winograd& p, Precision precision, Body&& body) {
   using Small = WinogradScheme<2>;
   using Large = WinogradScheme<4>;
   const int64_t small_work = Small::points * winograd_tiles(p, Small::m);
   const int64_t large_work = Large::points * winograd_tiles(p, Large::m) + kWinogradWeightWork;
-  if (precision == ConvPrecision::medium && large_work < small_work) return body(Large{});
+  if (precision == Precision::medium && large_work < small_work) return body(Large{});
   return body(Small{});
 }
 
@@ -424,21 +424,19 @@ bool winograd_takes(const Args& args) {
   return winograd_pays(args.dtype, args.geometry, [&] { return winograd_problem(args); });
 }
 
-template <class T, class Args>
-size_t winograd_workspace(const Args& args, int threads) {
+template <class Call>
+void plan_winograd_data(Plan<Call>& plan, const Bound<Call>& args) {
   const Winograd p = winograd_problem(args);
-  return with_winograd_scheme(p, args.precision,
-                              [&](auto scheme) { return plan_winograd<decltype(scheme)>(p, threads).total; });
+  with_winograd_scheme(p, args.precision, [&](auto scheme) {
+    using Scheme = decltype(scheme);
+    const WinogradPlan tiles = plan_winograd<Scheme>(p, plan.target.threads);
+    decide(plan, winograd_tile_name<Scheme>(), tiles.total, tiles,
+           [](const Bound<Call>& args, const WinogradPlan& tiles, void* workspace, const Team& team) {
+             run_winograd<Scheme>(winograd_problem(args), tiles, workspace, team);
+           });
+  });
 }
-
-template <class T, class Args>
-void winograd(const Args& args, void* workspace, const Team& team) {
-  const Winograd p = winograd_problem(args);
-  with_winograd_scheme(p, args.precision, [&](auto scheme) { run_winograd<decltype(scheme)>(p, workspace, team); });
-}
-
-template <class T, class Args>
-KernelName winograd_name(const Args& args) {
-  return with_winograd_scheme(winograd_problem(args), args.precision,
-                              [](auto scheme) { return winograd_tile_name<decltype(scheme)>(); });
+inline void plan_winograd(Plan<ConvForward>& plan, const Bound<ConvForward>& args) { plan_winograd_data(plan, args); }
+inline void plan_winograd(Plan<ConvBackwardInput>& plan, const Bound<ConvBackwardInput>& args) {
+  plan_winograd_data(plan, args);
 }

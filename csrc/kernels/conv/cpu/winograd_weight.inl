@@ -11,6 +11,7 @@
 
 #include "../../activation/cpu/rows.inl"
 #include "../../common/cpu/numbers.inl"
+#include "../../common/cpu/planning.inl"
 #include "../../common/cpu/threads.inl"
 #include "../../common/cpu/vec.h"
 #include "../../gemm/cpu/gemm.inl"
@@ -207,7 +208,7 @@ struct WinogradWeightMember {
   }
 };
 
-inline WinogradWeight winograd_problem(const ConvBackwardWeight& args) {
+inline WinogradWeight winograd_problem(const Bound<ConvBackwardWeight>& args) {
   const ConvGeometry& g = args.geometry;
   WinogradWeight p{};
   p.image.channels_last = p.gradient.channels_last = args.layout == Layout::channels_last;
@@ -238,34 +239,26 @@ inline WinogradWeight winograd_problem(const ConvBackwardWeight& args) {
 }
 
 template <class T>
-bool winograd_takes(const ConvBackwardWeight& args) {
+bool winograd_takes(const Bound<ConvBackwardWeight>& args) {
   return args.grad_w != nullptr &&
          winograd_pays(args.dtype, args.geometry, [&] { return winograd_problem(args).image; });
 }
 
-template <class T>
-size_t winograd_workspace(const ConvBackwardWeight& args, int threads) {
-  return plan_winograd_weight(winograd_problem(args), threads).total;
-}
-
-template <class T>
-void winograd(const ConvBackwardWeight& args, void* workspace, const Team& team) {
-  const WinogradWeight p = winograd_problem(args);
-  const WinogradWeightPlan plan = plan_winograd_weight(p, team.threads);
-  unsigned char* const bytes = static_cast<unsigned char*>(workspace);
-  parallel_crew(team, plan.threads, workspace, [&](Crew& crew, int thread) {
-    const WinogradWeightMember member(p, plan, bytes, thread);
-    crew.share(plan.chunks * member.jobs(),
-               [&](int64_t unit) { member.accumulate(unit / member.jobs(), unit % member.jobs()); });
-    if (plan.chunks == 1) return;
-    constexpr int64_t kRows = 8;  // per unit
-    crew.share(ceil_div(p.gradient.c, kRows), [&](int64_t unit) {
-      member.finish(unit * kRows, smaller((unit + 1) * kRows, p.gradient.c), 0, p.image.c);
-    });
-  });
-}
-
-template <class T>
-KernelName winograd_name(const ConvBackwardWeight&) {
-  return winograd_tile_name<WinogradScheme<2>>();
+inline void plan_winograd(Plan<ConvBackwardWeight>& plan, const Bound<ConvBackwardWeight>& args) {
+  const WinogradWeightPlan tiles = plan_winograd_weight(winograd_problem(args), plan.target.threads);
+  decide(plan, winograd_tile_name<WinogradScheme<2>>(), tiles.total, tiles,
+         [](const Bound<ConvBackwardWeight>& args, const WinogradWeightPlan& tiles, void* workspace, const Team& team) {
+           const WinogradWeight p = winograd_problem(args);
+           unsigned char* const bytes = static_cast<unsigned char*>(workspace);
+           parallel_crew(team, tiles.threads, workspace, [&](Crew& crew, int thread) {
+             const WinogradWeightMember member(p, tiles, bytes, thread);
+             crew.share(tiles.chunks * member.jobs(),
+                        [&](int64_t unit) { member.accumulate(unit / member.jobs(), unit % member.jobs()); });
+             if (tiles.chunks == 1) return;
+             constexpr int64_t kRows = 8;  // per unit
+             crew.share(ceil_div(p.gradient.c, kRows), [&](int64_t unit) {
+               member.finish(unit * kRows, smaller((unit + 1) * kRows, p.gradient.c), 0, p.image.c);
+             });
+           });
+         });
 }

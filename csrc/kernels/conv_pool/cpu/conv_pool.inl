@@ -7,6 +7,7 @@
 #include "../../common/cpu/elements.inl"
 #include "../../common/cpu/math.inl"
 #include "../../common/cpu/numbers.inl"
+#include "../../common/cpu/planning.inl"
 #include "../../common/cpu/vec.h"
 #include "../../conv/cpu/conv.inl"
 #include "../../pool/cpu/pool.inl"
@@ -38,42 +39,64 @@ inline int64_t images_in_block(const Args& args, int64_t bytes) {
   return larger<int64_t>(1, smaller(g.batch, bytes / larger<int64_t>(image, 1)));
 }
 
-template <class T>
-ConvForward convolution_of(const ConvPoolForward& args, int64_t first, int64_t images, void* y) {
-  const ConvGeometry& g = args.geometry;
-  ConvForward conv{};
-  conv.dtype = args.dtype;
-  conv.layout = args.layout;
-  conv.w_layout = args.w_layout;
-  conv.geometry = g;
-  conv.geometry.batch = images;
-  conv.x = static_cast<const T*>(args.x) + first * g.in_channels * spatial_elements(g.in);
-  conv.w = args.w;
-  conv.bias = args.bias;
-  conv.activation = args.activation;
-  conv.y = y;
-  conv.precision = args.precision;
-  conv.bf16_multiply = args.bf16_multiply;
-  return conv;
+// The plan of a step, for some images at a time.
+template <class Call>
+inline Plan<Call> plan_of(const Call& call, int threads, Bf16Multiply bf16_multiply) {
+  Plan<Call> plan;
+  plan.call = call;
+  plan.target = {threads, bf16_multiply};
+  plan_call(plan);
+  return plan;
 }
 
+// The two steps of a block: convolution and pool.
+struct ConvPoolSteps {
+  Plan<ConvForward> conv;
+  Plan<MaxPoolForward> pool;
+
+  ConvPoolSteps(const Bound<ConvPoolForward>& args, int64_t images, int threads) {
+    const ConvGeometry& g = args.geometry;
+    ConvForward call{.dtype = args.dtype,
+                     .layout = args.layout,
+                     .w_layout = args.w_layout,
+                     .geometry = g,
+                     .with_bias = args.with_bias,
+                     .activation = args.activation,
+                     .precision = args.precision};
+    call.geometry.batch = images;
+    conv = plan_of(call, threads, args.bf16_multiply);
+    MaxPoolForward windows{};
+    windows.dtype = args.dtype;
+    windows.layout = args.layout;
+    windows.geometry.batch = images;
+    windows.geometry.channels = g.out_channels;
+    pooled_size(g, args.pool, windows.geometry.out);
+    for (int d = 0; d < 3; ++d) {
+      windows.geometry.in[d] = g.out[d];
+      windows.geometry.kernel[d] = windows.geometry.stride[d] = args.pool[d];
+      windows.geometry.dilation[d] = 1;
+    }
+    windows.kind = args.with_indices ? PoolIndices::window : PoolIndices::none;
+    pool = plan_of(windows, threads, args.bf16_multiply);
+  }
+};
+
 struct ConvPoolPlan {
-  int64_t images, blocks;
-  bool apart;  // every thread computes its own blocks; else the team computes one block after the other
+  int64_t images, blocks, rest;  // of a block, their number, and of the last block
+  int workers;                   // 1: every thread computes its own blocks; else the team one block after the other
   size_t conv_bytes, block_bytes;
 };
 
 template <class T>
-ConvPoolPlan plan_conv_pool(const ConvPoolForward& args, int threads) {
+ConvPoolPlan plan_conv_pool(const Bound<ConvPoolForward>& args, int threads) {
   const ConvGeometry& g = args.geometry;
   ConvPoolPlan plan{};
   plan.images = images_in_block<T>(args, kPoolBlockBytes);
   plan.blocks = ceil_div(g.batch, plan.images);
-  plan.apart = plan.blocks >= threads;
-  const int workers = plan.apart ? 1 : threads;
-  const int64_t rest = g.batch - (plan.blocks - 1) * plan.images;
-  plan.conv_bytes = larger(conv_forward_workspace(convolution_of<T>(args, 0, plan.images, nullptr), workers),
-                           conv_forward_workspace(convolution_of<T>(args, 0, rest, nullptr), workers));
+  plan.rest = g.batch - (plan.blocks - 1) * plan.images;
+  plan.workers = plan.blocks >= threads ? 1 : threads;
+  plan.conv_bytes = larger(ConvPoolSteps(args, plan.images, plan.workers).conv.workspace,
+                           ConvPoolSteps(args, plan.rest, plan.workers).conv.workspace);
   plan.conv_bytes = aligned(static_cast<int64_t>(plan.conv_bytes));
   plan.block_bytes = aligned(plan.images * g.out_channels * spatial_elements(g.out) * static_cast<int64_t>(sizeof(T)));
   return plan;
@@ -92,48 +115,36 @@ void mark_no_gradient(const T* y, int64_t n, uint8_t* indices) {
 }
 
 template <class T>
-void conv_pool_block(const ConvPoolForward& args, int64_t first, int64_t images, void* block, void* workspace,
-                     const Team& team) {
+void conv_pool_block(const Bound<ConvPoolForward>& args, const ConvPoolSteps& steps, int64_t first, void* block,
+                     void* workspace, const Team& team) {
   const ConvGeometry& g = args.geometry;
-  conv_forward(convolution_of<T>(args, first, images, block), workspace, team);
-  MaxPoolForward pool{};
-  pool.dtype = args.dtype;
-  pool.layout = args.layout;
-  pool.geometry.batch = images;
-  pool.geometry.channels = g.out_channels;
-  pooled_size(g, args.pool, pool.geometry.out);
-  for (int d = 0; d < 3; ++d) {
-    pool.geometry.in[d] = g.out[d];
-    pool.geometry.kernel[d] = pool.geometry.stride[d] = args.pool[d];
-    pool.geometry.dilation[d] = 1;
-  }
+  const T* const x = static_cast<const T*>(args.x) + first * g.in_channels * spatial_elements(g.in);
+  steps.conv.run({x, args.w, args.bias, block}, workspace, team);
   const int64_t image = g.out_channels * pooled_elements(args), at = first * image;
-  pool.x = block;
-  pool.y = static_cast<T*>(args.y) + at;
-  pool.kind = args.indices != nullptr ? PoolIndices::window : PoolIndices::none;
-  pool.indices = args.indices != nullptr ? args.indices + at : nullptr;
-  max_pool_forward(pool, team);
-  if (args.indices != nullptr && args.activation.kind == ActivationKind::relu)
-    mark_no_gradient(static_cast<const T*>(pool.y), images * image, args.indices + at);
+  T* const y = static_cast<T*>(args.y) + at;
+  uint8_t* const indices = args.indices != nullptr ? args.indices + at : nullptr;
+  steps.pool.run({block, y, indices}, nullptr, team);
+  if (indices != nullptr && args.activation.kind == ActivationKind::relu)
+    mark_no_gradient(y, steps.pool.call.geometry.batch * image, indices);
 }
 
+// The steps are planned once a run, for whole blocks and for the last one.
 template <class T>
-void conv_pool(const ConvPoolForward& args, void* workspace, const Team& team) {
-  const ConvGeometry& g = args.geometry;
-  const ConvPoolPlan plan = plan_conv_pool<T>(args, team.threads);
+void conv_pool(const Bound<ConvPoolForward>& args, const ConvPoolPlan& plan, void* workspace, const Team& team) {
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
+  const ConvPoolSteps whole(args, plan.images, plan.workers), last(args, plan.rest, plan.workers);
   const auto block = [&](int64_t i, unsigned char* mine, const Team& workers) {
-    const int64_t first = i * plan.images;
-    conv_pool_block<T>(args, first, smaller(plan.images, g.batch - first), mine + plan.conv_bytes, mine, workers);
+    conv_pool_block<T>(args, i < plan.blocks - 1 ? whole : last, i * plan.images, mine + plan.conv_bytes, mine,
+                       workers);
   };
-  if (!plan.apart) {
+  if (plan.workers > 1) {
     for (int64_t i = 0; i < plan.blocks; ++i) block(i, bytes, team);
     return;
   }
   team.parallel(team.threads, [&](int thread, int actual) {
-    const Team alone{};
     unsigned char* const mine = bytes + static_cast<size_t>(thread) * (plan.conv_bytes + plan.block_bytes);
-    for (int64_t i = plan.blocks * thread / actual; i < plan.blocks * (thread + 1) / actual; ++i) block(i, mine, alone);
+    for (int64_t i = plan.blocks * thread / actual; i < plan.blocks * (thread + 1) / actual; ++i)
+      block(i, mine, Team{});
   });
 }
 
@@ -167,7 +178,7 @@ void unpool_row(const T* grad, const uint8_t* indices, int64_t n, int64_t width,
 // The unpooled gradient of images [first, first + images). A unit of work is one of its rows, of one channel or, for
 // channels_last, of all channels.
 template <class T>
-void unpool(const ConvPoolBackward& args, int64_t first, int64_t images, T* to, const Team& team) {
+void unpool(const Bound<ConvPoolBackward>& args, int64_t first, int64_t images, T* to, const Team& team) {
   using C = Compute<T>;
   using Lanes = Vec<C>;
   const ConvGeometry& g = args.geometry;
@@ -211,53 +222,61 @@ void unpool(const ConvPoolBackward& args, int64_t first, int64_t images, T* to, 
   });
 }
 
-template <class Conv>
-Conv gradient_of(const ConvPoolBackward& args, int64_t images, const void* grad) {
-  Conv conv{};
-  conv.dtype = args.dtype;
-  conv.layout = args.layout;
-  conv.w_layout = args.w_layout;
-  conv.geometry = args.geometry;
-  conv.geometry.batch = images;
-  conv.grad_y = grad;
-  conv.bf16_multiply = args.bf16_multiply;
-  return conv;
-}
+// The gradients of the convolution of a block.
+struct UnpoolSteps {
+  Plan<ConvBackwardInput> input;
+  Plan<ConvBackwardWeight> weight;
+  bool with_input, with_weight;
+
+  UnpoolSteps(const Bound<ConvPoolBackward>& args, int64_t images, bool weights, int threads)
+      : with_input(args.grad_x != nullptr), with_weight(weights) {
+    ConvGeometry geometry = args.geometry;
+    geometry.batch = images;
+    if (with_input)
+      input = plan_of(ConvBackwardInput{.dtype = args.dtype,
+                                        .layout = args.layout,
+                                        .w_layout = args.w_layout,
+                                        .geometry = geometry,
+                                        .precision = args.precision},
+                      threads, args.bf16_multiply);
+    if (with_weight)
+      weight = plan_of(ConvBackwardWeight{.dtype = args.dtype,
+                                          .layout = args.layout,
+                                          .w_layout = args.w_layout,
+                                          .geometry = geometry,
+                                          .with_grad_w = args.grad_w != nullptr,
+                                          .with_grad_bias = args.grad_bias != nullptr},
+                       threads, args.bf16_multiply);
+  }
+  size_t workspace() const { return larger(with_input ? input.workspace : 0, with_weight ? weight.workspace : 0); }
+};
 
 struct UnpoolPlan {
   bool first;  // conv_pool_first_weight computes the gradient of the weights
-  int64_t images, blocks;
+  bool weights;  // the gradient of a block's convolution does
+  int64_t images, blocks, rest;
   int64_t weight_elements;
   size_t conv_bytes, block_bytes, sums_bytes;  // sums: of grad_w and grad_bias over several blocks
 };
 
 template <class T>
-UnpoolPlan plan_unpool(const ConvPoolBackward& args, int threads) {
+UnpoolPlan plan_unpool(const Bound<ConvPoolBackward>& args, int threads) {
   const ConvGeometry& g = args.geometry;
   UnpoolPlan plan{};
-  const bool weights = args.grad_w != nullptr || args.grad_bias != nullptr;
   plan.first = args.grad_w != nullptr && pools_first_layer(args.dtype, args.layout, g, args.pool);
+  plan.weights = (args.grad_w != nullptr || args.grad_bias != nullptr) && !plan.first;
   if constexpr (same_type<T, Compute<T>>)
     if (plan.first) plan.conv_bytes = static_cast<size_t>(plan_pooled<T>(g, true, threads).total);
   plan.weight_elements = g.out_channels * (g.in_channels / g.groups) * spatial_elements(g.kernel);
   if (plan.first && args.grad_x == nullptr) return plan;
   // The gradients of several blocks are added in the compute type. In a 16-bit type every addition would round.
-  const bool whole = weights && !plan.first && !same_type<T, Compute<T>>;
+  const bool whole = plan.weights && !same_type<T, Compute<T>>;
   plan.images = whole ? larger<int64_t>(g.batch, 1) : images_in_block<T>(args, kUnpoolBlockBytes);
   plan.blocks = larger<int64_t>(1, ceil_div(g.batch, plan.images));
-  const int64_t rest = g.batch - (plan.blocks - 1) * plan.images;
-  for (int64_t images = plan.images;; images = rest) {
-    if (args.grad_x != nullptr)
-      plan.conv_bytes = larger(plan.conv_bytes, conv_backward_input_workspace(
-                                                    gradient_of<ConvBackwardInput>(args, images, nullptr), threads));
-    if (weights && !plan.first) {
-      ConvBackwardWeight conv = gradient_of<ConvBackwardWeight>(args, images, nullptr);
-      conv.grad_w = args.grad_w;
-      conv.grad_bias = args.grad_bias;
-      plan.conv_bytes = larger(plan.conv_bytes, conv_backward_weight_workspace(conv, threads));
-    }
-    if (images == rest) break;
-  }
+  plan.rest = g.batch - (plan.blocks - 1) * plan.images;
+  plan.conv_bytes = larger(plan.conv_bytes,
+                           larger(UnpoolSteps(args, plan.images, plan.weights, threads).workspace(),
+                                  UnpoolSteps(args, plan.rest, plan.weights, threads).workspace()));
   plan.conv_bytes = aligned(static_cast<int64_t>(plan.conv_bytes));
   plan.block_bytes = aligned(plan.images * g.out_channels * spatial_elements(g.out) * static_cast<int64_t>(sizeof(T)));
   if (plan.blocks > 1 && !plan.first)
@@ -272,79 +291,73 @@ inline void add_to(const T* from, int64_t n, void* to) {
 }
 
 template <class T>
-void conv_pool(const ConvPoolBackward& args, void* workspace, const Team& team) {
+void conv_pool(const Bound<ConvPoolBackward>& args, const UnpoolPlan& plan, void* workspace, const Team& team) {
   const ConvGeometry& g = args.geometry;
-  const UnpoolPlan plan = plan_unpool<T>(args, team.threads);
-  const bool weights = (args.grad_w != nullptr || args.grad_bias != nullptr) && !plan.first;
   if constexpr (same_type<T, Compute<T>>)
     if (plan.first) conv_pool_first_weight<T>(args, workspace, team);
+  if (plan.blocks == 0) return;
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
   T* const block = reinterpret_cast<T*>(bytes + plan.conv_bytes);
   T* const sums = reinterpret_cast<T*>(bytes + plan.conv_bytes + plan.block_bytes);
   const int64_t image = g.in_channels * spatial_elements(g.in);
+  const UnpoolSteps whole(args, plan.images, plan.weights, team.threads);
+  const UnpoolSteps last(args, plan.rest, plan.weights, team.threads);
   for (int64_t i = 0; i < plan.blocks; ++i) {
-    const int64_t first = i * plan.images, images = smaller(plan.images, g.batch - first);
-    unpool(args, first, images, block, team);
-    if (args.grad_x != nullptr) {
-      ConvBackwardInput conv = gradient_of<ConvBackwardInput>(args, images, block);
-      conv.w = args.w;
-      conv.grad_x = static_cast<T*>(args.grad_x) + first * image;
-      conv.precision = args.precision;
-      conv_backward_input(conv, workspace, team);
-    }
-    if (!weights) continue;
-    ConvBackwardWeight conv = gradient_of<ConvBackwardWeight>(args, images, block);
-    conv.x = static_cast<const T*>(args.x) + first * image;
-    conv.grad_w = args.grad_w == nullptr ? nullptr : i == 0 ? args.grad_w : sums;
-    conv.grad_bias = args.grad_bias == nullptr ? nullptr : i == 0 ? args.grad_bias : sums + plan.weight_elements;
-    conv_backward_weight(conv, workspace, team);
+    const UnpoolSteps& steps = i < plan.blocks - 1 ? whole : last;
+    const int64_t first = i * plan.images;
+    unpool(args, first, smaller(plan.images, g.batch - first), block, team);
+    if (steps.with_input)
+      steps.input.run({.grad_y = block, .w = args.w, .grad_x = static_cast<T*>(args.grad_x) + first * image}, workspace,
+                      team);
+    if (!steps.with_weight) continue;
+    void* const grad_w = args.grad_w == nullptr || i == 0 ? args.grad_w : sums;
+    void* const grad_bias = args.grad_bias == nullptr || i == 0 ? args.grad_bias : sums + plan.weight_elements;
+    const T* const x = args.grad_w == nullptr ? nullptr : static_cast<const T*>(args.x) + first * image;
+    steps.weight.run({block, nullptr, x, grad_w, grad_bias}, workspace, team);
     if (i == 0) continue;
     add_to(sums, plan.weight_elements, args.grad_w);
     add_to(sums + plan.weight_elements, g.out_channels, args.grad_bias);
   }
 }
 
-inline bool is_empty(const ConvPoolForward& args) {
-  return args.geometry.batch * args.geometry.out_channels * pooled_elements(args) == 0;
+void plan_call(Plan<ConvPoolForward>& plan) {
+  const ConvPoolForward& call = plan.call;
+  if (call.geometry.batch * call.geometry.out_channels * pooled_elements(call) == 0) return decide_nothing(plan);
+  const bool first = pools_first_layer(call.dtype, call.layout, call.geometry, call.pool);
+  const auto args = bind(plan, {});
+  with_dtype(call.dtype, [&](auto type) {
+    using T = decltype(type);
+    if constexpr (same_type<T, Compute<T>>)
+      if (first)
+        return decide(plan, {"conv_pool_first"},
+                      static_cast<size_t>(plan_pooled<T>(call.geometry, false, plan.target.threads).total),
+                      [](const Bound<ConvPoolForward>& args, void* workspace, const Team& team) {
+                        conv_pool_first<T>(args, workspace, team);
+                      });
+    const ConvPoolPlan blocks = plan_conv_pool<T>(args, plan.target.threads);
+    const int apart = blocks.workers == 1 ? plan.target.threads : 1;
+    decide(plan, {"conv_pool_blocks"}, (blocks.conv_bytes + blocks.block_bytes) * static_cast<size_t>(apart), blocks,
+           [](const Bound<ConvPoolForward>& args, const ConvPoolPlan& blocks, void* workspace, const Team& team) {
+             conv_pool<T>(args, blocks, workspace, team);
+           });
+  });
 }
 
-size_t conv_pool_forward_workspace(const ConvPoolForward& args, int threads) {
-  if (is_empty(args)) return 0;
-  return with_dtype(args.dtype, [&](auto t) -> size_t {
-    using T = decltype(t);
-    if constexpr (same_type<T, Compute<T>>)
-      if (pools_first_layer(args.dtype, args.layout, args.geometry, args.pool))
-        return static_cast<size_t>(plan_pooled<T>(args.geometry, false, threads).total);
-    const ConvPoolPlan plan = plan_conv_pool<T>(args, threads);
-    return (plan.conv_bytes + plan.block_bytes) * static_cast<size_t>(plan.apart ? threads : 1);
+void plan_call(Plan<ConvPoolBackward>& plan) {
+  const ConvPoolBackward& call = plan.call;
+  void* const p = planned_address(1);
+  const auto args = bind(plan, {.grad_y = p,
+                                .indices = nullptr,
+                                .grad_x = call.with_grad_x ? p : nullptr,
+                                .grad_w = call.with_grad_w ? p : nullptr,
+                                .grad_bias = call.with_grad_bias ? p : nullptr});
+  with_dtype(call.dtype, [&](auto type) {
+    using T = decltype(type);
+    const UnpoolPlan blocks = plan_unpool<T>(args, plan.target.threads);
+    decide(plan, {blocks.first && !call.with_grad_x ? "conv_pool_first" : "conv_pool_blocks"},
+           blocks.conv_bytes + blocks.block_bytes + blocks.sums_bytes, blocks,
+           [](const Bound<ConvPoolBackward>& args, const UnpoolPlan& blocks, void* workspace, const Team& team) {
+             conv_pool<T>(args, blocks, workspace, team);
+           });
   });
-}
-void conv_pool_forward(const ConvPoolForward& args, void* workspace, const Team& team) {
-  if (is_empty(args)) return;
-  with_dtype(args.dtype, [&](auto t) {
-    using T = decltype(t);
-    if constexpr (same_type<T, Compute<T>>)
-      if (pools_first_layer(args.dtype, args.layout, args.geometry, args.pool))
-        return conv_pool_first<T>(args, workspace, team);
-    conv_pool<T>(args, workspace, team);
-  });
-}
-KernelName conv_pool_forward_name(const ConvPoolForward& args) {
-  if (pools_first_layer(args.dtype, args.layout, args.geometry, args.pool)) return {"conv_pool_first"};
-  return {"conv_pool_blocks"};
-}
-size_t conv_pool_backward_workspace(const ConvPoolBackward& args, int threads) {
-  return with_dtype(args.dtype, [&](auto t) {
-    const UnpoolPlan plan = plan_unpool<decltype(t)>(args, threads);
-    return plan.conv_bytes + plan.block_bytes + plan.sums_bytes;
-  });
-}
-void conv_pool_backward(const ConvPoolBackward& args, void* workspace, const Team& team) {
-  with_dtype(args.dtype, [&](auto t) { conv_pool<decltype(t)>(args, workspace, team); });
-}
-KernelName conv_pool_backward_name(const ConvPoolBackward& args) {
-  if (args.grad_x == nullptr && args.grad_w != nullptr &&
-      pools_first_layer(args.dtype, args.layout, args.geometry, args.pool))
-    return {"conv_pool_first"};
-  return {"conv_pool_blocks"};
 }

@@ -9,6 +9,7 @@
 
 #include "../../common/cpu/elements.inl"
 #include "../../common/cpu/numbers.inl"
+#include "../../common/cpu/planning.inl"
 #include "../../common/cpu/threads.inl"
 #include "../../common/cpu/vec.h"
 #include "../../conv/cpu/depthwise.inl"
@@ -133,7 +134,7 @@ inline void pool_windows(const Vec<T> (&acc)[4], bool relu, T* y, uint8_t* indic
 
 // A row of windows of one image, for all output channels. x is its first input row in the copy.
 template <bool kOne, class T>
-void pool_first_row(const ConvPoolForward& args, const PooledPlan& plan, const T* x, T* y, uint8_t* indices) {
+void pool_first_row(const Bound<ConvPoolForward>& args, const PooledPlan& plan, const T* x, T* y, uint8_t* indices) {
   constexpr int64_t S = Vec<T>::size;
   const ConvGeometry& g = args.geometry;
   const T* const w = static_cast<const T*>(args.w);
@@ -165,7 +166,7 @@ void pool_first_row(const ConvPoolForward& args, const PooledPlan& plan, const T
 }
 
 template <class T>
-void conv_pool_first(const ConvPoolForward& args, void* workspace, const Team& team) {
+void conv_pool_first(const Bound<ConvPoolForward>& args, void* workspace, const Team& team) {
   const ConvGeometry& g = args.geometry;
   const PooledPlan plan = plan_pooled<T>(g, false, team.threads);
   const int64_t image = g.in_channels * g.in[1] * g.in[2], pooled = g.out_channels * plan.rows * plan.cols;
@@ -208,7 +209,7 @@ inline void add_windows(const Vec<T> (&x)[4][4], Vec<T> g, Mask<T> low, Mask<T> 
 
 // Adds a row of windows to the sums [output channel][9 taps per input channel, then the bias][lane].
 template <bool kOne, class T>
-void weight_first_row(const ConvPoolBackward& args, const PooledPlan& plan, const T* x, const T* grad,
+void weight_first_row(const Bound<ConvPoolBackward>& args, const PooledPlan& plan, const T* x, const T* grad,
                       const uint8_t* indices, T* sums) {
   constexpr int64_t S = Vec<T>::size;
   const ConvGeometry& g = args.geometry;
@@ -239,7 +240,7 @@ void weight_first_row(const ConvPoolBackward& args, const PooledPlan& plan, cons
 }
 
 template <class T>
-void conv_pool_first_weight(const ConvPoolBackward& args, void* workspace, const Team& team) {
+void conv_pool_first_weight(const Bound<ConvPoolBackward>& args, void* workspace, const Team& team) {
   constexpr int64_t S = Vec<T>::size;
   const ConvGeometry& g = args.geometry;
   const PooledPlan plan = plan_pooled<T>(g, true, team.threads);

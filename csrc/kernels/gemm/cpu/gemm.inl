@@ -378,8 +378,7 @@ void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspac
 }
 
 template <class P, class T>
-void gemm(const Gemm<T>& g, void* workspace, const Team& team) {
-  const GemmPlan plan = plan_gemm<P, T>(g, team.threads);
+void gemm(const Gemm<T>& g, const GemmPlan& plan, void* workspace, const Team& team) {
   if (plan.tiny) return gemm_tiny<P, T>(g, plan);
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
   Gemm<T> product = g;

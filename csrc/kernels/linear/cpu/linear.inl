@@ -6,6 +6,7 @@
 #include "../../common/cpu/elements.inl"
 #include "../../common/cpu/math.inl"
 #include "../../common/cpu/numbers.inl"
+#include "../../common/cpu/planning.inl"
 #include "../../common/cpu/threads.inl"
 #include "../../gemm/cpu/dot.inl"
 #include "../../gemm/cpu/gemm.inl"
@@ -14,17 +15,17 @@
 #include "../../gemm/cpu/panels.inl"
 
 template <class T>
-inline Source<T> matrix_source(const Matrix& x, bool rows_are_lanes) {
-  const T* const p = static_cast<const T*>(x.data);
-  return rows_are_lanes ? plain_source(p, x.row_stride, x.col_stride) : plain_source(p, x.col_stride, x.row_stride);
+inline Source<T> matrix_source(const void* data, const Strides& strides, bool rows_are_lanes) {
+  const T* const p = static_cast<const T*>(data);
+  return rows_are_lanes ? plain_source(p, strides.row, strides.col) : plain_source(p, strides.col, strides.row);
 }
 
 // grad_y * f'(saved). Its lanes are the rows (m) or the columns (n).
 template <class T>
-inline Source<T> gradient_source(const LinearBackward& args, bool rows_are_lanes) {
-  Source<T> s = matrix_source<T>(args.grad_y, rows_are_lanes);
+inline Source<T> gradient_source(const Bound<LinearBackward>& args, bool rows_are_lanes) {
+  Source<T> s = matrix_source<T>(args.grad_y, args.grad_y_strides, rows_are_lanes);
   if (args.activation.kind == ActivationKind::identity) return s;
-  const Source<T> saved = matrix_source<T>(args.saved, rows_are_lanes);
+  const Source<T> saved = matrix_source<T>(args.saved, args.saved_strides, rows_are_lanes);
   s.derivative = row_derivative<T>(args.activation.kind);
   s.saved = saved.p;
   s.saved_ls = saved.ls;
@@ -34,8 +35,14 @@ inline Source<T> gradient_source(const LinearBackward& args, bool rows_are_lanes
 }
 
 template <class T>
-inline Gemm<T> forward_gemm(const LinearForward& args) {
-  Gemm<T> g{args.m, args.n, args.k, matrix_source<T>(args.x, true), matrix_source<T>(args.w, true), {}, nullptr};
+inline Gemm<T> forward_gemm(const Bound<LinearForward>& args) {
+  Gemm<T> g{args.m,
+            args.n,
+            args.k,
+            matrix_source<T>(args.x, args.x_strides, true),
+            matrix_source<T>(args.w, args.w_strides, true),
+            {},
+            nullptr};
   const ActivationKind kind = args.activation.kind;
   const bool relu = kind == ActivationKind::relu && args.z == nullptr;
   g.out = {static_cast<T*>(args.y), args.y_row_stride, static_cast<T*>(args.z), nullptr, relu, nullptr,
@@ -50,98 +57,106 @@ inline Output<T> plain_output(void* y, int64_t rs) {
 }
 
 template <class T>
-inline Gemm<T> grad_x_gemm(const LinearBackward& args) {
+inline Gemm<T> grad_x_gemm(const Bound<LinearBackward>& args) {
   return {args.m,
           args.k,
           args.n,
           gradient_source<T>(args, true),
-          matrix_source<T>(args.w, false),
+          matrix_source<T>(args.w, args.w_strides, false),
           plain_output<T>(args.grad_x, args.k),
           nullptr};
 }
 
 template <class T>
-inline Gemm<T> grad_w_gemm(const LinearBackward& args) {
+inline Gemm<T> grad_w_gemm(const Bound<LinearBackward>& args) {
   return {args.n,
           args.k,
           args.m,
           gradient_source<T>(args, false),
-          matrix_source<T>(args.x, false),
+          matrix_source<T>(args.x, args.x_strides, false),
           plain_output<T>(args.grad_w, args.k),
           nullptr};
 }
 
 template <class T>
-inline bool contiguous_bias(const LinearForward& args) {
-  return args.b == nullptr || (same_type<T, Compute<T>> && (args.b_stride == 1 || args.n == 1));
+inline bool contiguous_bias(const Bound<LinearForward>& args) {
+  return args.bias == nullptr || (same_type<T, Compute<T>> && (args.bias_stride == 1 || args.n == 1));
 }
 
 template <class T>
-void convert_bias(const LinearForward& args, Compute<T>* to) {
+void convert_bias(const Bound<LinearForward>& args, Compute<T>* to) {
   constexpr int kChunk = 64;
-  const T* const from = static_cast<const T*>(args.b);
+  const T* const from = static_cast<const T*>(args.bias);
   T values[kChunk];
   for (int64_t j = 0; j < args.n; j += kChunk) {
     const int count = static_cast<int>(smaller<int64_t>(args.n - j, kChunk));
-    gather(from + j * args.b_stride, 0, args.b_stride, 1, count, values, kChunk);
+    gather(from + j * args.bias_stride, 0, args.bias_stride, 1, count, values, kChunk);
     widen_row(values, to + j, count);
   }
 }
 
+template <class P>
+KernelName gemm_name(const GemmPlan& plan) {
+  return plan.tiny ? tile_name<P>("gemm_tiny", "gemm_tiny_bf16") : tile_name<P>("gemm", "gemm_bf16");
+}
+
+// A bias that is converted goes behind the product's own memory; that of a tiny product is on the stack.
 template <class P, class T>
-KernelName gemm_name(const Gemm<T>& g) {
-  return plan_gemm<P>(g, 1).tiny ? tile_name<P>("gemm_tiny", "gemm_tiny_bf16") : tile_name<P>("gemm", "gemm_bf16");
-}
-
-template <class T>
-size_t forward_workspace(const LinearForward& args, int threads) {
-  if (args.m == 0 || args.n == 0) return 0;
-  const Gemm<T> g = forward_gemm<T>(args);
-  if (takes_dot(g)) return contiguous_bias<T>(args) ? 0 : aligned(args.n * static_cast<int64_t>(sizeof(Compute<T>)));
-  return with_panel<T>(args.bf16_multiply, args.m * args.n * args.k, [&](auto panel) -> size_t {
-    const GemmPlan plan = plan_gemm<decltype(panel)>(g, threads);
-    if (plan.tiny) return 0;
-    return plan.total + (contiguous_bias<T>(args) ? 0 : aligned(args.n * static_cast<int64_t>(sizeof(Compute<T>))));
-  });
-}
-
-template <class T>
-void forward(const LinearForward& args, void* workspace, const Team& team) {
+void linear_forward(const Bound<LinearForward>& args, const GemmPlan& plan, void* workspace, const Team& team) {
   using C = Compute<T>;
-  if (args.m == 0 || args.n == 0) return;
   Gemm<T> g = forward_gemm<T>(args);
-  if (takes_dot(g)) {
-    if (contiguous_bias<T>(args)) {
-      g.out.bias = static_cast<const C*>(args.b);
-    } else {
-      convert_bias<T>(args, static_cast<C*>(workspace));
-      g.out.bias = static_cast<const C*>(workspace);
-    }
-    return dot_product(g, team);
+  alignas(64) unsigned char small_bias[kTinyBytes];  // large enough: a tiny product has n <= kTinyBytes / 8
+  if (contiguous_bias<T>(args)) {
+    g.out.bias = static_cast<const C*>(args.bias);
+  } else {
+    C* const bias = reinterpret_cast<C*>(plan.tiny ? small_bias : static_cast<unsigned char*>(workspace) + plan.total);
+    convert_bias<T>(args, bias);
+    g.out.bias = bias;
   }
+  gemm<P>(g, plan, workspace, team);
+}
+
+template <class T>
+void linear_dot(const Bound<LinearForward>& args, void* workspace, const Team& team) {
+  using C = Compute<T>;
+  Gemm<T> g = forward_gemm<T>(args);
+  if (contiguous_bias<T>(args)) {
+    g.out.bias = static_cast<const C*>(args.bias);
+  } else {
+    convert_bias<T>(args, static_cast<C*>(workspace));
+    g.out.bias = static_cast<const C*>(workspace);
+  }
+  dot_product(g, team);
+}
+
+// Decides the plan of a call that is the linear layer as_linear(args).
+template <class T, class Call, class AsLinear>
+void plan_linear_forward(Plan<Call>& plan, const Bound<Call>& call, AsLinear as_linear) {
+  const Bound<LinearForward> args = as_linear(call);
+  const Gemm<T> g = forward_gemm<T>(args);
+  const size_t bias = contiguous_bias<T>(args) ? 0 : aligned(args.n * static_cast<int64_t>(sizeof(Compute<T>)));
+  if (takes_dot(g))
+    return decide(plan, {"dot", {kDot, kDot}}, bias, [](const Bound<Call>& args, void* workspace, const Team& team) {
+      linear_dot<T>(AsLinear{}(args), workspace, team);
+    });
   with_panel<T>(args.bf16_multiply, args.m * args.n * args.k, [&](auto panel) {
-    const GemmPlan plan = plan_gemm<decltype(panel)>(g, team.threads);
-    alignas(64) unsigned char small_bias[kTinyBytes];  // large enough: a tiny product has n <= kTinyBytes / 8
-    if (contiguous_bias<T>(args)) {
-      g.out.bias = static_cast<const C*>(args.b);
-    } else {
-      C* const bias =
-          reinterpret_cast<C*>(plan.tiny ? small_bias : static_cast<unsigned char*>(workspace) + plan.total);
-      convert_bias<T>(args, bias);
-      g.out.bias = bias;
-    }
-    gemm<decltype(panel)>(g, workspace, team);
+    using P = decltype(panel);
+    const GemmPlan product = plan_gemm<P>(g, plan.target.threads);
+    decide(plan, gemm_name<P>(product), product.tiny ? 0 : product.total + bias, product,
+           [](const Bound<Call>& args, const GemmPlan& product, void* workspace, const Team& team) {
+             linear_forward<P, T>(AsLinear{}(args), product, workspace, team);
+           });
   });
 }
 
-// Up to this many columns, the sums for grad_b are on the stack.
+// Up to this many columns, the sums for grad_bias are on the stack.
 constexpr int64_t kSmallSums = 256;
 
 // sums[j] = the sum of g[i, j] over rows, in their order. Columns are divided into strips.
 constexpr int64_t kSumStrip = 96;
 
 template <class T>
-void column_sums(const LinearBackward& args, Compute<T>* sums, const Team& team) {
+void column_sums(const Bound<LinearBackward>& args, Compute<T>* sums, const Team& team) {
   using C = Compute<T>;
   const Source<T> s = gradient_source<T>(args, false);
   const int64_t strips = ceil_div(args.n, kSumStrip);
@@ -174,65 +189,64 @@ void column_sums(const LinearBackward& args, Compute<T>* sums, const Team& team)
   });
 }
 
-// Whether grad_b is computed in a separate pass. A narrow gradient is multiplied in place, as reading 4096 x 64 floats
+// Whether grad_bias is computed in a separate pass. A narrow gradient is multiplied in place, as reading 4096 x 64 floats
 // from L2 twice is faster than packing them.
 template <class T>
-inline bool sums_apart(const LinearBackward& args) {
-  return same_type<T, Compute<T>> && args.activation.kind == ActivationKind::identity && args.grad_y.col_stride == 1 &&
-         args.grad_y.row_stride <= kNarrow && args.k <= kNarrow;
+inline bool sums_apart(const Bound<LinearBackward>& args) {
+  return same_type<T, Compute<T>> && args.activation.kind == ActivationKind::identity && args.grad_y_strides.col == 1 &&
+         args.grad_y_strides.row <= kNarrow && args.k <= kNarrow;
 }
 
 struct BackwardPlan {
+  bool row_times_matrix;  // the way to grad_x
+  GemmPlan grad_x, grad_w;
   size_t gemm;  // bytes for the larger of the two products
-  size_t sums;  // bytes for the sums for grad_b
+  size_t sums;  // bytes for the sums for grad_bias
 };
 
-template <class T>
-BackwardPlan plan_backward(const LinearBackward& args, int threads) {
+template <class P, class T>
+BackwardPlan plan_backward(const Bound<LinearBackward>& args, int threads) {
   BackwardPlan plan{};
-  with_panel<T>(args.bf16_multiply, args.m * args.n * args.k, [&](auto panel) {
-    if (args.grad_x != nullptr && args.m > 0 && args.k > 0) {
-      const Gemm<T> g = grad_x_gemm<T>(args);
-      const GemmPlan p = plan_gemm<decltype(panel)>(g, threads);
-      if (!p.tiny && !takes_row_times_matrix(g)) plan.gemm = p.total;
-    }
-    if (args.grad_w != nullptr && args.n > 0 && args.k > 0) {
-      Gemm<T> g = grad_w_gemm<T>(args);
-      Compute<T> any;
-      g.a_sums = args.grad_b != nullptr && !sums_apart<T>(args)
-                     ? &any
-                     : nullptr;  // the plan depends only on whether it is null
-      const GemmPlan p = plan_gemm<decltype(panel)>(g, threads);
-      if (!p.tiny) plan.gemm = larger(plan.gemm, p.total);
-    }
-  });
-  if (args.grad_b != nullptr && !same_type<T, Compute<T>> && args.n > kSmallSums)
+  if (args.grad_x != nullptr && args.m > 0 && args.k > 0) {
+    const Gemm<T> g = grad_x_gemm<T>(args);
+    plan.grad_x = plan_gemm<P>(g, threads);
+    plan.row_times_matrix = takes_row_times_matrix(g);
+    if (!plan.grad_x.tiny && !plan.row_times_matrix) plan.gemm = plan.grad_x.total;
+  }
+  if (args.grad_w != nullptr && args.n > 0 && args.k > 0) {
+    Gemm<T> g = grad_w_gemm<T>(args);
+    Compute<T> any;
+    // The plan depends only on whether it is null.
+    g.a_sums = args.grad_bias != nullptr && !sums_apart<T>(args) ? &any : nullptr;
+    plan.grad_w = plan_gemm<P>(g, threads);
+    if (!plan.grad_w.tiny) plan.gemm = larger(plan.gemm, plan.grad_w.total);
+  }
+  if (args.grad_bias != nullptr && !same_type<T, Compute<T>> && args.n > kSmallSums)
     plan.sums = aligned(args.n * static_cast<int64_t>(sizeof(Compute<T>)));
   return plan;
 }
 
-template <class T>
-void backward(const LinearBackward& args, void* workspace, const Team& team) {
+template <class P, class T>
+void linear_backward(const Bound<LinearBackward>& args, const BackwardPlan& plan, void* workspace, const Team& team) {
   using C = Compute<T>;
   if (args.grad_x != nullptr && args.m > 0 && args.k > 0) {
     const Gemm<T> g = grad_x_gemm<T>(args);
-    if (takes_row_times_matrix(g))
+    if (plan.row_times_matrix)
       row_times_matrix(g, team);
     else
-      with_panel<T>(args.bf16_multiply, args.m * args.n * args.k,
-                    [&](auto panel) { gemm<decltype(panel)>(g, workspace, team); });
+      gemm<P>(g, plan.grad_x, workspace, team);
   }
-  if (args.n == 0 || (args.grad_w == nullptr && args.grad_b == nullptr)) return;
+  if (args.n == 0 || (args.grad_w == nullptr && args.grad_bias == nullptr)) return;
 
   C small_sums[kSmallSums];
   C* sums = nullptr;
-  if (args.grad_b != nullptr) {
+  if (args.grad_bias != nullptr) {
     if constexpr (same_type<T, C>)
-      sums = static_cast<C*>(args.grad_b);
+      sums = static_cast<C*>(args.grad_bias);
     else if (args.n <= kSmallSums)
       sums = small_sums;
     else
-      sums = reinterpret_cast<C*>(static_cast<unsigned char*>(workspace) + plan_backward<T>(args, team.threads).gemm);
+      sums = reinterpret_cast<C*>(static_cast<unsigned char*>(workspace) + plan.gemm);
     for (int64_t j = 0; j < args.n; ++j) sums[j] = 0;
   }
   if (args.grad_w != nullptr && args.k > 0) {
@@ -240,54 +254,51 @@ void backward(const LinearBackward& args, void* workspace, const Team& team) {
     const bool apart = sums != nullptr && sums_apart<T>(args);
     if (apart) column_sums<T>(args, sums, team);
     if (!apart) g.a_sums = sums;
-    with_panel<T>(args.bf16_multiply, args.m * args.n * args.k,
-                  [&](auto panel) { gemm<decltype(panel)>(g, workspace, team); });
+    gemm<P>(g, plan.grad_w, workspace, team);
   } else if (sums != nullptr) {
     column_sums<T>(args, sums, team);
   }
   if constexpr (!same_type<T, C>) {
     if (sums == nullptr) return;
-    T* const to = static_cast<T*>(args.grad_b);
+    T* const to = static_cast<T*>(args.grad_bias);
     for (int64_t j = 0; j < args.n; j += kSumStrip)
       store_row<T>(sums + j, to + j, static_cast<int>(smaller(args.n - j, kSumStrip)));
   }
 }
 
-template <class T>
-KernelName forward_name(const LinearForward& args) {
-  const Gemm<T> g = forward_gemm<T>(args);
-  if (takes_dot(g)) return {"dot", {kDot, kDot}};
-  return with_panel<T>(args.bf16_multiply, args.m * args.n * args.k,
-                       [&](auto panel) { return gemm_name<decltype(panel)>(g); });
-}
-
-template <class T>
-KernelName backward_name(const LinearBackward& args) {
-  if (args.grad_x == nullptr && args.grad_w == nullptr) return {"column_sums"};
-  if (args.grad_x != nullptr && takes_row_times_matrix(grad_x_gemm<T>(args))) return {"row_times_matrix"};
-  const Gemm<T> g = args.grad_x != nullptr ? grad_x_gemm<T>(args) : grad_w_gemm<T>(args);
-  return with_panel<T>(args.bf16_multiply, args.m * args.n * args.k,
-                       [&](auto panel) { return gemm_name<decltype(panel)>(g); });
-}
-
-size_t linear_forward_workspace(const LinearForward& args, int threads) {
-  return with_dtype(args.dtype, [&](auto t) { return forward_workspace<decltype(t)>(args, threads); });
-}
-void linear_forward(const LinearForward& args, void* workspace, const Team& team) {
-  with_dtype(args.dtype, [&](auto t) { forward<decltype(t)>(args, workspace, team); });
-}
-KernelName linear_forward_name(const LinearForward& args) {
-  return with_dtype(args.dtype, [&](auto t) { return forward_name<decltype(t)>(args); });
-}
-size_t linear_backward_workspace(const LinearBackward& args, int threads) {
-  return with_dtype(args.dtype, [&](auto t) {
-    const BackwardPlan plan = plan_backward<decltype(t)>(args, threads);
-    return plan.gemm + plan.sums;
+// Decides the plan of a call that is the gradients as_linear(args).
+template <class T, class Call, class AsLinear>
+void plan_linear_backward(Plan<Call>& plan, const Bound<Call>& call, AsLinear as_linear) {
+  const Bound<LinearBackward> args = as_linear(call);
+  with_panel<T>(args.bf16_multiply, args.m * args.n * args.k, [&](auto panel) {
+    using P = decltype(panel);
+    const BackwardPlan products = plan_backward<P, T>(args, plan.target.threads);
+    const KernelName name = args.grad_x == nullptr && args.grad_w == nullptr ? KernelName{"column_sums"}
+                            : products.row_times_matrix                      ? KernelName{"row_times_matrix"}
+                                                        : gemm_name<P>(args.grad_x != nullptr ? products.grad_x : products.grad_w);
+    decide(plan, name, products.gemm + products.sums, products,
+           [](const Bound<Call>& args, const BackwardPlan& products, void* workspace, const Team& team) {
+             linear_backward<P, T>(AsLinear{}(args), products, workspace, team);
+           });
   });
 }
-void linear_backward(const LinearBackward& args, void* workspace, const Team& team) {
-  with_dtype(args.dtype, [&](auto t) { backward<decltype(t)>(args, workspace, team); });
+
+void plan_call(Plan<LinearForward>& plan) {
+  const LinearForward& call = plan.call;
+  if (call.m == 0 || call.n == 0) return decide_nothing(plan);
+  void* const p = planned_address(call.alignment);
+  const auto args = bind(plan, {p, p, call.with_bias ? p : nullptr, p, call.with_z ? p : nullptr});
+  with_dtype(call.dtype, [&](auto type) {
+    plan_linear_forward<decltype(type)>(plan, args, [](const Bound<LinearForward>& args) { return args; });
+  });
 }
-KernelName linear_backward_name(const LinearBackward& args) {
-  return with_dtype(args.dtype, [&](auto t) { return backward_name<decltype(t)>(args); });
+
+void plan_call(Plan<LinearBackward>& plan) {
+  const LinearBackward& call = plan.call;
+  void* const p = planned_address(call.alignment);
+  const auto args = bind(plan, {p, p, p, p, call.with_grad_x ? p : nullptr, call.with_grad_w ? p : nullptr,
+                                call.with_grad_bias ? p : nullptr});
+  with_dtype(call.dtype, [&](auto type) {
+    plan_linear_backward<decltype(type)>(plan, args, [](const Bound<LinearBackward>& args) { return args; });
+  });
 }

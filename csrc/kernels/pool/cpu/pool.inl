@@ -4,6 +4,7 @@
 
 #include "../../common/cpu/dtype.inl"
 #include "../../common/cpu/math.inl"
+#include "../../common/cpu/planning.inl"
 #include "channels_first_backward.inl"
 #include "channels_first_forward.inl"
 #include "channels_last.inl"
@@ -57,71 +58,76 @@ inline int64_t elements(const PoolGeometry& g, const int64_t (&spatial)[3]) {
   return g.batch * g.channels * spatial[0] * spatial[1] * spatial[2];
 }
 
-void max_pool_forward(const MaxPoolForward& args, const Team& team) {
-  if (elements(args.geometry, args.geometry.out) == 0) return;
-  const Pool pool = make_pool(args.geometry, args.layout);
-  with_dtype(args.dtype, [&](auto type) {
+void plan_call(Plan<MaxPoolForward>& plan) {
+  const MaxPoolForward& call = plan.call;
+  if (elements(call.geometry, call.geometry.out) == 0) return decide_nothing(plan);
+  const KernelName name = pool_name(call.dtype, call.layout, call.geometry, call.kind != PoolIndices::none);
+  with_dtype(call.dtype, [&](auto type) {
     using S = decltype(type);
-    S* const y = static_cast<S*>(args.y);
-    const auto run = [&]<class I>(I* indices, const TapOffsets* offsets) {
-      pool_forward<S>(pool, args.layout, args.x, MaxPool<S, I>{y, indices, offsets}, team);
-    };
-    if (args.kind == PoolIndices::none) {
-      run(static_cast<NoIndices*>(nullptr), nullptr);
-    } else if (args.kind == PoolIndices::window) {
-      run(static_cast<uint8_t*>(args.indices), nullptr);
-    } else {
-      const TapOffsets offsets(pool);
-      run(static_cast<int64_t*>(args.indices), &offsets);
-    }
+    decide(plan, name, 0, make_pool(call.geometry, call.layout),
+           [](const Bound<MaxPoolForward>& args, const Pool& pool, void*, const Team& team) {
+             S* const y = static_cast<S*>(args.y);
+             const auto run = [&]<class I>(I* indices, const TapOffsets* offsets) {
+               pool_forward<S>(pool, args.layout, args.x, MaxPool<S, I>{y, indices, offsets}, team);
+             };
+             if (args.kind == PoolIndices::none) {
+               run(static_cast<NoIndices*>(nullptr), nullptr);
+             } else if (args.kind == PoolIndices::window) {
+               run(static_cast<uint8_t*>(args.indices), nullptr);
+             } else {
+               const TapOffsets offsets(pool);
+               run(static_cast<int64_t*>(args.indices), &offsets);
+             }
+           });
   });
 }
 
-void max_pool_backward(const MaxPoolBackward& args, const Team& team) {
-  if (elements(args.geometry, args.geometry.in) == 0) return;
-  const Pool pool = make_pool(args.geometry, args.layout);
-  with_dtype(args.dtype, [&](auto type) {
+void plan_call(Plan<MaxPoolBackward>& plan) {
+  const MaxPoolBackward& call = plan.call;
+  if (elements(call.geometry, call.geometry.in) == 0) return decide_nothing(plan);
+  const bool window = call.kind == PoolIndices::window;
+  const KernelName name = pool_backward_name(call.dtype, call.layout, call.geometry, false, window);
+  with_dtype(call.dtype, [&](auto type) {
     using S = decltype(type);
-    if (args.kind == PoolIndices::window) {
-      const TapOffsets offsets(pool);
-      pool_backward<S>(pool, args.layout, args.grad_y, args.grad_x,
-                       MaxRoute<S, uint8_t>{static_cast<const uint8_t*>(args.indices), &offsets}, team);
-    } else {
-      pool_backward<S>(pool, args.layout, args.grad_y, args.grad_x,
-                       MaxRoute<S, int64_t>{static_cast<const int64_t*>(args.indices), nullptr}, team);
-    }
+    decide(plan, name, 0, make_pool(call.geometry, call.layout),
+           [](const Bound<MaxPoolBackward>& args, const Pool& pool, void*, const Team& team) {
+             const auto run = [&]<class I>(const I* indices, const TapOffsets* offsets) {
+               pool_backward<S>(pool, args.layout, args.grad_y, args.grad_x, MaxRoute<S, I>{indices, offsets}, team);
+             };
+             if (args.kind == PoolIndices::window) {
+               const TapOffsets offsets(pool);
+               run(static_cast<const uint8_t*>(args.indices), &offsets);
+             } else {
+               run(static_cast<const int64_t*>(args.indices), nullptr);
+             }
+           });
   });
 }
 
-void avg_pool_forward(const AvgPoolForward& args, const Team& team) {
-  if (elements(args.geometry, args.geometry.out) == 0) return;
-  const Pool pool = make_pool(args.geometry, args.layout);
-  with_dtype(args.dtype, [&](auto type) {
+void plan_call(Plan<AvgPoolForward>& plan) {
+  const AvgPoolForward& call = plan.call;
+  if (elements(call.geometry, call.geometry.out) == 0) return decide_nothing(plan);
+  const KernelName name = pool_name(call.dtype, call.layout, call.geometry, false);
+  with_dtype(call.dtype, [&](auto type) {
     using S = decltype(type);
-    const AvgPool<S> op = {static_cast<S*>(args.y), args.count_include_pad, args.divisor_override};
-    pool_forward<S>(pool, args.layout, args.x, op, team);
+    decide(plan, name, 0, make_pool(call.geometry, call.layout),
+           [](const Bound<AvgPoolForward>& args, const Pool& pool, void*, const Team& team) {
+             const AvgPool<S> op = {static_cast<S*>(args.y), args.count_include_pad, args.divisor_override};
+             pool_forward<S>(pool, args.layout, args.x, op, team);
+           });
   });
 }
 
-void avg_pool_backward(const AvgPoolBackward& args, const Team& team) {
-  if (elements(args.geometry, args.geometry.in) == 0) return;
-  const Pool pool = make_pool(args.geometry, args.layout);
-  with_dtype(args.dtype, [&](auto type) {
+void plan_call(Plan<AvgPoolBackward>& plan) {
+  const AvgPoolBackward& call = plan.call;
+  if (elements(call.geometry, call.geometry.in) == 0) return decide_nothing(plan);
+  const KernelName name = pool_backward_name(call.dtype, call.layout, call.geometry, true, false);
+  with_dtype(call.dtype, [&](auto type) {
     using S = decltype(type);
-    pool_backward<S>(pool, args.layout, args.grad_y, args.grad_x,
-                     AvgRoute<S>{args.count_include_pad, args.divisor_override}, team);
+    decide(plan, name, 0, make_pool(call.geometry, call.layout),
+           [](const Bound<AvgPoolBackward>& args, const Pool& pool, void*, const Team& team) {
+             pool_backward<S>(pool, args.layout, args.grad_y, args.grad_x,
+                              AvgRoute<S>{args.count_include_pad, args.divisor_override}, team);
+           });
   });
-}
-
-KernelName max_pool_forward_name(const MaxPoolForward& args) {
-  return pool_name(args.dtype, args.layout, args.geometry, args.kind != PoolIndices::none);
-}
-KernelName max_pool_backward_name(const MaxPoolBackward& args) {
-  return pool_backward_name(args.dtype, args.layout, args.geometry, false, args.kind == PoolIndices::window);
-}
-KernelName avg_pool_forward_name(const AvgPoolForward& args) {
-  return pool_name(args.dtype, args.layout, args.geometry, false);
-}
-KernelName avg_pool_backward_name(const AvgPoolBackward& args) {
-  return pool_backward_name(args.dtype, args.layout, args.geometry, true, false);
 }
