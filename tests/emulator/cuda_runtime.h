@@ -1,6 +1,7 @@
 // The part of CUDA that the .cu sources use, on the emulator. This folder is first on the include path.
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <tuple>
@@ -74,15 +75,17 @@ cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);
 
 namespace simt {
-// The dynamic shared memory for the next launch of this thread.
-size_t& asked_shared();
+// How often the runtime was asked for a property of a device or for permission of a kernel, which takes a GPU as long
+// as a launch.
+std::atomic<int64_t>& queries();
+cudaError_t permit_shared(const void* kernel, int bytes);
+bool is_permitted(const void* kernel, size_t bytes);
 cudaError_t finish_launch(const char* problem);
 }  // namespace simt
 
 template <class... Parameters>
-cudaError_t cudaFuncSetAttribute(void (*)(Parameters...), cudaFuncAttribute, int value) {
-  simt::asked_shared() = static_cast<size_t>(value);
-  return cudaSuccess;
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {
+  return simt::permit_shared(reinterpret_cast<const void*>(kernel), value);
 }
 template <class... Parameters>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)(Parameters...)) {
@@ -92,8 +95,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)(Parameters...)) 
 template <class... Parameters>
 cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** pointers, size_t shared,
                              cudaStream_t) {
-  const size_t allowed = std::exchange(simt::asked_shared(), size_t{48} << 10);
-  if (shared > allowed && shared > (size_t{48} << 10))
+  if (!simt::is_permitted(reinterpret_cast<const void*>(kernel), shared))
     return simt::finish_launch("a launch has more than 48 KiB of shared memory without having asked for it");
   return [&]<size_t... i>(std::index_sequence<i...>) {
     return simt::finish_launch(

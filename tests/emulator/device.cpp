@@ -23,6 +23,7 @@
 #include <cstring>
 
 #include "../../csrc/kernels/common/cuda/kernels.h"
+#include "cuda_runtime.h"
 #include "simt.h"
 
 namespace {
@@ -167,6 +168,7 @@ PYBIND11_MODULE(_emulator, m) {
   m.def("configure", [](int schedule, uint64_t seed, int multiprocessors, size_t shared) {
     simt::settings() = {static_cast<simt::Schedule>(schedule), seed, multiprocessors, shared};
   });
+  m.def("take_queries", [] { return simt::queries().exchange(0); });
   m.def("set_aligned", [](bool value) { aligned.store(value); });
   // Writes past the end of an allocation since the last call.
   m.def("take_overruns", [] { return overruns.exchange(0); });

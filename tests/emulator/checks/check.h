@@ -35,7 +35,7 @@ class Guarded {
   size_t count_;
 };
 
-inline bool succeeded(const fastops::cuda::Status& status) {
+inline bool succeeded(const fastops::Status& status) {
   if (!status.ok()) std::printf("%s: %s\n", status.kernel.algorithm, status.message);
   return status.ok();
 }

@@ -19,6 +19,7 @@ template <class Multiplier, ConvProduct product, bool last, Loads loads>
 bool launched(const ConvTask<typename Multiplier::S>& task) {
   using S = typename Multiplier::S;
   const int64_t slabs = int64_t{task.phases} * task.groups;
+  permit_shared<conv_kernel<Multiplier, product, last, loads>>(ConvShared<Multiplier>::kBytes);
   if (!succeeded(launch({{"conv"},
                          int64_t{task.tiles_m} * task.tiles_n * slabs * task.splits,
                          Multiplier::kThreads,

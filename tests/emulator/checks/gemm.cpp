@@ -69,6 +69,7 @@ bool product_is_right(Path path, int64_t k, int64_t splits, bool folded) {
   task.splits = splits;
   task.k_per_split = (k / splits + Multiplier::kTileK - 1) / Multiplier::kTileK * Multiplier::kTileK;
   const Launch how{{"gemm"}, 4 * splits, Multiplier::kThreads, Stages<Multiplier>::kBytes, nullptr};
+  permit_shared<gemm_kernel<Multiplier, loads>>(how.shared);
   if (!succeeded(launch(how, gemm_kernel<Multiplier, loads>, task))) return false;
   const Launch then{{"reduce"}, (m * n / 2 + m + kReduceThreads - 1) / kReduceThreads, kReduceThreads, 0, nullptr};
   if (splits > 1 && !succeeded(launch(then, reduce_kernel<S>, task))) return false;

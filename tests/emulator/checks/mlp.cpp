@@ -78,8 +78,10 @@ bool network_is_right(bool resident, int stages, int64_t pad, ActivationKind hid
 
   MlpForwardTask<S> forward{};
   MlpBackwardTask<S> backward{};
-  MlpForward& f = forward.args;
-  MlpBackward& b = backward.args;
+  MlpForward& f = forward.call;
+  MlpBackward& b = backward.call;
+  MlpForward::Pointers& to = forward.pointers;
+  MlpBackward::Pointers& back = backward.pointers;
   f.shape.m = m;
   f.shape.layers = kLayers;
   for (int l = 0; l <= kLayers; ++l) f.shape.widths[l] = kWidths[l];
@@ -93,25 +95,25 @@ bool network_is_right(bool resident, int stages, int64_t pad, ActivationKind hid
     biases.push_back(put<S>(matrix(1, kWidths[l + 1], [&](int64_t, int64_t j) { return bias_value(l, j); }), 0));
     grad_w.emplace_back(static_cast<size_t>(kWidths[l + 1] * kWidths[l]));
     grad_b.emplace_back(static_cast<size_t>(kWidths[l + 1]));
-    f.w[l] = b.w[l] = weights.back().get();
-    f.b[l] = biases.back().get();
-    b.grad_w[l] = grad_w.back().get();
-    b.grad_b[l] = grad_b.back().get();
+    to.w[l] = back.w[l] = weights.back().get();
+    to.bias[l] = biases.back().get();
+    back.grad_w[l] = grad_w.back().get();
+    back.grad_bias[l] = grad_b.back().get();
   }
   const Guarded<S> out(static_cast<size_t>(m * kWidths[kLayers])), grad_x(static_cast<size_t>(m * kWidths[0]));
   const bool saves_input = hidden != ActivationKind::relu;
   const auto matrices = static_cast<int64_t>(saves_input ? 2 : 1) * (kLayers - 1);
   const Guarded<S> saved(static_cast<size_t>(matrices * m * stride)), gradients(static_cast<size_t>(m * stride));
-  f.x = b.x = x.get();
+  to.x = back.x = x.get();
   f.x_row_stride = b.x_row_stride = kWidths[0] + pad;
   f.hidden = b.hidden = {hidden, 0, 0};
   f.output = b.output = {};
-  f.y = out.get();
-  f.hidden_outputs = saved.get();
-  b.hidden_outputs = saved.get();
-  b.grad_y = grad_y.get();
+  to.y = out.get();
+  to.hidden_outputs = saved.get();
+  back.hidden_outputs = saved.get();
+  back.grad_y = grad_y.get();
   b.grad_y_row_stride = kWidths[kLayers] + pad + 7;
-  b.grad_x = grad_x.get();
+  back.grad_x = grad_x.get();
 
   forward.hidden = backward.hidden = parameters<S>(f.hidden);
   forward.hidden_stride = backward.hidden_stride = stride;
@@ -130,6 +132,7 @@ bool network_is_right(bool resident, int stages, int64_t pad, ActivationKind hid
   const size_t forward_shared =
       kLayers * Kind::kWidth * sizeof(float) +
       static_cast<size_t>((resident ? kLayers : 1) * kMlpWeights<Kind> + stages * kMlpForwardTile<Kind>) * sizeof(S);
+  permit_shared<mlp_forward_kernel<Kind>>(forward_shared);
   if (!succeeded(launch({{"forward"}, blocks, Kind::Forward::kThreads, forward_shared, nullptr},
                         mlp_forward_kernel<Kind>, forward)))
     return false;
@@ -139,6 +142,7 @@ bool network_is_right(bool resident, int stages, int64_t pad, ActivationKind hid
 
   const size_t backward_shared =
       static_cast<size_t>(kMlpWeights<Kind> + stages * 2 * kMlpBackwardTile<Kind>) * sizeof(S);
+  permit_shared<mlp_backward_kernel<Kind>>(backward_shared);
   if (!succeeded(launch({{"backward"}, blocks, Kind::InputGradient::kThreads, backward_shared, nullptr},
                         mlp_backward_kernel<Kind>, backward)))
     return false;

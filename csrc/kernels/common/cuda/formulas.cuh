@@ -43,9 +43,14 @@ auto with_dtype(DType dtype, Body&& body) {
 template <class S>
 constexpr int kVector = 16 / sizeof(S);
 
+// Whether rows can be read in vectors. alignment: of the first, in bytes.
+template <class S>
+bool vector_aligned(uintptr_t alignment, int64_t row_stride) {
+  return alignment % 16 == 0 && row_stride % kVector<S> == 0;
+}
 template <class S>
 bool vector_aligned(const S* p, int64_t row_stride) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && row_stride % kVector<S> == 0;
+  return vector_aligned<S>(reinterpret_cast<uintptr_t>(p), row_stride);
 }
 
 // Loads n elements. Only the first `count` are read; the others are zero. vectors: `from` is 16-byte aligned.

@@ -1,10 +1,10 @@
-// The table of all entry points, and queries of the CUDA runtime.
+// The table of all planners, and queries of the CUDA runtime.
 #include "kernels.h"
 
 #include <cstdio>
 
 #include "launch.h"
-#include "launchers.h"
+#include "planners.h"
 
 namespace fastops::cuda {
 namespace {
@@ -55,58 +55,20 @@ void describe_device(int device, char* text, size_t size) {
                 properties.multiProcessorCount);
 }
 
-int attribute(cudaDeviceAttr what, int otherwise) {
-  int device = 0, value = otherwise;
-  const bool known =
-      cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&value, what, device) == cudaSuccess;
-  return known ? value : otherwise;
+template <class Call>
+constexpr auto planner_of() -> void (*)(Plan<Call>&) {
+  if constexpr (requires(Plan<Call>& plan) { plan_call(plan); }) return plan_call;
+  return nullptr;
+}
+template <class... Calls>
+constexpr PlannersOf<Calls...> planners_of(const PlannersOf<Calls...>*) {
+  return {{planner_of<Calls>()}...};
 }
 
-constexpr KernelTable kTable{
-    runtime,
-    use_device,
-    device_problem,
-    describe_device,
-    activation_forward,
-    activation_backward,
-    prelu_forward,
-    prelu_backward_workspace,
-    prelu_backward,
-    glu_forward,
-    glu_backward,
-    max_pool_forward,
-    max_pool_backward,
-    avg_pool_forward,
-    avg_pool_backward,
-    linear_forward_name,
-    linear_forward_workspace,
-    linear_forward,
-    linear_backward_name,
-    linear_backward_workspace,
-    linear_backward,
-    mlp_applies,
-    mlp_name,
-    mlp_forward,
-    mlp_backward_workspace,
-    mlp_backward,
-    conv_forward_name,
-    conv_forward_workspace,
-    conv_forward,
-    conv_backward_input_name,
-    conv_backward_input_workspace,
-    conv_backward_input,
-    conv_backward_weight_name,
-    conv_backward_weight_workspace,
-    conv_backward_weight,
-};
+constexpr KernelTable kTable{runtime, use_device, device_problem, describe_device,
+                             planners_of(static_cast<const Planners*>(nullptr))};
 
 }  // namespace
-
-int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount, 1); }
-
-size_t most_shared() {
-  return static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, static_cast<int>(kUnaskedShared)));
-}
 
 const KernelTable& kernels() { return kTable; }
 

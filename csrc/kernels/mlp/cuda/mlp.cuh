@@ -131,7 +131,8 @@ __device__ inline Pair<Compute<S>> load_pair(const S* from) {
 
 template <class S>
 struct MlpForwardTask {
-  MlpForward args;
+  MlpForward call;
+  MlpForward::Pointers pointers;
   Parameters<S> hidden, output;
   int64_t hidden_stride;
   bool save_pre_activations;  // also those of hidden layers
@@ -153,8 +154,9 @@ __global__ void __launch_bounds__(Kind::Forward::kThreads, 1)
   using Product = typename Kind::Forward;
   constexpr int threads = Product::kThreads, width = Kind::kWidth, pitch = Kind::kPitch, tile_rows = Product::kTileM;
   constexpr bool transposed = !Product::B::kKMajor;
-  const MlpForward& args = task.args;
-  const MlpShape& shape = args.shape;
+  const MlpForward& call = task.call;
+  const MlpForward::Pointers& pointers = task.pointers;
+  const MlpShape& shape = call.shape;
   const int layers = shape.layers, thread = static_cast<int>(threadIdx.x);
   const auto width_of = [&](int l) { return static_cast<int>(shape.widths[l]); };
 
@@ -162,7 +164,7 @@ __global__ void __launch_bounds__(Kind::Forward::kThreads, 1)
   S* const weights = reinterpret_cast<S*>(biases + layers * width);
   S* const stages = weights + (task.resident ? layers : 1) * kMlpWeights<Kind>;
   const auto weights_to = [&](int l, S* to) {
-    fetch_weights<threads, width, pitch, transposed>(to, static_cast<const S*>(args.w[l]), width_of(l + 1),
+    fetch_weights<threads, width, pitch, transposed>(to, static_cast<const S*>(pointers.w[l]), width_of(l + 1),
                                                      width_of(l));
   };
   const auto rows_of = [&](int64_t tile) {
@@ -170,13 +172,13 @@ __global__ void __launch_bounds__(Kind::Forward::kThreads, 1)
     return left < tile_rows ? static_cast<int>(left) : tile_rows;
   };
   const auto fetch = [&](int64_t tile, S* to) {
-    fetch_rows<threads, tile_rows, width, pitch>(to,
-                                                 static_cast<const S*>(args.x) + tile * tile_rows * args.x_row_stride,
-                                                 args.x_row_stride, rows_of(tile), width_of(0), task.x_vectors);
+    fetch_rows<threads, tile_rows, width, pitch>(
+        to, static_cast<const S*>(pointers.x) + tile * tile_rows * call.x_row_stride, call.x_row_stride, rows_of(tile),
+        width_of(0), task.x_vectors);
   };
 
   for (int i = thread; i < layers * width; i += threads) {
-    const S* const b = static_cast<const S*>(args.b[i / width]);
+    const S* const b = static_cast<const S*>(pointers.bias[i / width]);
     biases[i] = b != nullptr && i % width < width_of(i / width + 1) ? to_compute(b[i % width]) : 0.0f;
   }
   if (task.resident)
@@ -211,12 +213,12 @@ __global__ void __launch_bounds__(Kind::Forward::kThreads, 1)
       multiply_resident(product, act, w, width_of(l));
       __syncthreads();  // all have read the layer's input, where its output goes
 
-      const Activation& f = last ? args.output : args.hidden;
+      const Activation& f = last ? call.output : call.hidden;
       const Parameters<S>& parameters = last ? task.output : task.hidden;
-      S* z = last ? static_cast<S*>(args.z) : nullptr;
+      S* z = last ? static_cast<S*>(pointers.z) : nullptr;
       int64_t z_stride = n;
       if (!last && task.save_pre_activations) {
-        z = static_cast<S*>(args.hidden_outputs) + (layers - 1 + l) * shape.m * task.hidden_stride;
+        z = static_cast<S*>(pointers.hidden_outputs) + (layers - 1 + l) * shape.m * task.hidden_stride;
         z_stride = task.hidden_stride;
       }
       product.each_pair([&](int row, int col, float first, float second) {
@@ -233,7 +235,7 @@ __global__ void __launch_bounds__(Kind::Forward::kThreads, 1)
       });
       __syncthreads();  // the layer's output is there for all
 
-      S* const to = last ? static_cast<S*>(args.y) : static_cast<S*>(args.hidden_outputs);
+      S* const to = last ? static_cast<S*>(pointers.y) : static_cast<S*>(pointers.hidden_outputs);
       if (to == nullptr) continue;
       const int64_t stride = last ? n : task.hidden_stride;
       store_rows<threads, tile_rows, width, pitch>(to + ((last ? 0 : l * shape.m) + tile * tile_rows) * stride, stride,
@@ -249,7 +251,8 @@ __global__ void __launch_bounds__(Kind::Forward::kThreads, 1)
 
 template <class S>
 struct MlpBackwardTask {
-  MlpBackward args;  // grad_y is the gradient of the last pre-activation
+  MlpBackward call;
+  MlpBackward::Pointers pointers;  // grad_y is the gradient of the last pre-activation, with the call's stride
   Parameters<S> hidden;
   int64_t hidden_stride;
   bool from_output;  // f' is computed from the output of a hidden layer, else from its pre-activation
@@ -279,27 +282,28 @@ __global__ void __launch_bounds__(Kind::InputGradient::kThreads)
   using Weight = typename Kind::WeightGradient;
   constexpr int threads = Input::kThreads, width = Kind::kWidth, pitch = Kind::kPitch, tile_rows = Input::kTileM;
   static_assert(threads == Weight::kThreads && threads >= width && tile_rows % Weight::kTileK == 0);
-  const MlpBackward& args = task.args;
-  const MlpShape& shape = args.shape;
+  const MlpBackward& call = task.call;
+  const MlpBackward::Pointers& pointers = task.pointers;
+  const MlpShape& shape = call.shape;
   const int thread = static_cast<int>(threadIdx.x);
   const auto width_of = [&](int l) { return static_cast<int>(shape.widths[l]); };
 
   S* const weights = static_cast<S*>(shared_memory());
   S* const stages = weights + kMlpWeights<Kind>;
   const int64_t tiles = (shape.m + tile_rows - 1) / tile_rows;
-  const S* const hidden = static_cast<const S*>(args.hidden_outputs);
+  const S* const hidden = static_cast<const S*>(pointers.hidden_outputs);
 
   for (int l = shape.layers - 1; l >= task.lowest; --l) {
     const int n = width_of(l + 1), k = width_of(l);
     const bool last = l == shape.layers - 1, first = l == 0;
-    const bool want_input = l > task.lowest || (first && args.grad_x != nullptr);
-    const bool want_weight = args.grad_w[l] != nullptr, want_bias = args.grad_b[l] != nullptr;
+    const bool want_input = l > task.lowest || (first && pointers.grad_x != nullptr);
+    const bool want_weight = pointers.grad_w[l] != nullptr, want_bias = pointers.grad_bias[l] != nullptr;
     // The input y of the layer, and z, the pre-activation of y if that was saved.
-    const S* const y = first ? static_cast<const S*>(args.x) : hidden + (l - 1) * shape.m * task.hidden_stride;
-    const int64_t y_stride = first ? args.x_row_stride : task.hidden_stride;
+    const S* const y = first ? static_cast<const S*>(pointers.x) : hidden + (l - 1) * shape.m * task.hidden_stride;
+    const int64_t y_stride = first ? call.x_row_stride : task.hidden_stride;
     const S* const z = y + (shape.layers - 1) * shape.m * task.hidden_stride;
-    const S* const g = last ? static_cast<const S*>(args.grad_y) : task.gradients;
-    const int64_t g_stride = last ? args.grad_y_row_stride : task.hidden_stride;
+    const S* const g = last ? static_cast<const S*>(pointers.grad_y) : task.gradients;
+    const int64_t g_stride = last ? call.grad_y_row_stride : task.hidden_stride;
 
     const auto rows_of = [&](int64_t tile) {
       const int64_t left = shape.m - tile * tile_rows;
@@ -314,7 +318,7 @@ __global__ void __launch_bounds__(Kind::InputGradient::kThreads)
                                                    !first || task.x_vectors);
     };
 
-    if (want_input) fetch_weights<threads, width, pitch, false>(weights, static_cast<const S*>(args.w[l]), n, k);
+    if (want_input) fetch_weights<threads, width, pitch, false>(weights, static_cast<const S*>(pointers.w[l]), n, k);
     Weight weight_gradient;
     float bias_gradient = 0;
     S* stage = stages;
@@ -343,10 +347,10 @@ __global__ void __launch_bounds__(Kind::InputGradient::kThreads)
           store_pair(g_tile + row * pitch + col, Pair<float>{one, two}, true, true);
         });
         __syncthreads();  // the tile of the layer before is there for all
-        S* const to = first ? static_cast<S*>(args.grad_x) : task.gradients;
+        S* const to = first ? static_cast<S*>(pointers.grad_x) : task.gradients;
         const int64_t stride = first ? k : task.hidden_stride;
         const auto through_activation = [&](S(&values)[kVector<S>], int row, int col) {
-          const ActivationKind kind = args.hidden.kind;
+          const ActivationKind kind = call.hidden.kind;
           if (first || kind == ActivationKind::identity) return;
           alignas(16) S saved[kVector<S>];
           load_unit(
@@ -387,7 +391,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     mlp_reduce_kernel(const __grid_constant__ MlpBackwardTask<S> task, int64_t blocks) {
   int64_t index = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x;
   const float* partial = task.partial + index;
-  const MlpShape& shape = task.args.shape;
+  const MlpShape& shape = task.call.shape;
   int layer = 0;
   int64_t weights = 0;
   for (; layer < shape.layers; ++layer) {
@@ -397,7 +401,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     index -= size;
   }
   if (layer == shape.layers) return;
-  S* const gradient = static_cast<S*>(index < weights ? task.args.grad_w[layer] : task.args.grad_b[layer]);
+  S* const gradient = static_cast<S*>(index < weights ? task.pointers.grad_w[layer] : task.pointers.grad_bias[layer]);
   if (gradient == nullptr) return;
   float sum = 0;
   for (int64_t block = 0; block < blocks; ++block) sum += partial[block * task.partial_size];

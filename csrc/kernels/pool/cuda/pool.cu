@@ -1,7 +1,7 @@
 #include "pool.cuh"
 
 #include "../../common/cuda/launch.h"
-#include "../../common/cuda/launchers.h"
+#include "../../common/cuda/planners.h"
 
 namespace fastops::cuda {
 namespace {
@@ -40,50 +40,66 @@ PoolShape<I> shape_of(const PoolGeometry& g, Layout layout) {
   return shape;
 }
 
-// body(S{}, shape, count), with the storage type, and the shape in int or int64_t.
-template <class Args, class Body>
-Status with_types(const Args& args, int64_t count, Body&& body) {
-  return with_dtype(args.dtype, [&](auto type) {
-    if (fits_int(args.geometry)) return body(type, shape_of<int>(args.geometry, args.layout), static_cast<int>(count));
-    return body(type, shape_of<int64_t>(args.geometry, args.layout), count);
-  });
-}
+// One thread per element of the result.
+template <class I>
+struct PoolDecision {
+  PoolShape<I> shape;
+  I count;
 
-// One thread per element.
-Launch for_elements(const char* name, int64_t count, Stream stream) {
-  return {{name}, (count + kPoolThreads - 1) / kPoolThreads, kPoolThreads, 0, stream};
+  Launch launch(const char* name, Stream stream) const {
+    return {{name}, (int64_t{count} + kPoolThreads - 1) / kPoolThreads, kPoolThreads, 0, stream};
+  }
+};
+
+// body(call, decision, pointers, stream, S{}) launches the kernel, with the storage type.
+template <class Call, class Body>
+void plan_pool(Plan<Call>& plan, const int64_t (&size)[3], Body) {
+  const PoolGeometry& g = plan.call.geometry;
+  const int64_t count = elements(g, size);
+  const auto with_index = [&](auto type, auto index) {
+    using I = decltype(index);
+    decide(plan, {"pool_gather"}, 0, PoolDecision<I>{shape_of<I>(g, plan.call.layout), static_cast<I>(count)},
+           [](const Call& call, const PoolDecision<I>& decision, const typename Call::Pointers& p, char*,
+              Stream stream) { return Body{}(call, decision, p, stream, decltype(type){}); });
+  };
+  with_dtype(plan.call.dtype, [&](auto type) {
+    if (fits_int(g))
+      with_index(type, int{});
+    else
+      with_index(type, int64_t{});
+  });
 }
 
 }  // namespace
 
-Status max_pool_forward(const MaxPoolForward& args, Stream stream) {
-  return with_types(args, elements(args.geometry, args.geometry.out), [&](auto type, auto shape, auto count) {
+void plan_call(Plan<MaxPoolForward>& plan) {
+  plan_pool(plan, plan.call.geometry.out, [](auto& call, auto& how, auto& p, Stream stream, auto type) {
     using S = decltype(type);
-    return launch(for_elements("max_pool_forward", count, stream), max_pool_forward_kernel<S, decltype(count)>, shape,
-                  count, static_cast<const S*>(args.x), static_cast<S*>(args.y), args.kind, args.indices);
+    return launch(how.launch("max_pool_forward", stream), max_pool_forward_kernel<S, decltype(how.count)>, how.shape,
+                  how.count, static_cast<const S*>(p.x), static_cast<S*>(p.y), call.kind, p.indices);
   });
 }
-Status max_pool_backward(const MaxPoolBackward& args, Stream stream) {
-  return with_types(args, elements(args.geometry, args.geometry.in), [&](auto type, auto shape, auto count) {
+void plan_call(Plan<MaxPoolBackward>& plan) {
+  plan_pool(plan, plan.call.geometry.in, [](auto& call, auto& how, auto& p, Stream stream, auto type) {
     using S = decltype(type);
-    return launch(for_elements("max_pool_backward", count, stream), max_pool_backward_kernel<S, decltype(count)>, shape,
-                  count, static_cast<const S*>(args.grad_y), args.kind, args.indices, static_cast<S*>(args.grad_x));
+    return launch(how.launch("max_pool_backward", stream), max_pool_backward_kernel<S, decltype(how.count)>, how.shape,
+                  how.count, static_cast<const S*>(p.grad_y), call.kind, p.indices, static_cast<S*>(p.grad_x));
   });
 }
-Status avg_pool_forward(const AvgPoolForward& args, Stream stream) {
-  return with_types(args, elements(args.geometry, args.geometry.out), [&](auto type, auto shape, auto count) {
+void plan_call(Plan<AvgPoolForward>& plan) {
+  plan_pool(plan, plan.call.geometry.out, [](auto& call, auto& how, auto& p, Stream stream, auto type) {
     using S = decltype(type);
-    return launch(for_elements("avg_pool_forward", count, stream), avg_pool_forward_kernel<S, decltype(count)>, shape,
-                  count, static_cast<const S*>(args.x), static_cast<S*>(args.y),
-                  PoolDivisor{args.count_include_pad, args.divisor_override});
+    return launch(how.launch("avg_pool_forward", stream), avg_pool_forward_kernel<S, decltype(how.count)>, how.shape,
+                  how.count, static_cast<const S*>(p.x), static_cast<S*>(p.y),
+                  PoolDivisor{call.count_include_pad, call.divisor_override});
   });
 }
-Status avg_pool_backward(const AvgPoolBackward& args, Stream stream) {
-  return with_types(args, elements(args.geometry, args.geometry.in), [&](auto type, auto shape, auto count) {
+void plan_call(Plan<AvgPoolBackward>& plan) {
+  plan_pool(plan, plan.call.geometry.in, [](auto& call, auto& how, auto& p, Stream stream, auto type) {
     using S = decltype(type);
-    return launch(for_elements("avg_pool_backward", count, stream), avg_pool_backward_kernel<S, decltype(count)>, shape,
-                  count, static_cast<const S*>(args.grad_y), static_cast<S*>(args.grad_x),
-                  PoolDivisor{args.count_include_pad, args.divisor_override});
+    return launch(how.launch("avg_pool_backward", stream), avg_pool_backward_kernel<S, decltype(how.count)>, how.shape,
+                  how.count, static_cast<const S*>(p.grad_y), static_cast<S*>(p.grad_x),
+                  PoolDivisor{call.count_include_pad, call.divisor_override});
   });
 }
 
