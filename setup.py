@@ -56,7 +56,10 @@ def find_torch() -> tuple[Path, str]:
 
 
 class BuildExtension(build_ext):
-    """Leaves the compilation to build_native.py, and writes what was built into fastops/_build.py."""
+    """Leaves the compilation to build_native.py, and writes what was built into fastops/_build.py.
+
+    For type checkers and editors it writes as well what is in the packages whose modules are found (_modules.py).
+    """
 
     def build_extension(self, ext: Extension) -> None:
         torch, torch_version = find_torch()
@@ -70,12 +73,22 @@ class BuildExtension(build_ext):
             self.distribution.get_version(),
             torch_version,
         )
-        self._described = result.with_name("_build.py")
-        self._described.write_text(f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch_version}"\n')
+        self._package = result.parent
+        self._written = {"_build.py": f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch_version}"\n'}
+        for package in ("functional", "nn"):
+            names = sorted(
+                path.stem for path in (HERE / "fastops" / package).glob("*.py") if "__all__" in path.read_text()
+            )
+            stars = "".join(f"from fastops.{package}.{name} import *\n" for name in names if name != "__init__")
+            self._written[f"{package}/__init__.pyi"] = f"# Written by setup.py.\n{stars}"
+        for name, text in self._written.items():
+            (self._package / name).parent.mkdir(exist_ok=True)
+            (self._package / name).write_text(text)
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
-        self.copy_file(str(self._described), str(HERE / "fastops" / "_build.py"))
+        for name in self._written:
+            self.copy_file(str(self._package / name), str(HERE / "fastops" / name))
 
 
 class DistInfo(dist_info):

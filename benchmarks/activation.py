@@ -23,6 +23,7 @@ def _pair(name: str, *arguments: object, **options: object) -> tuple[Callable, C
     return call(F), call(FF)
 
 
+SHAPE = "elements of the output"
 FUNCTIONS = {
     "relu": _pair("relu"),
     "relu6": _pair("relu6"),

@@ -9,42 +9,17 @@ from pathlib import Path
 
 import torch
 
-from fastops.benchmarks import (
-    activation,
-    conv,
-    conv_pool,
-    figures,
-    footprint,
-    linear,
-    mlp,
-    models,
-    pool,
-    report,
-    training,
-)
+from fastops._modules import modules
+from fastops.benchmarks import figures, footprint, models, report
 from fastops.benchmarks.harness import DTYPES, FORWARD, MODES, Case, Row, WrongResult, measure
 
-# What is measured if nothing is asked for. The whole models are asked for by --models.
+# What measures an op (FUNCTIONS, SHAPE, make, cases), by its stem. The whole models are measured if --models asks.
 STEMS = {
-    "linear": linear,
-    "mlp": mlp,
-    "conv": conv,
-    "conv_pool": conv_pool,
-    "pool": pool,
-    "activation": activation,
-    "training": training,
+    module.__name__.rpartition(".")[2]: module
+    for module in modules("fastops.benchmarks")
+    if hasattr(module, "FUNCTIONS") and module is not models
 }
-OPS = {
-    **{op: linear for op in linear.FUNCTIONS},
-    **{op: mlp for op in mlp.FUNCTIONS},
-    **{op: conv for op in conv.FUNCTIONS},
-    **{op: conv_pool for op in conv_pool.FUNCTIONS},
-    **{op: pool for op in pool.FUNCTIONS},
-    **{op: activation for op in activation.FUNCTIONS},
-    "training step": training,
-    "inference": training,
-    **{op: models for op in models.FUNCTIONS},
-}
+OPS = {op: module for module in (*STEMS.values(), models) for op in module.FUNCTIONS}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape",
         **several,
-        help="instead of the standard ones: MxKxN for linear, 1024x64x4 for mlp, 8x64x56x56-64-k3-s1-p1-g1 for "
-        "convolutions, 64x32x28x28-k3-s2-p1 for pools, 8x512x7x7-1 for adaptive ones, elements of the output for "
-        "activations, resnet18-8x3x224x224 for models",
+        help="instead of the standard ones: " + "; ".join(f"{stem} {module.SHAPE}" for stem, module in STEMS.items()),
     )
     parser.add_argument("--dtype", **several, choices=list(DTYPES))
     parser.add_argument(
@@ -113,14 +86,9 @@ def choose(options: argparse.Namespace) -> list[Case]:
         try:
             cases = [OPS[op].make(op, shape, dtype, mode, count) for op, shape, dtype, mode, count in grid]
         except (ValueError, KeyError):
+            wanted = "; ".join(f"{op} takes {OPS[op].SHAPE}" for op in ops)
             raise SystemExit(
-                f"fastops bench: --shape {' '.join(options.shape)} does not fit --op {' '.join(options.op)}: "
-                "linear takes MxKxN, mlp batch x width x layers, "
-                "a convolution 8x64x56x56-64-k3-p1 (batch x channels x sizes - outputs - kernel - "
-                "stride - padding - groups), a pool 64x32x28x28-k3-s2-p1 or adaptive 8x512x7x7-1, an activation the "
-                "number of elements of its output, training one of "
-                f"{', '.join(training.MODELS)}, a model (pass forward or both) one of {', '.join(models.MODELS)}, "
-                "with its batch and input: resnet18-8x3x224x224"
+                f"fastops bench: --shape {' '.join(options.shape)} does not fit --op {' '.join(options.op)}: {wanted}"
             ) from None
     cases = [
         case

@@ -117,6 +117,7 @@ def _medium(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+SHAPE = "batch x channels x sizes - outputs - kernel - stride - padding - groups: 8x64x56x56-64-k3-s1-p1-g1"
 FUNCTIONS = (
     "conv2d", "conv2d+image", "conv2d+channels_last", "conv2d+medium", "conv2d+relu",
     "conv1d", "conv3d", "conv_transpose2d",

@@ -8,6 +8,7 @@ import fastops.functional as FF
 from fastops.benchmarks import conv
 from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides
 
+SHAPE = conv.SHAPE
 FUNCTIONS = ("conv_max_pool2d",)
 
 

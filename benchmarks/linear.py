@@ -37,6 +37,7 @@ def fused_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return FF.linear(x, weight, bias, activation="gelu")
 
 
+SHAPE = "MxKxN"
 FUNCTIONS = {
     "linear": (F.linear, FF.linear),
     "linear+relu": (relu_of_linear, fused_relu),

@@ -31,6 +31,7 @@ def fused(x: Tensor, *parameters: Tensor) -> Tensor:
     return FF.mlp(x, parameters[:layers], parameters[layers:])
 
 
+SHAPE = "batch x width x layers: 1024x64x4"
 FUNCTIONS = {"mlp": (chain, fused), "mlp step": (chain, fused)}
 
 

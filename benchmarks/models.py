@@ -146,6 +146,7 @@ MODELS = {
 
 # ---- measuring them --------------------------------------------------------------------------------------------------
 
+SHAPE = f"for passes forward and both, one of {', '.join(MODELS)}, with its batch and input: resnet18-8x3x224x224"
 FUNCTIONS = ("model",)
 
 

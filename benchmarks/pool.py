@@ -22,6 +22,7 @@ ADAPTIVE = ("8x512x7x7-1", "8x256x28x28-1", "8x256x14x14-7", "8x256x10x10-7")
 OTHERS = {1: "16x64x1000-k2-s2", 3: "2x32x16x28x28-k2-s2"}
 ADAPTIVE_SMALL = ("1x16x8x8-1", "1x16x8x8-4")
 
+SHAPE = "64x32x28x28-k3-s2-p1, adaptive ones 8x512x7x7-1"
 FUNCTIONS = (
     *(f"{kind}_pool{dims}d" for kind in ("max", "avg") for dims in (1, 2, 3)),
     *(f"adaptive_{kind}_pool2d" for kind in ("max", "avg")),

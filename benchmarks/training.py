@@ -83,6 +83,10 @@ class Inference:
         return self._model(self._x)
 
 
+SHAPE = f"one of {', '.join(MODELS)}"
+FUNCTIONS = ("training step", "inference")
+
+
 def prepare(case: Case) -> Sides:
     chosen = MODELS[case.shape]
     torch.manual_seed(0)

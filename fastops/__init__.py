@@ -22,8 +22,7 @@ _load()
 
 from fastops import functional, memory, nn  # noqa: E402
 from fastops._version import __version__  # noqa: E402
-from fastops.aten import decompositions  # noqa: E402
-from fastops.export import export_kernels  # noqa: E402
+from fastops.export import decompositions, export_kernels  # noqa: E402
 from fastops.info import info  # noqa: E402
 from fastops.precision import get_conv_precision, set_conv_precision  # noqa: E402
 from fastops.record import record  # noqa: E402

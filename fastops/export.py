@@ -1,9 +1,13 @@
-"""What torch.export makes of fastops' ops: fastops.export_kernels()."""
+"""What torch.export makes of fastops' ops: fastops.export_kernels() and decompositions()."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch._ops import OpOverload
+
+from fastops.ops import DECOMPOSITIONS
 
 _kept = False
 
@@ -32,6 +36,25 @@ def export_kernels() -> Iterator[None]:
         yield
     finally:
         _kept = before
+
+
+def decompositions() -> dict[OpOverload, Callable[..., Any]]:
+    """A table that rewrites the ops of `torch.ops.fastops` in a forward pass as PyTorch's own ops.
+
+    Returns:
+        A dict for `run_decompositions` of an exported program.
+
+    Raises nothing. Source: the tables of torch.export.
+
+    >>> model = nn.Sequential(nn.Linear(4, 2), nn.ReLU())
+    >>> report = fastops.replace_(model)
+    >>> with fastops.export_kernels():
+    ...     program = torch.export.export(model, (torch.ones(1, 4),))
+    >>> plain = program.run_decompositions(fastops.decompositions())
+    >>> "fastops." in program.graph_module.code, "fastops." in plain.graph_module.code
+    (True, False)
+    """
+    return dict(DECOMPOSITIONS)
 
 
 def exports_aten() -> bool:

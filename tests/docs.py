@@ -28,8 +28,8 @@ TENSOR_PARTS = {
 }
 
 
-def symbols(modules: tuple[str, ...]) -> dict[str, Any]:
-    """Every public function and class that is defined in these modules or below them, by its full name.
+def symbols() -> dict[str, Any]:
+    """Every public function and class of fastops, by its full name.
 
     Public is what `fastops.__all__` names, and what its modules name in theirs or, without one, define.
     """
@@ -44,7 +44,7 @@ def symbols(modules: tuple[str, ...]) -> dict[str, Any]:
     return {
         name: value
         for name, value in sorted(found.items())
-        if callable(value) and any(f"{value.__module__}.".startswith(f"{module}.") for module in modules)
+        if callable(value) and value.__module__.startswith("fastops.")
     }
 
 

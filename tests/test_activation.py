@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import Call, call, sizes
 from compare import close, exact
 from reference import ACTIVATIONS, DTYPES, INPLACE, LAYOUTS, LENGTHS, activation, gradients
 
@@ -529,3 +530,45 @@ def test_glu_refuses_as_pytorch(dim):
             module.glu(torch.ones(4), dim)
         errors.append(error.type)
     assert errors[0] is errors[1]
+
+
+# ---- for the tests that call every op (every_op.py) -----------------------------------------------------------------
+
+OP_LAYERS = [("ReLU", ()), ("PReLU", (4,)), ("GLU", ())]
+_ARGUMENTS = {"Threshold": (0.1, 0.2), "PReLU": (4,)}
+LAYERS = [*((name, _ARGUMENTS.get(name, ())) for name in fnn.activation.__all__), ("GELU", ("tanh",))]
+
+
+def calls(size):
+    for name in fastops.functional._activation.__all__:
+        if name == "prelu":
+            yield call(name, (2, 4, 5), (4,))
+            yield call(name, (2, 4, 5), (1,))
+        else:
+            yield call(name, (2, 64), **({"threshold": 0.1, "value": 0.2} if name.startswith("threshold") else {}))
+    yield call("relu", (100, 100))  # saves a mask
+
+
+def kernels(dtype, on_gpu):
+    return {"elementwise": 0}
+
+
+def random_activation(rng):
+    case = rng.choice(ACTIVATIONS)
+    shape = sizes(rng, rng.randint(0, 5), 0 if rng.random() < 0.05 else 1)
+    return Call(case.function, case.ours, case.theirs, [shape])
+
+
+def random_prelu(rng):
+    channels = rng.choice((1, 3, 17))
+    return call("prelu", (rng.randint(1, 4), channels, *sizes(rng, rng.randint(0, 3))), (rng.choice((1, channels)),))
+
+
+def random_glu(rng):
+    shape = list(sizes(rng, rng.randint(1, 4)))
+    dim = rng.randrange(-len(shape), len(shape))
+    shape[dim] *= 2
+    return call("glu", shape, dim=dim)
+
+
+RANDOM_CALLS = [random_activation, random_prelu, random_glu]

@@ -6,6 +6,7 @@ import mmap
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import call, sizes, spatial
 from compare import close, close_rms, exact
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -734,3 +735,51 @@ def test_numbers_whose_products_overflow(name, arguments):
     x, w = torch.ones(1, 8, 40), torch.ones(8, 8, 3)
     with pytest.raises((RuntimeError, ValueError)):
         getattr(FF, name)(x, w, **arguments)
+
+
+# ---- for the tests that call every op (every_op.py) -----------------------------------------------------------------
+
+_KINDS = [(f"{kind}{dims}d", args) for kind, args in (("Conv", (4, 6, 3, 2, 1)), ("ConvTranspose", (4, 6, 3, 2)))
+          for dims in (1, 2, 3)]  # fmt: skip
+OP_LAYERS = [("Conv2d", (4, 6, 2, 1, "same"))]
+LAYERS = [*_KINDS, *OP_LAYERS, ("ConvTranspose2d", (4, 6, 3, 2, 1, 1)), ("Conv1d", (4, 8, 3, 1, 2, 2, 4))]
+
+
+def calls(size):
+    for name in fastops.functional._conv.__all__:
+        dims = spatial(name)
+        for inputs, outputs, kernel, groups in (
+            (16, 24, 3, 1), (16, 24, 1, 1), (16, 16, 3, 16), (2, 16, 3, 1), (1, 16, 3, 1),
+        ):  # fmt: skip
+            images = (2, outputs if "transpose" in name else inputs, *(size,) * dims)
+            yield call(name, images, (outputs, inputs // groups, *(kernel,) * dims), groups=groups)
+        first, second = (2, 3) if "transpose" in name else (3, 2)
+        yield call(name, (1, 2, *(size,) * dims), (first, second, *(3,) * dims), (3,))
+    yield call("conv2d", (2, 1, size, size), (16, 1, 3, 3), needs=[1])
+
+
+def kernels(dtype, on_gpu):
+    if on_gpu:
+        gemm = "conv_gemm_mma" if dtype == torch.bfloat16 else "conv_gemm_tf32"
+        return {gemm: 3, "depthwise": 0, "depthwise_weight": 0}
+    found = {
+        "conv_first": 2, "conv_gemm": 2, "conv_planes": 0, "conv_scatter": 2, "depthwise": 0, "depthwise_last": 0,
+    }  # fmt: skip
+    return {**found, "winograd": 2} if dtype == torch.float32 else found
+
+
+def random_conv(rng):
+    dims = rng.randint(1, 3)
+    groups = rng.choice((1, 1, 2))
+    channels, outputs = groups * rng.choice((1, 2, 8, 16)), groups * rng.choice((1, 4, 16))
+    name = rng.choice(("conv", "conv_transpose")) + f"{dims}d"
+    kernel = (rng.randint(1, 3),) * dims
+    first, second = (channels, outputs) if "transpose" in name else (outputs, channels)
+    shapes = [(rng.randint(1, 3), channels, *sizes(rng, dims, 3, 7)), (first, second // groups, *kernel), (outputs,)]
+    stride = rng.choice((1, 2))
+    if rng.random() < 0.2 and kernel[0] == 1:
+        shapes[0] = shapes[0][1:]  # no batch
+    return call(name, *shapes, stride=stride, groups=groups, padding=kernel[0] // 2)
+
+
+RANDOM_CALLS = [random_conv]

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import Call, sizes, spatial
 from compare import exact
 from reference import DTYPES, Conv, gradients, integers
 from torch.func import grad, vmap
@@ -232,3 +233,40 @@ def test_bad_operands_are_refused_as_the_convolution_refuses_them():
         FF.conv_max_pool2d(torch.randn(1, 3, 6, 6), torch.randn(3, 2, 3, 3))
     with pytest.raises(ValueError, match="activation"):
         FF.conv_max_pool2d(torch.randn(1, 2, 6, 6), torch.randn(3, 2, 3, 3), activation="nonsense")
+
+
+# ---- for the tests that call every op (every_op.py) -----------------------------------------------------------------
+
+
+def pooled(name, shapes, **kwargs):
+    """A Call with relu between convolution and pool."""
+    conv, pool = getattr(F, f"conv{name[-2:]}"), getattr(F, f"max_pool{name[-2:]}")
+    return Call(
+        name,
+        lambda *t: getattr(FF, name)(*t, activation="relu", **kwargs),
+        lambda *t: pool(F.relu(conv(*t, **kwargs)), 2),
+        shapes,
+    )
+
+
+def calls(size):
+    for name in fastops.functional._conv_pool.__all__:
+        images, square = (size,) * spatial(name), (3,) * spatial(name)
+        yield pooled(name, [(2, 16, *images), (16, 16, *square)])
+        yield pooled(name, [(2, 1, *images), (16, 1, *square)])
+
+
+def kernels(dtype, on_gpu):
+    if on_gpu:
+        return {}
+    return {"conv_pool_blocks": 0} if dtype.itemsize == 2 else {"conv_pool_blocks": 0, "conv_pool_first": 0}
+
+
+def random_conv_pool(rng):
+    dims = rng.randint(1, 3)
+    channels, outputs = rng.choice((1, 2, 16)), rng.choice((1, 8, 33))
+    shapes = [(rng.randint(1, 2), channels, *sizes(rng, dims, 4, 7)), (outputs, channels, *(3,) * dims), (outputs,)]
+    return pooled(f"conv_max_pool{dims}d", shapes, padding=1)
+
+
+RANDOM_CALLS = [random_conv_pool]

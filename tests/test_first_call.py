@@ -1,10 +1,12 @@
 """What the first call of a process finds leaves nothing behind: modes, defaults, threads, a fork."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from every_op import declared, layer_input
 from modes import ENVIRONMENT
 
 TESTS = Path(__file__).resolve().parent
@@ -13,8 +15,9 @@ TESTS = Path(__file__).resolve().parent
 @pytest.fixture(scope="module")
 def outcomes():
     """state -> "ok", or what is wrong after a first call in it."""
+    layers = [(name, arguments, layer_input(name).shape) for name, arguments in declared("OP_LAYERS")]
     run = subprocess.run(
-        [sys.executable, TESTS / "first_call.py"],
+        [sys.executable, TESTS / "first_call.py", json.dumps(layers)],
         capture_output=True,
         text=True,
         timeout=300,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import Call, call, sizes
 from compare import close, exact
 from reference import ACTIVATIONS, DTYPES, LAYOUTS, LINEAR_SHAPES, activation, gradients, integers, linear
 
@@ -441,3 +442,39 @@ class TestModule:
         layer(x)
         layer.weight.data.fill_(0)
         assert not layer(x).any()
+
+
+# ---- for the tests that call every op (every_op.py) -----------------------------------------------------------------
+
+LAYERS = OP_LAYERS = [("Linear", (6, 5))]
+
+
+def calls(size):
+    for m, n, k in ((6, 5, 4), (2, 70, 300), (1, 400, 400), (130, 70, 90)):
+        yield call("linear", (m, k), (n, k), (n,))
+    yield call("linear", (6, 4), (5, 4))
+    yield call("linear", (8,), (4, 8), (4,))
+    yield call("linear", (2, 3, 8), (4, 8), (4,))
+    yield call("linear", (6, 4), (5, 4), (5,), needs=[2])
+
+
+def kernels(dtype, on_gpu):
+    if on_gpu:
+        return {"gemm_mma": 3} if dtype == torch.bfloat16 else {"gemm_simt": 3, "gemm_tf32": 3}
+    return {"column_sums": 0, "dot": 2, "gemm": 2, "gemm_tiny": 2, "row_times_matrix": 0}
+
+
+def random_linear(rng):
+    k, n = rng.choice((1, 5, 16, 33, 70)), rng.choice((1, 4, 17, 40))
+    shapes = [(*sizes(rng, rng.randint(0, 3), 1, 6), k), (n, k), (n,)]
+    kind = rng.choice(("relu", "silu", None))
+    act = {"relu": F.relu, "silu": F.silu, None: lambda z: z}[kind]
+    return Call(
+        "linear",
+        lambda *t: FF.linear(*t, activation=kind),
+        lambda *t: act(F.linear(*t)),
+        shapes[: rng.choice((2, 3))],
+    )
+
+
+RANDOM_CALLS = [random_linear]

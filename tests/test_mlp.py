@@ -4,6 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
+from calls import Call, sizes
 from compare import exact
 from torch import nn
 
@@ -86,3 +88,32 @@ def test_autocast():
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         FF.mlp(*arguments(*network(4, (3, 5, 2))))
+
+
+# ---- for the tests that call every op (every_op.py) -----------------------------------------------------------------
+
+
+def chain(x, *weights):
+    return FF.mlp(x, weights)
+
+
+def chain_of_pytorch(x, v, w):
+    return F.linear(F.relu(F.linear(x, v)), w)
+
+
+def calls(size):
+    yield Call("mlp", chain, chain_of_pytorch, [(9, 12), (10, 12), (4, 10)])
+
+
+def kernels(dtype, on_gpu):
+    if not on_gpu:
+        return {}
+    return {"mlp_mma": 1} if dtype == torch.bfloat16 else {"mlp_simt": 1}
+
+
+def random_mlp(rng):
+    k, n, m = sizes(rng, 3, 1, 20)
+    return Call("mlp", chain, chain_of_pytorch, [(rng.randint(1, 6), k), (n, k), (m, n)])
+
+
+RANDOM_CALLS = [random_mlp]

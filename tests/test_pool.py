@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import Call, call, sizes, spatial
 from compare import close, exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -306,7 +307,7 @@ def test_fake_tensors_have_the_strides_of_real_ones(pool):
 
 def test_what_is_saved():
     """A byte an output and not the input; nothing for an average; nothing without gradients."""
-    for function, sizes in (
+    for function, bytes_of in (
         (lambda x: FF.max_pool2d(x, 2), {torch.uint8: 2 * 3 * 16}),
         (lambda x: FF.max_pool2d(x, 2, return_indices=True)[0], {torch.int64: 2 * 3 * 16}),
         (lambda x: FF.max_pool2d(x, 17, 1, 8), {torch.int64: 2 * 3 * 64}),
@@ -319,7 +320,7 @@ def test_what_is_saved():
             lambda t, s=saved: s.update({t.dtype: t.numel()}) or t, lambda t: t
         ):
             y = function(x)
-        assert saved == sizes
+        assert saved == bytes_of
         y.sum().backward()
 
 
@@ -497,3 +498,42 @@ def test_output_sizes_that_are_refused(name, output):
         except (RuntimeError, TypeError, ValueError, IndexError, OverflowError) as error:
             outcomes.append(type(error))
     assert outcomes[0] == outcomes[1]
+
+
+# ---- for the tests that call every op (every_op.py) -----------------------------------------------------------------
+
+OP_LAYERS = [("MaxPool2d", (2,)), ("AvgPool2d", (2,))]
+LAYERS = [(f"{kind}{dims}d", args) for dims in (1, 2, 3) for kind, args in (
+    ("MaxPool", (2,)), ("AvgPool", (3, 2, 1)), ("AdaptiveMaxPool", (2,)), ("AdaptiveAvgPool", (2,)),
+)]  # fmt: skip
+LAYERS.append(("MaxPool2d", (3, 2, 1, 1, False, True)))
+
+
+def calls(size):
+    for name in fastops.functional._pool.__all__:
+        image = (2, 16, *(size,) * spatial(name))
+        if name.startswith("adaptive"):
+            for output_size in (1, 3, 4):
+                yield call(name, image, output_size=output_size)
+        else:
+            yield call(name, image, kernel_size=2)
+            yield call(name, image, kernel_size=3, stride=1)
+            yield call(name, image, kernel_size=5, stride=2, padding=2)
+
+
+def kernels(dtype, on_gpu):
+    if on_gpu:
+        return {"pool_gather": 0}
+    return dict.fromkeys(("pool_across", "pool_halves", "pool_last", "pool_scatter", "pool_whole", "pool_within"), 0)
+
+
+def random_pool(rng):
+    dims = rng.randint(1, 3)
+    kind = rng.choice(("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool")) + f"{dims}d"
+    args = (rng.randint(1, 4),) if kind.startswith("adaptive") else rng.choice(((2,), (3, 2, 1), (2, 1, 1), (3, 1)))
+    shape = (rng.randint(1, 3), rng.choice((1, 2, 16, 17)), *sizes(rng, dims, 4, 7))
+    shape = shape if rng.random() < 0.8 else shape[1:]
+    return Call(kind, lambda x: getattr(FF, kind)(x, *args), lambda x: getattr(F, kind)(x, *args), [shape])
+
+
+RANDOM_CALLS = [random_pool]

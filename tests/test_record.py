@@ -8,6 +8,8 @@ import threading
 
 import pytest
 import torch
+from calls import spatial
+from every_op import OPS
 from reference import DTYPES
 
 import fastops
@@ -106,14 +108,6 @@ NAME = re.compile(
     r"([a-z][a-z0-9]*(?:_[a-z][a-z0-9]*)*?)(?:_(\d+(?:x\d+)*))?_(scalar|avx2|avx512|avx512_bf16|amx|cuda)"
 )
 
-# The algorithms, and how many sizes their tiles have; 0: no tile.
-ON_CPU = {
-    "column_sums": 0, "conv_first": 2, "conv_gemm": 2, "conv_planes": 0, "conv_pool_blocks": 0, "conv_pool_first": 0,
-    "conv_scatter": 2, "depthwise": 0, "depthwise_last": 0, "dot": 2, "elementwise": 0, "gemm": 2, "gemm_tiny": 2,
-    "pool_across": 0, "pool_halves": 0, "pool_last": 0, "pool_scatter": 0, "pool_whole": 0, "pool_within": 0,
-    "row_times_matrix": 0, "winograd": 2,
-}  # fmt: skip
-
 
 def algorithms(rows, tier, tiles):
     """The algorithms in the rows, each of whose names must keep to the rule."""
@@ -128,76 +122,36 @@ def algorithms(rows, tier, tiles):
     return found
 
 
-def named_calls(size):
-    """(function, shapes of the tensors, other arguments): calls that reach every kernel, with images of this size."""
-    for name in FF.__all__:
-        dims = int(name[-2]) if name[-2:] in ("1d", "2d", "3d") else 0
-        image, square = (2, 16, *(size,) * dims), (3,) * dims
-        if name == "linear":
-            for m, n, k in ((6, 5, 4), (2, 70, 300), (1, 400, 400), (130, 70, 90)):
-                yield name, [(m, k), (n, k), (n,)], {}
-        elif name == "mlp":
-            yield name, [(9, 12), (10, 12), (4, 10)], {}
-        elif name.startswith("conv_max_pool"):
-            yield name, [image, (16, 16, *square)], {"pool_size": 2}
-            yield name, [(2, 1, *image[2:]), (16, 1, *square)], {"pool_size": 2}
-        elif name.startswith("conv"):
-            transposed = "transpose" in name
-            for inputs, outputs, kernel, groups in (
-                (16, 24, 3, 1), (16, 24, 1, 1), (16, 16, 3, 16), (2, 16, 3, 1), (1, 16, 3, 1),
-            ):  # fmt: skip
-                weight = (outputs, inputs // groups, *(kernel,) * dims)
-                yield name, [(2, outputs if transposed else inputs, *image[2:]), weight], {"groups": groups}
-        elif name.startswith("adaptive"):
-            for output_size in (1, 3, 4):
-                yield name, [image], {"output_size": output_size}
-        elif "pool" in name:
-            for kwargs in (
-                {"kernel_size": 2},
-                {"kernel_size": 3, "stride": 1},
-                {"kernel_size": 5, "stride": 2, "padding": 2},
-            ):
-                yield name, [image], kwargs
-        elif name == "prelu":
-            yield name, [(2, 4, 5), (4,)], {}
-        else:
-            yield name, [(2, 64)], {"threshold": 0.1, "value": 0.2} if name.startswith("threshold") else {}
-
-
 def run_calls(dtype, place=lambda t: t, size=8, most_dims=3):
-    """Runs every call forward and backward, images in both layouts. Returns the rows."""
+    """Runs every op's calls forward and backward, images in both layouts. Returns the rows."""
 
-    def run(name, tensors, kwargs):
-        leaves = [place(t.to(dtype)).requires_grad_() for t in tensors]
-        operands = [t.clone() for t in leaves]  # some functions work in place
-        if name == "mlp":
-            operands = [operands[0], operands[1:]]
-        getattr(FF, name)(*operands, **kwargs).sum().backward()
+    def run(call, tensors):
+        needs = range(len(tensors)) if call.needs is None else call.needs
+        leaves = [place(t.to(dtype)).requires_grad_(i in needs) for i, t in enumerate(tensors)]
+        call.ours(*(t.clone() for t in leaves)).sum().backward()  # some functions work in place
 
+    called = set()
     with fastops.record() as rows:
-        for name, shapes, kwargs in named_calls(size):
-            if len(shapes[0]) > 2 + most_dims:
+        for call in (call for op in OPS for call in op.calls(size)):
+            called.add(call.name)
+            if spatial(call.name) > most_dims:
                 continue
-            tensors = [torch.randn(shape) for shape in shapes]
-            run(name, tensors, kwargs)
-            last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(shapes[0]))
+            tensors = [torch.randn(shape) for shape in call.shapes]
+            run(call, tensors)
+            last = {2: torch.channels_last, 3: torch.channels_last_3d}.get(spatial(call.name))
             if last is not None:
-                run(name, [t.contiguous(memory_format=last) for t in tensors], kwargs)
-        # Only some gradients are wanted.
-        x, w, b = (place(torch.randn(shape).to(dtype)) for shape in ((6, 4), (5, 4), (5,)))
-        FF.linear(x, w, b.requires_grad_()).sum().backward()
-        x, w = (place(torch.randn(shape).to(dtype)) for shape in ((2, 1, 8, 8), (16, 1, 3, 3)))
-        FF.conv2d(x, w.requires_grad_()).sum().backward()
+                run(call, [t.contiguous(memory_format=last) if t.dim() > 1 else t for t in tensors])
+    assert called == set(FF.__all__)
     return rows
+
+
+def expected_kernels(dtype, on_gpu=False):
+    return {name: sizes for op in OPS for name, sizes in op.kernels(dtype, on_gpu).items()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_names_of_kernels(isa, dtype):
     """Every public function, tier, dtype and layout."""
     tier = "avx512" if isa in ("avx512_bf16", "amx") and dtype != torch.bfloat16 else isa
-    expected = set(ON_CPU)
-    if dtype != torch.float32:
-        expected.remove("winograd")
-    if dtype.itemsize == 2:
-        expected.remove("conv_pool_first")
-    assert algorithms(run_calls(dtype), tier, ON_CPU) == expected
+    expected = expected_kernels(dtype)
+    assert algorithms(run_calls(dtype), tier, expected) == set(expected)

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import torch.distributed.fsdp
+from every_op import declared, layer_input
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -451,16 +452,6 @@ LAYERS = {
 }
 
 
-def arguments_of(name):
-    if name == "Linear":
-        return (6, 5), (2, 6)
-    if name.startswith("Conv"):
-        return (4, 6, 3), (2, 4, 5, 5, 5)[: 2 + int(name[-2])]
-    if "Pool" in name:
-        return (3,), (2, 4, 5, 5, 5)[: 2 + int(name[-2])]
-    return {"Threshold": (0.1, 0.2)}.get(name, ()), (2, 6)
-
-
 def wrap_in_a_closure(layer):
     old = layer.forward
     layer.forward = lambda *args: old(*args)
@@ -497,8 +488,7 @@ def test_a_forward_that_was_bound_runs_after_restore(name, wrap, scoped):
 
 @pytest.mark.parametrize("name", fnn.__all__)
 def test_every_bound_forward_runs_after_restore(name):
-    arguments, shape = arguments_of(name)
-    layer, x = getattr(nn, name)(*arguments), torch.randn(shape)
+    layer, x = getattr(nn, name)(*dict(declared("LAYERS"))[name]), layer_input(name)
     expected = layer(x)
     fastops.replace_(layer)
     forward = layer.forward
@@ -795,8 +785,7 @@ def scripted(layer):
 
 @pytest.mark.parametrize("name", fnn.__all__)
 def test_jit_script(name):
-    arguments, shape = arguments_of(name)
-    layer, x = getattr(fnn, name)(*arguments).eval(), torch.randn(shape)
+    layer, x = getattr(fnn, name)(*dict(declared("LAYERS"))[name]).eval(), layer_input(name)
     torch.testing.assert_close(scripted(layer)(x), layer(x), atol=1e-5, rtol=1e-5)
     if "Max" in name:
         layer.return_indices = True
@@ -818,11 +807,10 @@ def test_jit_script_of_fused_activations(activation):
 )
 @pytest.mark.parametrize("bias", [True, False])
 def test_jit_script_of_fused_convolutions(name, bias):
-    arguments, shape = arguments_of(name)
-    layer, x = getattr(fnn, name)(*arguments, bias=bias, activation="tanh"), torch.randn(shape)
+    layer, x = getattr(fnn, name)(4, 6, 3, bias=bias, activation="tanh"), layer_input(name)
     torch.testing.assert_close(scripted(layer)(x), layer(x), atol=1e-5, rtol=1e-5)
     if "Transpose" not in name:
-        layer = getattr(fnn, name)(*arguments, padding="same", padding_mode="circular", activation=nn.ELU(0.5))
+        layer = getattr(fnn, name)(4, 6, 3, padding="same", padding_mode="circular", activation=nn.ELU(0.5))
         torch.testing.assert_close(scripted(layer)(x), layer(x), atol=1e-5, rtol=1e-5)
 
 

@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import spatial
+from every_op import declared, layer_input
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,29 +20,7 @@ import fastops
 import fastops.functional as FF
 import fastops.nn as fnn
 
-_ARGUMENTS = {"Linear": (6, 5), "Threshold": (0.1, 0.2), "PReLU": (4,)}
-_LAYERS = [
-    *((f"{kind}{d}d", args) for d in (1, 2, 3) for kind, args in (
-        ("Conv", (4, 6, 3, 2, 1)), ("ConvTranspose", (4, 6, 3, 2)), ("MaxPool", (2,)), ("AvgPool", (3, 2, 1)),
-        ("AdaptiveMaxPool", (2,)), ("AdaptiveAvgPool", (2,)),
-    )),
-    *((name, _ARGUMENTS.get(name, ())) for name in fnn.__all__ if not name.endswith(("1d", "2d", "3d"))),
-    # What comes to the kernels in another form.
-    ("Conv2d", (4, 6, 2, 1, "same")), ("ConvTranspose2d", (4, 6, 3, 2, 1, 1)), ("Conv1d", (4, 8, 3, 1, 2, 2, 4)),
-    ("MaxPool2d", (3, 2, 1, 1, False, True)), ("GELU", ("tanh",)),
-]  # fmt: skip
-
-# One layer for every op.
-_OPS = [("Linear", (6, 5)), ("Conv2d", (4, 6, 2, 1, "same")), ("ReLU", ()), ("PReLU", (4,)), ("GLU", ()),
-        ("MaxPool2d", (2,)), ("AvgPool2d", (2,))]  # fmt: skip
-
-
-def dims_of(name):
-    return int(name[-2]) if name[-2:] in ("1d", "2d", "3d") else 0
-
-
-def layer_input(name):
-    return torch.randn(2, 4, *[6] * (dims_of(name) or 1))
+_LAYERS, _OPS = declared("LAYERS"), declared("OP_LAYERS")
 
 
 class Layers(nn.Module):
@@ -433,7 +413,7 @@ def test_decompositions_give_every_result(case):
     """Those that only backward reads as well."""
     name, args = case
     x = layer_input(name)
-    if not dims_of(name) and name != "Linear":  # every bound of the piecewise linear ones, and beyond
+    if not spatial(name) and name != "Linear":  # every bound of the piecewise linear ones, and beyond
         bounds = [torch.nan, *(x / 2 for x in range(-14, 15)), 0.1, -0.0, 1e30, -1e30]
         x = torch.tensor(bounds + [0.2] * 6).reshape(1, 4, 10)
     for call, ours, theirs in both_ways(getattr(fnn, name)(*args), x):

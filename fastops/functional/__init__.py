@@ -21,70 +21,9 @@ Examples assume `import torch` and `import fastops.functional as FF`.
 # takes the fast door (fastops._C): one call, which does everything in C++ or answers NotImplemented. Then the general
 # door (fastops/ops) is asked, which is for tensors and modes that have to see the op. PyTorch's own op comes last.
 
-from fastops.functional._activation import (
-    celu,
-    celu_,
-    elu,
-    elu_,
-    gelu,
-    glu,
-    hardshrink,
-    hardsigmoid,
-    hardswish,
-    hardtanh,
-    hardtanh_,
-    leaky_relu,
-    leaky_relu_,
-    logsigmoid,
-    mish,
-    prelu,
-    relu,
-    relu6,
-    relu_,
-    selu,
-    selu_,
-    sigmoid,
-    silu,
-    softplus,
-    softshrink,
-    softsign,
-    tanh,
-    tanhshrink,
-    threshold,
-    threshold_,
-)
-from fastops.functional._conv import (
-    conv1d,
-    conv2d,
-    conv3d,
-    conv_transpose1d,
-    conv_transpose2d,
-    conv_transpose3d,
-)
-from fastops.functional._conv_pool import conv_max_pool1d, conv_max_pool2d, conv_max_pool3d
-from fastops.functional._linear import linear
-from fastops.functional._mlp import mlp
-from fastops.functional._pool import (
-    adaptive_avg_pool1d,
-    adaptive_avg_pool2d,
-    adaptive_avg_pool3d,
-    adaptive_max_pool1d,
-    adaptive_max_pool2d,
-    adaptive_max_pool3d,
-    avg_pool1d,
-    avg_pool2d,
-    avg_pool3d,
-    max_pool1d,
-    max_pool2d,
-    max_pool3d,
-)
+from fastops._modules import public
 
-__all__ = [
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d",
-    "adaptive_max_pool2d", "adaptive_max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "celu", "celu_",
-    "conv1d", "conv2d", "conv3d", "conv_max_pool1d", "conv_max_pool2d", "conv_max_pool3d", "conv_transpose1d",
-    "conv_transpose2d", "conv_transpose3d", "elu", "elu_", "gelu", "glu", "hardshrink", "hardsigmoid", "hardswish",
-    "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "linear", "logsigmoid", "max_pool1d", "max_pool2d",
-    "max_pool3d", "mish", "mlp", "prelu", "relu", "relu6", "relu_", "selu", "selu_", "sigmoid", "silu", "softplus",
-    "softshrink", "softsign", "tanh", "tanhshrink", "threshold", "threshold_",
-]  # fmt: skip
+# The `__all__` of each module here. Type checkers and editors read __init__.pyi, which a build writes.
+_public = public(__name__)
+globals().update(_public)
+__all__ = list(_public)

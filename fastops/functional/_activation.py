@@ -13,6 +13,12 @@ from fastops.functional._general import general, overrides, show, torch_op
 from fastops.ops import KIND, autocast, supported
 from fastops.ops import activation as _activation_ops
 
+__all__ = [
+    "celu", "celu_", "elu", "elu_", "gelu", "glu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "hardtanh_",
+    "leaky_relu", "leaky_relu_", "logsigmoid", "mish", "prelu", "relu", "relu6", "relu_", "selu", "selu_", "sigmoid",
+    "silu", "softplus", "softshrink", "softsign", "tanh", "tanhshrink", "threshold", "threshold_",
+]  # fmt: skip
+
 Activation = str | nn.Module | None
 
 _fast_activation = _C.activation
@@ -124,34 +130,6 @@ def resolve_activation(activation: Activation) -> tuple[str, float, float]:
     raise TypeError(f"activation must be None, a name or an activation module, got {cls.__name__}")
 
 
-# The same in PyTorch's own ops, for what fastops has no kernel for.
-_TORCH: dict[str, Callable[[Tensor, float, float], Tensor]] = {
-    "identity": lambda x, a, b: x,
-    "relu": lambda x, a, b: F.relu(x),
-    "relu6": lambda x, a, b: F.relu6(x),
-    "leaky_relu": lambda x, a, b: F.leaky_relu(x, a),
-    "elu": lambda x, a, b: F.elu(x, a),
-    "selu": lambda x, a, b: F.selu(x),
-    "celu": lambda x, a, b: F.celu(x, a),
-    "gelu": lambda x, a, b: F.gelu(x),
-    "gelu_tanh": lambda x, a, b: F.gelu(x, approximate="tanh"),
-    "silu": lambda x, a, b: F.silu(x),
-    "mish": lambda x, a, b: F.mish(x),
-    "sigmoid": lambda x, a, b: F.sigmoid(x),
-    "logsigmoid": lambda x, a, b: F.logsigmoid(x),
-    "tanh": lambda x, a, b: F.tanh(x),
-    "softplus": lambda x, a, b: F.softplus(x, a, b),
-    "softsign": lambda x, a, b: F.softsign(x),
-    "hardtanh": lambda x, a, b: F.hardtanh(x, a, b),
-    "hardsigmoid": lambda x, a, b: F.hardsigmoid(x),
-    "hardswish": lambda x, a, b: F.hardswish(x),
-    "hardshrink": lambda x, a, b: F.hardshrink(x, a),
-    "softshrink": lambda x, a, b: F.softshrink(x, a),
-    "tanhshrink": lambda x, a, b: F.tanhshrink(x),
-    "threshold": lambda x, a, b: F.threshold(x, a, b),
-}
-
-
 # ---- activations -----------------------------------------------------------------------------------------------------
 
 
@@ -218,7 +196,7 @@ def torch_activate(input: Tensor, kind: str, a: float, b: float) -> Tensor:
     """A resolved activation by PyTorch's own op."""
     if kind == "identity":
         return input
-    return torch_op(kind, _EXPLAIN.get(kind, explain_activation), _TORCH[kind], input, a, b)
+    return torch_op(kind, _EXPLAIN.get(kind, explain_activation), _activation_ops.TORCH[kind], input, a, b)
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:

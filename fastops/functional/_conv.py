@@ -14,6 +14,8 @@ from fastops.functional._general import explain_kinds, explain_types, general, o
 from fastops.ops import KIND, supported
 from fastops.ops import conv as _conv_ops
 
+__all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
+
 Sizes = int | Sequence[int]
 
 

@@ -8,6 +8,8 @@ from fastops.functional._activation import Activation
 from fastops.functional._conv import Sizes, _fast, conv1d, conv2d, conv3d
 from fastops.functional._pool import max_pool1d, max_pool2d, max_pool3d
 
+__all__ = ["conv_max_pool1d", "conv_max_pool2d", "conv_max_pool3d"]
+
 
 def conv_max_pool1d(
     input: Tensor,

@@ -13,6 +13,8 @@ from fastops.functional._general import explain_kinds, explain_types, general, o
 from fastops.ops import KIND
 from fastops.ops import linear as _linear_ops
 
+__all__ = ["linear"]
+
 _fast_linear = _C.linear
 
 

@@ -11,6 +11,8 @@ from fastops.functional._general import show
 from fastops.functional._linear import linear
 from fastops.ops import KIND
 
+__all__ = ["mlp"]
+
 _fast_mlp = _C.mlp
 
 

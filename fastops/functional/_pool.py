@@ -15,6 +15,11 @@ from fastops.functional._general import general, overrides, show, torch_op
 from fastops.ops import pool as _pool_ops
 from fastops.ops import supported
 
+__all__ = [
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
+    "adaptive_max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d",
+]  # fmt: skip
+
 OutputSizes = int | None | Sequence[int | None]
 
 _fast_max_pool1d = _C.max_pool1d

@@ -10,6 +10,12 @@ from torch.jit import is_scripting as _is_scripting
 
 import fastops.functional as FF
 
+__all__ = [
+    "CELU", "ELU", "GELU", "GLU", "SELU", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyReLU",
+    "LogSigmoid", "Mish", "PReLU", "ReLU", "ReLU6", "SiLU", "Sigmoid", "Softplus", "Softshrink", "Softsign", "Tanh",
+    "Tanhshrink", "Threshold",
+]  # fmt: skip
+
 
 class Threshold(nn.Threshold):
     """y = x where x > threshold, else value.

@@ -14,6 +14,8 @@ from fastops import _C
 from fastops.functional._activation import Activation
 from fastops.nn._fused import Fusable, Fused, pair, scripted_activation, weight_and_bias
 
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]
+
 
 class _Conv(Fusable):
     """The plain ones' arguments."""

@@ -12,6 +12,8 @@ from fastops import _C
 from fastops.functional._activation import Activation
 from fastops.nn._fused import Fusable, Fused, pair, scripted_activation, weight_and_bias
 
+__all__ = ["Linear"]
+
 _fast_linear = _C.linear
 
 

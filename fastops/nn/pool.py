@@ -9,6 +9,11 @@ from torch.jit import is_scripting as _is_scripting
 
 import fastops.functional as FF
 
+__all__ = [
+    "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d", "AdaptiveMaxPool1d", "AdaptiveMaxPool2d",
+    "AdaptiveMaxPool3d", "AvgPool1d", "AvgPool2d", "AvgPool3d", "MaxPool1d", "MaxPool2d", "MaxPool3d",
+]  # fmt: skip
+
 
 class MaxPool1d(nn.MaxPool1d):
     """y[n, c, t] = the largest of x[n, c, stride t + dilation k - padding], k < kernel_size; NaN is larger than all.

@@ -6,6 +6,7 @@ functions (see fastops/functional/, the only place that chooses). For every op a
 
 - its fake kernel,
 - its gradient, registered on the op itself, so that a compiled or exported graph can be differentiated,
+- its formula in PyTorch's own ops, for exported programs (fastops.decompositions),
 - a torch.autograd.Function around the op with the same gradient plus `jvp` and `vmap`, which torch.func needs and
   torch.library cannot express. `through` picks it when a torch.func transform or forward-mode differentiation
   is active.
@@ -30,9 +31,13 @@ PIECEWISE_LINEAR = frozenset(
     ["identity", "relu", "relu6", "leaky_relu", "hardtanh", "hardsigmoid", "hardshrink", "softshrink", "threshold"]
 )
 
-# The forward ops that a selective checkpoint should save, and not compute again: for the policy that is given to
-# torch.utils.checkpoint.create_selective_checkpoint_contexts, beside PyTorch's own (aten.mm, aten.convolution, ...).
-COMPUTE_INTENSIVE = (torch.ops.fastops.linear_forward.default, torch.ops.fastops.conv_forward.default)
+# The forward ops that a selective checkpoint should save, and not compute again, which are those with FLOPs: for the
+# policy that is given to torch.utils.checkpoint.create_selective_checkpoint_contexts, beside PyTorch's own (aten.mm,
+# aten.convolution, ...).
+COMPUTE_INTENSIVE: list[torch._ops.OpOverload] = []
+
+# The forward ops in PyTorch's own, for fastops.decompositions().
+DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 DTYPES = frozenset([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 # Exact types. What a subclass does with an op it has never heard of is anybody's guess: it gets PyTorch's own.
@@ -126,16 +131,23 @@ def register(
     function: type[torch.autograd.Function],
     fake: Callable[..., Any],
     flops: Callable[..., int] | None = None,
+    decomposition: Callable[..., Any] | None = None,
 ) -> None:
     """Registers the fake kernel, and the Function's gradient on the op itself: the same arguments and results.
 
     flops: see register_flops. As in PyTorch, products and convolutions count and nothing else does.
+    decomposition: a forward op in PyTorch's own ops, with every result, also those that only backward reads.
     """
     name = f"fastops::{op}"
     torch.library.register_fake(name, fake)
     torch.library.register_autograd(name, function.backward, setup_context=function.setup_context)
+    packet = getattr(torch.ops.fastops, op)
     if flops is not None:
-        register_flops(getattr(torch.ops.fastops, op), flops)
+        register_flops(packet, flops)
+        if op.endswith("_forward"):
+            COMPUTE_INTENSIVE.append(packet.default)
+    if decomposition is not None:
+        DECOMPOSITIONS[packet.default] = decomposition
 
 
 def through(function: type[torch.autograd.Function], op: Callable[..., Any]) -> Callable[..., Any]:

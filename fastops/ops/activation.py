@@ -1,6 +1,9 @@
 """The general door of the activations, prelu and glu. The fast doors are _C.activation, _C.prelu and _C.glu."""
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastops import _C
@@ -18,6 +21,33 @@ from fastops.ops import (
 )
 
 _ops = torch.ops.fastops
+
+# The activations in PyTorch's own ops.
+TORCH: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    "identity": lambda x, a, b: x,
+    "relu": lambda x, a, b: F.relu(x),
+    "relu6": lambda x, a, b: F.relu6(x),
+    "leaky_relu": lambda x, a, b: F.leaky_relu(x, a),
+    "elu": lambda x, a, b: F.elu(x, a),
+    "selu": lambda x, a, b: F.selu(x),
+    "celu": lambda x, a, b: F.celu(x, a),
+    "gelu": lambda x, a, b: F.gelu(x),
+    "gelu_tanh": lambda x, a, b: F.gelu(x, approximate="tanh"),
+    "silu": lambda x, a, b: F.silu(x),
+    "mish": lambda x, a, b: F.mish(x),
+    "sigmoid": lambda x, a, b: F.sigmoid(x),
+    "logsigmoid": lambda x, a, b: F.logsigmoid(x),
+    "tanh": lambda x, a, b: F.tanh(x),
+    "softplus": lambda x, a, b: F.softplus(x, a, b),
+    "softsign": lambda x, a, b: F.softsign(x),
+    "hardtanh": lambda x, a, b: F.hardtanh(x, a, b),
+    "hardsigmoid": lambda x, a, b: F.hardsigmoid(x),
+    "hardswish": lambda x, a, b: F.hardswish(x),
+    "hardshrink": lambda x, a, b: F.hardshrink(x, a),
+    "softshrink": lambda x, a, b: F.softshrink(x, a),
+    "tanhshrink": lambda x, a, b: F.tanhshrink(x),
+    "threshold": lambda x, a, b: F.threshold(x, a, b),
+}
 
 
 def activation(input: Tensor, kind: str, a: float, b: float) -> Tensor:
@@ -395,6 +425,34 @@ def _glu_backward_fake(grad_output, input, dim):
     return input.new_empty(input.shape)
 
 
+# Where the derivative takes the value of the piece inside, for the kinds that save a bit of that.
+_INSIDE: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    "relu": lambda x, a, b: ~(x <= 0),
+    "relu6": lambda x, a, b: ~((x <= 0) | (x >= 6)),
+    "leaky_relu": lambda x, a, b: x > 0,
+    "hardtanh": lambda x, a, b: ~((x <= a) | (x >= b)),
+    "hardsigmoid": lambda x, a, b: (x > -3) & (x < 3),
+    "hardshrink": lambda x, a, b: ~((x >= -a) & (x <= a)),
+    "softshrink": lambda x, a, b: ~((x >= -a) & (x <= a)),
+    "threshold": lambda x, a, b: ~(x <= a),
+}
+
+
+def _decomposed(input: Tensor, activation: str, a: float, b: float, need_mask: bool) -> tuple[Tensor, Tensor]:
+    y = TORCH[activation](input, a, b)
+    if not need_mask or _C.saved_by_default(KIND[activation], a, b) != "mask":
+        return y, input.new_empty(0, dtype=torch.uint8)
+    bits = _INSIDE[activation](input, a, b).reshape(-1).to(torch.uint8)
+    bytes = F.pad(bits, [0, -bits.shape[0] % 8]).reshape(-1, 8)
+    return y, (bytes << torch.arange(8, dtype=torch.uint8, device=input.device)).sum(1, dtype=torch.uint8)
+
+
+def decomposed_layer(z: Tensor, activation: str, a: float, b: float, need_saved: bool) -> tuple[Tensor, Tensor]:
+    """The two results of a layer with an activation, from its pre-activation, in PyTorch's ops."""
+    saves = need_saved and _C.saved_by_linear(KIND[activation], a, b) == "input"
+    return TORCH[activation](z, a, b), z if saves else z.new_empty(0)
+
+
 _forward = through(_Activation, _ops.activation_forward)
 _backward = through(_ActivationBackward, _ops.activation_backward)
 _prelu_forward = through(_Prelu, _ops.prelu_forward)
@@ -402,9 +460,9 @@ _prelu_backward = through(_PreluBackward, _ops.prelu_backward)
 _glu_forward = through(_Glu, _ops.glu_forward)
 _glu_backward = through(_GluBackward, _ops.glu_backward)
 
-register("activation_forward", _Activation, _forward_fake)
+register("activation_forward", _Activation, _forward_fake, decomposition=_decomposed)
 register("activation_backward", _ActivationBackward, _backward_fake)
-register("prelu_forward", _Prelu, _prelu_forward_fake)
+register("prelu_forward", _Prelu, _prelu_forward_fake, decomposition=F.prelu)
 register("prelu_backward", _PreluBackward, _prelu_backward_fake)
-register("glu_forward", _Glu, _glu_forward_fake)
+register("glu_forward", _Glu, _glu_forward_fake, decomposition=F.glu)
 register("glu_backward", _GluBackward, _glu_backward_fake)

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from fastops import _C
 from fastops.ops import KIND, autocast, forward_mode, records, register, supported, through, to_front
 from fastops.ops.activation import _backward as activation_backward
-from fastops.ops.activation import slope_derivative
+from fastops.ops.activation import decomposed_layer, slope_derivative
 
 _ops = torch.ops.fastops
 
@@ -391,7 +392,23 @@ def _backward_flops(
     return torch.utils.flop_counter.conv_backward_flop(grad_output, input, weight, None, *rest, out_val=out_shape)
 
 
+def _decomposed(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], transposed: bool, groups: int, activation: str, a: float, b: float, need_saved: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    before, after = padding[: len(stride)], padding[len(stride) :]
+    output_padding = [0] * len(stride)
+    if transposed:
+        output_padding = [x - y for x, y in zip(before, after, strict=True)]
+    elif before != after:
+        around = zip(before[::-1], after[::-1], strict=True)  # F.pad starts with the last dimension
+        input = F.pad(input, [x for pair in around for x in pair])
+        before = output_padding
+    z = torch.ops.aten.convolution(input, weight, bias, stride, before, dilation, transposed, output_padding, groups)
+    return decomposed_layer(z, activation, a, b, need_saved)
+
+
 _forward = through(_Conv, _ops.conv_forward)
 _backward = through(_ConvBackward, _ops.conv_backward)
-register("conv_forward", _Conv, _forward_fake, _forward_flops)
+register("conv_forward", _Conv, _forward_fake, _forward_flops, _decomposed)
 register("conv_backward", _ConvBackward, _backward_fake, _backward_flops)

@@ -3,13 +3,14 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastops import _C
 from fastops.ops import KIND, autocast, forward_mode, records, register, supported, through, to_front, viewed
 from fastops.ops.activation import _backward as activation_backward
 from fastops.ops.activation import activation as apply_activation
-from fastops.ops.activation import slope_derivative
+from fastops.ops.activation import decomposed_layer, slope_derivative
 
 _ops = torch.ops.fastops
 
@@ -273,7 +274,13 @@ def _backward_flops(grad_output, saved, input, weight, activation, a, b, output_
     return (output_mask[0] + output_mask[1]) * _forward_flops(input, weight)
 
 
+def _decomposed(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, a: float, b: float, need_saved: bool
+) -> tuple[Tensor, Tensor]:
+    return decomposed_layer(F.linear(input, weight, bias), activation, a, b, need_saved)
+
+
 _forward = through(_Linear, _ops.linear_forward)
 _backward = through(_LinearBackward, _ops.linear_backward)
-register("linear_forward", _Linear, _forward_fake, _forward_flops)
+register("linear_forward", _Linear, _forward_fake, _forward_flops, _decomposed)
 register("linear_backward", _LinearBackward, _backward_fake, _backward_flops)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
@@ -289,12 +290,47 @@ def _avg_backward_fake(
     return _empty(grad_output, input_size, channels_last and len(input_size) == dims + 2)
 
 
+def _rounds_up(input: Tensor, output_size: Sequence[int], *windows: Sequence[int]) -> bool:
+    """Whether windows (kernel, stride, padding and dilation a dimension) end in one that is not whole: ceil_mode."""
+    sizes = input.shape[input.dim() - len(output_size) :]
+    return any(
+        (size + 2 * p - d * (k - 1) - 1) // s + 1 != out
+        for size, out, k, s, p, d in zip(sizes, output_size, *windows, strict=True)
+    )
+
+
+def _max_decomposed(
+    input: Tensor, output_size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], indices: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kind = f"max_pool{len(output_size)}d"
+    if kernel:
+        ceil_mode = _rounds_up(input, output_size, kernel, stride, padding, dilation)
+        y, positions = getattr(F, kind)(input, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
+    else:
+        y, positions = getattr(F, f"adaptive_{kind}")(input, output_size, return_indices=True)
+    # The backward op takes positions in the plane for compact indices, too.
+    return y, input.new_empty(0, dtype=torch.int64) if indices == "none" else positions
+
+
+def _avg_decomposed(
+    input: Tensor, output_size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    count_include_pad: bool, divisor_override: int,
+) -> Tensor:  # fmt: skip
+    kind = f"avg_pool{len(output_size)}d"
+    if not kernel:
+        return getattr(F, f"adaptive_{kind}")(input, output_size)
+    ceil_mode = _rounds_up(input, output_size, kernel, stride, padding, [1] * len(kernel))
+    divisor = [divisor_override or None] if len(kernel) > 1 else []  # of one dimension there is none
+    return getattr(F, kind)(input, kernel, stride, padding, ceil_mode, count_include_pad, *divisor)
+
+
 _max_forward = through(_MaxPool, _ops.max_pool_forward)
 _max_backward = through(_MaxPoolBackward, _ops.max_pool_backward)
 _avg_forward = through(_AvgPool, _ops.avg_pool_forward)
 _avg_backward = through(_AvgPoolBackward, _ops.avg_pool_backward)
 
-register("max_pool_forward", _MaxPool, _max_forward_fake)
+register("max_pool_forward", _MaxPool, _max_forward_fake, decomposition=_max_decomposed)
 register("max_pool_backward", _MaxPoolBackward, _max_backward_fake)
-register("avg_pool_forward", _AvgPool, _avg_forward_fake)
+register("avg_pool_forward", _AvgPool, _avg_forward_fake, decomposition=_avg_decomposed)
 register("avg_pool_backward", _AvgPoolBackward, _avg_backward_fake)
