@@ -376,7 +376,7 @@ def build_extension(
     with_cuda = [] if cuda.why_not else ["-DFASTOPS_WITH_CUDA"]
     objects = add_kernels(build, cuda)
     for source in sorted(TORCH_LAYER.glob("*.cpp")):
-        macros = [f'-D{name}="{value}"' for name, value in described.items()] if source.name == "library.cpp" else []
+        macros = [f'-D{name}="{value}"' for name, value in described.items()] if source.name == "info.cpp" else []
         if source.name == "gpu.cpp":
             macros = with_cuda
         objects.append(build.compile(source, [*torch_layer, *macros], into=torch_tag))

@@ -3,10 +3,9 @@
 
 #include <cmath>
 
+#include "binding.h"
 #include "call.h"
-#include "fast_door.h"
 #include "node.h"
-#include "ops.h"
 
 namespace fastops {
 namespace {
@@ -553,6 +552,114 @@ bool glu_accepts(const Tensor& input, int64_t dim) {
   if (!is_supported(input.scalar_type()) || input.dim() == 0) return false;
   if (dim < -input.dim() || dim >= input.dim()) return false;
   return input.size(dim) % 2 == 0;
+}
+
+namespace {
+
+// ---- the general door
+
+// The result in the strides that at::empty_like gives this tensor, as the fake kernels promise.
+Tensor like(const Tensor& tensor, const Tensor& result) {
+  if (tensor.strides() == result.strides()) return result;
+  const Tensor ordered = at::empty_like(tensor);
+  return ordered.strides() == result.strides() ? result : ordered.copy_(result);
+}
+
+// A mask that crosses this door is in the logical order of its elements, whatever the strides: a compiler may change
+// those.
+std::tuple<Tensor, Tensor> activation_forward_op(const Tensor& input, c10::string_view activation, double a, double b,
+                                                 bool need_mask) {
+  const Activation f = make_activation(activation, a, b);
+  if (!need_mask || saved_by_default(f) != Saved::mask)
+    return {like(input, activation_forward(input, f, false).y), or_empty({}, at::kByte, input.device())};
+  const auto [y, mask] = activation_forward(input.contiguous(), f, true);
+  return {like(input, y), mask};
+}
+
+Tensor activation_backward_op(const Tensor& grad_output, const Tensor& saved, c10::string_view activation, double a,
+                              double b, c10::string_view kind) {
+  return like(grad_output, activation_backward(grad_output, saved, make_activation(activation, a, b),
+                                               saved_kind({kind.data(), kind.size()})));
+}
+
+Tensor activation_second_derivative_op(const Tensor& saved, c10::string_view activation, double a, double b,
+                                       c10::string_view kind) {
+  return activation_second_derivative(saved, make_activation(activation, a, b), saved_kind({kind.data(), kind.size()}));
+}
+
+Tensor prelu_forward_op(const Tensor& input, const Tensor& weight) { return like(input, prelu_forward(input, weight)); }
+
+std::tuple<Tensor, Tensor> prelu_backward_op(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                             std::array<bool, 2> output_mask) {
+  auto [x, w] = prelu_backward(grad_output, input, weight, output_mask);
+  return {x.defined() ? like(input, x) : or_empty(x, input.scalar_type(), input.device()),
+          or_empty(w, input.scalar_type(), input.device())};
+}
+
+// ---- the fast door
+
+py::object activation_fast(py::handle input, int kind, double a, double b, py::handle is_inplace) {
+  if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr())) return not_implemented();
+  const Tensor& x = THPVariable_Unpack(input.ptr());
+  if (!is_supported(x.scalar_type())) return not_implemented();
+  const Activation f = make_activation(kind, a, b);
+  const int inplace = PyObject_IsTrue(is_inplace.ptr());  // as PyTorch, whatever it is
+  if (inplace < 0) throw py::error_already_set();
+  // PyTorch's threshold_ is the one in-place activation that takes expanded tensors.
+  if (inplace && f.kind == ActivationKind::threshold && at::has_internal_overlap(x) == at::MemOverlap::Yes)
+    return not_implemented();
+  return wrap(without_gil([&] { return activation_name(f.kind); },
+                          [&] { return inplace ? activation_(x, f) : fastops::activation(x, f); }, x));
+}
+
+py::object prelu_fast(py::handle input, py::handle weight) {
+  if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr()) || !fast_door::is_plain(weight.ptr()))
+    return not_implemented();
+  const Tensor &x = THPVariable_Unpack(input.ptr()), &w = THPVariable_Unpack(weight.ptr());
+  if (at::autocast::is_autocast_enabled(x.device().type()))
+    return not_implemented();  // on its lower-precision list: cast in Python
+  if (!prelu_accepts(x, w)) return not_implemented();
+  return wrap(without_gil([] { return "prelu"; }, [&] { return fastops::prelu(x, w); }, x, w));
+}
+
+py::object glu_fast(py::handle input, py::handle dimension) {
+  int64_t dim = 0;
+  if (!read_int(dimension.ptr(), dim)) return not_implemented();
+  if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr())) return not_implemented();
+  const Tensor& x = THPVariable_Unpack(input.ptr());
+  if (!glu_accepts(x, dim)) return not_implemented();
+  return wrap(without_gil([] { return "glu"; }, [&] { return fastops::glu(x, dim); }, x));
+}
+
+}  // namespace
+
+void implement_activation(torch::Library& m) {
+  m.impl("activation_forward", activation_forward_op);
+  m.impl("activation_backward", activation_backward_op);
+  m.impl("prelu_forward", prelu_forward_op);
+  m.impl("prelu_backward", prelu_backward_op);
+  m.impl("glu_forward", glu_forward);
+  m.impl("glu_backward", glu_backward);
+}
+
+TORCH_LIBRARY_IMPL(fastops, CompositeImplicitAutograd, m) {
+  m.impl("activation_second_derivative", activation_second_derivative_op);
+}
+
+void bind_activation(py::module_& m) {
+  m.def("activation", &activation_fast);
+  m.def("prelu", &prelu_fast);
+  m.def("glu", &glu_fast);
+
+  py::list kinds;
+  for (int i = 0; i < static_cast<int>(ActivationKind::count); ++i)
+    kinds.append(activation_name(static_cast<ActivationKind>(i)));
+  m.attr("ACTIVATION_KINDS") = kinds;
+  m.def("saved_by_default",
+        [](int kind, double a, double b) { return saved_name(saved_by_default(make_activation(kind, a, b))); });
+  m.def("saved_by_linear",
+        [](int kind, double a, double b) { return saved_name(saved_by_linear(make_activation(kind, a, b))); });
+  m.def("can_save_output", [](int kind, double a, double b) { return can_save_output(make_activation(kind, a, b)); });
 }
 
 }  // namespace fastops

@@ -5,10 +5,9 @@
 #include <atomic>
 
 #include "call.h"
+#include "conv_binding.h"
 #include "conv_plan.h"
-#include "fast_door.h"
 #include "node.h"
-#include "ops.h"
 
 namespace fastops {
 namespace {
@@ -433,6 +432,142 @@ Tensor conv(const Tensor& input, const Tensor& weight, const optional<Tensor>& b
   const bool identity = activation.kind == ActivationKind::identity;
   save(node, {grad_w ? input : Tensor(), grad_x ? weight : Tensor(), identity ? Tensor() : z.defined() ? z : y});
   return y;
+}
+
+namespace {
+
+// ---- the general door
+
+// padding: what lies before each dimension, then what lies after each.
+ConvPlan make_plan(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, at::IntArrayRef stride,
+                   at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed, int64_t groups) {
+  const size_t dims = stride.size();
+  TORCH_CHECK(dims >= 1 && dims <= 3 && padding.size() == 2 * dims && dilation.size() == dims,
+              "conv: stride, padding and dilation must have 1 to 3, twice as many and as many elements, got ", stride,
+              ", ", padding, " and ", dilation);
+  ConvParams params{static_cast<int>(dims), transposed, groups, {1, 1, 1}, {}, {}, {1, 1, 1}};
+  const size_t first = 3 - dims;
+  std::copy(stride.begin(), stride.end(), params.stride + first);
+  std::copy_n(padding.begin(), dims, params.before + first);
+  std::copy_n(padding.begin() + dims, dims, params.after + first);
+  std::copy(dilation.begin(), dilation.end(), params.dilation + first);
+  ConvPlan plan;
+  const std::string problem = plan_conv(input, weight, bias.value_or(Tensor()), params, plan);
+  TORCH_CHECK(problem.empty(), "conv: ", problem);
+  return plan;
+}
+
+std::tuple<Tensor, Tensor> conv_forward_op(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                                           at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                           bool transposed, int64_t groups, c10::string_view activation, double a,
+                                           double b, bool need_saved) {
+  const ConvPlan plan = make_plan(input, weight, bias, stride, padding, dilation, transposed, groups);
+  auto [y, z] = conv_forward(input, weight, bias, plan, make_activation(activation, a, b), need_saved);
+  return {y, or_empty(z, y.scalar_type(), y.device())};
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_backward_op(const Tensor& grad_output, const optional<Tensor>& saved,
+                                                    const Tensor& input, const Tensor& weight, at::IntArrayRef stride,
+                                                    at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                                                    int64_t groups, c10::string_view activation, double a, double b,
+                                                    std::array<bool, 3> output_mask) {
+  const ConvPlan plan = make_plan(input, weight, {}, stride, padding, dilation, transposed, groups);
+  auto [x, w, bias] = conv_backward(grad_output, saved.value_or(Tensor()), input, weight, plan,
+                                    make_activation(activation, a, b), output_mask);
+  const auto type = grad_output.scalar_type();
+  const auto device = grad_output.device();
+  return {or_empty(x, type, device), or_empty(w, type, device), or_empty(bias, type, device)};
+}
+
+// ---- the fast door
+
+// padding="valid", or "same": the output has the input's size, and an odd element goes behind.
+bool read_padding_mode(PyObject* object, const Tensor& weight, ConvParams& params) {
+  if (!PyUnicode_CheckExact(object)) return false;
+  if (PyUnicode_CompareWithASCIIString(object, "valid") == 0) return true;
+  if (PyUnicode_CompareWithASCIIString(object, "same") != 0 || weight.dim() != params.dims + 2) return false;
+  for (int i = 0; i < params.dims; ++i) {
+    const int at = 3 - params.dims + i;
+    if (params.stride[at] != 1) return false;
+    const int64_t total = params.dilation[at] * (weight.size(2 + i) - 1);
+    params.before[at] = total / 2;
+    params.after[at] = total - total / 2;
+  }
+  return true;
+}
+
+}  // namespace
+
+bool read_params(const ConvArguments& arguments, const Tensor& weight, ConvParams& params) {
+  const int dims = params.dims;
+  if (!read_sizes(arguments.stride.ptr(), dims, params.stride) ||
+      !read_sizes(arguments.dilation.ptr(), dims, params.dilation) || !read_int(arguments.groups.ptr(), params.groups))
+    return false;
+  if (!read_sizes(arguments.padding.ptr(), dims, params.before))
+    return !params.transposed && read_padding_mode(arguments.padding.ptr(), weight, params);
+  std::copy_n(params.before, 3, params.after);
+  if (!params.transposed) return true;
+  int64_t output_padding[3]{};
+  if (!read_sizes(arguments.output_padding.ptr(), dims, output_padding)) return false;
+  for (int i = 0; i < 3; ++i) params.after[i] -= output_padding[i];
+  return true;
+}
+
+namespace {
+
+py::object conv_fast(const ConvArguments& arguments, py::handle input, py::handle weight, py::handle bias, int kind,
+                     double a, double b) {
+  const Activation activation = make_activation(kind, a, b);
+  return conv_call(
+      arguments, input, weight, bias,
+      [&](const Tensor& x, const Tensor& w, const optional<Tensor>& bias_tensor, const ConvPlan& plan,
+          auto&& finished) {
+        return wrap(without_gil([&] { return op_name(plan); },
+                                [&] { return finished(fastops::conv(x, w, bias_tensor, plan, activation)); }, x, w,
+                                bias_tensor));
+      });
+}
+
+template <int dims>
+py::object conv_fast(py::handle input, py::handle weight, py::handle bias, py::handle stride, py::handle padding,
+                     py::handle dilation, py::handle groups, int kind, double a, double b) {
+  return conv_fast({dims, false, stride, padding, dilation, {}, groups}, input, weight, bias, kind, a, b);
+}
+
+template <int dims>
+py::object conv_transpose_fast(py::handle input, py::handle weight, py::handle bias, py::handle stride,
+                               py::handle padding, py::handle output_padding, py::handle groups, py::handle dilation,
+                               int kind, double a, double b) {
+  return conv_fast({dims, true, stride, padding, dilation, output_padding, groups}, input, weight, bias, kind, a, b);
+}
+
+// What of these arguments does not fit, for the message of an error; "" where everything does.
+std::string conv_problem(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, py::handle stride,
+                         py::handle padding, py::handle dilation, py::handle groups, py::handle output_padding,
+                         int dims, bool transposed) {
+  ConvParams params{dims, transposed, 1, {1, 1, 1}, {}, {}, {1, 1, 1}};
+  if (!read_params({dims, transposed, stride, padding, dilation, output_padding, groups}, weight, params)) return {};
+  ConvPlan plan;
+  return plan_conv(input.dim() == dims + 1 ? input.unsqueeze(0) : input, weight, bias.value_or(Tensor()), params, plan);
+}
+
+}  // namespace
+
+void implement_conv(torch::Library& m) {
+  m.impl("conv_forward", conv_forward_op);
+  m.impl("conv_backward", conv_backward_op);
+}
+
+void bind_conv(py::module_& m) {
+  m.def("conv1d", &conv_fast<1>);
+  m.def("conv2d", &conv_fast<2>);
+  m.def("conv3d", &conv_fast<3>);
+  m.def("conv_transpose1d", &conv_transpose_fast<1>);
+  m.def("conv_transpose2d", &conv_transpose_fast<2>);
+  m.def("conv_transpose3d", &conv_transpose_fast<3>);
+  m.def("conv_problem", &conv_problem);
+  m.def("set_conv_precision", [](int precision) { set_conv_precision(static_cast<Precision>(precision)); });
+  m.def("conv_precision", [] { return static_cast<int>(conv_precision()); });
 }
 
 }  // namespace fastops

@@ -3,8 +3,8 @@
 #include <ATen/ATen.h>
 
 #include "call.h"
+#include "conv_binding.h"
 #include "conv_plan.h"
-#include "fast_door.h"
 #include "node.h"
 
 namespace fastops {
@@ -149,6 +149,39 @@ Tensor conv_max_pool(const Tensor& input, const Tensor& weight, const optional<T
   torch::autograd::set_history(out.y, node);
   save(node, {grad_w ? input : Tensor(), grad_x ? weight : Tensor(), out.indices});
   return out.y;
+}
+
+namespace {
+
+// ---- the fast door
+
+template <int dims>
+py::object conv_max_pool_fast(py::handle input, py::handle weight, py::handle bias, py::handle stride,
+                              py::handle padding, py::handle dilation, py::handle groups, py::handle pool_size,
+                              int kind, double a, double b) {
+  const Activation activation = make_activation(kind, a, b);
+  return conv_call({dims, false, stride, padding, dilation, {}, groups}, input, weight, bias,
+                   [&](const Tensor& x, const Tensor& w, const optional<Tensor>& bias_tensor, const ConvPlan& plan,
+                       auto&& finished) {
+                     int64_t pool[3]{1, 1, 1};
+                     if (!read_sizes(pool_size.ptr(), dims, pool)) return not_implemented();
+                     for (int i = 0; i < 3; ++i)
+                       if (pool[i] < 1 || pool[i] > plan.geometry.out[i]) return not_implemented();
+                     return wrap(without_gil([&] { return conv_pool_name(plan); },
+                                             [&] {
+                                               return finished(fastops::conv_max_pool(
+                                                   x, w, bias_tensor, plan, activation, {pool[0], pool[1], pool[2]}));
+                                             },
+                                             x, w, bias_tensor));
+                   });
+}
+
+}  // namespace
+
+void bind_conv_pool(py::module_& m) {
+  m.def("conv_max_pool1d", &conv_max_pool_fast<1>);
+  m.def("conv_max_pool2d", &conv_max_pool_fast<2>);
+  m.def("conv_max_pool3d", &conv_max_pool_fast<3>);
 }
 
 }  // namespace fastops

@@ -1,10 +1,9 @@
 #include <ATen/ATen.h>
 
 #include "../kernels/linear/linear.h"
+#include "binding.h"
 #include "call.h"
-#include "fast_door.h"
 #include "node.h"
-#include "ops.h"
 
 namespace fastops {
 namespace {
@@ -229,5 +228,46 @@ bool linear_accepts(const Tensor& input, const Tensor& weight, const optional<Te
   if (input.dim() < 1 || weight.dim() != 2 || weight.size(1) != input.size(-1)) return false;
   return !bias || (bias->dim() == 1 && bias->size(0) == weight.size(0));
 }
+
+namespace {
+
+// ---- the general door
+
+std::tuple<Tensor, Tensor> linear_forward_op(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                                             c10::string_view activation, double a, double b, bool need_saved) {
+  auto [y, z] = linear_forward(input, weight, bias, make_activation(activation, a, b), need_saved);
+  return {y, or_empty(z, y.scalar_type(), y.device())};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward_op(const Tensor& grad_output, const optional<Tensor>& saved,
+                                                      const Tensor& input, const Tensor& weight,
+                                                      c10::string_view activation, double a, double b,
+                                                      std::array<bool, 3> output_mask) {
+  auto [x, w, bias] = linear_backward(grad_output, saved.value_or(Tensor()), input, weight,
+                                      make_activation(activation, a, b), output_mask, input.sizes(), weight.size(1));
+  const auto type = grad_output.scalar_type();
+  const auto device = grad_output.device();
+  return {or_empty(x, type, device), or_empty(w, type, device), or_empty(bias, type, device)};
+}
+
+// ---- the fast door
+
+py::object linear_fast(py::handle input, py::handle weight, py::handle bias, int kind, double a, double b) {
+  const Activation activation = make_activation(kind, a, b);
+  return layer_fast(input, weight, bias, [&](const Tensor& x, const Tensor& w, const optional<Tensor>& bias_tensor) {
+    if (!linear_accepts(x, w, bias_tensor)) return not_implemented();
+    return wrap(without_gil([] { return "linear"; }, [&] { return fastops::linear(x, w, bias_tensor, activation); }, x,
+                            w, bias_tensor));
+  });
+}
+
+}  // namespace
+
+void implement_linear(torch::Library& m) {
+  m.impl("linear_forward", linear_forward_op);
+  m.impl("linear_backward", linear_backward_op);
+}
+
+void bind_linear(py::module_& m) { m.def("linear", &linear_fast); }
 
 }  // namespace fastops

@@ -1,5 +1,3 @@
-#include "memory.h"
-
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <c10/core/Allocator.h>
@@ -15,6 +13,8 @@
 #include <list>
 #include <mutex>
 #include <unordered_map>
+
+#include "binding.h"
 
 namespace fastops {
 namespace {
@@ -207,4 +207,28 @@ void set_limit(int64_t bytes) {
 void empty_cache() { Pool::instance().empty_cache(); }
 
 }  // namespace memory
+
+namespace {
+
+py::dict memory_stats() {
+  const memory::Stats stats = memory::stats();
+  py::dict result;
+  result["allocated_bytes"] = stats.allocated_bytes;
+  result["cached_bytes"] = stats.cached_bytes;
+  result["peak_allocated_bytes"] = stats.peak_allocated_bytes;
+  result["limit_bytes"] = stats.limit_bytes;
+  result["threshold_bytes"] = stats.threshold_bytes;
+  result["hits"] = stats.hits;
+  result["misses"] = stats.misses;
+  return result;
+}
+
+}  // namespace
+
+void bind_memory(py::module_& m) {
+  m.def("memory_stats", &memory_stats);
+  m.def("memory_set_limit", &memory::set_limit);
+  m.def("memory_empty_cache", &memory::empty_cache);
+}
+
 }  // namespace fastops

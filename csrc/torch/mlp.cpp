@@ -4,10 +4,9 @@
 
 #include <algorithm>
 
+#include "binding.h"
 #include "call.h"
-#include "fast_door.h"
 #include "node.h"
-#include "ops.h"
 
 namespace fastops {
 namespace {
@@ -222,5 +221,54 @@ bool mlp_accepts(const Tensor& input, at::TensorList weights, at::TensorList bia
   return planned(MlpForward{shape_of(input, weights, gpu::precision(input)), features, {}, {}}, input.device(), {})
              .runner != nullptr;
 }
+
+namespace {
+
+// ---- the fast door
+
+// The tensors of a tuple or list into `tensors`, None as an undefined one; false where one is not plain.
+bool read_tensors(PyObject* object, std::vector<Tensor>& tensors) {
+  if (!PyTuple_CheckExact(object) && !PyList_CheckExact(object)) return false;
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); ++i) {
+    PyObject* const item = PySequence_Fast_GET_ITEM(object, i);
+    if (item != Py_None && !fast_door::is_plain(item)) return false;
+    tensors.push_back(item == Py_None ? Tensor() : THPVariable_Unpack(item));
+  }
+  return true;
+}
+
+// Fused on a GPU alone: elsewhere Python calls linear for every layer.
+py::object mlp_fast(py::handle input, py::handle weights, py::handle biases, int kind, double a, double b,
+                    int output_kind, double output_a, double output_b) {
+  if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr())) return not_implemented();
+  Tensor x = THPVariable_Unpack(input.ptr());
+  std::vector<Tensor> w, bs;
+  if (x.is_cpu() || !read_tensors(weights.ptr(), w) || !read_tensors(biases.ptr(), bs)) return not_implemented();
+  const c10::DeviceType device = x.device().type();
+  if (at::autocast::is_autocast_enabled(device)) {
+    const auto type = at::autocast::get_autocast_dtype(device);
+    x = at::autocast::cached_cast(type, x, device);
+    for (std::vector<Tensor>* const list : {&w, &bs})
+      for (Tensor& tensor : *list)
+        if (tensor.defined()) tensor = at::autocast::cached_cast(type, tensor, device);
+  }
+  const auto fits = [&](const Tensor& tensor) {
+    return tensor.scalar_type() == x.scalar_type() && is_on(tensor, x.device());
+  };
+  if (!is_supported(x.scalar_type()) ||
+      !std::all_of(w.begin(), w.end(), [&](const Tensor& tensor) { return tensor.defined() && fits(tensor); }))
+    return not_implemented();
+  if (!std::all_of(bs.begin(), bs.end(), [&](const Tensor& tensor) { return !tensor.defined() || fits(tensor); }) ||
+      !mlp_accepts(x, w, bs))
+    return not_implemented();
+  const Activation hidden = make_activation(kind, a, b);
+  const Activation output = make_activation(output_kind, output_a, output_b);
+  return wrap(without_gil([] { return "mlp"; }, [&] { return mlp(x, w, bs, hidden, output); }, x, at::TensorList(w),
+                          at::TensorList(bs)));
+}
+
+}  // namespace
+
+void bind_mlp(py::module_& m) { m.def("mlp", &mlp_fast); }
 
 }  // namespace fastops

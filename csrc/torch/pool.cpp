@@ -2,10 +2,9 @@
 
 #include <ATen/ATen.h>
 
+#include "binding.h"
 #include "call.h"
-#include "fast_door.h"
 #include "node.h"
-#include "ops.h"
 
 namespace fastops {
 namespace {
@@ -422,5 +421,243 @@ variable_list AvgPoolBackwardOp::gradients(const Args& args, const variable_list
   return {avg_pool(grads[0], args.plan, args.divisor)};
 }
 
+// ---- the general door
+
+// output: the output's spatial sizes; kernel, stride, padding and dilation are empty for an adaptive pool. sizes: the
+// input's.
+PoolPlan make_pool_plan(at::IntArrayRef sizes, at::IntArrayRef output, at::IntArrayRef kernel, at::IntArrayRef stride,
+                        at::IntArrayRef padding, at::IntArrayRef dilation, Layout layout) {
+  const size_t dims = output.size();
+  const bool adaptive = kernel.empty();
+  TORCH_CHECK(dims >= 1 && dims <= 3 &&
+                  (adaptive || (kernel.size() == dims && stride.size() == dims && padding.size() == dims &&
+                                dilation.size() == dims)),
+              "pool: output_size, kernel_size, stride, padding and dilation must have as many elements, 1 to 3, got ",
+              output, ", ", kernel, ", ", stride, ", ", padding, " and ", dilation);
+  PoolParams params{static_cast<int>(dims), adaptive, false, {1, 1, 1}, {1, 1, 1}, {}, {1, 1, 1}, {1, 1, 1}};
+  const size_t first = 3 - dims;
+  if (!adaptive) {
+    std::copy(kernel.begin(), kernel.end(), params.kernel + first);
+    std::copy(stride.begin(), stride.end(), params.stride + first);
+    std::copy(padding.begin(), padding.end(), params.padding + first);
+    std::copy(dilation.begin(), dilation.end(), params.dilation + first);
+  }
+  std::copy(output.begin(), output.end(), params.output + first);
+  PoolPlan plan;
+  std::string problem = plan_pool(sizes, params, plan);
+  const auto fits = [&] { return std::equal(output.begin(), output.end(), plan.geometry.out + first); };
+  if (!problem.empty() || !fits()) {
+    params.ceil_mode = true;
+    problem = plan_pool(sizes, params, plan);
+  }
+  TORCH_CHECK(problem.empty(), "pool: ", problem);
+  TORCH_CHECK(fits(), "pool: output_size ", output, " does not follow from input sizes ", sizes);
+  plan.layout = plan.batched ? layout : Layout::channels_first;
+  return plan;
+}
+
+at::IntArrayRef spatial_sizes(const Tensor& tensor, int64_t dims) {
+  TORCH_CHECK(tensor.dim() == dims + 1 || tensor.dim() == dims + 2, "pool: expected ", dims + 1, " or ", dims + 2,
+              " dimensions, got shape ", tensor.sizes());
+  return tensor.sizes().slice(static_cast<size_t>(tensor.dim() - dims));
+}
+
+std::tuple<Tensor, Tensor> max_pool_forward_op(const Tensor& input, at::IntArrayRef output_size, at::IntArrayRef kernel,
+                                               at::IntArrayRef stride, at::IntArrayRef padding,
+                                               at::IntArrayRef dilation, c10::string_view indices) {
+  const PoolPlan plan = make_pool_plan(input.sizes(), output_size, kernel, stride, padding, dilation,
+                                       pool_layout(input, static_cast<int>(output_size.size())));
+  TORCH_CHECK(indices == "none" || indices == "compact" || indices == "plane",
+              "max_pool: indices must be 'none', 'compact' or 'plane', got '", indices, "'");
+  auto [y, positions] = max_pool_forward(input, plan,
+                                         indices == "none"    ? PoolIndices::none
+                                         : indices == "plane" ? PoolIndices::plane
+                                                              : compact_indices(plan.geometry));
+  return {y, or_empty(positions, at::kLong, y.device())};
+}
+
+Tensor max_pool_backward_op(const Tensor& grad_output, const Tensor& indices, at::IntArrayRef input_size,
+                            at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                            at::IntArrayRef dilation, int64_t dims, bool channels_last) {
+  return max_pool_backward(grad_output, indices,
+                           make_pool_plan(input_size, spatial_sizes(grad_output, dims), kernel, stride, padding,
+                                          dilation, channels_last ? Layout::channels_last : Layout::channels_first));
+}
+
+Tensor max_pool_positions_op(const Tensor& indices, at::IntArrayRef input_size, at::IntArrayRef kernel,
+                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t dims) {
+  TORCH_CHECK(indices.scalar_type() == at::kByte, "max_pool_positions: indices must be uint8, got ",
+              indices.scalar_type());
+  return max_pool_positions(indices, make_pool_plan(input_size, spatial_sizes(indices, dims), kernel, stride, padding,
+                                                    dilation, Layout::channels_first));
+}
+
+Tensor avg_pool_forward_op(const Tensor& input, at::IntArrayRef output_size, at::IntArrayRef kernel,
+                           at::IntArrayRef stride, at::IntArrayRef padding, bool count_include_pad,
+                           int64_t divisor_override) {
+  const std::vector<int64_t> dilation(kernel.size(), 1);
+  const PoolPlan plan = make_pool_plan(input.sizes(), output_size, kernel, stride, padding, dilation,
+                                       pool_layout(input, static_cast<int>(output_size.size())));
+  return avg_pool_forward(input, plan, {count_include_pad, divisor_override});
+}
+
+Tensor avg_pool_backward_op(const Tensor& grad_output, at::IntArrayRef input_size, at::IntArrayRef kernel,
+                            at::IntArrayRef stride, at::IntArrayRef padding, bool count_include_pad,
+                            int64_t divisor_override, int64_t dims, bool channels_last) {
+  const std::vector<int64_t> dilation(kernel.size(), 1);
+  return avg_pool_backward(grad_output,
+                           make_pool_plan(input_size, spatial_sizes(grad_output, dims), kernel, stride, padding,
+                                          dilation, channels_last ? Layout::channels_last : Layout::channels_first),
+                           {count_include_pad, divisor_override});
+}
+
+// ---- the fast door
+
+bool read_windows(py::handle kernel, py::handle stride, py::handle padding, py::handle dilation, py::handle ceil_mode,
+                  PoolParams& params) {
+  const int dims = params.dims;
+  if (!read_sizes(kernel.ptr(), dims, params.kernel) || !read_sizes(padding.ptr(), dims, params.padding) ||
+      !read_sizes(dilation.ptr(), dims, params.dilation) || !read_bool(ceil_mode.ptr(), params.ceil_mode))
+    return false;
+  const bool own = stride.is_none() || (PySequence_Check(stride.ptr()) && PySequence_Size(stride.ptr()) == 0);
+  return read_sizes(own ? kernel.ptr() : stride.ptr(), dims, params.stride);
+}
+
+// A number, or a tuple or list of numbers and None, which stands for the input's size.
+bool read_output_size(PyObject* object, PoolParams& params) {
+  if (!PyTuple_CheckExact(object) && !PyList_CheckExact(object)) {
+    int64_t size = 0;
+    if (!read_int(object, size) || size < 0) return false;
+    std::fill(params.output + 3 - params.dims, params.output + 3, size);
+    return true;
+  }
+  if (PySequence_Fast_GET_SIZE(object) != params.dims) return false;
+  for (int i = 0; i < params.dims; ++i) {
+    int64_t& size = params.output[3 - params.dims + i];
+    PyObject* const item = PySequence_Fast_GET_ITEM(object, i);
+    if (item == Py_None && params.dims > 1)
+      size = PoolParams::kSameSize;
+    else if (!read_int(item, size) || size < 0)
+      return false;
+  }
+  return true;
+}
+
+PoolParams pool_params(int dims, bool adaptive) {
+  return {dims, adaptive, false, {1, 1, 1}, {1, 1, 1}, {}, {1, 1, 1}, {1, 1, 1}};
+}
+
+// call(input, plan) if the call is plain and its geometry good. Autocast computes in float32 what is three-dimensional.
+template <class Call>
+py::object pool_fast(py::handle input, const PoolParams& params, Call&& call) {
+  if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr())) return not_implemented();
+  const Tensor& x = THPVariable_Unpack(input.ptr());
+  if (!is_supported(x.scalar_type())) return not_implemented();
+  PoolPlan plan;
+  if (!plan_pool(x.sizes(), params, plan).empty()) return not_implemented();
+  plan.layout = pool_layout(x, params.dims);
+  const c10::DeviceType device = x.device().type();
+  if (params.dims == 3 && x.is_cpu() && at::autocast::is_autocast_enabled(device))
+    return call(at::autocast::cached_cast(at::kFloat, x, device), plan);
+  return call(x, plan);
+}
+
+py::object max_pool_fast(py::handle input, const PoolParams& params, py::handle return_indices) {
+  bool with_indices;
+  if (!read_bool(return_indices.ptr(), with_indices)) return not_implemented();
+  return pool_fast(input, params, [&](const Tensor& x, const PoolPlan& plan) -> py::object {
+    auto [y, indices] = without_gil([&] { return op_name(plan, "max"); },
+                                    [&] {
+                                      MaxPoolOutput out = max_pool(x, plan, with_indices);
+                                      return std::array<Tensor, 2>{std::move(out.y), std::move(out.indices)};
+                                    },
+                                    x);
+    if (!with_indices) return wrap(std::move(y));
+    return py::make_tuple(wrap(std::move(y)), wrap(std::move(indices)));
+  });
+}
+
+template <int dims>
+py::object max_pool_fast(py::handle input, py::handle kernel, py::handle stride, py::handle padding,
+                         py::handle dilation, py::handle ceil_mode, py::handle return_indices) {
+  PoolParams params = pool_params(dims, false);
+  if (!read_windows(kernel, stride, padding, dilation, ceil_mode, params)) return not_implemented();
+  return max_pool_fast(input, params, return_indices);
+}
+
+template <int dims>
+py::object adaptive_max_pool_fast(py::handle input, py::handle output_size, py::handle return_indices) {
+  PoolParams params = pool_params(dims, true);
+  return read_output_size(output_size.ptr(), params) ? max_pool_fast(input, params, return_indices) : not_implemented();
+}
+
+template <int dims>
+py::object avg_pool_fast(py::handle input, py::handle kernel, py::handle stride, py::handle padding,
+                         py::handle ceil_mode, py::handle include_pad, py::handle divisor_override) {
+  PoolParams params = pool_params(dims, false);
+  AvgDivisor divisor{};
+  if (!read_windows(kernel, stride, padding, py::int_(1), ceil_mode, params) ||
+      !read_bool(include_pad.ptr(), divisor.include_pad))
+    return not_implemented();
+  if (!divisor_override.is_none() && (!read_int(divisor_override.ptr(), divisor.override) || divisor.override == 0))
+    return not_implemented();
+  return pool_fast(input, params, [&](const Tensor& x, const PoolPlan& plan) {
+    // PyTorch refuses windows larger than the input in three dimensions, padding or not.
+    for (int i = 0; i < 3 && dims == 3; ++i)
+      if (plan.geometry.kernel[i] > plan.geometry.in[i]) return not_implemented();
+    return wrap(without_gil([&] { return op_name(plan, "avg"); }, [&] { return avg_pool(x, plan, divisor); }, x));
+  });
+}
+
+py::object avg_pool1d_fast(py::handle input, py::handle kernel, py::handle stride, py::handle padding,
+                           py::handle ceil_mode, py::handle include_pad) {
+  return avg_pool_fast<1>(input, kernel, stride, padding, ceil_mode, include_pad, py::none());
+}
+
+template <int dims>
+py::object adaptive_avg_pool_fast(py::handle input, py::handle output_size) {
+  PoolParams params = pool_params(dims, true);
+  if (!read_output_size(output_size.ptr(), params)) return not_implemented();
+  return pool_fast(input, params, [&](const Tensor& x, const PoolPlan& plan) {
+    return wrap(without_gil([&] { return op_name(plan, "avg"); }, [&] { return avg_pool(x, plan, {false, 0}); }, x));
+  });
+}
+
+// What of these arguments does not fit, for the message of an error; "" where everything does. kernel None: adaptive.
+std::string pool_problem(const Tensor& input, int dims, py::handle kernel, py::handle stride, py::handle padding,
+                         py::handle dilation, py::handle output_size) {
+  PoolParams params = pool_params(dims, kernel.is_none());
+  const bool read = params.adaptive ? read_output_size(output_size.ptr(), params)
+                                    : read_windows(kernel, stride, padding, dilation, py::bool_(false), params);
+  PoolPlan plan;
+  return read ? plan_pool(input.sizes(), params, plan) : std::string();
+}
+
 }  // namespace
+
+void implement_pool(torch::Library& m) {
+  m.impl("max_pool_forward", max_pool_forward_op);
+  m.impl("max_pool_backward", max_pool_backward_op);
+  m.impl("avg_pool_forward", avg_pool_forward_op);
+  m.impl("avg_pool_backward", avg_pool_backward_op);
+}
+
+TORCH_LIBRARY_IMPL(fastops, CompositeImplicitAutograd, m) { m.impl("max_pool_positions", max_pool_positions_op); }
+
+void bind_pool(py::module_& m) {
+  m.def("max_pool1d", &max_pool_fast<1>);
+  m.def("max_pool2d", &max_pool_fast<2>);
+  m.def("max_pool3d", &max_pool_fast<3>);
+  m.def("adaptive_max_pool1d", &adaptive_max_pool_fast<1>);
+  m.def("adaptive_max_pool2d", &adaptive_max_pool_fast<2>);
+  m.def("adaptive_max_pool3d", &adaptive_max_pool_fast<3>);
+  m.def("avg_pool1d", &avg_pool1d_fast);
+  m.def("avg_pool2d", &avg_pool_fast<2>);
+  m.def("avg_pool3d", &avg_pool_fast<3>);
+  m.def("adaptive_avg_pool1d", &adaptive_avg_pool_fast<1>);
+  m.def("adaptive_avg_pool2d", &adaptive_avg_pool_fast<2>);
+  m.def("adaptive_avg_pool3d", &adaptive_avg_pool_fast<3>);
+  m.def("pool_problem", &pool_problem);
+}
+
 }  // namespace fastops

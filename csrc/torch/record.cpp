@@ -1,5 +1,3 @@
-#include "record.h"
-
 #include <ATen/SequenceNumber.h>
 #include <ATen/core/grad_mode.h>
 
@@ -8,6 +6,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
+
+#include "binding.h"
 
 namespace fastops::record {
 namespace {
@@ -110,3 +110,27 @@ std::string node_name(std::string_view op) {
 }
 
 }  // namespace fastops::record
+
+namespace fastops {
+namespace {
+
+py::list record_stop() {
+  py::list rows;
+  for (const record::Row& row : record::stop())
+    rows.append(py::make_tuple(row.op, row.kernel, row.shapes, row.dtype, row.microseconds));
+  return rows;
+}
+
+}  // namespace
+
+void bind_record(py::module_& m) {
+  m.def("record_enabled", &record::enabled);
+  m.def("record_start", &record::start);
+  m.def("record_stop", &record_stop);
+  m.def("record_add",
+        [](std::string op, std::string kernel, std::string shapes, std::string dtype, double microseconds) {
+          record::add({std::move(op), std::move(kernel), std::move(shapes), std::move(dtype), microseconds});
+        });
+}
+
+}  // namespace fastops

@@ -1,0 +1,115 @@
+// Helpers of the two doors through which Python reaches the ops, and what each file binds.
+#pragma once
+
+#include <ATen/autocast_mode.h>
+#include <torch/library.h>
+#include <torch/python.h>
+
+#include "check.h"
+#include "fast_door.h"
+#include "memory.h"
+#include "ops.h"
+#include "record.h"
+
+namespace fastops {
+
+namespace py = pybind11;
+
+// ---- what each file gives torch.ops.fastops, for a device that has kernels
+void implement_linear(torch::Library& m);
+void implement_conv(torch::Library& m);
+void implement_activation(torch::Library& m);
+void implement_pool(torch::Library& m);
+void implement(torch::Library& m);  // all of these
+
+// ---- and the module fastops._C
+void bind_linear(py::module_& m);
+void bind_mlp(py::module_& m);
+void bind_conv(py::module_& m);
+void bind_conv_pool(py::module_& m);
+void bind_activation(py::module_& m);
+void bind_pool(py::module_& m);
+void bind_record(py::module_& m);
+void bind_memory(py::module_& m);
+void bind_info(py::module_& m);
+
+// ---- the general door: torch.ops.fastops.*, without autograd
+
+inline Activation make_activation(c10::string_view name, double a, double b) {
+  return {activation_kind({name.data(), name.size()}), a, b};
+}
+
+// Outputs that do not exist are tensors of 0 elements.
+inline Tensor or_empty(Tensor tensor, at::ScalarType type, at::Device device = at::kCPU) {
+  return tensor.defined() ? tensor : empty_output({0}, type, device);
+}
+
+// ---- the fast door: _C.<op> returns NotImplemented for every call that is not plain; Python then takes the general
+// door or explains what is wrong. Kernels run without the interpreter's lock, as PyTorch's own do.
+
+inline py::object not_implemented() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
+
+inline py::object wrap(Tensor tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor))); }
+
+// What the call returns; op() and the inputs are what an observer sees of it.
+template <class Op, class Call, class... Inputs>
+auto without_gil(Op&& op, Call&& call, const Inputs&... inputs) {
+  const py::gil_scoped_release release;
+  return record::observed(op, call, inputs...);
+}
+
+inline Activation make_activation(int kind, double a, double b) { return {static_cast<ActivationKind>(kind), a, b}; }
+
+// call(input, weight, bias) for the operands of a layer, as autocast's lower-precision list casts them, if they are
+// plain and of one dtype that has kernels.
+template <class Call>
+py::object layer_fast(py::handle input, py::handle weight, py::handle bias, Call&& call) {
+  const bool has_bias = !bias.is_none();
+  if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr()) || !fast_door::is_plain(weight.ptr()) ||
+      (has_bias && !fast_door::is_plain(bias.ptr())))
+    return not_implemented();
+  const auto checked = [&](const Tensor& x, const Tensor& w, const optional<Tensor>& b) {
+    const auto type = x.scalar_type();
+    if (!is_supported(type) || w.scalar_type() != type || (b && b->scalar_type() != type)) return not_implemented();
+    if (!is_on(w, x.device()) || (b && !is_on(*b, x.device()))) return not_implemented();
+    return call(x, w, b);
+  };
+  const Tensor &x = THPVariable_Unpack(input.ptr()), &w = THPVariable_Unpack(weight.ptr());
+  const optional<Tensor> b = has_bias ? optional<Tensor>(THPVariable_Unpack(bias.ptr())) : std::nullopt;
+  const c10::DeviceType device = x.device().type();
+  if (!at::autocast::is_autocast_enabled(device)) return checked(x, w, b);
+  const auto type = at::autocast::get_autocast_dtype(device);
+  return checked(at::autocast::cached_cast(type, x, device), at::autocast::cached_cast(type, w, device),
+                 at::autocast::cached_cast(type, b, device));
+}
+
+// An int, as a Python object that is exactly one.
+inline bool read_int(PyObject* object, int64_t& value) {
+  if (!PyLong_CheckExact(object)) return false;
+  int overflow = 0;
+  value = PyLong_AsLongLongAndOverflow(object, &overflow);
+  return overflow == 0;
+}
+
+// An int for all dimensions, or a tuple or list of one or `dims` of them, into the last `dims` of three.
+inline bool read_sizes(PyObject* object, int dims, int64_t (&values)[3]) {
+  int64_t* const first = values + 3 - dims;
+  const bool several = PyTuple_CheckExact(object) || PyList_CheckExact(object);
+  if (several && PySequence_Fast_GET_SIZE(object) == dims) {
+    for (int i = 0; i < dims; ++i)
+      if (!read_int(PySequence_Fast_GET_ITEM(object, i), first[i])) return false;
+    return true;
+  }
+  if (several && PySequence_Fast_GET_SIZE(object) == 1) object = PySequence_Fast_GET_ITEM(object, 0);
+  if (!read_int(object, *first)) return false;
+  std::fill(first, values + 3, *first);
+  return true;
+}
+
+// A bool, as a Python object that is exactly one.
+inline bool read_bool(PyObject* object, bool& value) {
+  value = object == Py_True;
+  return value || object == Py_False;
+}
+
+}  // namespace fastops
