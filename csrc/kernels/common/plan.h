@@ -53,7 +53,7 @@ struct Target {
 template <class Call>
 struct Plan {
   using Pointers = typename Call::Pointers;
-  static constexpr size_t kDecisionBytes = 768;
+  static constexpr size_t kDecisionBytes = 448;
 
   Call call{};
   Target target;

@@ -51,7 +51,7 @@ struct LinearForward {
 struct LinearBackward {
   DType dtype;
   int64_t m, n, k;
-  Strides grad_y_strides, saved_strides, x_strides, w_strides;
+  Strides grad_y_strides = {}, saved_strides = {}, x_strides = {}, w_strides = {};
   Activation activation = {};
   bool with_grad_x = false, with_grad_w = false, with_grad_bias = false;
   Precision precision = Precision::highest;

@@ -483,17 +483,17 @@ void prelu_backward(const Bound<PreluBackward>& args, void* workspace, const Tea
 
 void plan_call(Plan<PreluForward>& plan) {
   with_dtype(plan.call.dtype, [&](auto type) {
-    decide(plan, kElementwise, 0, [](const Bound<PreluForward>& args, void*, const Team& team) {
-      prelu_forward<decltype(type)>(args, team);
-    });
+    decide(plan, kElementwise, 0,
+           [](const Bound<PreluForward>& args, void*, const Team& team) { prelu_forward<decltype(type)>(args, team); });
   });
 }
 
 void plan_call(Plan<PreluBackward>& plan) {
   with_dtype(plan.call.dtype, [&](auto type) {
-    decide(plan, kElementwise, prelu_backward_workspace(plan.call), [](const Bound<PreluBackward>& args, void* workspace, const Team& team) {
-      prelu_backward<decltype(type)>(args, workspace, team);
-    });
+    decide(plan, kElementwise, prelu_backward_workspace(plan.call),
+           [](const Bound<PreluBackward>& args, void* workspace, const Team& team) {
+             prelu_backward<decltype(type)>(args, workspace, team);
+           });
   });
 }
 
@@ -548,16 +548,14 @@ void glu_backward(const Bound<GluBackward>& args, const Team& team) {
 
 void plan_call(Plan<GluForward>& plan) {
   with_dtype(plan.call.dtype, [&](auto type) {
-    decide(plan, kElementwise, 0, [](const Bound<GluForward>& args, void*, const Team& team) {
-      glu_forward<decltype(type)>(args, team);
-    });
+    decide(plan, kElementwise, 0,
+           [](const Bound<GluForward>& args, void*, const Team& team) { glu_forward<decltype(type)>(args, team); });
   });
 }
 
 void plan_call(Plan<GluBackward>& plan) {
   with_dtype(plan.call.dtype, [&](auto type) {
-    decide(plan, kElementwise, 0, [](const Bound<GluBackward>& args, void*, const Team& team) {
-      glu_backward<decltype(type)>(args, team);
-    });
+    decide(plan, kElementwise, 0,
+           [](const Bound<GluBackward>& args, void*, const Team& team) { glu_backward<decltype(type)>(args, team); });
   });
 }

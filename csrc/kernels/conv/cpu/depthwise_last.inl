@@ -244,7 +244,8 @@ int64_t input_jobs_last(const ConvGeometry& g, const E* grad, int64_t first, int
 
 // E is T if the gradient is read in place, and the compute type if the derivative of an activation is applied first.
 template <class T, class E>
-void depthwise_last_input(const Bound<ConvBackwardInput>& args, const LastPlan& plan, void* workspace, const Team& team) {
+void depthwise_last_input(const Bound<ConvBackwardInput>& args, const LastPlan& plan, void* workspace,
+                          const Team& team) {
   const ConvGeometry& g = args.geometry;
   const int64_t row = g.out[2] * g.out_channels;
   const LastRow at = {0, 1, g.out[2], g.out_channels, plan.pitch};

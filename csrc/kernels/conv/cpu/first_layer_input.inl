@@ -245,9 +245,8 @@ void plan_scatter(Plan<ConvBackwardInput>& plan, const Bound<ConvBackwardInput>&
     decide(plan, conv_product_name<P>("conv_scatter", "conv_scatter_bf16"), static_cast<size_t>(product.total), product,
            [](const Bound<ConvBackwardInput>& args, const ScatterPlan& product, void* workspace, const Team& team) {
              unsigned char* const bytes = static_cast<unsigned char*>(workspace);
-             parallel_crew(team, product.threads, workspace, [&](Crew& crew, int thread) {
-               scatter_member<P, T>(args, product, bytes, crew, thread);
-             });
+             parallel_crew(team, product.threads, workspace,
+                           [&](Crew& crew, int thread) { scatter_member<P, T>(args, product, bytes, crew, thread); });
            });
   });
 }

@@ -39,12 +39,13 @@ constexpr int64_t kWeightLanes = 96;
 
 struct ImplicitPlan {
   int threads;
+  bool packed;  // weights come packed
   int64_t kc, k_padded;
   int64_t groups_at_once, outputs_at_once, strip, strips, parts;
   RowsPlan rows;             // if the image is not packed (implicit_gemm_rows.inl)
   int64_t w_panel, x_panel;  // elements between panels
   int64_t sums_rs;
-  size_t shared_at, private_at, panel_bytes, private_bytes, total;
+  size_t weight_bytes, shared_at, private_at, panel_bytes, private_bytes, total;
 };
 
 inline int conv_threads(double flop, int threads) {
@@ -67,8 +68,10 @@ ImplicitPlan plan_implicit(const ConvProduct<T>& g, int threads) {
   plan.kc = round_up(ceil_div(k, ceil_div(k, kBlocking.kc)), larger(16, Kind::k_align));
   plan.k_padded = round_up(k, plan.kc);
   const int64_t group_bytes = round_up(g.outputs, sw) * plan.k_padded / step * kElement;
-  plan.groups_at_once = smaller(g.groups, larger<int64_t>(1, kConvWeightBytes / group_bytes));
-  const int64_t most = larger<int64_t>(sw, kConvWeightBytes / (sw * plan.k_padded / step * kElement) * sw);
+  plan.packed = g.w_packed != nullptr;
+  const int64_t at_once = plan.packed ? INT64_MAX : kConvWeightBytes;
+  plan.groups_at_once = smaller(g.groups, larger<int64_t>(1, at_once / group_bytes));
+  const int64_t most = larger<int64_t>(sw, at_once / (sw * plan.k_padded / step * kElement) * (plan.packed ? 1 : sw));
   plan.outputs_at_once = round_up(ceil_div(g.outputs, ceil_div(g.outputs, most)), sw);
 
   const int64_t wanted = plan.threads == 1 ? 1 : ceil_div(4 * plan.threads, plan.groups_at_once);
@@ -89,8 +92,9 @@ ImplicitPlan plan_implicit(const ConvProduct<T>& g, int threads) {
   plan.sums_rs = (rows ? plan.outputs_at_once : plan.strip) + 16;
   const int64_t sum_rows = rows ? plan.strip : plan.outputs_at_once;
   plan.shared_at = 256;  // after the team's counters
-  plan.private_at = plan.shared_at +
-                    aligned(plan.groups_at_once * round_up(plan.outputs_at_once, sw) * plan.k_padded / step * kElement);
+  plan.weight_bytes =
+      aligned(plan.groups_at_once * round_up(plan.outputs_at_once, sw) * plan.k_padded / step * kElement);
+  plan.private_at = plan.shared_at + (plan.packed ? 0 : plan.weight_bytes);
   plan.panel_bytes = aligned(plan.strip * plan.kc / step * kElement);
   const int64_t sum_bytes = sums ? sum_rows * plan.sums_rs * static_cast<int64_t>(sizeof(Compute<T>)) : 0;
   plan.private_bytes = plan.rows.taken ? aligned(plan.rows.bytes) : plan.panel_bytes + aligned(sum_bytes);
@@ -113,8 +117,8 @@ inline ConvProduct<T> of_group(const ConvProduct<T>& g, int64_t group) {
 
 // Positions [n0, n1) and outputs [o0, o1). w_panels are the packed weights of these outputs.
 template <class P, class T>
-void conv_strip(const ConvProduct<T>& g, const ImplicitPlan& plan, const void* w_panels, int64_t o0, int64_t o1, int64_t n0,
-                int64_t n1, void* x_panels, Compute<T>* sums) {
+void conv_strip(const ConvProduct<T>& g, const ImplicitPlan& plan, const void* w_panels, int64_t o0, int64_t o1,
+                int64_t n0, int64_t n1, void* x_panels, Compute<T>* sums) {
   using Kind = Tile<P>;
   using A = typename Kind::A;
   using B = typename Kind::B;
@@ -143,50 +147,62 @@ void conv_strip(const ConvProduct<T>& g, const ImplicitPlan& plan, const void* w
   }
 }
 
+// The weights of `groups` groups from g0 on, of `outputs` outputs from o0 on, as units of work: share(units, body).
+template <class P, class T, class Share>
+void pack_conv_weights(const ConvProduct<T>& g, const ImplicitPlan& plan, int64_t g0, int64_t groups, int64_t o0,
+                       int64_t outputs, void* to, Share&& share) {
+  using Kind = Tile<P>;
+  using A = typename Kind::A;
+  using B = typename Kind::B;
+  constexpr int mr = Kind::mr, nr = Kind::nr, step = Kind::step;
+  const bool rows = g.positions_are_rows() || plan.rows.pixel > 0;
+  const int sw = rows ? nr : mr;
+  const int64_t panels = ceil_div(plan.outputs_at_once, sw);
+  const int64_t unit_lanes = plan.rows.pixel > 0 ? sw : kWeightLanes / sw * sw, used = ceil_div(outputs, unit_lanes);
+  const int64_t k_units = plan.rows.pixel > 0 ? 1 : ceil_div(g.features, plan.kc);
+  share(groups * used * k_units, [&](int64_t unit) {
+    const int64_t group = unit / k_units / used, lane = unit / k_units % used * unit_lanes;
+    const int64_t kk = unit % k_units * plan.kc;
+    ConvWeights<T> weights = g.weights;
+    weights.w += (g0 + group) * g.w_group;
+    if (plan.rows.taken && !g.positions_are_rows()) weights.set_channels_inner();
+    const int64_t lanes = smaller(unit_lanes, outputs - lane), length = smaller(plan.kc, g.features - kk);
+    const int64_t at = (group * panels + lane / sw) * plan.w_panel + kk / step * sw;
+#if defined(FASTOPS_HAS_AMX)
+    if constexpr (same_type<P, bf16_amx>) {
+      if (plan.rows.pixel > 0)
+        return pack_tap_panel(weights, o0 + lane, static_cast<int>(lanes), plan.rows.pixel, static_cast<B*>(to) + at);
+    }
+#endif
+    if (rows)
+      pack_weights<B, T, nr>(weights, o0 + lane, lanes, kk, length, static_cast<B*>(to) + at, plan.w_panel);
+    else
+      pack_weights<A, T, mr>(weights, o0 + lane, lanes, kk, length, static_cast<A*>(to) + at, plan.w_panel);
+  });
+}
+
 template <class P, class T>
 void conv_member(const ConvProduct<T>& g, const ImplicitPlan& plan, unsigned char* workspace, Crew& crew, int thread) {
   using Kind = Tile<P>;
   using A = typename Kind::A;
   using B = typename Kind::B;
   using C = Compute<T>;
-  constexpr int mr = Kind::mr, nr = Kind::nr, step = Kind::step;
   const typename Kind::Session session;
   unsigned char* const shared = workspace + plan.shared_at;
+  const void* const packed = plan.packed ? g.w_packed : shared;
   unsigned char* const mine = workspace + plan.private_at + static_cast<size_t>(thread) * plan.private_bytes;
   C* const sums = reinterpret_cast<C*>(mine + plan.panel_bytes);
   const bool rows = g.positions_are_rows() || plan.rows.pixel > 0;
-  const int sw = rows ? nr : mr;
+  const int sw = rows ? Kind::nr : Kind::mr;
   const int64_t panels = ceil_div(plan.outputs_at_once, sw);
 
   for (int64_t g0 = 0; g0 < g.groups; g0 += plan.groups_at_once) {
     const int64_t groups = smaller(plan.groups_at_once, g.groups - g0);
     for (int64_t o0 = 0; o0 < g.outputs; o0 += plan.outputs_at_once) {
       const int64_t outputs = smaller(plan.outputs_at_once, g.outputs - o0);
-      const int64_t unit_lanes = plan.rows.pixel > 0 ? sw : kWeightLanes / sw * sw,
-                    used = ceil_div(outputs, unit_lanes);
-      const int64_t k_units = plan.rows.pixel > 0 ? 1 : ceil_div(g.features, plan.kc);
-      crew.share(groups * used * k_units, [&](int64_t unit) {
-        const int64_t group = unit / k_units / used, lane = unit / k_units % used * unit_lanes;
-        const int64_t kk = unit % k_units * plan.kc;
-        ConvWeights<T> weights = g.weights;
-        weights.w += (g0 + group) * g.w_group;
-        if (plan.rows.taken && !g.positions_are_rows()) weights.set_channels_inner();
-        const int64_t lanes = smaller(unit_lanes, outputs - lane), length = smaller(plan.kc, g.features - kk);
-        const int64_t at = (group * panels + lane / sw) * plan.w_panel + kk / step * sw;
-#if defined(FASTOPS_HAS_AMX)
-        if constexpr (same_type<P, bf16_amx>) {
-          if (plan.rows.pixel > 0)
-            return pack_tap_panel(weights, o0 + lane, static_cast<int>(lanes), plan.rows.pixel,
-                                  reinterpret_cast<B*>(shared) + at);
-        }
-#endif
-        if (rows)
-          pack_weights<B, T, nr>(weights, o0 + lane, lanes, kk, length, reinterpret_cast<B*>(shared) + at,
-                                 plan.w_panel);
-        else
-          pack_weights<A, T, mr>(weights, o0 + lane, lanes, kk, length, reinterpret_cast<A*>(shared) + at,
-                                 plan.w_panel);
-      });
+      if (!plan.packed)
+        pack_conv_weights<P>(g, plan, g0, groups, o0, outputs, shared,
+                             [&](int64_t units, auto&& unit) { crew.share(units, unit); });
 
       const int64_t part = round_up(ceil_div(outputs, plan.parts), sw);
       crew.share(groups * plan.strips * plan.parts, [&](int64_t job) {
@@ -195,8 +211,8 @@ void conv_member(const ConvProduct<T>& g, const ImplicitPlan& plan, unsigned cha
         if (t0 == t1) return;
         const int64_t at = (group * panels + t0 / sw) * plan.w_panel, n0 = strip * plan.strip;
         const ConvProduct<T> one = of_group(g, g0 + group);
-        const void* const w = rows ? static_cast<const void*>(reinterpret_cast<const B*>(shared) + at)
-                                   : reinterpret_cast<const A*>(shared) + at;
+        const void* const w =
+            rows ? static_cast<const void*>(static_cast<const B*>(packed) + at) : static_cast<const A*>(packed) + at;
         if (plan.rows.taken)
           conv_rows<P>(one, plan.rows, w, plan.w_panel, o0 + t0, o0 + t1, strip, mine);
         else
@@ -351,6 +367,7 @@ inline ConvProduct<T> forward_product(const Bound<ConvForward>& args) {
                           ImageStrides(args.layout, geometry.out_channels, geometry.out));
   g.x_group = g.patches.channels * g.patches.channel_stride;
   g.w_group = g.outputs * g.patches.channels * g.patches.tap_count;
+  if (args.packed_w) g.w_packed = args.w;
   return g;
 }
 
@@ -429,6 +446,15 @@ void plan_implicit_gemm(Plan<ConvForward>& plan, const Bound<ConvForward>& args)
            [](const Bound<ConvForward>& args, const ImplicitPlan& product, void* workspace, const Team& team) {
              conv_product<P>(forward_product<T>(args), product, workspace, team);
            });
+    if (!product.packed) return;
+    plan.packed = product.weight_bytes;
+    plan.packer = [](const Plan<ConvForward>& plan, const void* w, void* to) {
+      const ConvProduct<T> g = forward_product<T>(bind(plan, {.x = w, .w = w, .y = to}));
+      const ImplicitPlan& product = *reinterpret_cast<const ImplicitPlan*>(plan.decisions);
+      pack_conv_weights<P>(g, product, 0, g.groups, 0, g.outputs, to, [](int64_t units, auto&& unit) {
+        for (int64_t i = 0; i < units; ++i) unit(i);
+      });
+    };
   });
 }
 
@@ -446,12 +472,12 @@ void plan_implicit_gemm(Plan<ConvBackwardInput>& plan, const Bound<ConvBackwardI
       ++phases;
     });
     if (phases == 1)
-      return decide(plan, conv_product_name<P>(), bytes, last,
-                    [](const Bound<ConvBackwardInput>& args, const ImplicitPlan& product, void* workspace,
-                       const Team& team) {
-                      constexpr int64_t first[3] = {};
-                      conv_product<P>(input_product<T>(args, first), product, workspace, team);
-                    });
+      return decide(
+          plan, conv_product_name<P>(), bytes, last,
+          [](const Bound<ConvBackwardInput>& args, const ImplicitPlan& product, void* workspace, const Team& team) {
+            constexpr int64_t first[3] = {};
+            conv_product<P>(input_product<T>(args, first), product, workspace, team);
+          });
     decide(plan, conv_product_name<P>(), bytes,
            [](const Bound<ConvBackwardInput>& args, void* workspace, const Team& team) {
              for_phases<T>(args, [&](const ConvProduct<T>& g) {

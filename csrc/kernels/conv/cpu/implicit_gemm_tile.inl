@@ -37,6 +37,7 @@ struct ConvProduct {
   ConvWeights<T> weights;
   ConvOutput<T> out;
   int64_t x_group, w_group;  // elements between groups
+  const void* w_packed;      // null, or all weights as pack_conv_weights makes them
   bool positions_are_rows() const { return patches.channels_inner; }
 };
 

@@ -28,7 +28,8 @@ struct AsLinear {
              .y_row_stride = g.out_channels,
              .with_bias = args.with_bias,
              .activation = args.activation,
-             .with_z = args.with_z},
+             .with_z = args.with_z,
+             .packed_w = args.packed_w},
             {args.x, args.w, args.bias, args.y, args.z},
             args.bf16_multiply};
   }

@@ -183,11 +183,11 @@ void plan_implicit_gemm(Plan<ConvBackwardWeight>& plan, const Bound<ConvBackward
     if constexpr (same_type<P, Compute<T>>) {
       const WeightRowsPlan rows = plan_weight_rows(g, plan.target.threads);
       if (rows.taken)
-        return decide(plan, name, rows.total, rows,
-                      [](const Bound<ConvBackwardWeight>& args, const WeightRowsPlan& rows, void* workspace,
-                         const Team& team) {
-                        conv_weight_rows(weight_product<T>(args), rows, args.w_layout, workspace, team);
-                      });
+        return decide(
+            plan, name, rows.total, rows,
+            [](const Bound<ConvBackwardWeight>& args, const WeightRowsPlan& rows, void* workspace, const Team& team) {
+              conv_weight_rows(weight_product<T>(args), rows, args.w_layout, workspace, team);
+            });
     }
 #if defined(FASTOPS_HAS_AMX)
     if constexpr (same_type<P, bf16_amx>) {

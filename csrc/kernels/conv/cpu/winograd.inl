@@ -84,7 +84,7 @@ struct WinogradPlan {
   int64_t panels;                 // of weights, per pass (shared weights) or per job (shared tiles)
   int64_t row, v_chunk, v_plane;  // strides of V in floats: tiles, chains of multiply-adds, points
   int64_t u_plane, u_panel;       // strides of U: points, panels
-  size_t shared_at, private_at, private_bytes, total;
+  size_t packed_bytes, shared_at, private_at, private_bytes, total;
   size_t stage_at, offsets_at, v_at, u_at, m_at;  // in the private memory of a thread
 };
 
@@ -124,17 +124,22 @@ WinogradPlan plan_winograd(const Winograd& p, int threads) {
                      3 * v_bytes * (1 + ceil_div(panels, Scheme::job_panels)) < 2 * u_bytes * (1 + plan.grid.blocks());
   plan.v_chunk = (plan.share_tiles ? tiles : plan.grid.block_tiles()) * plan.row;
   plan.v_plane = chunks * plan.v_chunk + 16;
-  const int64_t u_depth = plan.share_tiles ? depth : p.c;
+  const int64_t u_depth = plan.share_tiles && p.packed == nullptr ? depth : p.c;
   plan.u_plane = odd_lines(u_depth * nr);
   plan.u_panel = points * plan.u_plane;
+  plan.packed_bytes = aligned(panels * plan.u_panel * kFloat);
   if (plan.share_tiles)
     plan.panels = panels >= 2 * Scheme::job_panels * plan.threads ? Scheme::job_panels : 1;
   else
     plan.panels = smaller(panels, larger<int64_t>(kWinogradWeightBytes / (plan.u_panel * kFloat), 1));
+  if (!plan.share_tiles && p.packed != nullptr) plan.panels = panels;
 
   size_t at = 256;  // after the team's counters
   plan.shared_at = at;
-  at += aligned((plan.share_tiles ? points * plan.v_plane : plan.panels * plan.u_panel) * kFloat);
+  at += aligned((plan.share_tiles      ? points * plan.v_plane
+                 : p.packed != nullptr ? 0
+                                       : plan.panels * plan.u_panel) *
+                kFloat);
   plan.private_at = at;
   const int64_t band = plan.grid.band(m, 2);
   size_t mine = 0;
@@ -145,7 +150,7 @@ WinogradPlan plan_winograd(const Winograd& p, int threads) {
   take(&plan.stage_at, larger<int64_t>(band, 9 * S) * S);
   take(&plan.offsets_at, band + S);
   if (plan.share_tiles)
-    take(&plan.u_at, plan.panels * plan.u_panel);
+    take(&plan.u_at, p.packed != nullptr ? 0 : plan.panels * plan.u_panel);
   else
     take(&plan.v_at, points * plan.v_plane);
   const int64_t m_tiles = plan.share_tiles ? tiles * plan.panels : plan.grid.block_tiles();
@@ -153,6 +158,21 @@ WinogradPlan plan_winograd(const Winograd& p, int threads) {
   plan.private_bytes = mine + 64;
   plan.total = at + plan.private_bytes * static_cast<size_t>(plan.threads);
   return plan;
+}
+
+// Transforms channels [c0, c1) of a panel of weights to U. stage has 9 VecF::size^2 floats.
+template <class Scheme>
+void transform_weights(const Winograd& p, const WinogradPlan& plan, int64_t panel, int64_t c0, int64_t c1, float* stage,
+                       float* to) {
+  constexpr int S = VecF::size, nr = kNr<float>;
+  const int64_t k0 = panel * nr;
+  for (int64_t c = c0; c < c1; c += S)
+    for (int64_t k = 0; k < smaller<int64_t>(nr, p.k - k0); k += S) {
+      const int channels = static_cast<int>(smaller<int64_t>(c1 - c, S));
+      winograd_stage_weights(p, k0 + k, static_cast<int>(smaller<int64_t>(p.k - k0 - k, S)), c, channels, stage);
+      for (int i = 0; i < channels; ++i)
+        winograd_weight<Scheme>(stage + 9 * i * S, to + (c - c0 + i) * nr + k, plan.u_plane);
+    }
 }
 
 template <class Scheme>
@@ -166,7 +186,7 @@ struct WinogradMember {
   float* stage;
   int32_t* offsets;
   float* v;
-  float* u;
+  float* u;  // of this thread's own, or shared; not used if the weights come packed
   float* sums;
 
   WinogradMember(const Winograd& problem, const WinogradPlan& its_plan, unsigned char* workspace, int thread)
@@ -187,18 +207,6 @@ struct WinogradMember {
         p, b, m, 2, c0, c1, stage, offsets, plan.row,
         [&](int64_t c) { return to + c / Scheme::depth * plan.v_chunk + c % Scheme::depth; },
         [&](const float* from, int64_t row, float* tile) { winograd_input<Scheme>(from, row, tile, plan.v_plane); });
-  }
-
-  // Transforms channels [c0, c1) of a panel of weights to U.
-  void transform_weights(int64_t panel, int64_t c0, int64_t c1, float* to) const {
-    const int64_t k0 = panel * nr;
-    for (int64_t c = c0; c < c1; c += S)
-      for (int64_t k = 0; k < smaller<int64_t>(nr, p.k - k0); k += S) {
-        const int channels = static_cast<int>(smaller<int64_t>(c1 - c, S));
-        winograd_stage_weights(p, k0 + k, static_cast<int>(smaller<int64_t>(p.k - k0 - k, S)), c, channels, stage);
-        for (int i = 0; i < channels; ++i)
-          winograd_weight<Scheme>(stage + 9 * i * S, to + (c - c0 + i) * nr + k, plan.u_plane);
-      }
   }
 
   // M = V U if `first`, else M += V U, over `depth` channels, for a block of tiles and panels with k output channels.
@@ -243,17 +251,20 @@ struct WinogradMember {
     const int64_t chunks = ceil_div(p.c, kChannels);
     for (int64_t panel0 = 0; panel0 < panels; panel0 += plan.panels) {
       const int64_t count = smaller(plan.panels, panels - panel0);
-      crew.share(count * chunks, [&](int64_t unit) {
-        const int64_t panel = unit / chunks, c = unit % chunks * kChannels;
-        transform_weights(panel0 + panel, c, smaller(c + kChannels, p.c), u + panel * plan.u_panel + c * nr);
-      });
+      if (p.packed == nullptr)
+        crew.share(count * chunks, [&](int64_t unit) {
+          const int64_t panel = unit / chunks, c = unit % chunks * kChannels;
+          transform_weights<Scheme>(p, plan, panel0 + panel, c, smaller(c + kChannels, p.c), stage,
+                                    u + panel * plan.u_panel + c * nr);
+        });
+      const float* const weights = p.packed != nullptr ? p.packed : u;  // packed, there is one pass over all panels
       crew.share(plan.grid.blocks(), [&](int64_t unit) {
         const WinogradBlock b = plan.grid.block(unit);
         transform_tiles(b, 0, p.c, v);
         for (int64_t panel = 0; panel < count; ++panel) {
           const int64_t k = (panel0 + panel) * nr, cols = smaller<int64_t>(nr, p.k - k);
           for (int64_t c = 0; c < p.c; c += Scheme::depth)
-            multiply(v + c / Scheme::depth * plan.v_chunk, b.tiles(), u + panel * plan.u_panel + c * nr, cols,
+            multiply(v + c / Scheme::depth * plan.v_chunk, b.tiles(), weights + panel * plan.u_panel + c * nr, cols,
                      smaller<int64_t>(Scheme::depth, p.c - c), c == 0, sums, 0);
           finish(b, k, static_cast<int>(cols), sums);
         }
@@ -275,8 +286,14 @@ struct WinogradMember {
       const int64_t panel0 = unit * plan.panels, k0 = panel0 * nr, k = smaller(plan.panels * nr, p.k - k0);
       for (int64_t c = 0; c < p.c; c += Scheme::depth) {
         const int64_t depth = smaller<int64_t>(Scheme::depth, p.c - c);
-        for (int64_t j = 0; j < k; j += nr) transform_weights(panel0 + j / nr, c, c + depth, u + j / nr * plan.u_panel);
-        multiply(v + c / Scheme::depth * plan.v_chunk, tiles, u, k, depth, c == 0, sums, tiles * m_tile);
+        const float* weights = u;
+        if (p.packed != nullptr) {
+          weights = p.packed + panel0 * plan.u_panel + c * nr;
+        } else {
+          for (int64_t j = 0; j < k; j += nr)
+            transform_weights<Scheme>(p, plan, panel0 + j / nr, c, c + depth, stage, u + j / nr * plan.u_panel);
+        }
+        multiply(v + c / Scheme::depth * plan.v_chunk, tiles, weights, k, depth, c == 0, sums, tiles * m_tile);
       }
       for (int64_t i = 0; i < blocks; ++i)
         for (int64_t j = 0; j < k; j += nr) {
@@ -333,6 +350,7 @@ inline Winograd winograd_problem(const Bound<ConvForward>& args) {
   p.pad_w = g.padding[2];
   p.x = static_cast<const float*>(args.x);
   p.w = static_cast<const float*>(args.w);
+  if (args.packed_w) p.packed = p.w;
   const bool taps_inner = args.w_layout == Layout::channels_first;
   p.w_k = 9 * p.c;
   p.w_c = taps_inner ? 9 * p.depth_taps : 1;
@@ -434,6 +452,17 @@ void plan_winograd_data(Plan<Call>& plan, const Bound<Call>& args) {
            [](const Bound<Call>& args, const WinogradPlan& tiles, void* workspace, const Team& team) {
              run_winograd<Scheme>(winograd_problem(args), tiles, workspace, team);
            });
+    if (p.packed == nullptr) return;
+    plan.packed = tiles.packed_bytes;
+    plan.packer = [](const Plan<Call>& plan, const void* w, void* to) {
+      typename Call::Pointers pointers{};
+      pointers.w = w;
+      const Winograd p = winograd_problem(bind(plan, pointers));
+      const WinogradPlan& tiles = *reinterpret_cast<const WinogradPlan*>(plan.decisions);
+      alignas(64) float stage[9 * VecF::size * VecF::size];
+      for (int64_t panel = 0; panel < ceil_div(p.k, kNr<float>); ++panel)
+        transform_weights<Scheme>(p, tiles, panel, 0, p.c, stage, static_cast<float*>(to) + panel * tiles.u_panel);
+    };
   });
 }
 inline void plan_winograd(Plan<ConvForward>& plan, const Bound<ConvForward>& args) { plan_winograd_data(plan, args); }

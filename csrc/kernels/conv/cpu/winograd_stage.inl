@@ -25,6 +25,7 @@ struct Winograd {
   RowDerivative<float> derivative;
   Activation activation;
   const float* w;
+  const float* packed = nullptr;     // the transformed weights, instead of w
   int64_t w_k, w_c, w_tap, w_depth;  // strides of output channels, input channels, taps and taps along depth
   bool rotated;                      // tap t is tap 8 - t of the kernel, and taps along depth are in reverse order
   Output<float> out;                 // rows: pixels if channels_last, else channels of images

@@ -252,7 +252,7 @@ struct UnpoolSteps {
 };
 
 struct UnpoolPlan {
-  bool first;  // conv_pool_first_weight computes the gradient of the weights
+  bool first;    // conv_pool_first_weight computes the gradient of the weights
   bool weights;  // the gradient of a block's convolution does
   int64_t images, blocks, rest;
   int64_t weight_elements;
@@ -274,9 +274,8 @@ UnpoolPlan plan_unpool(const Bound<ConvPoolBackward>& args, int threads) {
   plan.images = whole ? larger<int64_t>(g.batch, 1) : images_in_block<T>(args, kUnpoolBlockBytes);
   plan.blocks = larger<int64_t>(1, ceil_div(g.batch, plan.images));
   plan.rest = g.batch - (plan.blocks - 1) * plan.images;
-  plan.conv_bytes = larger(plan.conv_bytes,
-                           larger(UnpoolSteps(args, plan.images, plan.weights, threads).workspace(),
-                                  UnpoolSteps(args, plan.rest, plan.weights, threads).workspace()));
+  plan.conv_bytes = larger(plan.conv_bytes, larger(UnpoolSteps(args, plan.images, plan.weights, threads).workspace(),
+                                                   UnpoolSteps(args, plan.rest, plan.weights, threads).workspace()));
   plan.conv_bytes = aligned(static_cast<int64_t>(plan.conv_bytes));
   plan.block_bytes = aligned(plan.images * g.out_channels * spatial_elements(g.out) * static_cast<int64_t>(sizeof(T)));
   if (plan.blocks > 1 && !plan.first)

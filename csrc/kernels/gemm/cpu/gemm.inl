@@ -25,7 +25,8 @@ struct Gemm {
   Source<T> a;  // lanes: rows
   Source<T> b;  // lanes: columns
   Output<T> out;
-  Compute<T>* a_sums;  // null, or m elements, initially zero, to which the sums of A over k are added
+  Compute<T>* a_sums;              // null, or m elements, initially zero, to which the sums of A over k are added
+  const void* b_packed = nullptr;  // B as pack_b makes it, instead of b
 };
 
 // Packed operands of at most this many bytes are on the stack, not in the workspace.
@@ -44,6 +45,7 @@ constexpr int64_t kTallRows = 512, kLowStrip = 128;
 
 struct GemmPlan {
   bool tiny, share_a, a_direct, b_direct;
+  bool b_packed;  // and not b_direct: B comes in panels of the whole of k, b_panel apart
   int threads;
   int64_t kc, ks, mb, nb;
   int64_t strip;             // lanes of the private operand per job
@@ -73,6 +75,10 @@ GemmPlan plan_gemm(const Gemm<T>& g, int threads) {
   constexpr int64_t kElement = sizeof(typename Kind::B);
   constexpr bool kReadable = Kind::readable && same_type<P, T>;
   GemmPlan plan{};
+  const auto pack_ahead = [&] {
+    plan.b_packed = g.b_packed != nullptr && !plan.b_direct;
+    if (plan.b_packed) plan.b_panel = nr * (round_up(g.k, Kind::k_align) / step);
+  };
   const int64_t m = larger<int64_t>(g.m, 1), n = larger<int64_t>(g.n, 1), k = larger<int64_t>(g.k, 1);
 
   const int64_t blocks = ceil_div(k, kBlocking.kc);
@@ -88,6 +94,7 @@ GemmPlan plan_gemm(const Gemm<T>& g, int threads) {
     plan.threads = 1;
     plan.a_direct = a_plain;
     plan.b_direct = b_plain;
+    pack_ahead();
     plan.kc = plan.ks = k;
     plan.mb = m;
     plan.nb = n;
@@ -95,6 +102,7 @@ GemmPlan plan_gemm(const Gemm<T>& g, int threads) {
   }
   plan.a_direct = reads_a_in_place<P>(g);
   plan.b_direct = b_plain && m <= kDirectBRows;
+  pack_ahead();
   plan.share_a = n >= m;
 
   const double flop = 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
@@ -125,9 +133,10 @@ GemmPlan plan_gemm(const Gemm<T>& g, int threads) {
 
   const int64_t k_shared = plan.ks / step, k_private = plan.kc / step;
   plan.a_panel = mr * (plan.share_a ? k_shared : k_private);
-  plan.b_panel = nr * (plan.share_a ? k_private : k_shared);
-  const bool shared_direct = plan.share_a ? plan.a_direct : plan.b_direct;
-  const bool private_direct = plan.share_a ? plan.b_direct : plan.a_direct;
+  if (!plan.b_packed) plan.b_panel = nr * (plan.share_a ? k_private : k_shared);
+  const bool b_ready = plan.b_direct || plan.b_packed;
+  const bool shared_direct = plan.share_a ? plan.a_direct : b_ready;
+  const bool private_direct = plan.share_a ? b_ready : plan.a_direct;
   size_t at = 256;  // the team's counters
   plan.shared_at = at;
   if (!shared_direct) at += static_cast<size_t>(round_up(shared_block, sw) * k_shared * kElement);
@@ -279,6 +288,8 @@ __attribute__((noinline)) void gemm_tiny(const Gemm<T>& g, const GemmPlan& plan)
   }
   if (plan.b_direct) {
     b = direct_view<B>(g.b, 0, 0, nr);
+  } else if (plan.b_packed) {
+    b = packed_view<B>(static_cast<const B*>(g.b_packed), plan.b_panel, nr);
   } else {
     B* const to = reinterpret_cast<B*>(b_buffer);
     pack<B, T, nr>(g.b, 0, g.n, 0, g.k, to, nr * k, nullptr);
@@ -302,8 +313,15 @@ void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspac
   B* const b_panels = reinterpret_cast<B*>(plan.share_a ? private_panels : shared_panels);
   C* const partial_sums = plan.partial_at < plan.total ? reinterpret_cast<C*>(workspace + plan.partial_at) : nullptr;
   const bool share_a = plan.share_a;
-  const bool shared_direct = share_a ? plan.a_direct : plan.b_direct;
-  const bool private_direct = share_a ? plan.b_direct : plan.a_direct;
+  const bool b_ready = plan.b_direct || plan.b_packed;
+  const bool shared_direct = share_a ? plan.a_direct : b_ready;
+  const bool private_direct = share_a ? b_ready : plan.a_direct;
+  // B where it needs no packing, from this column and this k on.
+  const auto ready_b = [&](int64_t lane, int64_t kk) {
+    if (plan.b_direct) return direct_view<B>(g.b, lane, kk, nr);
+    return packed_view<B>(static_cast<const B*>(g.b_packed) + lane / nr * plan.b_panel + kk / step * nr, plan.b_panel,
+                          nr);
+  };
   const int sw = share_a ? mr : nr;
   int64_t packed_lane = -1, packed_k = -1;  // the block that the shared panels hold; lanes and k start at 0
 
@@ -354,11 +372,11 @@ void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspac
                                 : packed_view<A>(a_panels + (t0 - s0) / mr * plan.a_panel + (kk - k0) / step * mr,
                                                  plan.a_panel, mr);
               if (!private_direct) pack<B, T, nr>(g.b, l0, l1 - l0, kk, length, b_panels, plan.b_panel, nullptr);
-              b = plan.b_direct ? direct_view<B>(g.b, l0, kk, nr) : packed_view<B>(b_panels, plan.b_panel, nr);
+              b = b_ready ? ready_b(l0, kk) : packed_view<B>(b_panels, plan.b_panel, nr);
             } else {
-              b = plan.b_direct ? direct_view<B>(g.b, t0, kk, nr)
-                                : packed_view<B>(b_panels + (t0 - s0) / nr * plan.b_panel + (kk - k0) / step * nr,
-                                                 plan.b_panel, nr);
+              b = b_ready ? ready_b(t0, kk)
+                          : packed_view<B>(b_panels + (t0 - s0) / nr * plan.b_panel + (kk - k0) / step * nr,
+                                           plan.b_panel, nr);
               if (!private_direct) {
                 C* const mine = sums != nullptr && job % plan.parts == 0 ? sums + l0 : nullptr;
                 pack<A, T, mr>(g.a, l0, l1 - l0, kk, length, a_panels, plan.a_panel, mine);
@@ -375,6 +393,17 @@ void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspac
     }
   }
   if (g.out.stream) finish_streams();
+}
+
+// B ahead of the product, for plans with b_packed.
+template <class P, class T>
+size_t packed_b_bytes(const Gemm<T>& g, const GemmPlan& plan) {
+  return aligned(ceil_div(g.n, Tile<P>::nr) * plan.b_panel * static_cast<int64_t>(sizeof(typename Tile<P>::B)));
+}
+template <class P, class T>
+void pack_b(const Gemm<T>& g, const GemmPlan& plan, void* to) {
+  using B = typename Tile<P>::B;
+  pack<B, T, Tile<P>::nr>(g.b, 0, g.n, 0, g.k, static_cast<B*>(to), plan.b_panel, nullptr);
 }
 
 template <class P, class T>

@@ -48,6 +48,7 @@ inline Gemm<T> forward_gemm(const Bound<LinearForward>& args) {
   g.out = {static_cast<T*>(args.y), args.y_row_stride, static_cast<T*>(args.z), nullptr, relu, nullptr,
            args.activation};
   if (!relu && kind != ActivationKind::identity) g.out.f = row_forward<T>(kind);
+  if (args.packed_w) g.b_packed = args.w;
   return g;
 }
 
@@ -146,6 +147,14 @@ void plan_linear_forward(Plan<Call>& plan, const Bound<Call>& call, AsLinear as_
            [](const Bound<Call>& args, const GemmPlan& product, void* workspace, const Team& team) {
              linear_forward<P, T>(AsLinear{}(args), product, workspace, team);
            });
+    if (!product.b_packed) return;
+    plan.packed = packed_b_bytes<P>(g, product);
+    plan.packer = [](const Plan<Call>& plan, const void* w, void* to) {
+      typename Call::Pointers pointers{};
+      pointers.w = w;
+      pack_b<P>(forward_gemm<T>(AsLinear{}(bind(plan, pointers))), *reinterpret_cast<const GemmPlan*>(plan.decisions),
+                to);
+    };
   });
 }
 
@@ -189,8 +198,8 @@ void column_sums(const Bound<LinearBackward>& args, Compute<T>* sums, const Team
   });
 }
 
-// Whether grad_bias is computed in a separate pass. A narrow gradient is multiplied in place, as reading 4096 x 64 floats
-// from L2 twice is faster than packing them.
+// Whether grad_bias is computed in a separate pass. A narrow gradient is multiplied in place, as reading 4096 x 64
+// floats from L2 twice is faster than packing them.
 template <class T>
 inline bool sums_apart(const Bound<LinearBackward>& args) {
   return same_type<T, Compute<T>> && args.activation.kind == ActivationKind::identity && args.grad_y_strides.col == 1 &&
@@ -274,8 +283,9 @@ void plan_linear_backward(Plan<Call>& plan, const Bound<Call>& call, AsLinear as
     using P = decltype(panel);
     const BackwardPlan products = plan_backward<P, T>(args, plan.target.threads);
     const KernelName name = args.grad_x == nullptr && args.grad_w == nullptr ? KernelName{"column_sums"}
-                            : products.row_times_matrix                      ? KernelName{"row_times_matrix"}
-                                                        : gemm_name<P>(args.grad_x != nullptr ? products.grad_x : products.grad_w);
+                            : products.row_times_matrix
+                                ? KernelName{"row_times_matrix"}
+                                : gemm_name<P>(args.grad_x != nullptr ? products.grad_x : products.grad_w);
     decide(plan, name, products.gemm + products.sums, products,
            [](const Bound<Call>& args, const BackwardPlan& products, void* workspace, const Team& team) {
              linear_backward<P, T>(AsLinear{}(args), products, workspace, team);
