@@ -10,7 +10,7 @@ PYTHON3 ?= python3
 SOURCES := $(shell find csrc -type f) build_native.py setup.py
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test bench gpu readme check format sanitize ulp cuda-usage clean
+.PHONY: build demo test bench gpu readme check format sanitize ulp cuda-usage library clean
 
 build: $(VENV)/installed $(VENV)/built
 
@@ -54,6 +54,11 @@ ulp: $(VENV)/requirements
 # Registers, stack and spills of every CUDA kernel; needs nvcc.
 cuda-usage: $(VENV)/requirements
 	$(PYTHON) build_native.py cuda-usage
+
+# The CPU kernels for C++ programs, without torch: a static library, headers and a CMake package, into $(PREFIX).
+PREFIX ?= build/library
+library: $(VENV)/ninja
+	$(PYTHON) build_native.py library $(PREFIX)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastops/_build.py fastops/*.so

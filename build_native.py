@@ -5,6 +5,7 @@ setup.py builds the extension with it; `make build`, `make sanitize`, `make ulp`
     python build_native.py kernels     # what the extension has that needs no torch, while pip brings that
     python build_native.py sanitize    # builds and runs every tests/cpp/test_*.cpp with the kernels, ASan and UBSan
     python build_native.py ulp [...]   # builds tests/cpp/ulp.cpp with the kernels and runs it with these arguments
+    python build_native.py library DIR # DIR/lib/libfastops.a, DIR/include/fastops and a CMake package: no torch
     python build_native.py cuda-usage  # registers, stack and spills of every CUDA kernel on every architecture
 """
 
@@ -390,6 +391,25 @@ def build_extension(
         build.run()
 
 
+def build_library(prefix: Path) -> None:
+    """Installs the CPU kernels for C++ programs: a static library, its headers, a CMake package."""
+    with locked(EXTENSION):
+        build = Build(EXTENSION)
+        objects = add_kernels(build, Cuda(why_not="not in the library"))
+        (prefix / "lib" / "cmake" / "fastops").mkdir(parents=True, exist_ok=True)
+        build.run()
+    archive = prefix / "lib" / "libfastops.a"
+    archive.unlink(missing_ok=True)
+    subprocess.run(["ar", "rcs", str(archive), *map(str, objects)], check=True)
+    shutil.copy2(KERNELS / "fastops-config.cmake", prefix / "lib" / "cmake" / "fastops")
+    headers = [path for path in KERNELS.rglob("*.h") if path.parent.name not in ("cpu", "cuda")]
+    headers += [KERNELS / "common" / "cpu" / name for name in ("isa.h", "kernel_table.h")]
+    for header in headers:
+        target = prefix / "include" / "fastops" / header.relative_to(KERNELS)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(header, target)
+
+
 def emulator_flags() -> list[str]:
     """For a .cu file, or what runs it, on the CPU (tests/emulator)."""
     flags = [*common_flags(compiler_version(compiler())), "-O2", *KERNEL_FLAGS, "-Wno-unknown-pragmas"]
@@ -536,6 +556,9 @@ def main(arguments: list[str]) -> int:
         arguments = ["sanitize", "quick"]  # those with thousands of random shapes try fewer of them
     elif arguments == ["cuda-usage"]:
         return print_cuda_usage()
+    elif len(arguments) == 2 and arguments[0] == "library":
+        build_library(Path(arguments[1]).resolve())
+        return 0
     elif arguments == ["kernels"]:
         build_kernels()
         return 0

@@ -111,13 +111,12 @@ ActivationArgs unpack_activation(const c10::IValue& packed) {
 }
 
 // y = f(x); saved: the mask, y or x.
-struct ActivationOp : CompiledBackward<ActivationOp> {
+struct ActivationOp {
   using Args = ActivationArgs;
   static std::string name(const Args& args) { return activation_name(args.activation.kind); }
   static c10::IValue pack(const Args& args) { return pack_activation(args); }
   static Args unpack(const c10::IValue& packed) { return unpack_activation(packed); }
-  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
-                                 Needs needs) {
+  static variable_list gradients(const Args& args, at::TensorList saved, const variable_list& grads, Needs needs) {
     if (!grads[0].defined() || !needs(0)) return {Tensor()};
     const bool direct = !at::GradMode::is_enabled() && fast_door::is_plain(grads[0]);
     const auto backward = direct ? activation_backward : differentiable_activation_backward;
@@ -126,13 +125,12 @@ struct ActivationOp : CompiledBackward<ActivationOp> {
 };
 
 // grad_x = grad_y f'(saved); saved: grad_y and what f' is read from.
-struct ActivationBackwardOp : CompiledBackward<ActivationBackwardOp> {
+struct ActivationBackwardOp {
   using Args = ActivationArgs;
   static std::string name(const Args& args) { return c10::str(activation_name(args.activation.kind), "_backward"); }
   static c10::IValue pack(const Args& args) { return pack_activation(args); }
   static Args unpack(const c10::IValue& packed) { return unpack_activation(packed); }
-  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
-                                 Needs needs) {
+  static variable_list gradients(const Args& args, at::TensorList saved, const variable_list& grads, Needs needs) {
     variable_list result(2);
     if (!grads[0].defined()) return result;
     if (needs(0))
@@ -179,12 +177,12 @@ void check_prelu(const Tensor& input, const Tensor& weight) {
               "prelu: weight must hold 1 number or one a channel (", channels, "), got shape ", weight.sizes());
 }
 
-struct PreluOp : CompiledBackward<PreluOp> {
+struct PreluOp {
   struct Args {};
   static std::string name(const Args&) { return "prelu"; }
   static c10::IValue pack(const Args&) { return 0; }
   static Args unpack(const c10::IValue&) { return {}; }
-  static variable_list gradients(const Args&, const variable_list& saved, const variable_list& grads, Needs needs) {
+  static variable_list gradients(const Args&, at::TensorList saved, const variable_list& grads, Needs needs) {
     const Tensor &input = saved[0], &weight = saved[1], &g = grads[0];
     variable_list result(2);
     if (!g.defined()) return result;
@@ -229,15 +227,14 @@ int64_t check_glu(const Tensor& input, int64_t dim) {
   return wrapped;
 }
 
-struct GluOp : CompiledBackward<GluOp> {
+struct GluOp {
   struct Args {
     int64_t dim;
   };
   static std::string name(const Args&) { return "glu"; }
   static c10::IValue pack(const Args& args) { return args.dim; }
   static Args unpack(const c10::IValue& packed) { return {packed.toInt()}; }
-  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
-                                 Needs needs) {
+  static variable_list gradients(const Args& args, at::TensorList saved, const variable_list& grads, Needs needs) {
     const Tensor &input = saved[0], &g = grads[0];
     if (!g.defined() || !needs(0)) return {Tensor()};
     if (!at::GradMode::is_enabled() && fast_door::is_plain(g)) return {fastops::glu_backward(g, input, args.dim)};
@@ -331,7 +328,7 @@ Tensor differentiable_activation_backward(const Tensor& grad_output, const Tenso
   if (!is_recorded(needs_grad(grad_output) || needs_grad(saved), grad_output, saved)) return grad_input;
   const auto node = make_node<ActivationBackwardOp>({activation, kind, mask_strides.vec()}, grad_output, saved);
   torch::autograd::set_history(grad_input, node);
-  save(node, {grad_output, saved});
+  save(node, grad_output, saved);
   return grad_input;
 }
 
@@ -343,7 +340,7 @@ Tensor activation(const Tensor& input, Activation activation) {
   const auto node =
       make_node<ActivationOp>({activation, kind, ordered ? y.strides().vec() : std::vector<int64_t>()}, input);
   torch::autograd::set_history(y, node);
-  save(node, {kind == Saved::mask ? mask : kind == Saved::output ? y : input});
+  save(node, kind == Saved::mask ? mask : kind == Saved::output ? y : input);
   return y;
 }
 
@@ -382,7 +379,7 @@ Tensor activation_(const Tensor& input, Activation activation) {
   }
   if (!records) return input;
   torch::autograd::rebase_history(x, node);
-  save(node, {kind == Saved::mask ? mask : x});
+  save(node, kind == Saved::mask ? mask : x);
   return input;
 }
 
@@ -496,9 +493,9 @@ Tensor prelu(const Tensor& input, const Tensor& weight) {
   Tensor y = prelu_forward(input, weight);
   const bool grad_w = needs_grad_of_view(weight);
   if (!is_recorded(input.requires_grad() || grad_w, input, weight)) return y;
-  const auto node = make_node<PreluOp>({}, input, grad_w ? weight : Tensor());
+  const auto node = make_node<PreluOp>({}, input, grad_w ? weight : none);
   torch::autograd::set_history(y, node);
-  save(node, {input, weight});
+  save(node, input, weight);
   return y;
 }
 
@@ -544,7 +541,7 @@ Tensor glu(const Tensor& input, int64_t dim) {
   if (!is_recorded(input)) return y;
   const auto node = make_node<GluOp>({dim}, input);
   torch::autograd::set_history(y, node);
-  save(node, {input});
+  save(node, input);
   return y;
 }
 
@@ -647,9 +644,9 @@ TORCH_LIBRARY_IMPL(fastops, CompositeImplicitAutograd, m) {
 }
 
 void bind_activation(py::module_& m) {
-  m.def("activation", &activation_fast);
-  m.def("prelu", &prelu_fast);
-  m.def("glu", &glu_fast);
+  fast_def<&activation_fast>(m, "activation");
+  fast_def<&prelu_fast>(m, "prelu");
+  fast_def<&glu_fast>(m, "glu");
 
   py::list kinds;
   for (int i = 0; i < static_cast<int>(ActivationKind::count); ++i)

@@ -170,14 +170,13 @@ Tensor product(const Tensor& input, const Tensor& weight, const ConvPlan& plan) 
 Tensor conv_weight(const Tensor& g, const Tensor& x, const ConvPlan& plan);
 
 // grad_w from g and x, all of the underlying convolution. saved: g (if x needs a gradient), x (if g needs one).
-struct ConvWeightOp : CompiledBackward<ConvWeightOp> {
+struct ConvWeightOp {
   using Args = ConvPlan;
   static std::string name(const Args& plan) { return op_name(plan, "_backward_weight"); }
   static c10::IValue pack(const Args& plan) { return pack_plan(plan); }
   static Args unpack(const c10::IValue& packed) { return unpack_plan(packed.toIntVector()); }
 
-  static variable_list gradients(const Args& plan, const variable_list& saved, const variable_list& grads,
-                                 Needs needs) {
+  static variable_list gradients(const Args& plan, at::TensorList saved, const variable_list& grads, Needs needs) {
     variable_list result(2);
     if (!grads[0].defined()) return result;
     if (needs(0)) result[0] = product(saved[1], grads[0], plan);
@@ -199,11 +198,11 @@ Tensor conv_weight(const Tensor& g, const Tensor& x, const ConvPlan& plan) {
   if (!is_recorded(grad_g || grad_x, g, x)) return grad_w;
   const auto node = make_node<ConvWeightOp>(plan, g, x);
   torch::autograd::set_history(grad_w, node);
-  save(node, {grad_x ? g : Tensor(), grad_g ? x : Tensor()});
+  save(node, grad_x ? g : none, grad_g ? x : none);
   return grad_w;
 }
 
-struct ConvOp : CompiledBackward<ConvOp> {
+struct ConvOp {
   struct Args {
     ConvPlan plan;
     Activation activation;
@@ -222,8 +221,7 @@ struct ConvOp : CompiledBackward<ConvOp> {
   }
 
   // saved: input (if weight needs a gradient), weight (if input needs one), y or z. grads: of y, and of z if it exists.
-  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
-                                 Needs needs) {
+  static variable_list gradients(const Args& args, at::TensorList saved, const variable_list& grads, Needs needs) {
     variable_list result(3);
     const Tensor &grad_y = grads[0], grad_z = grads.size() > 1 ? grads[1] : Tensor();
     if (!grad_y.defined() && !grad_z.defined()) return result;
@@ -430,7 +428,7 @@ Tensor conv(const Tensor& input, const Tensor& weight, const optional<Tensor>& b
   torch::autograd::set_history(y, node);
   if (z.defined()) torch::autograd::set_history(z, node);
   const bool identity = activation.kind == ActivationKind::identity;
-  save(node, {grad_w ? input : Tensor(), grad_x ? weight : Tensor(), identity ? Tensor() : z.defined() ? z : y});
+  save(node, grad_w ? input : none, grad_x ? weight : none, identity ? none : z.defined() ? z : y);
   return y;
 }
 
@@ -559,12 +557,12 @@ void implement_conv(torch::Library& m) {
 }
 
 void bind_conv(py::module_& m) {
-  m.def("conv1d", &conv_fast<1>);
-  m.def("conv2d", &conv_fast<2>);
-  m.def("conv3d", &conv_fast<3>);
-  m.def("conv_transpose1d", &conv_transpose_fast<1>);
-  m.def("conv_transpose2d", &conv_transpose_fast<2>);
-  m.def("conv_transpose3d", &conv_transpose_fast<3>);
+  fast_def<&conv_fast<1>>(m, "conv1d");
+  fast_def<&conv_fast<2>>(m, "conv2d");
+  fast_def<&conv_fast<3>>(m, "conv3d");
+  fast_def<&conv_transpose_fast<1>>(m, "conv_transpose1d");
+  fast_def<&conv_transpose_fast<2>>(m, "conv_transpose2d");
+  fast_def<&conv_transpose_fast<3>>(m, "conv_transpose3d");
   m.def("conv_problem", &conv_problem);
   m.def("set_conv_precision", [](int precision) { set_conv_precision(static_cast<Precision>(precision)); });
   m.def("conv_precision", [] { return static_cast<int>(conv_precision()); });

@@ -95,7 +95,7 @@ std::array<Tensor, 3> conv_pool_backward(const Tensor& grad_output, const Tensor
   return out;
 }
 
-struct ConvPoolOp : CompiledBackward<ConvPoolOp> {
+struct ConvPoolOp {
   struct Args {
     ConvPlan plan;
     PoolSize pool;
@@ -113,8 +113,7 @@ struct ConvPoolOp : CompiledBackward<ConvPoolOp> {
   }
 
   // saved: input (if weight needs a gradient), weight (if input needs one), indices.
-  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
-                                 Needs needs) {
+  static variable_list gradients(const Args& args, at::TensorList saved, const variable_list& grads, Needs needs) {
     variable_list result(3);
     const Tensor& grad_y = grads[0];
     if (!grad_y.defined()) return result;
@@ -147,7 +146,7 @@ Tensor conv_max_pool(const Tensor& input, const Tensor& weight, const optional<T
   if (!records) return out.y;
   const auto node = make_node<ConvPoolOp>({plan, pool}, input, weight, bias);
   torch::autograd::set_history(out.y, node);
-  save(node, {grad_w ? input : Tensor(), grad_x ? weight : Tensor(), out.indices});
+  save(node, grad_w ? input : none, grad_x ? weight : none, out.indices);
   return out.y;
 }
 
@@ -179,9 +178,9 @@ py::object conv_max_pool_fast(py::handle input, py::handle weight, py::handle bi
 }  // namespace
 
 void bind_conv_pool(py::module_& m) {
-  m.def("conv_max_pool1d", &conv_max_pool_fast<1>);
-  m.def("conv_max_pool2d", &conv_max_pool_fast<2>);
-  m.def("conv_max_pool3d", &conv_max_pool_fast<3>);
+  fast_def<&conv_max_pool_fast<1>>(m, "conv_max_pool1d");
+  fast_def<&conv_max_pool_fast<2>>(m, "conv_max_pool2d");
+  fast_def<&conv_max_pool_fast<3>>(m, "conv_max_pool3d");
 }
 
 }  // namespace fastops

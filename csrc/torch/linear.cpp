@@ -63,7 +63,7 @@ Tensor product(const Tensor& a, const Tensor& b) {
   return at::matmul(a, b);
 }
 
-struct LinearOp : CompiledBackward<LinearOp> {
+struct LinearOp {
   struct Args {
     Activation activation;
     std::vector<int64_t> input_sizes;  // empty if the input itself was saved
@@ -81,8 +81,7 @@ struct LinearOp : CompiledBackward<LinearOp> {
   }
 
   // saved: input (if weight needs a gradient), weight (if input needs one), y or z. grads: of y, and of z if it exists.
-  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
-                                 Needs needs) {
+  static variable_list gradients(const Args& args, at::TensorList saved, const variable_list& grads, Needs needs) {
     variable_list result(3);
     const Tensor &grad_y = grads[0], grad_z = grads.size() > 1 ? grads[1] : Tensor();
     if (!grad_y.defined() && !grad_z.defined()) return result;
@@ -216,11 +215,11 @@ Tensor linear(const Tensor& input, const Tensor& weight, const optional<Tensor>&
   if (!records) return y;
   // z, the pre-activation, is a hidden output of the node: second-order gradients reach the inputs through it.
   const auto node = make_node<LinearOp>({activation, grad_w ? std::vector<int64_t>() : input.sizes().vec()}, input,
-                                        grad_w ? weight : Tensor(), bias);
+                                        grad_w ? weight : none, bias);
   torch::autograd::set_history(y, node);
   if (z.defined()) torch::autograd::set_history(z, node);
   const bool identity = activation.kind == ActivationKind::identity;
-  save(node, {grad_w ? input : Tensor(), grad_x ? weight : Tensor(), identity ? Tensor() : z.defined() ? z : y});
+  save(node, grad_w ? input : none, grad_x ? weight : none, identity ? none : z.defined() ? z : y);
   return y;
 }
 
@@ -268,6 +267,6 @@ void implement_linear(torch::Library& m) {
   m.impl("linear_backward", linear_backward_op);
 }
 
-void bind_linear(py::module_& m) { m.def("linear", &linear_fast); }
+void bind_linear(py::module_& m) { fast_def<&linear_fast>(m, "linear"); }
 
 }  // namespace fastops

@@ -150,7 +150,7 @@ variable_list composite_backward(const Tensor& grad_output, const Tensor& input,
   return result;
 }
 
-struct MlpOp : CompiledBackward<MlpOp> {
+struct MlpOp {
   struct Args {
     MlpActivations activations;
     Precision precision;
@@ -172,8 +172,7 @@ struct MlpOp : CompiledBackward<MlpOp> {
   }
 
   // saved: hidden, y or z, input, weights, biases.
-  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
-                                 Needs needs) {
+  static variable_list gradients(const Args& args, at::TensorList saved, const variable_list& grads, Needs needs) {
     const size_t layers = (saved.size() - 3) / 2;
     if (!grads[0].defined()) return variable_list(1 + 2 * layers);
     const Tensor& input = saved[2];
@@ -202,7 +201,7 @@ Tensor mlp(const Tensor& input, at::TensorList weights, at::TensorList biases, A
   torch::autograd::set_history(y, node);
   operands.insert(operands.begin(), output.kind == ActivationKind::identity ? Tensor() : z.defined() ? z : y);
   operands.insert(operands.begin(), hidden_outputs);
-  save(node, std::move(operands));
+  for (const Tensor& operand : operands) save(node, operand);
   return y;
 }
 
@@ -269,6 +268,6 @@ py::object mlp_fast(py::handle input, py::handle weights, py::handle biases, int
 
 }  // namespace
 
-void bind_mlp(py::module_& m) { m.def("mlp", &mlp_fast); }
+void bind_mlp(py::module_& m) { fast_def<&mlp_fast>(m, "mlp"); }
 
 }  // namespace fastops

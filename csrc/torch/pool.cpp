@@ -147,13 +147,12 @@ PoolArgs unpack_pool(const c10::IValue& packed) {
 bool direct(const Tensor& grad) { return !at::GradMode::is_enabled() && fast_door::is_plain(grad); }
 
 // grad_x = scatter(grad_y, indices); saved: the indices.
-struct MaxPoolOp : CompiledBackward<MaxPoolOp> {
+struct MaxPoolOp {
   using Args = PoolArgs;
   static std::string name(const Args& args) { return op_name(args.plan, "max"); }
   static c10::IValue pack(const Args& args) { return pack_pool(args); }
   static Args unpack(const c10::IValue& packed) { return unpack_pool(packed); }
-  static variable_list gradients(const Args& args, const variable_list& saved, const variable_list& grads,
-                                 Needs needs) {
+  static variable_list gradients(const Args& args, at::TensorList saved, const variable_list& grads, Needs needs) {
     const Tensor& g = grads[0];
     if (!g.defined() || !needs(0)) return {Tensor()};
     if (direct(g)) return {max_pool_backward(g, saved[0], args.plan)};
@@ -164,20 +163,20 @@ struct MaxPoolOp : CompiledBackward<MaxPoolOp> {
 Tensor differentiable_avg_pool_backward(const Tensor& grad_output, const PoolArgs& args);
 
 // Averaging is linear, and its gradient's gradient averages again.
-struct AvgPoolBackwardOp : CompiledBackward<AvgPoolBackwardOp> {
+struct AvgPoolBackwardOp {
   using Args = PoolArgs;
   static std::string name(const Args& args) { return op_name(args.plan, "avg", "_backward"); }
   static c10::IValue pack(const Args& args) { return pack_pool(args); }
   static Args unpack(const c10::IValue& packed) { return unpack_pool(packed); }
-  static variable_list gradients(const Args& args, const variable_list&, const variable_list& grads, Needs needs);
+  static variable_list gradients(const Args& args, at::TensorList, const variable_list& grads, Needs needs);
 };
 
-struct AvgPoolOp : CompiledBackward<AvgPoolOp> {
+struct AvgPoolOp {
   using Args = PoolArgs;
   static std::string name(const Args& args) { return op_name(args.plan, "avg"); }
   static c10::IValue pack(const Args& args) { return pack_pool(args); }
   static Args unpack(const c10::IValue& packed) { return unpack_pool(packed); }
-  static variable_list gradients(const Args& args, const variable_list&, const variable_list& grads, Needs needs) {
+  static variable_list gradients(const Args& args, at::TensorList, const variable_list& grads, Needs needs) {
     if (!grads[0].defined() || !needs(0)) return {Tensor()};
     if (direct(grads[0])) return {avg_pool_backward(grads[0], args.plan, args.divisor)};
     return {differentiable_avg_pool_backward(grads[0], args)};
@@ -365,7 +364,7 @@ MaxPoolOutput max_pool(const Tensor& input, const PoolPlan& plan, bool return_in
   if (!records) return out;
   const auto node = make_node<MaxPoolOp>({plan, {}}, input);
   torch::autograd::set_history(out.y, node);
-  save(node, {out.indices});
+  save(node, out.indices);
   return out;
 }
 
@@ -397,7 +396,6 @@ Tensor avg_pool(const Tensor& input, const PoolPlan& plan, const AvgDivisor& div
   if (!is_recorded(input)) return y;
   const auto node = make_node<AvgPoolOp>({plan, divisor}, input);
   torch::autograd::set_history(y, node);
-  node->save_variables_to_ctx();
   return y;
 }
 
@@ -410,12 +408,10 @@ Tensor differentiable_avg_pool_backward(const Tensor& grad_output, const PoolArg
   if (!is_recorded(grad_output)) return grad_input;
   const auto node = make_node<AvgPoolBackwardOp>(args, grad_output);
   torch::autograd::set_history(grad_input, node);
-  node->save_variables_to_ctx();
   return grad_input;
 }
 
-variable_list AvgPoolBackwardOp::gradients(const Args& args, const variable_list&, const variable_list& grads,
-                                           Needs needs) {
+variable_list AvgPoolBackwardOp::gradients(const Args& args, at::TensorList, const variable_list& grads, Needs needs) {
   if (!grads[0].defined() || !needs(0)) return {Tensor()};
   if (!fast_door::is_plain(grads[0])) return {TorchAvgPool(args).forward(grads[0])};
   return {avg_pool(grads[0], args.plan, args.divisor)};
@@ -645,18 +641,18 @@ void implement_pool(torch::Library& m) {
 TORCH_LIBRARY_IMPL(fastops, CompositeImplicitAutograd, m) { m.impl("max_pool_positions", max_pool_positions_op); }
 
 void bind_pool(py::module_& m) {
-  m.def("max_pool1d", &max_pool_fast<1>);
-  m.def("max_pool2d", &max_pool_fast<2>);
-  m.def("max_pool3d", &max_pool_fast<3>);
-  m.def("adaptive_max_pool1d", &adaptive_max_pool_fast<1>);
-  m.def("adaptive_max_pool2d", &adaptive_max_pool_fast<2>);
-  m.def("adaptive_max_pool3d", &adaptive_max_pool_fast<3>);
-  m.def("avg_pool1d", &avg_pool1d_fast);
-  m.def("avg_pool2d", &avg_pool_fast<2>);
-  m.def("avg_pool3d", &avg_pool_fast<3>);
-  m.def("adaptive_avg_pool1d", &adaptive_avg_pool_fast<1>);
-  m.def("adaptive_avg_pool2d", &adaptive_avg_pool_fast<2>);
-  m.def("adaptive_avg_pool3d", &adaptive_avg_pool_fast<3>);
+  fast_def<&max_pool_fast<1>>(m, "max_pool1d");
+  fast_def<&max_pool_fast<2>>(m, "max_pool2d");
+  fast_def<&max_pool_fast<3>>(m, "max_pool3d");
+  fast_def<&adaptive_max_pool_fast<1>>(m, "adaptive_max_pool1d");
+  fast_def<&adaptive_max_pool_fast<2>>(m, "adaptive_max_pool2d");
+  fast_def<&adaptive_max_pool_fast<3>>(m, "adaptive_max_pool3d");
+  fast_def<&avg_pool1d_fast>(m, "avg_pool1d");
+  fast_def<&avg_pool_fast<2>>(m, "avg_pool2d");
+  fast_def<&avg_pool_fast<3>>(m, "avg_pool3d");
+  fast_def<&adaptive_avg_pool_fast<1>>(m, "adaptive_avg_pool1d");
+  fast_def<&adaptive_avg_pool_fast<2>>(m, "adaptive_avg_pool2d");
+  fast_def<&adaptive_avg_pool_fast<3>>(m, "adaptive_avg_pool3d");
   m.def("pool_problem", &pool_problem);
 }
 
