@@ -23,6 +23,7 @@ from fastops import _C
 ROOT = Path(__file__).resolve().parent.parent
 EMULATED = os.environ.get("FASTOPS_TEST_DEVICE", "emulated") == "emulated"
 SCHEDULES = ("forward", "reverse", "shuffled") if EMULATED else ("on the device",)
+USUAL = 0, 0, 4, 99 << 10  # the emulator's schedule, seed, multiprocessors and shared memory
 
 
 def _load() -> ModuleType:
@@ -33,7 +34,7 @@ def _load() -> ModuleType:
     spec = importlib.util.spec_from_file_location("_emulator", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    _C.use_cuda_emulator(module.kernels())
+    _C.use_cuda_emulator(module.configure(*USUAL))
     torch.utils.rename_privateuse1_backend("emulated")
     torch._register_device_module(
         "emulated",
@@ -56,6 +57,12 @@ DEVICE = torch.device("emulated" if EMULATED else "cuda", 0)
 _seeds = itertools.count()
 
 
+def queries() -> int:
+    """How often kernels asked the emulator's runtime for properties of the device, or a kernel for shared memory, since
+    the last call of this function."""
+    return _emulator.take_queries()
+
+
 @contextmanager
 def configured(
     schedule: str = SCHEDULES[0], multiprocessors: int = 4, aligned: bool = True, shared: int = 99
@@ -67,13 +74,13 @@ def configured(
     if _emulator is None:
         yield
         return
-    _emulator.configure(SCHEDULES.index(schedule), next(_seeds), multiprocessors, shared << 10)
+    _C.use_cuda_emulator(_emulator.configure(SCHEDULES.index(schedule), next(_seeds), multiprocessors, shared << 10))
     _emulator.set_aligned(aligned)
     _emulator.take_overruns()
     try:
         yield
     finally:
-        _emulator.configure(0, 0, 4, 99 << 10)
+        _C.use_cuda_emulator(_emulator.configure(*USUAL))
         _emulator.set_aligned(True)
     overruns = _emulator.take_overruns()
     assert overruns == 0, f"{overruns} bytes were written past the end of an allocation"

@@ -21,6 +21,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <map>
 
 #include "../../csrc/kernels/common/cuda/kernels.h"
 #include "cuda_runtime.h"
@@ -164,9 +165,13 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 
 PYBIND11_MODULE(_emulator, m) {
   (void)hooked;
-  m.def("kernels", [] { return reinterpret_cast<uintptr_t>(&fastops::cuda::kernels()); });
+  // Returns the kernels of this chip. Each chip has a table of its own, so that no plan that is kept for a table runs
+  // on another chip.
   m.def("configure", [](int schedule, uint64_t seed, int multiprocessors, size_t shared) {
+    static std::map<std::pair<int, size_t>, fastops::cuda::KernelTable> tables;
     simt::settings() = {static_cast<simt::Schedule>(schedule), seed, multiprocessors, shared};
+    const auto place = tables.try_emplace({multiprocessors, shared}, fastops::cuda::kernels()).first;
+    return reinterpret_cast<uintptr_t>(&place->second);
   });
   m.def("take_queries", [] { return simt::queries().exchange(0); });
   m.def("set_aligned", [](bool value) { aligned.store(value); });

@@ -30,7 +30,7 @@ struct Launch {
 // The shared memory of a block for which the kernel needs no permission.
 inline constexpr size_t kUnaskedShared = size_t{48} << 10;
 
-constexpr int kMostDevices = 64;  // of which anything is kept
+inline constexpr int kMostDevices = 64;  // of which anything is kept
 
 inline int current_device() {
   int device = 0;
