@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <memory>
 
 #include "../kernels/common/cpu/isa.h"
@@ -22,6 +23,9 @@ inline int alignment_of(std::initializer_list<const void*> addresses) {
   return static_cast<int>(bits & -bits);
 }
 
+// How often a thread of this process had to decide; for tests.
+inline std::atomic<int64_t> plans_made{0};
+
 // The plans that a thread has made, for the calls of one kind. A slot holds the newest of the calls that fall into it,
 // so a model with more different calls than slots plans some of them again. A plan is good for the same call on the
 // same kernels (tier, device) with the same number of threads.
@@ -33,7 +37,7 @@ class Plans {
     Slot& slot = slots_[spread(call) % kSlots];
     if (slot.planners != &planners || slot.device != device || slot.plan.target.threads != threads ||
         !(slot.call == call)) {
-      slot.planners = nullptr;  // if the planner throws
+      plans_made.fetch_add(1, std::memory_order_relaxed);
       slot.plan = planners.plan(call, {.threads = threads});
       slot.call = call;
       slot.device = device;

@@ -1,6 +1,7 @@
 // What fastops.info() reads: the build, the processor and the GPUs.
 #include "../kernels/common/cpu/isa.h"
 #include "binding.h"
+#include "call.h"
 #include "gpu.h"
 
 namespace fastops {
@@ -46,6 +47,7 @@ void bind_info(py::module_& m) {
   m.def("isa_found", [] { return isa_name(isa_found()); });
   m.def("isa_used", [] { return isa_name(isa_used()); });
   m.def("isa_problem", &isa_problem);
+  m.def("plans_made", [] { return plans_made.load(); });
   m.def("set_isa", &set_isa_by_name);
   m.def("cpu_name", &cpu_name);
   // One thread each, so that a benchmark can start one on every core at once.
