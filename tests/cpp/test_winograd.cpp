@@ -16,7 +16,10 @@
 namespace fastops {
 namespace tested {
 namespace {
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-function"  // the planners of the ops that it includes
 #include "../../csrc/kernels/conv/cpu/winograd_weight.inl"
+#pragma GCC diagnostic pop
 }  // namespace
 }  // namespace tested
 }  // namespace fastops
