@@ -523,7 +523,7 @@ def build_cpp_tests(folder: Path, sources: list[Path], extra: list[str]) -> list
     objects.append(build.compile(ROOT / "tests" / "cpp" / "left_out.cpp", [*common, f"-DLEFT_OUT={tables}"]))
     programs = []
     for source in sources:
-        flags = common if "bodies.inl" in source.read_text() else plain
+        flags = common if "bodies_prelude.h" in source.read_text() else plain
         test = build.compile(source, [*flags, "-ffp-contract=off", "-pthread", f"-I{ROOT / 'csrc'}"])
         programs.append(folder / source.stem)
         build.link([test, *objects], programs[-1], [*extra, "-pthread"])

@@ -118,19 +118,21 @@ class Test {
     for_products(c, [&](int64_t x_at, int64_t w_at, int64_t y_at) {
       expected[static_cast<size_t>(y_at)].add(x(x_at), w(w_at), std::fabs(x(x_at)));
     });
-    ConvForward args{};
-    args.dtype = kDType<T>;
-    args.layout = c.layout, args.w_layout = c.w_layout, args.geometry = g;
-    args.x = x.data(), args.w = w.data(), args.bias = c.bias ? bias.data() : nullptr;
-    args.activation = {c.kind, 0, 0};
-    args.bf16_multiply = c.multiply;
-    images(expected, g.out_channels, volume(g.out), c.bias ? &bias : nullptr, "y", 0,
-           [&](T* y, T* z, const Team& team) {
-             args.y = y, args.z = z;
-             const Workspace workspace = make_workspace(kernels(kDType<T>).conv_forward_workspace(args, team.threads));
-             kernels(kDType<T>).conv_forward(args, workspace.get(), team);
-             return kernels(kDType<T>).conv_forward_name(args);
-           });
+    const ConvForward call{.dtype = kDType<T>,
+                           .layout = c.layout,
+                           .w_layout = c.w_layout,
+                           .geometry = g,
+                           .with_bias = c.bias,
+                           .activation = {c.kind},
+                           .with_z = c.z};
+    const T* const b = c.bias ? bias.data() : nullptr;
+    const std::vector<T> bits =
+        images(expected, g.out_channels, volume(g.out), c.bias ? &bias : nullptr, "y", 0,
+               [&](T* y, T* z, const Team& team) { run_call(call, {x.data(), w.data(), b, y, z}, team, c.multiply); });
+    const Team& team = kTeams[g.out_channels % 4];  // one team a case is enough
+    const Guarded<T> y(y_size, c.at_end), z(c.z ? y_size : 0, c.at_end);
+    run_packed(call, {x.data(), w.data(), b, y.data(), c.z ? z.data() : nullptr}, team, c.at_end, c.multiply);
+    if (!same_bits(joined(y, z), bits)) fail(c, kDType<T>, "y with packed weights", team.threads, 0, 0);
   }
 
   // As the gradient of x and as a transposed convolution with bias and an activation.
@@ -142,25 +144,24 @@ class Test {
       const double value = gradient(before, y_at, &scale);
       expected[static_cast<size_t>(x_at)].add(value, w(w_at), scale);
     });
-    ConvBackwardInput args{};
-    args.dtype = kDType<T>;
-    args.layout = c.layout, args.w_layout = c.w_layout, args.geometry = g;
-    args.grad_y = grad_y.data(), args.w = w.data();
-    args.activation = {before, 0, 0};
-    args.saved = before == ActivationKind::identity ? nullptr : saved.data();
-    args.bias = transposed_convolution && c.bias ? in_bias.data() : nullptr;
-    args.epilogue = {transposed_convolution ? c.kind : ActivationKind::identity, 0, 0};
-    args.bf16_multiply = c.multiply;
+    const bool biased = transposed_convolution && c.bias;
+    const ActivationKind after = transposed_convolution ? c.kind : ActivationKind::identity;
+    const ConvBackwardInput call{.dtype = kDType<T>,
+                                 .layout = c.layout,
+                                 .w_layout = c.w_layout,
+                                 .geometry = g,
+                                 .activation = {before},
+                                 .with_bias = biased,
+                                 .epilogue = {after},
+                                 .with_z = c.z};
+    const T* const kept = before == ActivationKind::identity ? nullptr : saved.data();
+    const T* const b = biased ? in_bias.data() : nullptr;
     images(
-        expected, g.in_channels, volume(g.in), args.bias != nullptr ? &in_bias : nullptr, "grad_x", slack(before),
-        [&](T* y, T* z, const Team& team) {
-          args.grad_x = y, args.z = z;
-          const Workspace workspace =
-              make_workspace(kernels(kDType<T>).conv_backward_input_workspace(args, team.threads));
-          kernels(kDType<T>).conv_backward_input(args, workspace.get(), team);
-          return kernels(kDType<T>).conv_backward_input_name(args);
+        expected, g.in_channels, volume(g.in), biased ? &in_bias : nullptr, "grad_x", slack(before),
+        [&](T* to, T* z, const Team& team) {
+          run_call(call, {grad_y.data(), kept, w.data(), b, to, z}, team, c.multiply);
         },
-        args.epilogue.kind, exact(before));
+        after, exact(before));
   }
 
   void backward_weight() const {
@@ -179,21 +180,24 @@ class Test {
           bias_expected[static_cast<size_t>(k)].add(value, 1, scale);
         }
     std::vector<T> first_w, first_bias;
+    const bool with_w = (c.outputs & 1) != 0, with_bias = (c.outputs & 2) != 0;
+    const ConvBackwardWeight call{.dtype = kDType<T>,
+                                  .layout = c.layout,
+                                  .w_layout = c.w_layout,
+                                  .geometry = g,
+                                  .activation = {c.kind},
+                                  .with_grad_w = with_w,
+                                  .with_grad_bias = with_bias};
     for (const Team& team : kTeams) {
-      const Guarded<T> grad_w((c.outputs & 1) != 0 ? w_size : 0, c.at_end);
-      const Guarded<T> grad_bias((c.outputs & 2) != 0 ? g.out_channels : 0, c.at_end);
-      ConvBackwardWeight args{};
-      args.dtype = kDType<T>;
-      args.layout = c.layout, args.w_layout = c.w_layout, args.geometry = g;
-      args.grad_y = grad_y.data(), args.x = (c.outputs & 1) != 0 ? x.data() : nullptr;
-      args.activation = {c.kind, 0, 0};
-      args.saved = c.kind == ActivationKind::identity ? nullptr : saved.data();
-      args.grad_w = (c.outputs & 1) != 0 ? grad_w.data() : nullptr;
-      args.grad_bias = (c.outputs & 2) != 0 ? grad_bias.data() : nullptr;
-      args.bf16_multiply = c.multiply;
-      const Workspace workspace = make_workspace(kernels(kDType<T>).conv_backward_weight_workspace(args, team.threads));
-      kernels(kDType<T>).conv_backward_weight(args, workspace.get(), team);
-      if (kernels(kDType<T>).conv_backward_weight_name(args).algorithm == nullptr) fail(c, kDType<T>, "name", 0, 0, 0);
+      const Guarded<T> grad_w(with_w ? w_size : 0, c.at_end);
+      const Guarded<T> grad_bias(with_bias ? g.out_channels : 0, c.at_end);
+      run_call(call,
+               {.grad_y = grad_y.data(),
+                .saved = c.kind == ActivationKind::identity ? nullptr : saved.data(),
+                .x = with_w ? x.data() : nullptr,
+                .grad_w = with_w ? grad_w.data() : nullptr,
+                .grad_bias = with_bias ? grad_bias.data() : nullptr},
+               team, c.multiply);
       if (&team != kTeams) {
         if (!same_bits(grad_w.values(), first_w) || !same_bits(grad_bias.values(), first_bias))
           fail(c, kDType<T>, "weight gradient with another team", team.threads, 0, 0);
@@ -202,12 +206,12 @@ class Test {
       first_w = grad_w.values();
       first_bias = grad_bias.values();
       const int64_t length = g.batch * positions;
-      for (int64_t i = 0; args.grad_w != nullptr && i < w_size; ++i) {
+      for (int64_t i = 0; with_w && i < w_size; ++i) {
         const Sum& sum = w_expected[static_cast<size_t>(i)];
         if (!close(grad_w[i], sum.value, sum.magnitude, length, exact(c.kind), slack(c.kind)))
           fail(c, kDType<T>, "grad_w", i, grad_w(i), sum.value);
       }
-      for (int64_t i = 0; args.grad_bias != nullptr && i < g.out_channels; ++i) {
+      for (int64_t i = 0; with_bias && i < g.out_channels; ++i) {
         const Sum& sum = bias_expected[static_cast<size_t>(i)];
         if (!close(grad_bias[i], sum.value, sum.magnitude, length, exact(c.kind), slack(c.kind)))
           fail(c, kDType<T>, "grad_bias", i, grad_bias(i), sum.value);
@@ -233,23 +237,27 @@ class Test {
     return grad_y(at) * factor;
   }
 
-  // Runs call(y, z, team) with every team; y = kind(expected + bias).
+  static std::vector<T> joined(const Guarded<T>& y, const Guarded<T>& z) {
+    std::vector<T> both = y.values();
+    const std::vector<T> more = z.values();
+    both.insert(both.end(), more.begin(), more.end());
+    return both;
+  }
+
+  // Runs call(y, z, team) with every team; y = kind(expected + bias). Returns y and z.
   template <class Call>
-  void images(const std::vector<Sum>& expected, int64_t channels, int64_t positions, const Guarded<T>* added,
-              const char* what, double more_slack, Call&& call, ActivationKind kind, bool exact_sums) const {
+  std::vector<T> images(const std::vector<Sum>& expected, int64_t channels, int64_t positions, const Guarded<T>* added,
+                        const char* what, double more_slack, Call&& call, ActivationKind kind, bool exact_sums) const {
     const int64_t size = g.batch * channels * positions;
-    std::vector<T> first_y, first_z;
+    std::vector<T> first;
     for (const Team& team : kTeams) {
       const Guarded<T> y(size, c.at_end), z(c.z ? size : 0, c.at_end);
-      const KernelName name = call(y.data(), c.z ? z.data() : nullptr, team);
-      if (name.algorithm == nullptr) fail(c, kDType<T>, "name", 0, 0, 0);
+      call(y.data(), c.z ? z.data() : nullptr, team);
       if (&team != kTeams) {
-        if (!same_bits(y.values(), first_y) || !same_bits(z.values(), first_z))
-          fail(c, kDType<T>, what, -1, team.threads, 0);
+        if (!same_bits(joined(y, z), first)) fail(c, kDType<T>, what, -1, team.threads, 0);
         continue;
       }
-      first_y = y.values();
-      first_z = z.values();
+      first = joined(y, z);
       const bool linear = kind == ActivationKind::identity || kind == ActivationKind::relu;
       for (int64_t i = 0; i < size; ++i) {
         Sum sum = expected[static_cast<size_t>(i)];
@@ -264,11 +272,12 @@ class Test {
           fail(c, kDType<T>, what, i, y(i), value);
       }
     }
+    return first;
   }
   template <class Call>
-  void images(const std::vector<Sum>& expected, int64_t channels, int64_t positions, const Guarded<T>* added,
-              const char* what, double more_slack, Call&& call) const {
-    images(expected, channels, positions, added, what, more_slack, call, c.kind, c.integers);
+  std::vector<T> images(const std::vector<Sum>& expected, int64_t channels, int64_t positions, const Guarded<T>* added,
+                        const char* what, double more_slack, Call&& call) const {
+    return images(expected, channels, positions, added, what, more_slack, call, c.kind, c.integers);
   }
 
   const Case& c;

@@ -1,16 +1,12 @@
-// What the C++ tests of the products share: storage types by arithmetic that shares nothing with vec.h, teams of
-// threads, activations, workspaces, and when a result is close enough.
+// What the C++ tests of the products share: storage types by arithmetic that shares nothing with vec.h, activations,
+// buffers, and when a result is close enough.
 #pragma once
-
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <thread>
 #include <vector>
 
 #include "tiers.h"
@@ -84,21 +80,6 @@ inline double unit_roundoff(DType dtype) {
   return dtype == DType::f64 ? 0x1p-53 : dtype == DType::f32 ? 0x1p-24 : dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
 }
 
-// -----------------------------------------------------------------------------------------------------------------
-// teams
-
-inline void run_threads(int threads, void (*body)(void*, int, int), void* context) {
-  std::vector<std::thread> others;
-  for (int t = 1; t < threads; ++t) others.emplace_back(body, context, t, threads);
-  body(context, 0, threads);
-  for (std::thread& t : others) t.join();
-}
-inline void run_at_most_two(int threads, void (*body)(void*, int, int), void* context) {
-  run_threads(threads < 2 ? threads : 2, body, context);
-}
-
-const Team kTeams[] = {{1, nullptr}, {2, run_threads}, {3, run_threads}, {3, run_at_most_two}};
-
 // ------------------------------------------------------------------------------------------------------------------
 // activations
 
@@ -137,7 +118,6 @@ inline double derivative(ActivationKind kind, double saved) {
 struct FreeDeleter {
   void operator()(void* p) const { std::free(p); }
 };
-using Workspace = std::unique_ptr<void, FreeDeleter>;
 
 // Aligned as an allocator of tensors aligns, which the stores that bypass the caches ask for.
 template <class T>
@@ -149,30 +129,14 @@ AlignedBuffer<T> make_buffer(size_t size) {
   return AlignedBuffer<T>(static_cast<T*>(p));
 }
 
-inline Workspace make_workspace(size_t bytes) {
-  void* p = nullptr;
-  if (bytes > 0 && posix_memalign(&p, 64, bytes) != 0) std::abort();
-  if (p != nullptr) std::memset(p, 0xff, bytes);  // NaN, whatever the type
-  return Workspace(p);
-}
-
 // `size` elements between two guard pages, against the one in front or the one behind.
 template <class T>
 class Guarded {
  public:
-  Guarded(int64_t size, bool at_end) : size_(static_cast<size_t>(size)) {
-    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), bytes = size_ * sizeof(T);
-    const size_t inner = (bytes + page - 1) / page * page;
-    length_ = inner + 2 * page;
-    memory_ = static_cast<char*>(mmap(nullptr, length_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (memory_ == MAP_FAILED) std::abort();
-    if (inner > 0 && mprotect(memory_ + page, inner, PROT_READ | PROT_WRITE) != 0) std::abort();
-    data_ = reinterpret_cast<T*>(memory_ + page + (at_end ? inner - bytes : 0));
-    for (size_t i = 0; i < size_; ++i) data_[i] = narrow<T>(NAN);
-  }
-  ~Guarded() { munmap(memory_, length_); }
-  Guarded(const Guarded&) = delete;
-  Guarded& operator=(const Guarded&) = delete;
+  Guarded(int64_t size, bool at_end)
+      : size_(static_cast<size_t>(size)),
+        pages_(size_ * sizeof(T), at_end, sizeof(T)),
+        data_(static_cast<T*>(pages_.data())) {}
 
   T* data() const { return data_; }
   T& operator[](int64_t i) const { return data_[i]; }
@@ -184,8 +148,8 @@ class Guarded {
   }
 
  private:
-  size_t size_, length_;
-  char* memory_;
+  size_t size_;
+  Pages pages_;
   T* data_;
 };
 

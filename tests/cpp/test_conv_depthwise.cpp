@@ -17,11 +17,8 @@ void test_dtype(bool quick) {
     c.integers = seed % 3 != 1;
     c.at_end = seed % 2 == 0;
     c.outputs = 1 + seed % 3;
-    ConvForward args{};
-    args.dtype = kDType<T>;
-    args.layout = c.layout, args.w_layout = c.w_layout, args.geometry = c.geometry;
-    if (kernel != nullptr && std::strcmp(kernels(kDType<T>).conv_forward_name(args).algorithm, kernel) != 0)
-      fail(c, kDType<T>, kernel, 0, 0, 0);
+    const auto plan = plan_of(ConvForward{kDType<T>, c.layout, c.w_layout, c.geometry});
+    if (kernel != nullptr && std::strcmp(plan.name.algorithm, kernel) != 0) fail(c, kDType<T>, kernel, 0, 0, 0);
     test<T>(c, seed);
   };
   const auto depthwise = [&](int64_t batch, int64_t channels, int64_t multiplier, const std::vector<int64_t>& in,

@@ -49,18 +49,16 @@ class PoolTest {
       for (const Team& team : kTeams) {
         const Guarded<T> y(y_size, c.at_end);
         const GuardedBytes indices(y_size, c.at_end);
-        ConvPoolForward args{};
-        args.dtype = kDType<T>;
-        args.layout = c.layout, args.w_layout = c.w_layout, args.geometry = g;
-        for (int d = 0; d < 3; ++d) args.pool[d] = pool[d];
-        args.x = x.data(), args.w = w.data(), args.bias = c.bias ? bias.data() : nullptr;
-        args.activation = {c.kind, 0, 0};
-        args.y = y.data();
-        args.indices = indexed ? indices.data() : nullptr;
-        args.bf16_multiply = c.multiply;
-        const Workspace workspace = make_workspace(kernels(kDType<T>).conv_pool_forward_workspace(args, team.threads));
-        kernels(kDType<T>).conv_pool_forward(args, workspace.get(), team);
-        if (kernels(kDType<T>).conv_pool_forward_name(args).algorithm == nullptr) fail(c, kDType<T>, "name", 0, 0, 0);
+        const ConvPoolForward call{.dtype = kDType<T>,
+                                   .layout = c.layout,
+                                   .w_layout = c.w_layout,
+                                   .geometry = g,
+                                   .pool = {pool[0], pool[1], pool[2]},
+                                   .with_bias = c.bias,
+                                   .activation = {c.kind},
+                                   .with_indices = indexed};
+        const T* const b = c.bias ? bias.data() : nullptr;
+        run_call(call, {x.data(), w.data(), b, y.data(), indexed ? indices.data() : nullptr}, team, c.multiply);
         if (indexed && &team == kTeams) {
           first_y = y.values();
           first_indices = indices.values();
@@ -102,20 +100,24 @@ class PoolTest {
           return (outputs >> i & 1) != 0 ? static_cast<int64_t>(want[i].size()) : 0;
         };
         const Guarded<T> out[3] = {{size(0), c.at_end}, {size(1), c.at_end}, {size(2), c.at_end}};
-        ConvPoolBackward args{};
-        args.dtype = kDType<T>;
-        args.layout = c.layout, args.w_layout = c.w_layout, args.geometry = g;
-        for (int d = 0; d < 3; ++d) args.pool[d] = pool[d];
-        args.grad_y = grad_y.data(), args.indices = indices.data();
-        args.x = (outputs & 2) != 0 ? x.data() : nullptr;
-        args.w = (outputs & 1) != 0 ? w.data() : nullptr;
-        args.grad_x = (outputs & 1) != 0 ? out[0].data() : nullptr;
-        args.grad_w = (outputs & 2) != 0 ? out[1].data() : nullptr;
-        args.grad_bias = (outputs & 4) != 0 ? out[2].data() : nullptr;
-        args.bf16_multiply = c.multiply;
-        const Workspace workspace = make_workspace(kernels(kDType<T>).conv_pool_backward_workspace(args, team.threads));
-        kernels(kDType<T>).conv_pool_backward(args, workspace.get(), team);
-        if (kernels(kDType<T>).conv_pool_backward_name(args).algorithm == nullptr) fail(c, kDType<T>, "name", 0, 0, 0);
+        const bool with_x = (outputs & 1) != 0, with_w = (outputs & 2) != 0, with_bias = (outputs & 4) != 0;
+        const ConvPoolBackward call{.dtype = kDType<T>,
+                                    .layout = c.layout,
+                                    .w_layout = c.w_layout,
+                                    .geometry = g,
+                                    .pool = {pool[0], pool[1], pool[2]},
+                                    .with_grad_x = with_x,
+                                    .with_grad_w = with_w,
+                                    .with_grad_bias = with_bias};
+        run_call(call,
+                 {.grad_y = grad_y.data(),
+                  .indices = indices.data(),
+                  .x = with_w ? x.data() : nullptr,
+                  .w = with_x ? w.data() : nullptr,
+                  .grad_x = with_x ? out[0].data() : nullptr,
+                  .grad_w = with_w ? out[1].data() : nullptr,
+                  .grad_bias = with_bias ? out[2].data() : nullptr},
+                 team, c.multiply);
         for (unsigned o = 0; o < 3; ++o)
           for (int64_t i = 0; i < size(o); ++i)
             if (out[o](i) != widen(narrow<T>(want[o][static_cast<size_t>(i)])))

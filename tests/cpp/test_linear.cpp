@@ -32,7 +32,8 @@ template <class T>
 struct Operand {
   int64_t rows = 0, cols = 0;
   std::unique_ptr<T[]> buffer;
-  Matrix matrix;
+  void* data = nullptr;  // of element (0, 0)
+  Strides strides;
 
   Operand(int64_t r, int64_t c, Layout layout) : rows(r), cols(c) {
     int64_t rs = cols, cs = 1;
@@ -74,12 +75,11 @@ struct Operand {
     }
     buffer.reset(new T[static_cast<size_t>(high - low)]);
     for (int64_t i = 0; i < high - low; ++i) buffer[static_cast<size_t>(i)] = narrow<T>(NAN);
-    matrix = {buffer.get() - low, rs, cs};
+    data = buffer.get() - low;
+    strides = {rs, cs};
   }
 
-  T& at(int64_t i, int64_t j) const {
-    return static_cast<T*>(const_cast<void*>(matrix.data))[i * matrix.row_stride + j * matrix.col_stride];
-  }
+  T& at(int64_t i, int64_t j) const { return static_cast<T*>(data)[i * strides.row + j * strides.col]; }
   double operator()(int64_t i, int64_t j) const { return widen(at(i, j)); }
 
   template <class Draw>
@@ -119,18 +119,28 @@ void test_forward(const Case& c, const Operand<T>& x, const Operand<T>& w, const
   const size_t size = c.m > 0 && c.n > 0 ? static_cast<size_t>((c.m - 1) * rs + c.n) : 0;
   const T poison = narrow<T>(12345);
   std::vector<T> first_y, first_z;
+  const LinearForward call{.dtype = kDType<T>,
+                           .m = c.m,
+                           .n = c.n,
+                           .k = c.k,
+                           .x_strides = x.strides,
+                           .w_strides = w.strides,
+                           .y_row_stride = rs,
+                           .with_bias = c.bias,
+                           .bias_stride = bias.strides.col,
+                           .activation = {c.kind},
+                           .with_z = c.z};
   for (const Team& team : kTeams) {
     std::unique_ptr<T[]> y(new T[size]), z(c.z ? new T[size] : nullptr);
-    for (size_t i = 0; i < size; ++i) {
-      y[i] = poison;
-      if (c.z) z[i] = poison;
-    }
-    LinearForward args{kDType<T>, c.m, c.n, c.k, x.matrix, w.matrix, nullptr, 0, {c.kind, 0, 0}, y.get(), rs, z.get()};
-    if (c.bias) args.b = bias.matrix.data, args.b_stride = bias.matrix.col_stride;
-    args.bf16_multiply = c.multiply;
-    const Workspace workspace = make_workspace(kernels(kDType<T>).linear_forward_workspace(args, team.threads));
-    kernels(kDType<T>).linear_forward(args, workspace.get(), team);
-    if (kernels(kDType<T>).linear_forward_name(args).algorithm == nullptr) fail(c, kDType<T>, "name", 0, 0, 0, 0);
+    const auto poisoned = [&] {
+      for (size_t i = 0; i < size; ++i) {
+        y[i] = poison;
+        if (c.z) z[i] = poison;
+      }
+    };
+    const LinearForward::Pointers pointers{x.data, w.data, c.bias ? bias.data : nullptr, y.get(), z.get()};
+    poisoned();
+    run_call(call, pointers, team, c.multiply);
     const std::vector<T> got_y(y.get(), y.get() + size), got_z(z.get(), z.get() + (c.z ? size : 0));
     if (&team != kTeams) {
       if (!same_bits(got_y, first_y) || !same_bits(got_z, first_z))
@@ -139,6 +149,11 @@ void test_forward(const Case& c, const Operand<T>& x, const Operand<T>& w, const
     }
     first_y = got_y;
     first_z = got_z;
+    poisoned();
+    run_packed(call, pointers, kTeams[c.n % 4], c.k % 2 == 0, c.multiply);  // one team a case is enough
+    if (!same_bits(std::vector<T>(y.get(), y.get() + size), first_y) ||
+        !same_bits(std::vector<T>(z.get(), z.get() + (c.z ? size : 0)), first_z))
+      fail(c, kDType<T>, "forward with packed weights", kTeams[c.n % 4].threads, 0, 0, 0);
     for (int64_t i = 0; i < c.m; ++i)
       for (int64_t j = 0; j < (i + 1 < c.m ? rs : c.n); ++j) {
         const size_t at = static_cast<size_t>(i * rs + j);
@@ -179,6 +194,18 @@ void test_backward(const Case& c, const Operand<T>& x, const Operand<T>& w, cons
       scale[at] = std::fabs(grad_y(i, j)) * std::max(1.0, std::fabs(factor));
     }
 
+  const LinearBackward call{.dtype = kDType<T>,
+                            .m = c.m,
+                            .n = c.n,
+                            .k = c.k,
+                            .grad_y_strides = grad_y.strides,
+                            .saved_strides = saved.strides,
+                            .x_strides = x.strides,
+                            .w_strides = w.strides,
+                            .activation = {c.kind},
+                            .with_grad_x = (c.outputs & 1) != 0,
+                            .with_grad_w = (c.outputs & 2) != 0,
+                            .with_grad_bias = (c.outputs & 4) != 0};
   for (const Team& team : kTeams) {
     AlignedBuffer<T> out[3];
     for (int o = 0; o < 3; ++o) {
@@ -186,12 +213,8 @@ void test_backward(const Case& c, const Operand<T>& x, const Operand<T>& w, cons
       out[o] = make_buffer<T>(sizes[o]);
       for (size_t i = 0; i < sizes[o]; ++i) out[o][i] = narrow<T>(NAN);
     }
-    LinearBackward args{kDType<T>,    c.m,      c.n,      c.k,          grad_y.matrix, {c.kind, 0, 0},
-                        saved.matrix, x.matrix, w.matrix, out[0].get(), out[1].get(),  out[2].get()};
-    args.bf16_multiply = c.multiply;
-    const Workspace workspace = make_workspace(kernels(kDType<T>).linear_backward_workspace(args, team.threads));
-    kernels(kDType<T>).linear_backward(args, workspace.get(), team);
-    if (kernels(kDType<T>).linear_backward_name(args).algorithm == nullptr) fail(c, kDType<T>, "name", 0, 0, 0, 0);
+    run_call(call, {grad_y.data, saved.data, x.data, w.data, out[0].get(), out[1].get(), out[2].get()}, team,
+             c.multiply);
 
     for (int o = 0; o < 3; ++o) {
       if (!out[o]) continue;
@@ -310,10 +333,15 @@ void test_dtype(bool quick) {
     w.fill([] { return 1; });
     x.at(1, 39) = narrow<T>(NAN);
     x.at(2, 0) = narrow<T>(INFINITY);
-    LinearForward args{kDType<T>,      3, n,      40, x.matrix, w.matrix, nullptr, 0, {ActivationKind::relu, 0, 0},
-                       y.buffer.get(), n, nullptr};
-    const Workspace workspace = make_workspace(kernels(kDType<T>).linear_forward_workspace(args, 1));
-    kernels(kDType<T>).linear_forward(args, workspace.get(), kTeams[0]);
+    const LinearForward call{.dtype = kDType<T>,
+                             .m = 3,
+                             .n = n,
+                             .k = 40,
+                             .x_strides = x.strides,
+                             .w_strides = w.strides,
+                             .y_row_stride = n,
+                             .activation = {ActivationKind::relu}};
+    run_call(call, {.x = x.data, .w = w.data, .y = y.data});
     for (int64_t j = 0; j < n; ++j)
       if (y(0, j) != 40 || y(1, j) == y(1, j) || y(2, j) != INFINITY)
         fail({3, n, 40}, kDType<T>, "special y", 0, j, y(1, j), 0);

@@ -87,23 +87,25 @@ bool same(T a, T b) {
 }
 
 template <class T>
-void expect(const char* isa, const PoolGeometry& g, Layout layout, const char* what, const T* got,
-            const std::vector<double>& wanted, double tolerance = 0) {
+void expect(const PoolGeometry& g, Layout layout, const char* what, const T* got, const std::vector<double>& wanted,
+            double tolerance = 0) {
   for (size_t i = 0; i < wanted.size(); ++i) {
     const double value = static_cast<double>(widen(got[i]));
     if (same(got[i], narrow<T>(wanted[i])) ||
         std::fabs(value - wanted[i]) <= tolerance * unit_roundoff(kDType<T>) * std::fabs(wanted[i]))
       continue;
     if (++failures <= 40)
-      std::printf("FAIL %s %s dtype %d %s %s [%zu] got %.9g, wanted %.9g\n", isa, what, static_cast<int>(kDType<T>),
-                  layout == Layout::channels_first ? "first" : "last", text(g).c_str(), i, value, wanted[i]);
+      std::printf("FAIL %s %s dtype %d %s %s [%zu] got %.9g, wanted %.9g\n", isa_name(isa_used()), what,
+                  static_cast<int>(kDType<T>), layout == Layout::channels_first ? "first" : "last", text(g).c_str(), i,
+                  value, wanted[i]);
     return;
   }
 }
 
-void fail(const char* isa, const PoolGeometry& g, Layout layout, const char* what) {
+void fail(const PoolGeometry& g, Layout layout, const char* what) {
   if (++failures <= 40)
-    std::printf("FAIL %s %s %s %s\n", isa, what, layout == Layout::channels_first ? "first" : "last", text(g).c_str());
+    std::printf("FAIL %s %s %s %s\n", isa_name(isa_used()), what, layout == Layout::channels_first ? "first" : "last",
+                text(g).c_str());
 }
 
 enum class Values { integers, special, lowest };
@@ -121,7 +123,7 @@ void fill(T* x, int64_t n, Values values, unsigned seed) {
 }
 
 template <class T>
-void check_max(const KernelTable& table, const PoolGeometry& g, Layout layout, Values values) {
+void check_max(const PoolGeometry& g, Layout layout, Values values) {
   const int64_t planes = g.batch * g.channels, in = volume(g.in), out = volume(g.out);
   const auto x = make_exact<T>(planes * in);
   fill(x.get(), planes * in, values, 1);
@@ -162,27 +164,27 @@ void check_max(const KernelTable& table, const PoolGeometry& g, Layout layout, V
     for (const Team& team : kTeams) {
       const auto got = make_exact<T>(planes * out), got_grad = make_exact<T>(planes * in);
       const auto indices = make_exact<uint8_t>(static_cast<int64_t>(size * index_size));
-      table.max_pool_forward({kDType<T>, layout, g, x.get(), got.get(), kind, indices.get()}, team);
-      expect(table.isa, g, layout, "max", got.get(), y);
+      run_call(MaxPoolForward{kDType<T>, layout, g, kind}, {x.get(), got.get(), indices.get()}, team);
+      expect(g, layout, "max", got.get(), y);
       for (size_t i = 0; i < size && kind != PoolIndices::none; ++i) {
         int64_t index = indices[i];
         if (kind == PoolIndices::plane) std::memcpy(&index, indices.get() + 8 * i, 8);
         if (any[i] && index != (kind == PoolIndices::plane ? positions[i] : numbers[i])) {
-          fail(table.isa, g, layout, kind == PoolIndices::plane ? "max plane indices" : "max window indices");
+          fail(g, layout, kind == PoolIndices::plane ? "max plane indices" : "max window indices");
           break;
         }
       }
       if (kind == PoolIndices::none) continue;
-      table.max_pool_backward({kDType<T>, layout, g, grad_y.get(), kind, indices.get(), got_grad.get()}, team);
+      run_call(MaxPoolBackward{kDType<T>, layout, g, kind}, {grad_y.get(), indices.get(), got_grad.get()}, team);
       if (std::find(any.begin(), any.end(), false) == any.end())
-        expect(table.isa, g, layout, kind == PoolIndices::plane ? "max gradient (plane)" : "max gradient (window)",
-               got_grad.get(), grad_x);
+        expect(g, layout, kind == PoolIndices::plane ? "max gradient (plane)" : "max gradient (window)", got_grad.get(),
+               grad_x);
     }
   }
 }
 
 template <class T>
-void check_avg(const KernelTable& table, const PoolGeometry& g, Layout layout, bool include_pad, int64_t override) {
+void check_avg(const PoolGeometry& g, Layout layout, bool include_pad, int64_t override) {
   const int64_t planes = g.batch * g.channels, in = volume(g.in), out = volume(g.out);
   const auto x = make_exact<T>(planes * in), grad_y = make_exact<T>(planes * out);
   fill(x.get(), planes * in, Values::integers, 3);
@@ -210,22 +212,22 @@ void check_avg(const KernelTable& table, const PoolGeometry& g, Layout layout, b
   for (const Team& team : kTeams) {
     std::vector<T> got(y.size()), got_grad(grad_x.size());
     const auto exact_y = make_exact<T>(planes * out), exact_grad = make_exact<T>(planes * in);
-    table.avg_pool_forward({kDType<T>, layout, g, include_pad, override, x.get(), exact_y.get()}, team);
-    table.avg_pool_backward({kDType<T>, layout, g, include_pad, override, grad_y.get(), exact_grad.get()}, team);
+    run_call(AvgPoolForward{kDType<T>, layout, g, include_pad, override}, {x.get(), exact_y.get()}, team);
+    run_call(AvgPoolBackward{kDType<T>, layout, g, include_pad, override}, {grad_y.get(), exact_grad.get()}, team);
     std::copy_n(exact_y.get(), got.size(), got.begin());
     std::copy_n(exact_grad.get(), got_grad.size(), got_grad.begin());
-    expect(table.isa, g, layout, "avg", got.data(), y, 2);
+    expect(g, layout, "avg", got.data(), y, 2);
     const double compute = kDType<T> == DType::f64 ? 0x1p-53 : 0x1p-24;
     for (size_t i = 0; i < grad_x.size(); ++i) {
       const double bound = 64 * compute * magnitudes[i] + 1.01 * unit_roundoff(kDType<T>) * std::fabs(grad_x[i]) +
                            (kDType<T> == DType::f16 ? 0x1p-24 : 0);
       if (!(std::fabs(widen(got_grad[i]) - grad_x[i]) <= bound)) {
-        fail(table.isa, g, layout, "avg gradient");
+        fail(g, layout, "avg gradient");
         break;
       }
     }
     if (first_y.empty()) first_y = got, first_grad = got_grad;
-    if (!same_bits(first_y, got) || !same_bits(first_grad, got_grad)) fail(table.isa, g, layout, "avg threads");
+    if (!same_bits(first_y, got) || !same_bits(first_grad, got_grad)) fail(g, layout, "avg threads");
   }
 }
 
@@ -326,19 +328,19 @@ std::vector<PoolGeometry> geometries() {
 }
 
 template <class T>
-void check_dtype(const KernelTable& table) {
+void check_dtype() {
   int64_t i = 0;
   for (const PoolGeometry& g : geometries())
     for (const Layout layout : {Layout::channels_first, Layout::channels_last}) {
       ++i;
-      check_max<T>(table, g, layout, i % 3 == 0 ? Values::special : i % 7 == 0 ? Values::lowest : Values::integers);
+      check_max<T>(g, layout, i % 3 == 0 ? Values::special : i % 7 == 0 ? Values::lowest : Values::integers);
       const bool plain = g.adaptive || (g.dilation[0] == 1 && g.dilation[1] == 1 && g.dilation[2] == 1);
-      if (plain) check_avg<T>(table, g, layout, i % 4 < 2, i % 5 == 0 ? 3 : 0);
+      if (plain) check_avg<T>(g, layout, i % 4 < 2, i % 5 == 0 ? 3 : 0);
     }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  return run_tiers(argc, argv, []<class T>(bool) { check_dtype<T>(kernels(kDType<T>)); });
+  return run_tiers(argc, argv, []<class T>(bool) { check_dtype<T>(); });
 }

@@ -16,7 +16,10 @@
 namespace fastops {
 namespace tested {
 namespace {
-#include "../../csrc/kernels/common/cpu/bodies.inl"
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-function"  // the planners of the ops that it includes
+#include "../../csrc/kernels/conv/cpu/winograd_weight.inl"
+#pragma GCC diagnostic pop
 }  // namespace
 }  // namespace tested
 }  // namespace fastops
@@ -26,7 +29,7 @@ namespace {
 struct Case {
   int64_t batch, channels, outputs, height, width, pad_h, pad_w;
   Layout layout = Layout::channels_first, w_layout = Layout::channels_first;
-  ConvPrecision precision = ConvPrecision::highest;
+  Precision precision = Precision::highest;
   ActivationKind kind = ActivationKind::identity;
   bool backward = false;  // the gradient of the input, or, with bias and z, a transposed convolution with ReLU
   bool bias = true, z = false, integers = false, at_end = true;
@@ -64,6 +67,39 @@ ConvGeometry geometry(const Case& c) {
           {1, 1, 1},
           {0, c.pad_h, c.pad_w},
           {1, 1, 1}};
+}
+
+// The plan of Winograd's algorithm, also where the library would choose another one.
+template <class Call>
+Plan<Call> plan_winograd(const Call& call, const typename Call::Pointers& pointers, int threads) {
+  Plan<Call> plan;
+  plan.call = call;
+  plan.target.threads = threads;
+  tested::plan_winograd(plan, tested::bind(plan, pointers));
+  return plan;
+}
+
+template <class Call>
+void run_winograd(const Call& call, const typename Call::Pointers& pointers, const Team& team) {
+  const Plan<Call> plan = plan_winograd(call, pointers, team.threads);
+  const Workspace workspace(plan.workspace);
+  plan.run(pointers, workspace.get(), team);
+}
+
+// Which orders have run with packed weights: [F(4x4)][share_tiles].
+bool packed_orders[2][2] = {};
+
+// The same call with weights packed ahead, which take the place of w.
+void run_packed(ConvForward call, ConvForward::Pointers pointers, const Team& team, bool at_end) {
+  call.packed_w = true;
+  const Plan<ConvForward> plan = plan_winograd(call, pointers, team.threads);
+  const Pages packed(plan.packed, at_end, 64);
+  plan.pack(pointers.w, packed.data());
+  pointers.w = packed.data();
+  const Workspace workspace(plan.workspace);
+  plan.run(pointers, workspace.get(), team);
+  const bool large = plan.name.tile[0] == 4;
+  packed_orders[large][reinterpret_cast<const tested::WinogradPlan*>(plan.decisions)->share_tiles] = true;
 }
 
 bool exact_kind(ActivationKind kind) { return kind == ActivationKind::identity || kind == ActivationKind::relu; }
@@ -121,51 +157,46 @@ void test(const Case& c, unsigned seed) {
           for (int64_t j = 0; j < to.width; ++j) expected[static_cast<size_t>(to(b, k, i, j))] += bias(k);
   const ActivationKind epilogue = !c.backward ? c.kind : c.z ? ActivationKind::relu : ActivationKind::identity;
 
+  const ConvForward forward{.dtype = DType::f32,
+                            .layout = c.layout,
+                            .w_layout = c.w_layout,
+                            .geometry = g,
+                            .with_bias = c.bias,
+                            .activation = {c.kind},
+                            .with_z = c.z,
+                            .precision = c.precision};
+  const ConvBackwardInput backward{.dtype = DType::f32,
+                                   .layout = c.layout,
+                                   .w_layout = c.w_layout,
+                                   .geometry = g,
+                                   .activation = {c.kind},
+                                   .with_bias = c.bias,
+                                   .epilogue = {epilogue},
+                                   .with_z = c.z,
+                                   .precision = c.precision};
+  const float* const b = c.bias ? bias.data() : nullptr;
   std::vector<float> first;
-  for (const Team& team : kTeams) {
-    Guarded<float> y(to_size, c.at_end), z(to_size, c.at_end);
-    const auto run = [&](const auto& args) {
-      const Workspace workspace = make_workspace(tested::winograd_workspace<float>(args, team.threads));
-      tested::winograd<float>(args, workspace.get(), team);
-    };
-    if (c.backward)
-      run(ConvBackwardInput{DType::f32,
-                            c.layout,
-                            c.w_layout,
-                            g,
-                            x.data(),
-                            {c.kind, 0, 0},
-                            saved.data(),
-                            w.data(),
-                            c.bias ? bias.data() : nullptr,
-                            {epilogue, 0, 0},
-                            y.data(),
-                            c.z ? z.data() : nullptr,
-                            c.precision});
-    else
-      run(ConvForward{DType::f32,
-                      c.layout,
-                      c.w_layout,
-                      g,
-                      x.data(),
-                      w.data(),
-                      c.bias ? bias.data() : nullptr,
-                      {c.kind, 0, 0},
-                      y.data(),
-                      c.z ? z.data() : nullptr,
-                      c.precision});
-    std::vector<float> values = y.values();
-    if (c.z) {
+  for (const Team& team : kTeams)
+    for (const bool packed : {false, true}) {
+      if (packed && c.backward) continue;
+      Guarded<float> y(to_size, c.at_end), z(c.z ? to_size : 0, c.at_end);
+      float* const to_z = c.z ? z.data() : nullptr;
+      if (c.backward)
+        run_winograd(backward, {x.data(), saved.data(), w.data(), b, y.data(), to_z}, team);
+      else if (packed)
+        run_packed(forward, {x.data(), w.data(), b, y.data(), to_z}, team, c.at_end);
+      else
+        run_winograd(forward, {x.data(), w.data(), b, y.data(), to_z}, team);
+      std::vector<float> values = y.values();
       const std::vector<float> more = z.values();
       values.insert(values.end(), more.begin(), more.end());
+      if (first.empty())
+        first = values;
+      else if (!same_bits(first, values))
+        fail(c, packed ? "bits of packed weights" : "bits of another team", 0, 0);
     }
-    if (first.empty())
-      first = values;
-    else if (!same_bits(first, values))
-      fail(c, "bits of another team", 0, 0);
-  }
 
-  const bool medium = c.precision == ConvPrecision::medium;
+  const bool medium = c.precision == Precision::medium;
   double worst = 0, squares = 0;
   const auto compare = [&](float got, double wanted) {
     const double error = std::fabs(got - wanted);
@@ -231,13 +262,14 @@ void test_weight(const Case& c, unsigned seed) {
   std::vector<float> first;
   for (const Team& team : kTeams) {
     Guarded<float> grad_w(w_size, c.at_end), grad_bias(c.outputs, c.at_end);
-    const ConvBackwardWeight args{DType::f32,    c.layout,
-                                  c.w_layout,    g,
-                                  grad_y.data(), {c.kind, 0, 0},
-                                  saved.data(),  x.data(),
-                                  grad_w.data(), c.bias ? grad_bias.data() : nullptr};
-    const Workspace workspace = make_workspace(tested::winograd_workspace<float>(args, team.threads));
-    tested::winograd<float>(args, workspace.get(), team);
+    run_winograd(ConvBackwardWeight{.dtype = DType::f32,
+                                    .layout = c.layout,
+                                    .w_layout = c.w_layout,
+                                    .geometry = g,
+                                    .activation = {c.kind},
+                                    .with_grad_w = true,
+                                    .with_grad_bias = c.bias},
+                 {grad_y.data(), saved.data(), x.data(), grad_w.data(), c.bias ? grad_bias.data() : nullptr}, team);
     std::vector<float> values = grad_w.values();
     if (c.bias) {
       const std::vector<float> more = grad_bias.values();
@@ -274,7 +306,7 @@ void test_random(int64_t height, int64_t width, unsigned seed) {
   Case c{1 + below(4), channels(), channels(), height, width, below(4), below(4)};
   c.layout = static_cast<Layout>(below(2));
   c.w_layout = static_cast<Layout>(below(2));
-  c.precision = static_cast<ConvPrecision>(below(2));
+  c.precision = static_cast<Precision>(below(2));
   c.kind = kinds[below(4)];
   c.backward = below(2) == 0;
   c.bias = below(3) != 0;
@@ -301,13 +333,20 @@ int main(int argc, char** argv) {
     for (int variant = 0; variant < 8; ++variant) {
       Case c = shape;
       c.layout = c.w_layout = static_cast<Layout>(variant & 1);
-      c.precision = static_cast<ConvPrecision>(variant >> 1 & 1);
+      c.precision = static_cast<Precision>(variant >> 1 & 1);
       c.backward = (variant & 4) != 0;
       c.at_end = variant % 3 != 0;
       test(c, ++seed);
       if (variant < 2) test_weight(c, seed);
     }
   test_weight({2, 140, 270, 9, 9, 1, 1}, ++seed);
+  for (int large = 0; large < 2; ++large)
+    for (int tiles = 0; tiles < 2; ++tiles)
+      if (!packed_orders[large][tiles]) {
+        std::printf("F(%dx%d) with shared %s was never packed\n", large ? 4 : 2, large ? 4 : 2,
+                    tiles ? "tiles" : "weights");
+        ++failures;
+      }
   std::printf("%s\n", failures == 0 ? "ok" : "FAILED");
   return failures == 0 ? 0 : 1;
 }

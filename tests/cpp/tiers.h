@@ -1,8 +1,15 @@
-// What every test here does: count failures, and run its cases for every dtype of every tier of this machine.
+// What every test here shares: counting failures, teams of threads, memory between guard pages, running a call by its
+// plan, and running the cases for every dtype of every tier of this machine.
 #pragma once
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <thread>
+#include <vector>
 
 #include "../../csrc/kernels/common/cpu/isa.h"
 
@@ -20,6 +27,103 @@ template <>
 constexpr DType kDType<bf16_t> = DType::bf16;
 template <>
 constexpr DType kDType<f16_t> = DType::f16;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// teams
+
+inline void run_threads(int threads, void (*body)(void*, int, int), void* context) {
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t) others.emplace_back(body, context, t, threads);
+  body(context, 0, threads);
+  for (std::thread& t : others) t.join();
+}
+// A pool that is busy elsewhere gives fewer threads than a kernel asks for.
+inline void run_at_most_two(int threads, void (*body)(void*, int, int), void* context) {
+  run_threads(threads < 2 ? threads : 2, body, context);
+}
+
+const Team kTeams[] = {{1, nullptr}, {2, run_threads}, {3, run_threads}, {3, run_at_most_two}};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// memory
+
+// Memory between two pages that fault, against the one in front or the one behind. AddressSanitizer does not see the
+// masked loads and stores of vectors; these pages stop them. It starts as NaN, whatever the type.
+class Pages {
+ public:
+  // The address is a multiple of `alignment`, plus `offset`: as near to the chosen page as that allows.
+  Pages(size_t bytes, bool at_end, size_t alignment = 1, size_t offset = 0) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t inner = (bytes + offset + page - 1) / page * page;
+    length_ = inner + 2 * page;
+    memory_ = static_cast<char*>(mmap(nullptr, length_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (memory_ == MAP_FAILED) std::abort();
+    if (inner > 0 && mprotect(memory_ + page, inner, PROT_READ | PROT_WRITE) != 0) std::abort();
+    data_ = memory_ + page + offset + (at_end ? (inner - bytes - offset) / alignment * alignment : 0);
+    std::memset(data_, 0xff, bytes);
+  }
+  ~Pages() { munmap(memory_, length_); }
+  Pages(const Pages&) = delete;
+  Pages& operator=(const Pages&) = delete;
+
+  void* data() const { return data_; }
+
+ private:
+  size_t length_;
+  char* memory_;
+  char* data_;
+};
+
+// Scratch memory of exactly this size; null if it has none, as the contract allows.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) : pages_(bytes, true, 64), empty_(bytes == 0) {}
+  void* get() const { return empty_ ? nullptr : pages_.data(); }
+
+ private:
+  Pages pages_;
+  bool empty_;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// calls
+
+// The plan of a call on the tier that is set. It must have a kernel, and a name for it.
+template <class Call>
+Plan<Call> plan_of(const Call& call, const Target& target = {}) {
+  const Plan<Call> plan = kernels(call.dtype).planners.plan(call, target);
+  if (plan.runner == nullptr || plan.name.algorithm == nullptr || plan.tier == nullptr) {
+    std::printf("%s dtype %d: a call has no kernel\n", isa_name(isa_used()), static_cast<int>(call.dtype));
+    std::abort();
+  }
+  return plan;
+}
+
+// Plans a call for a team and runs it with a workspace of its own.
+template <class Call>
+void run_call(const Call& call, const typename Call::Pointers& pointers, const Team& team = {},
+              Bf16Multiply bf16_multiply = Bf16Multiply::automatic) {
+  const Plan<Call> plan = plan_of(call, {team.threads, bf16_multiply});
+  const Workspace workspace(plan.workspace);
+  plan.run(pointers, workspace.get(), team);
+}
+
+// The same with weights packed ahead, which take the place of w; w itself where the plan reads it as it is. Returns
+// whether anything was packed.
+template <class Call>
+bool run_packed(Call call, typename Call::Pointers pointers, const Team& team, bool at_end,
+                Bf16Multiply bf16_multiply = Bf16Multiply::automatic) {
+  call.packed_w = true;
+  const Plan<Call> plan = plan_of(call, {team.threads, bf16_multiply});
+  const Pages packed(plan.packed, at_end, 64);
+  if (plan.packed > 0) {
+    plan.pack(pointers.w, packed.data());
+    pointers.w = packed.data();
+  }
+  const Workspace workspace(plan.workspace);
+  plan.run(pointers, workspace.get(), team);
+  return plan.packed > 0;
+}
 
 // What a test's main does. Arguments: "quick" for fewer cases, and the name of a tier to run that one alone.
 // body<T>(quick) runs the cases of one dtype on the tier that is set.

@@ -210,13 +210,13 @@ void check(const Case& c, bool backward, const std::vector<int>& isas, int64_t s
         reference[i] = std::isnan(v) ? NAN : backward ? c.slope(v) : c.value(v);
       }
       for (int isa : isas) {
-        const fastops::Team team;
+        const fastops::Planners& planners = table_of(isa)->planners;
         if (backward)
-          table_of(isa)->activation_backward(
-              {fastops::DType::f32, c.activation, saved, 1, n, ones.data(), n, x.data(), n, y.data()}, team);
+          planners.plan(fastops::ActivationBackward{fastops::DType::f32, c.activation, saved, 1, n, n, n})
+              .run({ones.data(), x.data(), y.data()}, nullptr);
         else
-          table_of(isa)->activation_forward({fastops::DType::f32, c.activation, 1, n, x.data(), n, y.data(), nullptr},
-                                            team);
+          planners.plan(fastops::ActivationForward{fastops::DType::f32, c.activation, 1, n, n})
+              .run({x.data(), y.data()}, nullptr);
         for (int i = 0; i < n; ++i) {
           if (backward && std::isnan(x[i])) continue;  // a choice of PyTorch's, checked in test_activation
           const double error = ulps(y[i], reference[i]);

@@ -5,11 +5,12 @@
 template <class Call>
 struct Bound : Call, Call::Pointers {
   Bf16Multiply bf16_multiply;
+  int threads;  // that the workspace was counted for; a run may get fewer
 };
 
 template <class Call>
 inline Bound<Call> bind(const Plan<Call>& plan, const typename Call::Pointers& pointers) {
-  return {plan.call, pointers, plan.target.bf16_multiply};
+  return {plan.call, pointers, plan.target.bf16_multiply, plan.target.threads};
 }
 
 // The address of an operand before there is one: aligned as the call says, and far enough from both ends of memory that
@@ -28,7 +29,7 @@ inline void decide(Plan<Call>& plan, const KernelName& name, size_t workspace, c
   plan.runner = [](const Plan<Call>& plan, const typename Call::Pointers& pointers, void* workspace,
                    const Queue& queue) -> Status {
     Team team = queue.team;
-    team.threads = plan.target.threads;  // what the workspace was counted for; fewer may come
+    if (team.threads > plan.target.threads) team.threads = plan.target.threads;
     Run{}(bind(plan, pointers), *reinterpret_cast<const Decision*>(plan.decisions), workspace, team);
     return {};
   };

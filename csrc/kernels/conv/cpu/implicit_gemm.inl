@@ -481,7 +481,7 @@ void plan_implicit_gemm(Plan<ConvBackwardInput>& plan, const Bound<ConvBackwardI
     decide(plan, conv_product_name<P>(), bytes,
            [](const Bound<ConvBackwardInput>& args, void* workspace, const Team& team) {
              for_phases<T>(args, [&](const ConvProduct<T>& g) {
-               conv_product<P>(g, plan_implicit<P>(g, team.threads), workspace, team);
+               conv_product<P>(g, plan_implicit<P>(g, args.threads), workspace, team);
              });
            });
   });

@@ -31,7 +31,8 @@ struct AsLinear {
              .with_z = args.with_z,
              .packed_w = args.packed_w},
             {args.x, args.w, args.bias, args.y, args.z},
-            args.bf16_multiply};
+            args.bf16_multiply,
+            args.threads};
   }
   Bound<LinearBackward> operator()(const Bound<ConvBackwardInput>& args) const {
     const ConvGeometry& g = args.geometry;
@@ -45,7 +46,8 @@ struct AsLinear {
              .activation = args.activation,
              .with_grad_x = true},
             {.grad_y = args.grad_y, .saved = args.saved, .w = args.w, .grad_x = args.grad_x},
-            args.bf16_multiply};
+            args.bf16_multiply,
+            args.threads};
   }
 };
 

@@ -299,8 +299,8 @@ void conv_pool(const Bound<ConvPoolBackward>& args, const UnpoolPlan& plan, void
   T* const block = reinterpret_cast<T*>(bytes + plan.conv_bytes);
   T* const sums = reinterpret_cast<T*>(bytes + plan.conv_bytes + plan.block_bytes);
   const int64_t image = g.in_channels * spatial_elements(g.in);
-  const UnpoolSteps whole(args, plan.images, plan.weights, team.threads);
-  const UnpoolSteps last(args, plan.rest, plan.weights, team.threads);
+  const UnpoolSteps whole(args, plan.images, plan.weights, args.threads);
+  const UnpoolSteps last(args, plan.rest, plan.weights, args.threads);
   for (int64_t i = 0; i < plan.blocks; ++i) {
     const UnpoolSteps& steps = i < plan.blocks - 1 ? whole : last;
     const int64_t first = i * plan.images;

@@ -168,7 +168,7 @@ void pool_first_row(const Bound<ConvPoolForward>& args, const PooledPlan& plan, 
 template <class T>
 void conv_pool_first(const Bound<ConvPoolForward>& args, void* workspace, const Team& team) {
   const ConvGeometry& g = args.geometry;
-  const PooledPlan plan = plan_pooled<T>(g, false, team.threads);
+  const PooledPlan plan = plan_pooled<T>(g, false, args.threads);
   const int64_t image = g.in_channels * g.in[1] * g.in[2], pooled = g.out_channels * plan.rows * plan.cols;
   team.parallel(plan.threads, [&](int thread, int actual) {
     T* const copy = reinterpret_cast<T*>(static_cast<unsigned char*>(workspace) + thread * plan.per_thread);
@@ -243,7 +243,7 @@ template <class T>
 void conv_pool_first_weight(const Bound<ConvPoolBackward>& args, void* workspace, const Team& team) {
   constexpr int64_t S = Vec<T>::size;
   const ConvGeometry& g = args.geometry;
-  const PooledPlan plan = plan_pooled<T>(g, true, team.threads);
+  const PooledPlan plan = plan_pooled<T>(g, true, args.threads);
   const int64_t image = g.in_channels * g.in[1] * g.in[2], pooled = g.out_channels * plan.rows * plan.cols;
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
   T* const chunks = reinterpret_cast<T*>(bytes + plan.per_thread * plan.threads);
