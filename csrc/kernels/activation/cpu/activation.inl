@@ -4,13 +4,7 @@
 // so the result is bitwise the same for any number of threads.
 #pragma once
 
-#include "../../common/cpu/dtype.inl"
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/planning.inl"
-#include "../../common/cpu/threads.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "../activation_math.inl"
 #include "rows.inl"
 
@@ -96,6 +90,15 @@ inline void stream_row(S* y, int64_t count, Row row) {
 #if defined(FASTOPS_VEC_AVX512) || defined(FASTOPS_VEC_AVX2)
   _mm_sfence();
 #endif
+}
+
+// Writes y[0, count), in place or as above.
+template <class S, class Row>
+inline void write_row(bool stream, S* y, int64_t count, Row row) {
+  if (stream)
+    stream_row(y, count, row);
+  else
+    row(0, y, count);
 }
 
 inline uint64_t load_bits(const uint8_t* p, int bytes) {
@@ -194,10 +197,8 @@ void activation_forward(const Bound<ActivationForward>& args, const ForwardKerne
     for_blocks(team, rows, cols, kBlock, per_thread, [&](int64_t row, int64_t first, int64_t count) {
       const S* const from = x + row * args.x_row_stride + first;
       S* const to = y + row * cols + first;
-      if (stream)
-        stream_row(to, count, [&](int64_t i, S* piece, int64_t n) { row_kernel(from + i, piece, n, args.activation); });
-      else
-        row_kernel(from, to, count, args.activation);
+      write_row(stream, to, count,
+                [&](int64_t i, S* piece, int64_t n) { row_kernel(from + i, piece, n, args.activation); });
     });
   } else {
     const ForwardMaskRow<S> row_kernel = kernels.mask_row;
@@ -206,12 +207,8 @@ void activation_forward(const Bound<ActivationForward>& args, const ForwardKerne
       uint8_t* const mask = args.mask + row * mask_row_bytes(cols) + first / 8;
       const S* const from = x + row * args.x_row_stride + first;
       S* const to = y + row * cols + first;
-      if (stream)
-        stream_row(to, count, [&](int64_t i, S* piece, int64_t n) {
-          row_kernel(from + i, piece, mask + i / 8, n, args.activation);
-        });
-      else
-        row_kernel(from, to, mask, count, args.activation);
+      write_row(stream, to, count,
+                [&](int64_t i, S* piece, int64_t n) { row_kernel(from + i, piece, mask + i / 8, n, args.activation); });
     });
   }
 }
@@ -241,12 +238,8 @@ void activation_backward(const Bound<ActivationBackward>& args, const BackwardKe
       const S* const from = grad_y + row * args.grad_y_row_stride + first;
       const uint8_t* const bits = mask + row * mask_row_bytes(cols) + first / 8;
       S* const to = grad_x + row * cols + first;
-      if (stream)
-        stream_row(to, count, [&](int64_t i, S* piece, int64_t n) {
-          row_kernel(from + i, bits + i / 8, piece, n, args.activation);
-        });
-      else
-        row_kernel(from, bits, to, count, args.activation);
+      write_row(stream, to, count,
+                [&](int64_t i, S* piece, int64_t n) { row_kernel(from + i, bits + i / 8, piece, n, args.activation); });
     });
   } else {
     // Nothing was saved for the identity. Its loop gets grad_y as `saved` and ignores the value.
@@ -258,11 +251,8 @@ void activation_backward(const Bound<ActivationBackward>& args, const BackwardKe
       const S* const from = grad_y + row * args.grad_y_row_stride + first;
       const S* const kept = saved + row * saved_stride + first;
       S* const to = grad_x + row * cols + first;
-      if (stream)
-        stream_row(to, count,
-                   [&](int64_t i, S* piece, int64_t n) { row_kernel(from + i, kept + i, piece, n, args.activation); });
-      else
-        row_kernel(from, kept, to, count, args.activation);
+      write_row(stream, to, count,
+                [&](int64_t i, S* piece, int64_t n) { row_kernel(from + i, kept + i, piece, n, args.activation); });
     });
   }
 }
@@ -277,9 +267,7 @@ void plan_call(Plan<ActivationForward>& plan) {
     const ForwardKernels<S> kernels = {call.with_mask ? nullptr : find_forward_row<S, S>(kind),
                                        call.with_mask ? find_forward_mask_row<S>(kind) : nullptr};
     decide(plan, kElementwise, 0, kernels,
-           [](const Bound<ActivationForward>& args, const ForwardKernels<S>& kernels, void*, const Team& team) {
-             activation_forward<S>(args, kernels, team);
-           });
+           [](auto& args, auto& kernels, auto*, auto& team) { activation_forward<S>(args, kernels, team); });
   });
 }
 
@@ -292,9 +280,7 @@ void plan_call(Plan<ActivationBackward>& plan) {
     const BackwardKernels<S> kernels = {masked ? nullptr : find_backward_row<S, S>(kind, from_output),
                                         masked ? find_backward_mask_row<S>(kind) : nullptr};
     decide(plan, kElementwise, 0, kernels,
-           [](const Bound<ActivationBackward>& args, const BackwardKernels<S>& kernels, void*, const Team& team) {
-             activation_backward<S>(args, kernels, team);
-           });
+           [](auto& args, auto& kernels, auto*, auto& team) { activation_backward<S>(args, kernels, team); });
   });
 }
 
@@ -364,10 +350,7 @@ void prelu_forward(const Bound<PreluForward>& args, const Team& team) {
         const int tail = static_cast<int>(n - i);
         if (tail > 0) prelu(V::load(p + i, tail), weight).store(piece + i, tail);
       };
-      if (stream)
-        stream_row(to, count, compute);
-      else
-        compute(0, to, count);
+      write_row(stream, to, count, compute);
     });
     return;
   }
@@ -483,17 +466,14 @@ void prelu_backward(const Bound<PreluBackward>& args, void* workspace, const Tea
 
 void plan_call(Plan<PreluForward>& plan) {
   with_dtype(plan.call.dtype, [&](auto type) {
-    decide(plan, kElementwise, 0,
-           [](const Bound<PreluForward>& args, void*, const Team& team) { prelu_forward<decltype(type)>(args, team); });
+    decide(plan, kElementwise, 0, [](auto& args, auto*, auto& team) { prelu_forward<decltype(type)>(args, team); });
   });
 }
 
 void plan_call(Plan<PreluBackward>& plan) {
   with_dtype(plan.call.dtype, [&](auto type) {
     decide(plan, kElementwise, prelu_backward_workspace(plan.call),
-           [](const Bound<PreluBackward>& args, void* workspace, const Team& team) {
-             prelu_backward<decltype(type)>(args, workspace, team);
-           });
+           [](auto& args, auto* workspace, auto& team) { prelu_backward<decltype(type)>(args, workspace, team); });
   });
 }
 
@@ -517,10 +497,7 @@ void glu_forward(const Bound<GluForward>& args, const Team& team) {
       const int tail = static_cast<int>(n - i);
       if (tail > 0) (V::load(a + i, tail) * sigmoid<S>(V::load(b + i, tail))).store(piece + i, tail);
     };
-    if (stream)
-      stream_row(to, count, compute);
-    else
-      compute(0, to, count);
+    write_row(stream, to, count, compute);
   });
 }
 
@@ -548,14 +525,12 @@ void glu_backward(const Bound<GluBackward>& args, const Team& team) {
 
 void plan_call(Plan<GluForward>& plan) {
   with_dtype(plan.call.dtype, [&](auto type) {
-    decide(plan, kElementwise, 0,
-           [](const Bound<GluForward>& args, void*, const Team& team) { glu_forward<decltype(type)>(args, team); });
+    decide(plan, kElementwise, 0, [](auto& args, auto*, auto& team) { glu_forward<decltype(type)>(args, team); });
   });
 }
 
 void plan_call(Plan<GluBackward>& plan) {
   with_dtype(plan.call.dtype, [&](auto type) {
-    decide(plan, kElementwise, 0,
-           [](const Bound<GluBackward>& args, void*, const Team& team) { glu_backward<decltype(type)>(args, team); });
+    decide(plan, kElementwise, 0, [](auto& args, auto*, auto& team) { glu_backward<decltype(type)>(args, team); });
   });
 }

@@ -2,8 +2,7 @@
 // operands.
 #pragma once
 
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "../activation_math.inl"
 
 // y[i] = f(x[i]). In is S or its compute type. If In is S, x == y is allowed.

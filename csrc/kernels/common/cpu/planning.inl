@@ -1,6 +1,8 @@
 // How the bodies of a tier fill plans.
 #pragma once
 
+#include "numbers.inl"
+
 // A call and its pointers in one, as kernels read them.
 template <class Call>
 struct Bound : Call, Call::Pointers {
@@ -28,9 +30,9 @@ inline void decide(Plan<Call>& plan, const KernelName& name, size_t workspace, c
   __builtin_memcpy(plan.decisions, &decision, sizeof decision);
   plan.runner = [](const Plan<Call>& plan, const typename Call::Pointers& pointers, void* workspace,
                    const Queue& queue) -> Status {
-    Team team = queue.team;
-    if (team.threads > plan.target.threads) team.threads = plan.target.threads;
-    Run{}(bind(plan, pointers), *reinterpret_cast<const Decision*>(plan.decisions), workspace, team);
+    const Bound<Call> args = bind(plan, pointers);
+    const Team team{smaller<int>(queue.team.threads, plan.target.threads), queue.team.run};
+    Run{}(args, *reinterpret_cast<const Decision*>(plan.decisions), workspace, team);
     return {};
   };
 }
@@ -40,13 +42,13 @@ struct Nothing {};
 template <class Call, class Run>
 inline void decide(Plan<Call>& plan, const KernelName& name, size_t workspace, Run) {
   decide(plan, name, workspace, Nothing{},
-         [](const Bound<Call>& args, Nothing, void* workspace, const Team& team) { Run{}(args, workspace, team); });
+         [](auto& args, auto&, auto* workspace, auto& team) { Run{}(args, workspace, team); });
 }
 
 // A call without outputs.
 template <class Call>
 inline void decide_nothing(Plan<Call>& plan) {
-  decide(plan, {"none"}, 0, [](const Bound<Call>&, void*, const Team&) {});
+  decide(plan, {"none"}, 0, [](auto&, auto*, auto&) {});
 }
 
 // For calls that no body of this tier plans.

@@ -1,9 +1,7 @@
 // The entry points of convolution, and the choice of the algorithm. The contract is csrc/kernels/conv/conv.h.
 #pragma once
 
-#include "../../common/cpu/dtype.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/planning.inl"
+#include "../../common/cpu/common.inl"
 #include "depthwise.inl"
 #include "depthwise_last.inl"
 #include "first_layer_forward.inl"
@@ -33,25 +31,22 @@ void plan_algorithm(Plan<Call>& plan, const Bound<Call>& args) {
   const int threads = plan.target.threads;
   if (depthwise_takes<T>(args)) {
     const DepthwisePlan bands = plan_depthwise<T>(args, threads);
-    return decide(plan, is_depthwise(args.geometry) ? kDepthwiseName : kPlanesName, static_cast<size_t>(bands.total()),
-                  bands, [](const Bound<Call>& args, const DepthwisePlan& bands, void* workspace, const Team& team) {
-                    depthwise<T>(args, bands, workspace, team);
-                  });
+    return decide(
+        plan, is_depthwise(args.geometry) ? kDepthwiseName : kPlanesName, static_cast<size_t>(bands.total()), bands,
+        [](auto& args, auto& bands, auto* workspace, auto& team) { depthwise<T>(args, bands, workspace, team); });
   }
   if (depthwise_last_takes<T>(args)) {
     const LastPlan bands = plan_depthwise_last<T>(args, threads);
-    return decide(plan, kDepthwiseLastName, static_cast<size_t>(bands.total()), bands,
-                  [](const Bound<Call>& args, const LastPlan& bands, void* workspace, const Team& team) {
-                    depthwise_last<T>(args, bands, workspace, team);
-                  });
+    return decide(
+        plan, kDepthwiseLastName, static_cast<size_t>(bands.total()), bands,
+        [](auto& args, auto& bands, auto* workspace, auto& team) { depthwise_last<T>(args, bands, workspace, team); });
   }
   if constexpr (same_type<Call, ConvForward>) {
     if (conv_first_takes<T>(args)) {
       const FirstPlan bands = plan_first<Compute<T>>(args.geometry, threads);
-      return decide(plan, conv_first_name<T>(), static_cast<size_t>(bands.total), bands,
-                    [](const Bound<Call>& args, const FirstPlan& bands, void* workspace, const Team& team) {
-                      conv_first<T>(args, bands, workspace, team);
-                    });
+      return decide(
+          plan, conv_first_name<T>(), static_cast<size_t>(bands.total), bands,
+          [](auto& args, auto& bands, auto* workspace, auto& team) { conv_first<T>(args, bands, workspace, team); });
     }
   }
   if constexpr (same_type<Call, ConvBackwardInput>)

@@ -7,12 +7,7 @@
 // stride has its own taps. The gradient of the weights keeps one vector of sums per tap.
 #pragma once
 
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/planning.inl"
-#include "../../common/cpu/threads.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "depthwise_correlate.inl"
 #include "planes.inl"
 

@@ -3,11 +3,7 @@
 // the position modulo the stride has its own taps. Gradients of a fused activation are computed one band at a time.
 #pragma once
 
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/planning.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "depthwise.inl"
 #include "depthwise_correlate.inl"
 #include "depthwise_last_correlate.inl"

@@ -4,10 +4,7 @@
 // widened at every load, once per row of taps, which is cheaper than writing and reading a widened copy.
 #pragma once
 
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "depthwise_correlate.inl"
 
 // A row of the image that a row of outputs reads, and the weights for it: KW taps, or a single one if every tap has its

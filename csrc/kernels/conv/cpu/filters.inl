@@ -1,8 +1,7 @@
 // The weights of a convolution as an operand: a matrix of lanes by features, in the order of the features of Patches.
 #pragma once
 
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "../../gemm/cpu/amx.inl"
 #include "../../gemm/cpu/pack.inl"
 #include "patches.inl"

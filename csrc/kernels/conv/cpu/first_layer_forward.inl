@@ -7,12 +7,7 @@
 // and 17 ms from padded copies; Granite Rapids, one thread).
 #pragma once
 
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/planning.inl"
-#include "../../common/cpu/threads.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "depthwise_correlate.inl"
 #include "planes.inl"
 

@@ -14,14 +14,8 @@
 // float32 13.6 and 25.7, channels last 14.0 and 68.8; bfloat16 4.6 and 41.1, channels last 3.8 and 15.2.
 #pragma once
 
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/planning.inl"
-#include "../../common/cpu/vec.h"
-#include "../../gemm/cpu/amx.inl"
+#include "../../common/cpu/common.inl"
 #include "../../gemm/cpu/gemm.inl"
-#include "../../gemm/cpu/microkernels.inl"
-#include "../../gemm/cpu/pack.inl"
 #include "../../gemm/cpu/panels.inl"
 #include "first_layer_forward.inl"
 #include "implicit_gemm.inl"
@@ -243,7 +237,7 @@ void plan_scatter(Plan<ConvBackwardInput>& plan, const Bound<ConvBackwardInput>&
     using P = decltype(panel);
     const ScatterPlan product = plan_scatter<P, T>(args.geometry, plan.target.threads);
     decide(plan, conv_product_name<P>("conv_scatter", "conv_scatter_bf16"), static_cast<size_t>(product.total), product,
-           [](const Bound<ConvBackwardInput>& args, const ScatterPlan& product, void* workspace, const Team& team) {
+           [](auto& args, auto& product, auto* workspace, auto& team) {
              unsigned char* const bytes = static_cast<unsigned char*>(workspace);
              parallel_crew(team, product.threads, workspace,
                            [&](Crew& crew, int thread) { scatter_member<P, T>(args, product, bytes, crew, thread); });

@@ -12,14 +12,8 @@
 #pragma once
 
 #include "../../activation/cpu/rows.inl"
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/planning.inl"
-#include "../../common/cpu/threads.inl"
-#include "../../gemm/cpu/amx.inl"
+#include "../../common/cpu/common.inl"
 #include "../../gemm/cpu/gemm.inl"
-#include "../../gemm/cpu/microkernels.inl"
 #include "../../gemm/cpu/panels.inl"
 #include "filters.inl"
 #include "implicit_gemm_rows.inl"
@@ -443,7 +437,7 @@ void plan_implicit_gemm(Plan<ConvForward>& plan, const Bound<ConvForward>& args)
     using P = decltype(panel);
     const ImplicitPlan product = plan_implicit<P>(forward_product<T>(args), plan.target.threads);
     decide(plan, conv_product_name<P>(), product.total, product,
-           [](const Bound<ConvForward>& args, const ImplicitPlan& product, void* workspace, const Team& team) {
+           [](auto& args, auto& product, auto* workspace, auto& team) {
              conv_product<P>(forward_product<T>(args), product, workspace, team);
            });
     if (!product.packed) return;
@@ -472,17 +466,15 @@ void plan_implicit_gemm(Plan<ConvBackwardInput>& plan, const Bound<ConvBackwardI
       ++phases;
     });
     if (phases == 1)
-      return decide(
-          plan, conv_product_name<P>(), bytes, last,
-          [](const Bound<ConvBackwardInput>& args, const ImplicitPlan& product, void* workspace, const Team& team) {
-            constexpr int64_t first[3] = {};
-            conv_product<P>(input_product<T>(args, first), product, workspace, team);
-          });
-    decide(plan, conv_product_name<P>(), bytes,
-           [](const Bound<ConvBackwardInput>& args, void* workspace, const Team& team) {
-             for_phases<T>(args, [&](const ConvProduct<T>& g) {
-               conv_product<P>(g, plan_implicit<P>(g, args.threads), workspace, team);
-             });
-           });
+      return decide(plan, conv_product_name<P>(), bytes, last,
+                    [](auto& args, auto& product, auto* workspace, auto& team) {
+                      constexpr int64_t first[3] = {};
+                      conv_product<P>(input_product<T>(args, first), product, workspace, team);
+                    });
+    decide(plan, conv_product_name<P>(), bytes, [](auto& args, auto* workspace, auto& team) {
+      for_phases<T>(args, [&](const ConvProduct<T>& g) {
+        conv_product<P>(g, plan_implicit<P>(g, args.threads), workspace, team);
+      });
+    });
   });
 }

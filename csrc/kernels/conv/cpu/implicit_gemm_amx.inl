@@ -7,8 +7,7 @@
 // Rapids).
 #pragma once
 
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "../../gemm/cpu/amx.inl"
 #include "../../gemm/cpu/microkernels.inl"
 #include "../../gemm/cpu/pack.inl"

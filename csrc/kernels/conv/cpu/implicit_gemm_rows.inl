@@ -6,9 +6,7 @@
 // Tiles of 32 positions continue through the padding into the next row; results for the padding are not stored.
 #pragma once
 
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
+#include "../../common/cpu/common.inl"
 #include "../../gemm/cpu/amx.inl"
 #include "../../gemm/cpu/microkernels.inl"
 #include "implicit_gemm_tile.inl"

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../../activation/cpu/rows.inl"
-#include "../../common/cpu/numbers.inl"
+#include "../../common/cpu/common.inl"
 #include "../../gemm/cpu/microkernels.inl"
 
 // The taps of a product along one dimension. Tap i < count reads element position * step + offset + i * offset_step of

@@ -2,10 +2,7 @@
 // through a buffer in L1.
 #pragma once
 
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "../../gemm/cpu/amx.inl"
 #include "../../gemm/cpu/microkernels.inl"
 #include "../../gemm/cpu/pack.inl"

@@ -6,10 +6,7 @@
 #pragma once
 
 #include "../../activation/cpu/rows.inl"
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 
 // Whether the convolution is two-dimensional and not empty.
 inline bool is_flat(const ConvGeometry& g) {

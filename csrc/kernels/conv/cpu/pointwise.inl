@@ -2,7 +2,7 @@
 // by channels, so they are the products of a linear layer, which reads or packs that matrix without searching for taps.
 #pragma once
 
-#include "../../common/cpu/planning.inl"
+#include "../../common/cpu/common.inl"
 #include "../../gemm/cpu/gemm.inl"
 #include "../../linear/cpu/linear.inl"
 #include "implicit_gemm.inl"

@@ -5,14 +5,8 @@
 // chunk's copy of C. After a barrier, the copies are added in order.
 #pragma once
 
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/planning.inl"
-#include "../../common/cpu/vec.h"
-#include "../../gemm/cpu/amx.inl"
+#include "../../common/cpu/common.inl"
 #include "../../gemm/cpu/gemm.inl"
-#include "../../gemm/cpu/microkernels.inl"
 #include "implicit_gemm.inl"
 #include "implicit_gemm_tile.inl"
 #include "patches.inl"

@@ -8,11 +8,8 @@
 // blocks, for one part of the channels, to a copy of C, whose tiles are loaded and stored in place.
 #pragma once
 
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/vec.h"
-#include "../../gemm/cpu/amx.inl"
+#include "../../common/cpu/common.inl"
 #include "../../gemm/cpu/gemm.inl"
-#include "../../gemm/cpu/pack.inl"
 #include "implicit_gemm.inl"
 #include "implicit_gemm_amx.inl"
 #include "implicit_gemm_rows.inl"

@@ -6,13 +6,8 @@
 // its elements are one `col` apart along k. A job adds its output rows to a copy of C.
 #pragma once
 
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/planning.inl"
-#include "../../common/cpu/vec.h"
-#include "../../gemm/cpu/amx.inl"
+#include "../../common/cpu/common.inl"
 #include "../../gemm/cpu/gemm.inl"
-#include "../../gemm/cpu/microkernels.inl"
 #include "../../gemm/cpu/panels.inl"
 #include "implicit_gemm.inl"
 #include "implicit_gemm_rows.inl"
@@ -183,30 +178,25 @@ void plan_implicit_gemm(Plan<ConvBackwardWeight>& plan, const Bound<ConvBackward
     if constexpr (same_type<P, Compute<T>>) {
       const WeightRowsPlan rows = plan_weight_rows(g, plan.target.threads);
       if (rows.taken)
-        return decide(
-            plan, name, rows.total, rows,
-            [](const Bound<ConvBackwardWeight>& args, const WeightRowsPlan& rows, void* workspace, const Team& team) {
-              conv_weight_rows(weight_product<T>(args), rows, args.w_layout, workspace, team);
-            });
+        return decide(plan, name, rows.total, rows, [](auto& args, auto& rows, auto* workspace, auto& team) {
+          conv_weight_rows(weight_product<T>(args), rows, args.w_layout, workspace, team);
+        });
     }
 #if defined(FASTOPS_HAS_AMX)
     if constexpr (same_type<P, bf16_amx>) {
       const WeightPixelsPlan pixels = plan_weight_pixels(g, plan.target.threads);
       if (pixels.taken)
-        return decide(plan, name, pixels.total, pixels,
-                      [](const Bound<ConvBackwardWeight>& args, const WeightPixelsPlan& pixels, void* workspace,
-                         const Team& team) {
-                        conv_weight_pixels(weight_product<T>(args), pixels, args.w_layout, workspace, team);
-                      });
+        return decide(plan, name, pixels.total, pixels, [](auto& args, auto& pixels, auto* workspace, auto& team) {
+          conv_weight_pixels(weight_product<T>(args), pixels, args.w_layout, workspace, team);
+        });
     }
 #endif
     const ConvWeightPlan product = plan_conv_weight<P>(g, plan.target.threads);
-    decide(plan, name, product.total, product,
-           [](const Bound<ConvBackwardWeight>& args, const ConvWeightPlan& product, void* workspace, const Team& team) {
-             const ConvWeightProduct<T> g = weight_product<T>(args);
-             parallel_crew(team, product.threads, workspace, [&](Crew& crew, int thread) {
-               conv_weight_member<P>(g, product, static_cast<unsigned char*>(workspace), crew, thread);
-             });
-           });
+    decide(plan, name, product.total, product, [](auto& args, auto& product, auto* workspace, auto& team) {
+      const ConvWeightProduct<T> g = weight_product<T>(args);
+      parallel_crew(team, product.threads, workspace, [&](Crew& crew, int thread) {
+        conv_weight_member<P>(g, product, static_cast<unsigned char*>(workspace), crew, thread);
+      });
+    });
   });
 }

@@ -16,12 +16,8 @@
 #pragma once
 
 #include "../../activation/cpu/rows.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/planning.inl"
-#include "../../common/cpu/threads.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "../../gemm/cpu/gemm.inl"
-#include "../../gemm/cpu/microkernels.inl"
 #include "implicit_gemm.inl"
 #include "pointwise.inl"
 #include "winograd_stage.inl"
@@ -449,7 +445,7 @@ void plan_winograd_data(Plan<Call>& plan, const Bound<Call>& args) {
     using Scheme = decltype(scheme);
     const WinogradPlan tiles = plan_winograd<Scheme>(p, plan.target.threads);
     decide(plan, winograd_tile_name<Scheme>(), tiles.total, tiles,
-           [](const Bound<Call>& args, const WinogradPlan& tiles, void* workspace, const Team& team) {
+           [](auto& args, auto& tiles, auto* workspace, auto& team) {
              run_winograd<Scheme>(winograd_problem(args), tiles, workspace, team);
            });
     if (p.packed == nullptr) return;

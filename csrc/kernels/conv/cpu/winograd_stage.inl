@@ -4,8 +4,7 @@
 #pragma once
 
 #include "../../activation/cpu/rows.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "../../gemm/cpu/microkernels.inl"
 #include "../../gemm/cpu/pack.inl"
 #include "patches.inl"

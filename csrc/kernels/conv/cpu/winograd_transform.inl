@@ -8,7 +8,7 @@
 // are channels.
 #pragma once
 
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 
 // The three transforms along one dimension: input d[m + 2] -> r = B^T d, weight g[3] -> r = G g, output s[m + 2] -> r =
 // A^T s.

@@ -10,13 +10,8 @@
 #pragma once
 
 #include "../../activation/cpu/rows.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/planning.inl"
-#include "../../common/cpu/threads.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "../../gemm/cpu/gemm.inl"
-#include "../../gemm/cpu/microkernels.inl"
-#include "../../gemm/cpu/pack.inl"
 #include "winograd.inl"
 #include "winograd_stage.inl"
 #include "winograd_transform.inl"
@@ -247,7 +242,7 @@ bool winograd_takes(const Bound<ConvBackwardWeight>& args) {
 inline void plan_winograd(Plan<ConvBackwardWeight>& plan, const Bound<ConvBackwardWeight>& args) {
   const WinogradWeightPlan tiles = plan_winograd_weight(winograd_problem(args), plan.target.threads);
   decide(plan, winograd_tile_name<WinogradScheme<2>>(), tiles.total, tiles,
-         [](const Bound<ConvBackwardWeight>& args, const WinogradWeightPlan& tiles, void* workspace, const Team& team) {
+         [](auto& args, auto& tiles, auto* workspace, auto& team) {
            const WinogradWeight p = winograd_problem(args);
            unsigned char* const bytes = static_cast<unsigned char*>(workspace);
            parallel_crew(team, tiles.threads, workspace, [&](Crew& crew, int thread) {

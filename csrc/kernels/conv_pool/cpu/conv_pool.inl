@@ -3,12 +3,7 @@
 // gradient of a block and calls the gradients of the convolution with it.
 #pragma once
 
-#include "../../common/cpu/dtype.inl"
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/planning.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "../../conv/cpu/conv.inl"
 #include "../../pool/cpu/pool.inl"
 #include "../../pool/cpu/taps.inl"
@@ -330,15 +325,11 @@ void plan_call(Plan<ConvPoolForward>& plan) {
       if (first)
         return decide(plan, {"conv_pool_first"},
                       static_cast<size_t>(plan_pooled<T>(call.geometry, false, plan.target.threads).total),
-                      [](const Bound<ConvPoolForward>& args, void* workspace, const Team& team) {
-                        conv_pool_first<T>(args, workspace, team);
-                      });
+                      [](auto& args, auto* workspace, auto& team) { conv_pool_first<T>(args, workspace, team); });
     const ConvPoolPlan blocks = plan_conv_pool<T>(args, plan.target.threads);
     const int apart = blocks.workers == 1 ? plan.target.threads : 1;
     decide(plan, {"conv_pool_blocks"}, (blocks.conv_bytes + blocks.block_bytes) * static_cast<size_t>(apart), blocks,
-           [](const Bound<ConvPoolForward>& args, const ConvPoolPlan& blocks, void* workspace, const Team& team) {
-             conv_pool<T>(args, blocks, workspace, team);
-           });
+           [](auto& args, auto& blocks, auto* workspace, auto& team) { conv_pool<T>(args, blocks, workspace, team); });
   });
 }
 
@@ -355,8 +346,6 @@ void plan_call(Plan<ConvPoolBackward>& plan) {
     const UnpoolPlan blocks = plan_unpool<T>(args, plan.target.threads);
     decide(plan, {blocks.first && !call.with_grad_x ? "conv_pool_first" : "conv_pool_blocks"},
            blocks.conv_bytes + blocks.block_bytes + blocks.sums_bytes, blocks,
-           [](const Bound<ConvPoolBackward>& args, const UnpoolPlan& blocks, void* workspace, const Team& team) {
-             conv_pool<T>(args, blocks, workspace, team);
-           });
+           [](auto& args, auto& blocks, auto* workspace, auto& team) { conv_pool<T>(args, blocks, workspace, team); });
   });
 }

@@ -7,11 +7,7 @@
 // window, where the unpooled gradient would need 36.
 #pragma once
 
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/planning.inl"
-#include "../../common/cpu/threads.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "../../conv/cpu/depthwise.inl"
 #include "../../conv/cpu/depthwise_last.inl"
 #include "../../conv/cpu/planes.inl"

@@ -5,9 +5,7 @@
 // for every 32 k. Both are padded with zeros to whole tiles. An A with contiguous rows is read in place.
 #pragma once
 
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "microkernels.inl"
 #include "pack.inl"
 

@@ -6,11 +6,7 @@
 // columns are grouped.
 #pragma once
 
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/threads.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "gemm.inl"
 #include "microkernels.inl"
 #include "pack.inl"

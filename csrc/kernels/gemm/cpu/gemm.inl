@@ -11,10 +11,7 @@
 #pragma once
 
 #include "../../activation/cpu/activation.inl"
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/threads.inl"
+#include "../../common/cpu/common.inl"
 #include "amx.inl"
 #include "microkernels.inl"
 #include "pack.inl"

@@ -8,10 +8,7 @@
 #pragma once
 
 #include "../../activation/cpu/rows.inl"
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 
 // The element types of panels: float, double, and bf16_pair, which holds two neighbours along k.
 struct bf16_pair {

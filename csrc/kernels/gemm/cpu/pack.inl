@@ -7,10 +7,7 @@
 
 #include "../../activation/cpu/activation.inl"
 #include "../../activation/cpu/rows.inl"
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "microkernels.inl"
 
 template <class T>

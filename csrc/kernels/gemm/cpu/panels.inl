@@ -1,8 +1,7 @@
 // The type of the panels of a product.
 #pragma once
 
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
+#include "../../common/cpu/common.inl"
 #include "amx.inl"
 #include "microkernels.inl"
 

@@ -2,16 +2,9 @@
 #pragma once
 
 #include "../../activation/cpu/rows.inl"
-#include "../../common/cpu/dtype.inl"
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/planning.inl"
-#include "../../common/cpu/threads.inl"
+#include "../../common/cpu/common.inl"
 #include "../../gemm/cpu/dot.inl"
 #include "../../gemm/cpu/gemm.inl"
-#include "../../gemm/cpu/microkernels.inl"
-#include "../../gemm/cpu/pack.inl"
 #include "../../gemm/cpu/panels.inl"
 
 template <class T>
@@ -137,14 +130,13 @@ void plan_linear_forward(Plan<Call>& plan, const Bound<Call>& call, AsLinear as_
   const Gemm<T> g = forward_gemm<T>(args);
   const size_t bias = contiguous_bias<T>(args) ? 0 : aligned(args.n * static_cast<int64_t>(sizeof(Compute<T>)));
   if (takes_dot(g))
-    return decide(plan, {"dot", {kDot, kDot}}, bias, [](const Bound<Call>& args, void* workspace, const Team& team) {
-      linear_dot<T>(AsLinear{}(args), workspace, team);
-    });
+    return decide(plan, {"dot", {kDot, kDot}}, bias,
+                  [](auto& args, auto* workspace, auto& team) { linear_dot<T>(AsLinear{}(args), workspace, team); });
   with_panel<T>(args.bf16_multiply, args.m * args.n * args.k, [&](auto panel) {
     using P = decltype(panel);
     const GemmPlan product = plan_gemm<P>(g, plan.target.threads);
     decide(plan, gemm_name<P>(product), product.tiny ? 0 : product.total + bias, product,
-           [](const Bound<Call>& args, const GemmPlan& product, void* workspace, const Team& team) {
+           [](auto& args, auto& product, auto* workspace, auto& team) {
              linear_forward<P, T>(AsLinear{}(args), product, workspace, team);
            });
     if (!product.b_packed) return;
@@ -287,7 +279,7 @@ void plan_linear_backward(Plan<Call>& plan, const Bound<Call>& call, AsLinear as
                                 ? KernelName{"row_times_matrix"}
                                 : gemm_name<P>(args.grad_x != nullptr ? products.grad_x : products.grad_w);
     decide(plan, name, products.gemm + products.sums, products,
-           [](const Bound<Call>& args, const BackwardPlan& products, void* workspace, const Team& team) {
+           [](auto& args, auto& products, auto* workspace, auto& team) {
              linear_backward<P, T>(AsLinear{}(args), products, workspace, team);
            });
   });

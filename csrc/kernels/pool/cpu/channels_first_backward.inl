@@ -10,10 +10,7 @@
 #pragma once
 
 #include "../../activation/cpu/rows.inl"
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "../../gemm/cpu/microkernels.inl"
 #include "channels_first_forward.inl"
 #include "halves.inl"

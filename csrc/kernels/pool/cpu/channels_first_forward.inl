@@ -6,10 +6,7 @@
 // - within: one window at a time; a vector holds neighbouring elements of the window.
 #pragma once
 
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "halves.inl"
 #include "taps.inl"
 #include "window_ops.inl"

@@ -2,9 +2,7 @@
 // every tap is one load.
 #pragma once
 
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "../../conv/cpu/depthwise_last_correlate.inl"
 #include "../../conv/cpu/patches.inl"
 #include "channels_first_backward.inl"

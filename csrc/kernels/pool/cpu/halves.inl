@@ -7,9 +7,7 @@
 //   8x64 of 112x112  1234 -> 1200 1374 -> 1305   2701 -> 1357
 #pragma once
 
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "taps.inl"
 #include "window_ops.inl"
 #include "windows.inl"

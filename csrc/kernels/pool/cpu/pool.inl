@@ -2,9 +2,7 @@
 // depends only on the shape.
 #pragma once
 
-#include "../../common/cpu/dtype.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/planning.inl"
+#include "../../common/cpu/common.inl"
 #include "channels_first_backward.inl"
 #include "channels_first_forward.inl"
 #include "channels_last.inl"
@@ -64,21 +62,20 @@ void plan_call(Plan<MaxPoolForward>& plan) {
   const KernelName name = pool_name(call.dtype, call.layout, call.geometry, call.kind != PoolIndices::none);
   with_dtype(call.dtype, [&](auto type) {
     using S = decltype(type);
-    decide(plan, name, 0, make_pool(call.geometry, call.layout),
-           [](const Bound<MaxPoolForward>& args, const Pool& pool, void*, const Team& team) {
-             S* const y = static_cast<S*>(args.y);
-             const auto run = [&]<class I>(I* indices, const TapOffsets* offsets) {
-               pool_forward<S>(pool, args.layout, args.x, MaxPool<S, I>{y, indices, offsets}, team);
-             };
-             if (args.kind == PoolIndices::none) {
-               run(static_cast<NoIndices*>(nullptr), nullptr);
-             } else if (args.kind == PoolIndices::window) {
-               run(static_cast<uint8_t*>(args.indices), nullptr);
-             } else {
-               const TapOffsets offsets(pool);
-               run(static_cast<int64_t*>(args.indices), &offsets);
-             }
-           });
+    decide(plan, name, 0, make_pool(call.geometry, call.layout), [](auto& args, auto& pool, auto*, auto& team) {
+      S* const y = static_cast<S*>(args.y);
+      const auto run = [&]<class I>(I* indices, const TapOffsets* offsets) {
+        pool_forward<S>(pool, args.layout, args.x, MaxPool<S, I>{y, indices, offsets}, team);
+      };
+      if (args.kind == PoolIndices::none) {
+        run(static_cast<NoIndices*>(nullptr), nullptr);
+      } else if (args.kind == PoolIndices::window) {
+        run(static_cast<uint8_t*>(args.indices), nullptr);
+      } else {
+        const TapOffsets offsets(pool);
+        run(static_cast<int64_t*>(args.indices), &offsets);
+      }
+    });
   });
 }
 
@@ -89,18 +86,17 @@ void plan_call(Plan<MaxPoolBackward>& plan) {
   const KernelName name = pool_backward_name(call.dtype, call.layout, call.geometry, false, window);
   with_dtype(call.dtype, [&](auto type) {
     using S = decltype(type);
-    decide(plan, name, 0, make_pool(call.geometry, call.layout),
-           [](const Bound<MaxPoolBackward>& args, const Pool& pool, void*, const Team& team) {
-             const auto run = [&]<class I>(const I* indices, const TapOffsets* offsets) {
-               pool_backward<S>(pool, args.layout, args.grad_y, args.grad_x, MaxRoute<S, I>{indices, offsets}, team);
-             };
-             if (args.kind == PoolIndices::window) {
-               const TapOffsets offsets(pool);
-               run(static_cast<const uint8_t*>(args.indices), &offsets);
-             } else {
-               run(static_cast<const int64_t*>(args.indices), nullptr);
-             }
-           });
+    decide(plan, name, 0, make_pool(call.geometry, call.layout), [](auto& args, auto& pool, auto*, auto& team) {
+      const auto run = [&]<class I>(const I* indices, const TapOffsets* offsets) {
+        pool_backward<S>(pool, args.layout, args.grad_y, args.grad_x, MaxRoute<S, I>{indices, offsets}, team);
+      };
+      if (args.kind == PoolIndices::window) {
+        const TapOffsets offsets(pool);
+        run(static_cast<const uint8_t*>(args.indices), &offsets);
+      } else {
+        run(static_cast<const int64_t*>(args.indices), nullptr);
+      }
+    });
   });
 }
 
@@ -110,11 +106,10 @@ void plan_call(Plan<AvgPoolForward>& plan) {
   const KernelName name = pool_name(call.dtype, call.layout, call.geometry, false);
   with_dtype(call.dtype, [&](auto type) {
     using S = decltype(type);
-    decide(plan, name, 0, make_pool(call.geometry, call.layout),
-           [](const Bound<AvgPoolForward>& args, const Pool& pool, void*, const Team& team) {
-             const AvgPool<S> op = {static_cast<S*>(args.y), args.count_include_pad, args.divisor_override};
-             pool_forward<S>(pool, args.layout, args.x, op, team);
-           });
+    decide(plan, name, 0, make_pool(call.geometry, call.layout), [](auto& args, auto& pool, auto*, auto& team) {
+      const AvgPool<S> op = {static_cast<S*>(args.y), args.count_include_pad, args.divisor_override};
+      pool_forward<S>(pool, args.layout, args.x, op, team);
+    });
   });
 }
 
@@ -124,10 +119,9 @@ void plan_call(Plan<AvgPoolBackward>& plan) {
   const KernelName name = pool_backward_name(call.dtype, call.layout, call.geometry, true, false);
   with_dtype(call.dtype, [&](auto type) {
     using S = decltype(type);
-    decide(plan, name, 0, make_pool(call.geometry, call.layout),
-           [](const Bound<AvgPoolBackward>& args, const Pool& pool, void*, const Team& team) {
-             pool_backward<S>(pool, args.layout, args.grad_y, args.grad_x,
-                              AvgRoute<S>{args.count_include_pad, args.divisor_override}, team);
-           });
+    decide(plan, name, 0, make_pool(call.geometry, call.layout), [](auto& args, auto& pool, auto*, auto& team) {
+      pool_backward<S>(pool, args.layout, args.grad_y, args.grad_x,
+                       AvgRoute<S>{args.count_include_pad, args.divisor_override}, team);
+    });
   });
 }

@@ -5,7 +5,7 @@
 // or PyTorch's int64 positions in the plane.
 #pragma once
 
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "../../conv/cpu/winograd_transform.inl"
 
 // gather(p, stride, count): the elements p[0], p[stride] ... in the first `count` lanes, zero in the others. stride is

@@ -1,10 +1,7 @@
 // The operations on a window: its maximum, with or without indices, and its average.
 #pragma once
 
-#include "../../common/cpu/elements.inl"
-#include "../../common/cpu/math.inl"
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/common.inl"
 #include "taps.inl"
 #include "windows.inl"
 

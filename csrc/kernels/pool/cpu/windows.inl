@@ -1,8 +1,7 @@
 // The geometry of pooling, one axis at a time.
 #pragma once
 
-#include "../../common/cpu/numbers.inl"
-#include "../../common/cpu/threads.inl"
+#include "../../common/cpu/common.inl"
 
 struct PoolAxis {
   int64_t in, out, kernel, stride, padding, dilation;
