@@ -25,6 +25,7 @@ USERS = {
     "csrc/kernels/common/cuda/planners.h": "kernels for a GPU are a step of their own",
     "csrc/kernels/conv/cpu/pointwise.inl": "a 1x1 convolution is a product",
     "csrc/kernels/conv/cuda/conv.cu": "a 1x1 convolution is a product",
+    "csrc/kernels/fastops.h": "short names for users of C++; Cpu::plan takes every call",
     "csrc/torch/ops.h": "what one op's file calls of another's",
     "fastops/record.py": "an example",
     "tests/test_adding_an_op.py": "NAMES",
