@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import fastops.functional as FF
-from fastops import _C
+from fastops._activations import ACTIVATIONS
 from fastops.benchmarks.harness import BACKWARD, BOTH, DTYPES, FORWARD, Case, Sides, functional_sides
-from fastops.ops import KIND
 
 SIZES = (1024, 65536, 1048576)
 LARGE = 16777216  # float32: 64 MB
@@ -24,30 +23,14 @@ def _pair(name: str, *arguments: object, **options: object) -> tuple[Callable, C
 
 
 SHAPE = "elements of the output"
+_REQUIRED = {"threshold": (0.1, 0.5)}
 FUNCTIONS = {
-    "relu": _pair("relu"),
-    "relu6": _pair("relu6"),
-    "leaky_relu": _pair("leaky_relu"),
-    "elu": _pair("elu"),
-    "selu": _pair("selu"),
-    "celu": _pair("celu"),
-    "gelu": _pair("gelu"),
-    "gelu_tanh": _pair("gelu", approximate="tanh"),
-    "silu": _pair("silu"),
-    "mish": _pair("mish"),
-    "sigmoid": _pair("sigmoid"),
-    "logsigmoid": _pair("logsigmoid"),
-    "tanh": _pair("tanh"),
-    "softplus": _pair("softplus"),
-    "softsign": _pair("softsign"),
-    "hardtanh": _pair("hardtanh"),
-    "hardsigmoid": _pair("hardsigmoid"),
-    "hardswish": _pair("hardswish"),
-    "hardshrink": _pair("hardshrink"),
-    "softshrink": _pair("softshrink"),
-    "tanhshrink": _pair("tanhshrink"),
-    "threshold": _pair("threshold", 0.1, 0.5),
-    "prelu": (F.prelu, FF.prelu),
+    **{
+        kind.name: _pair(kind.function, *_REQUIRED.get(kind.name, ()), **kind.options)
+        for kind in ACTIVATIONS.values()
+        if kind.name != "identity"
+    },
+    "prelu": _pair("prelu"),
     "glu": _pair("glu"),
 }
 
@@ -67,7 +50,7 @@ def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | No
     inputs = 2 if op == "glu" else 1
     # forward: x, y; backward: grad_y, what was saved, grad_x
     tensors: float = {FORWARD: inputs + 1, BACKWARD: 2 * inputs + 1, BOTH: 3 * inputs + 2}.get(mode, inputs + 1)
-    if mode == BACKWARD and op in KIND and _C.saved_by_default(KIND[op], 0.0, 0.0) == "mask":
+    if mode == BACKWARD and op in ACTIVATIONS and ACTIVATIONS[op].saves == "mask":
         tensors = 2 + 1 / (8 * DTYPES[dtype].itemsize)  # a bit an element is kept
     traffic = float(int(shape) * DTYPES[dtype].itemsize * tensors)
     return Case(op, shape, dtype, mode, threads, float(int(shape)), traffic, prepare, isa=isa)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastops.functional as FF
+from fastops._activations import ACTIVATIONS as KINDS
+from fastops._activations import two
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -209,9 +211,18 @@ class Case(NamedTuple):
         return self.function + "".join(f"-{value}" for value in self.kwargs.values())
 
     @property
+    def saves(self) -> str:
+        """What backward reads where nothing is fused."""
+        return KINDS[self.kind].saves
+
+    @property
     def from_input(self) -> bool:
         """Whether the gradient can be formed from x; sigmoid's and tanh's is formed from y alone."""
-        return self.kind not in ("sigmoid", "tanh")
+        return self.saves != "output"
+
+    @property
+    def in_place(self) -> bool:
+        return KINDS[self.kind].in_place
 
     def ours(self, x: Tensor, **more: Any) -> Tensor:
         return getattr(FF, self.function)(x, **self.kwargs, **more)
@@ -220,48 +231,25 @@ class Case(NamedTuple):
         return getattr(F, self.function)(x, **self.kwargs, **more)
 
 
-def _case(kind: str, function: str = "", a: float = 0.0, b: float = 0.0, **kwargs: Any) -> Case:
-    return Case(kind, function or kind, kwargs, a, b)
+def _case(kind: str, **parameters: float) -> Case:
+    row = KINDS[kind]
+    a, b = two(*{**row.parameters, **parameters}.values())
+    return Case(kind, row.function, {**row.options, **parameters}, a, b)
 
 
+# Every kind as torch.nn.functional has it without arguments, and others.
 ACTIVATIONS = [
-    _case("relu"),
-    _case("relu6"),
-    _case("leaky_relu", a=0.01),
-    _case("leaky_relu", a=0.3, negative_slope=0.3),
-    _case("leaky_relu", a=-0.5, negative_slope=-0.5),
-    _case("elu", a=1.0),
-    _case("elu", a=0.3, alpha=0.3),
-    _case("selu"),
-    _case("celu", a=1.0),
-    _case("celu", a=2.5, alpha=2.5),
-    _case("gelu"),
-    _case("gelu_tanh", "gelu", approximate="tanh"),
-    _case("silu"),
-    _case("mish"),
-    _case("sigmoid"),
-    _case("logsigmoid"),
-    _case("tanh"),
-    _case("softplus", a=1.0, b=20.0),
-    _case("softplus", a=2.0, b=5.0, beta=2.0, threshold=5.0),
-    _case("softsign"),
-    _case("hardtanh", a=-1.0, b=1.0),
-    _case("hardtanh", a=-0.5, b=2.0, min_val=-0.5, max_val=2.0),
-    _case("hardsigmoid"),
-    _case("hardswish"),
-    _case("hardshrink", a=0.5),
-    _case("hardshrink", a=0.0, lambd=0.0),
-    _case("softshrink", a=0.5),
-    _case("softshrink", a=0.0, lambd=0.0),
-    _case("tanhshrink"),
-    _case("threshold", a=0.1, b=0.7, threshold=0.1, value=0.7),
+    *(_case(kind) for kind in KINDS if kind not in ("identity", "threshold")),
+    _case("leaky_relu", negative_slope=0.3),
+    _case("leaky_relu", negative_slope=-0.5),
+    _case("elu", alpha=0.3),
+    _case("celu", alpha=2.5),
+    _case("softplus", beta=2.0, threshold=5.0),
+    _case("hardtanh", min_val=-0.5, max_val=2.0),
+    _case("hardshrink", lambd=0.0),
+    _case("softshrink", lambd=0.0),
+    _case("threshold", threshold=0.1, value=0.7),
 ]
-
-# torch.nn.functional's activations that can also work in place.
-INPLACE = {
-    "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "mish", "hardtanh", "hardsigmoid", "hardswish",
-    "threshold",
-}  # fmt: skip
 
 
 def activation(case: Case, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch._prims_common import suggest_memory_format
 import fastops
 import fastops.functional as FF
 import fastops.nn as fnn
-from fastops.functional._activation import _NAMES
+from fastops.functional._activation import NAMES
 
 FUSED = [case for case in ACTIVATIONS if case.kind != "threshold"]
 
@@ -447,7 +447,7 @@ def test_double_backward(conv, name):
     )
 
 
-@pytest.mark.parametrize("name", _NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_double_backward_of_every_activation(name):
     tensors = leaves(*operands(TINY[1], torch.float64))
     assert torch.autograd.gradgradcheck(lambda *t: TINY[1].ours(*t, activation=name), tensors)

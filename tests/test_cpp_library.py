@@ -10,7 +10,9 @@ import pytest
 import build_native
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = sorted(path.parent.parent.name for path in build_native.KERNELS.glob("*/cpu/*.inl") if path.stem == path.parts[-3])
+ROOMS = sorted(
+    path.parent.parent.name for path in build_native.KERNELS.glob("*/cpu/*.inl") if path.stem == path.parts[-3]
+)
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="there is no cmake")
@@ -22,7 +24,15 @@ def test_example_builds_and_runs(tmp_path):
     build = tmp_path / "build"
     environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "CXXFLAGS")}
     for command in (
-        ["cmake", "-S", example, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror"],
+        [
+            "cmake",
+            "-S",
+            example,
+            "-B",
+            build,
+            f"-DCMAKE_PREFIX_PATH={prefix}",
+            "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror",
+        ],
         ["cmake", "--build", build],
     ):
         result = subprocess.run(command, capture_output=True, text=True, env=environment)

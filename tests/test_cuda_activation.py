@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from compare import close, exact
 from gpu import DEVICE, EMULATED, SCHEDULES, configured, put
-from reference import ACTIVATIONS, DTYPES, INPLACE, activation, gradients
+from reference import ACTIVATIONS, DTYPES, activation, gradients
 from test_activation import PRELU, SPECIAL, _as_good, _sampled, _table, _ulps, compare
 from test_activation import run as on_cpu
 
 import fastops
 import fastops.functional as FF
 from fastops import _C
-from fastops.ops import KIND
+from fastops._activations import KIND
 
 EVERY = pytest.mark.parametrize("case", ACTIVATIONS, ids=str)
 # Around a unit of 2 to 16 elements, a block of 256 of them, and what a thread takes at a time.
@@ -114,7 +114,7 @@ def test_layouts(case):
     assert output.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("case", [case for case in ACTIVATIONS if case.kind in INPLACE], ids=str)
+@pytest.mark.parametrize("case", [case for case in ACTIVATIONS if case.in_place], ids=str)
 def test_inplace(case):
     for x in (torch.randn(1001), torch.randn(9, 33)[:, 2:20]):
         expected = case.ours(x)

@@ -12,6 +12,7 @@ from guarded import PAGE, Arena
 from reference import ACTIVATIONS, DTYPES, Conv, Pool
 
 from fastops import _C
+from fastops._activations import KIND
 
 # Twice the largest tile plus one: 12x32 (32x32 on AMX), depth steps of up to 64.
 DIMENSIONS = range(66)
@@ -188,7 +189,7 @@ def test_conv(isa, dtype, last, at_end):
 def test_activation(isa, case, dtype, at_end):
     ops, args = torch.ops.fastops, (case.kind, case.a, case.b)
     kinds = ["input"] if case.from_input else []
-    if _C.saved_by_default(*_numbers(case)) == "mask":
+    if case.saves == "mask":
         kinds.append("mask")
     if _C.can_save_output(*_numbers(case)):
         kinds.append("output")
@@ -205,11 +206,11 @@ def test_activation(isa, case, dtype, at_end):
             )
         if "inplace" not in case.kwargs and length % 8 == 1:  # written in place, between the guards
             z = ARENAS[3].tensor(x, at_end)
-            exact(_C.activation(z, _numbers(case)[0], case.a, case.b, True), y)
+            exact(getattr(_C, case.kind)(z, case.a, case.b, True), y)
 
 
 def _numbers(case):
-    return _C.ACTIVATION_KINDS.index(case.kind), case.a, case.b
+    return KIND[case.kind], case.a, case.b
 
 
 @SIDES

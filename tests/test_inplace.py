@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from modes import Through
-from reference import ACTIVATIONS, INPLACE
+from reference import ACTIVATIONS
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -35,7 +35,7 @@ class Form(NamedTuple):
 _ARGUMENTS = [
     (case.function, tuple(case.kwargs.values()))
     for case in ACTIVATIONS
-    if case.function in INPLACE and case.kwargs.get("negative_slope", 0) >= 0
+    if case.in_place and case.kwargs.get("negative_slope", 0) >= 0
 ]
 FORMS = [Form(name, args, True) for name, args in _ARGUMENTS]
 FORMS += [Form(f"{name}_", args, False) for name, args in _ARGUMENTS if hasattr(F, f"{name}_")]

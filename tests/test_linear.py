@@ -10,7 +10,7 @@ from reference import ACTIVATIONS, DTYPES, LAYOUTS, LINEAR_SHAPES, activation, g
 import fastops
 import fastops.functional as FF
 import fastops.nn as fnn
-from fastops.functional._activation import _NAMES
+from fastops.functional._activation import NAMES
 
 FUSED = [case for case in ACTIVATIONS if case.kind != "threshold"]
 
@@ -233,7 +233,7 @@ def test_backward_twice():
         output.backward()
 
 
-@pytest.mark.parametrize("name", [None, *_NAMES])
+@pytest.mark.parametrize("name", [None, *NAMES])
 def test_double_backward(name):
     x, w, b = leaves(*operands(3, 5, 4, torch.float64))
     assert torch.autograd.gradcheck(lambda *t: FF.linear(*t, activation=name), (x, w, b), check_forward_ad=True)

@@ -793,7 +793,7 @@ def test_jit_script(name):
             torch.testing.assert_close(one, two)
 
 
-ACTIVATIONS = [*_activation._NAMES, nn.LeakyReLU(0.3), nn.Threshold(0.1, 0.3), nn.Softplus(2.0), fnn.GELU("tanh")]
+ACTIVATIONS = [*_activation.NAMES, nn.LeakyReLU(0.3), nn.Threshold(0.1, 0.3), nn.Softplus(2.0), fnn.GELU("tanh")]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)

@@ -11,10 +11,10 @@ namespace fastops {
 namespace {
 
 constexpr const char* kActivationNames[] = {
-    "identity",  "relu",        "relu6",     "leaky_relu", "elu",        "selu",       "celu",     "gelu",
-    "gelu_tanh", "silu",        "mish",      "sigmoid",    "logsigmoid", "tanh",       "softplus", "softsign",
-    "hardtanh",  "hardsigmoid", "hardswish", "hardshrink", "softshrink", "tanhshrink", "threshold"};
-static_assert(sizeof kActivationNames / sizeof *kActivationNames == static_cast<size_t>(ActivationKind::count));
+#define FASTOPS_NAME(kind, ...) #kind,
+    FASTOPS_ACTIVATIONS(FASTOPS_NAME)
+#undef FASTOPS_NAME
+};
 constexpr const char* kSavedNames[] = {"nothing", "mask", "output", "input"};
 
 bool is_dense(const Tensor& tensor) { return tensor.is_non_overlapping_and_dense(); }
@@ -65,9 +65,9 @@ Tensor in_order(const Tensor& tensor, at::IntArrayRef sizes, at::IntArrayRef str
 
 // sigmoid' and tanh' are formed from y alone: from x they would cost the forward pass again.
 void check_saved_kind(Activation activation, Saved kind) {
-  const bool from_output = activation.kind == ActivationKind::sigmoid || activation.kind == ActivationKind::tanh;
-  TORCH_CHECK(!from_output || kind == Saved::output, "activation_backward: saved_kind must be 'output' for ",
-              activation_name(activation.kind), ", got '", saved_name(kind), "'");
+  TORCH_CHECK(saved_by_default(activation) != Saved::output || kind == Saved::output,
+              "activation_backward: saved_kind must be 'output' for ", activation_name(activation.kind), ", got '",
+              saved_name(kind), "'");
 }
 
 record::Row row_of(std::string op, std::initializer_list<Tensor> operands) {
@@ -595,11 +595,10 @@ std::tuple<Tensor, Tensor> prelu_backward_op(const Tensor& grad_output, const Te
 
 // ---- the fast door
 
-py::object activation_fast(py::handle input, int kind, double a, double b, py::handle is_inplace) {
+py::object activation_fast(Activation f, py::handle input, py::handle is_inplace) {
   if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr())) return not_implemented();
   const Tensor& x = THPVariable_Unpack(input.ptr());
-  if (!is_supported(x.scalar_type())) return not_implemented();
-  const Activation f = make_activation(kind, a, b);
+  if (!is_supported(x.scalar_type()) || !is_valid(f)) return not_implemented();
   const int inplace = PyObject_IsTrue(is_inplace.ptr());  // as PyTorch, whatever it is
   if (inplace < 0) throw py::error_already_set();
   // PyTorch's threshold_ is the one in-place activation that takes expanded tensors.
@@ -607,6 +606,11 @@ py::object activation_fast(py::handle input, int kind, double a, double b, py::h
     return not_implemented();
   return wrap(without_gil([&] { return activation_name(f.kind); },
                           [&] { return inplace ? activation_(x, f) : fastops::activation(x, f); }, x));
+}
+
+template <ActivationKind kind>
+py::object activation_fast(py::handle input, double a, double b, py::handle is_inplace) {
+  return activation_fast({kind, a, b}, input, is_inplace);
 }
 
 py::object prelu_fast(py::handle input, py::handle weight) {
@@ -644,16 +648,17 @@ TORCH_LIBRARY_IMPL(fastops, CompositeImplicitAutograd, m) {
 }
 
 void bind_activation(py::module_& m) {
-  fast_def<&activation_fast>(m, "activation");
   fast_def<&prelu_fast>(m, "prelu");
   fast_def<&glu_fast>(m, "glu");
 
-  py::list kinds;
-  for (int i = 0; i < static_cast<int>(ActivationKind::count); ++i)
-    kinds.append(activation_name(static_cast<ActivationKind>(i)));
-  m.attr("ACTIVATION_KINDS") = kinds;
-  m.def("saved_by_default",
-        [](int kind, double a, double b) { return saved_name(saved_by_default(make_activation(kind, a, b))); });
+  py::list table;  // what Python reads of it
+#define FASTOPS_ROW(kind, formula, function, module, parameters, approximate, in_place, valid, saves, ...) \
+  fast_def<&activation_fast<ActivationKind::kind>>(m, #kind);                                              \
+  table.append(                                                                                            \
+      py::make_tuple(#kind, #function, #module, parameters, approximate, in_place, #valid, saved_name(Saved::saves)));
+  FASTOPS_ACTIVATIONS(FASTOPS_ROW)
+#undef FASTOPS_ROW
+  m.attr("ACTIVATIONS") = table;
   m.def("saved_by_linear",
         [](int kind, double a, double b) { return saved_name(saved_by_linear(make_activation(kind, a, b))); });
   m.def("can_save_output", [](int kind, double a, double b) { return can_save_output(make_activation(kind, a, b)); });

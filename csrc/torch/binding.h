@@ -1,4 +1,4 @@
-// Helpers of the two doors through which Python reaches the ops, and what each file binds.
+// Helpers of the two doors through which Python reaches the ops.
 #pragma once
 
 #include <ATen/autocast_mode.h>
@@ -16,23 +16,7 @@ namespace fastops {
 
 namespace py = pybind11;
 
-// ---- what each file gives torch.ops.fastops, for a device that has kernels
-void implement_linear(torch::Library& m);
-void implement_conv(torch::Library& m);
-void implement_activation(torch::Library& m);
-void implement_pool(torch::Library& m);
-void implement(torch::Library& m);  // all of these
-
-// ---- and the module fastops._C
-void bind_linear(py::module_& m);
-void bind_mlp(py::module_& m);
-void bind_conv(py::module_& m);
-void bind_conv_pool(py::module_& m);
-void bind_activation(py::module_& m);
-void bind_pool(py::module_& m);
-void bind_record(py::module_& m);
-void bind_memory(py::module_& m);
-void bind_info(py::module_& m);
+void implement(torch::Library& m);  // library.cpp
 
 // ---- the general door: torch.ops.fastops.*, without autograd
 

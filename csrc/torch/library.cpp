@@ -49,6 +49,21 @@ TORCH_LIBRARY(fastops, m) {
       "bool count_include_pad, int divisor_override, int dims, bool channels_last) -> Tensor");
 }
 
+// What each op's file gives torch.ops.fastops for a device that has kernels, and what each file gives fastops._C.
+void implement_linear(torch::Library& m);
+void implement_conv(torch::Library& m);
+void implement_activation(torch::Library& m);
+void implement_pool(torch::Library& m);
+void bind_linear(py::module_& m);
+void bind_mlp(py::module_& m);
+void bind_conv(py::module_& m);
+void bind_conv_pool(py::module_& m);
+void bind_activation(py::module_& m);
+void bind_pool(py::module_& m);
+void bind_record(py::module_& m);
+void bind_memory(py::module_& m);
+void bind_info(py::module_& m);
+
 // All but composites of torch's own ops have CUDA kernels as well.
 void implement(torch::Library& m) {
   implement_linear(m);

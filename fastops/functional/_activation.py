@@ -9,9 +9,10 @@ from torch.compiler import is_dynamo_compiling as _is_compiling
 from torch.overrides import handle_torch_function
 
 from fastops import _C
+from fastops._activations import ACTIVATIONS, Kind, by_torch, two, valid
 from fastops.functional._general import general, overrides, show, torch_op
-from fastops.ops import KIND, autocast, supported
 from fastops.ops import activation as _activation_ops
+from fastops.ops import autocast, supported
 
 __all__ = [
     "celu", "celu_", "elu", "elu_", "gelu", "glu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "hardtanh_",
@@ -21,86 +22,18 @@ __all__ = [
 
 Activation = str | nn.Module | None
 
-_fast_activation = _C.activation
-_fast_prelu = _C.prelu
-_fast_glu = _C.glu
-
-(
-    _RELU, _RELU6, _LEAKY_RELU, _ELU, _SELU, _CELU, _GELU, _GELU_TANH, _SILU, _MISH, _SIGMOID, _LOGSIGMOID, _TANH,
-    _SOFTPLUS, _SOFTSIGN, _HARDTANH, _HARDSIGMOID, _HARDSWISH, _HARDSHRINK, _SOFTSHRINK, _TANHSHRINK, _THRESHOLD,
-) = (
-    KIND[name]
-    for name in (
-        "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "gelu_tanh", "silu", "mish", "sigmoid",
-        "logsigmoid", "tanh", "softplus", "softsign", "hardtanh", "hardsigmoid", "hardswish", "hardshrink",
-        "softshrink", "tanhshrink", "threshold",
-    )
-)  # fmt: skip
-
-
 # ---- activation= -----------------------------------------------------------------------------------------------------
 
-# activation="name": its kind, and torch.nn.functional's default parameters.
-_NAMES: dict[str, tuple[str, float, float]] = {
-    "identity": ("identity", 0.0, 0.0),
-    "relu": ("relu", 0.0, 0.0),
-    "relu6": ("relu6", 0.0, 0.0),
-    "leaky_relu": ("leaky_relu", 0.01, 0.0),
-    "elu": ("elu", 1.0, 0.0),
-    "selu": ("selu", 0.0, 0.0),
-    "celu": ("celu", 1.0, 0.0),
-    "gelu": ("gelu", 0.0, 0.0),
-    "gelu_tanh": ("gelu_tanh", 0.0, 0.0),
-    "silu": ("silu", 0.0, 0.0),
-    "mish": ("mish", 0.0, 0.0),
-    "sigmoid": ("sigmoid", 0.0, 0.0),
-    "logsigmoid": ("logsigmoid", 0.0, 0.0),
-    "tanh": ("tanh", 0.0, 0.0),
-    "softplus": ("softplus", 1.0, 20.0),
-    "softsign": ("softsign", 0.0, 0.0),
-    "hardtanh": ("hardtanh", -1.0, 1.0),
-    "hardsigmoid": ("hardsigmoid", 0.0, 0.0),
-    "hardswish": ("hardswish", 0.0, 0.0),
-    "hardshrink": ("hardshrink", 0.5, 0.0),
-    "softshrink": ("softshrink", 0.5, 0.0),
-    "tanhshrink": ("tanhshrink", 0.0, 0.0),
+# activation="name": the kinds whose parameters have defaults, with those.
+NAMES: dict[str, tuple[str, float, float]] = {
+    kind.name: (kind.name, *two(*kind.parameters.values()))
+    for kind in ACTIVATIONS.values()
+    if None not in kind.parameters.values()
 }
-_NONE = ("identity", 0.0, 0.0)
-
-# activation=module: its kind, and the module's own parameters. The keys are torch.nn's classes; fastops.nn's are
-# subclasses of them.
-_MODULES: dict[type, Callable[[Any], tuple[str, float, float]]] = {
-    nn.Identity: lambda m: _NONE,
-    nn.ReLU: lambda m: _NAMES["relu"],
-    nn.ReLU6: lambda m: _NAMES["relu6"],
-    nn.LeakyReLU: lambda m: ("leaky_relu", m.negative_slope, 0.0),
-    nn.ELU: lambda m: ("elu", m.alpha, 0.0),
-    nn.SELU: lambda m: _NAMES["selu"],
-    nn.CELU: lambda m: ("celu", m.alpha, 0.0),
-    nn.GELU: lambda m: _gelu_kind(m.approximate),
-    nn.SiLU: lambda m: _NAMES["silu"],
-    nn.Mish: lambda m: _NAMES["mish"],
-    nn.Sigmoid: lambda m: _NAMES["sigmoid"],
-    nn.LogSigmoid: lambda m: _NAMES["logsigmoid"],
-    nn.Tanh: lambda m: _NAMES["tanh"],
-    nn.Softplus: lambda m: ("softplus", m.beta, m.threshold),
-    nn.Softsign: lambda m: _NAMES["softsign"],
-    nn.Hardtanh: lambda m: ("hardtanh", m.min_val, m.max_val),
-    nn.Hardsigmoid: lambda m: _NAMES["hardsigmoid"],
-    nn.Hardswish: lambda m: _NAMES["hardswish"],
-    nn.Hardshrink: lambda m: ("hardshrink", m.lambd, 0.0),
-    nn.Softshrink: lambda m: ("softshrink", m.lambd, 0.0),
-    nn.Tanhshrink: lambda m: _NAMES["tanhshrink"],
-    nn.Threshold: lambda m: ("threshold", m.threshold, m.value),
-}
-
-
-def _gelu_kind(approximate: str) -> tuple[str, float, float]:
-    if approximate == "none":
-        return _NAMES["gelu"]
-    if approximate == "tanh":
-        return _NAMES["gelu_tanh"]
-    raise RuntimeError(f"gelu: approximate argument must be either none or tanh, got {approximate!r}")
+# activation=module: the kinds of each class of torch.nn; fastops.nn's are subclasses of them.
+_MODULES: dict[type, list[Kind]] = {}
+for _kind in ACTIVATIONS.values():
+    _MODULES.setdefault(_kind.module, []).append(_kind)
 
 
 def resolve_activation(activation: Activation) -> tuple[str, float, float]:
@@ -110,18 +43,23 @@ def resolve_activation(activation: Activation) -> tuple[str, float, float]:
     their own), TypeError for anything else.
     """
     if activation is None:
-        return _NONE
+        return NAMES["identity"]
     if isinstance(activation, str):
-        if activation in _NAMES:
-            return _NAMES[activation]
+        if activation in NAMES:
+            return NAMES[activation]
         raise ValueError(
-            f"activation must be one of {', '.join(_NAMES)}, an activation module or None, got {activation!r}"
+            f"activation must be one of {', '.join(NAMES)}, an activation module or None, got {activation!r}"
         )
     cls = type(activation)
     if cls.__module__.startswith("fastops.nn."):
         cls = next((c for c in cls.__mro__ if c.__module__.startswith("torch.nn.")), cls)
-    if cls in _MODULES:
-        return _MODULES[cls](activation)
+    for kind in _MODULES.get(cls, ()):
+        if not kind.options or all(getattr(activation, name) == value for name, value in kind.options.items()):
+            if not kind.parameters:
+                return NAMES[kind.name]
+            return (kind.name, *two(*[getattr(activation, name) for name in kind.parameters]))
+    if cls is nn.GELU:
+        raise RuntimeError(f"gelu: approximate argument must be either none or tanh, got {activation.approximate!r}")
     if isinstance(activation, nn.Module):
         raise ValueError(
             f"activation must be an elementwise activation module without parameters, such as nn.ReLU() or nn.GELU(), "
@@ -130,73 +68,65 @@ def resolve_activation(activation: Activation) -> tuple[str, float, float]:
     raise TypeError(f"activation must be None, a name or an activation module, got {cls.__name__}")
 
 
+def torch_activate(input: Tensor, kind: str, a: float, b: float) -> Tensor:
+    """A resolved activation by PyTorch's own op."""
+    if kind == "identity":
+        return input
+    return torch_op(kind, _explain, by_torch, input, kind, a, b)
+
+
 # ---- activations -----------------------------------------------------------------------------------------------------
 
-
-def valid(kind: str, a: Any, b: Any) -> bool:
-    """Whether the parameters are plain numbers that the kernels take. PyTorch refuses the others."""
-    if not (isinstance(a, (int, float)) and isinstance(b, (int, float))):
-        return False
-    if kind == "hardtanh":
-        return a <= b
-    return not (kind == "celu" and a == 0) and (kind != "softshrink" or a >= 0)
+_DOORS = {kind: getattr(_C, kind) for kind in ACTIVATIONS}
 
 
-def _general_activation(
-    public: Callable[..., Tensor],
-    theirs: Callable[..., Tensor],
-    kind: str,
-    a: Any,
-    b: Any,
-    inplace: bool,
-    input: Any,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    """The general door of the function `public`, whose equal in PyTorch is `theirs`."""
+def _apply(public: Callable[..., Tensor], kind: str, input: Any, a: Any, b: Any, inplace: bool) -> Tensor:
+    """What every function here is: `public`, with this kind and its parameters."""
+    if not _is_compiling():
+        result = _DOORS[kind](input, a, b, inplace)
+        if result is not NotImplemented:
+            return result
+    return _general(public, kind, input, a, b, inplace)
+
+
+def _general(public: Callable[..., Tensor], kind: str, input: Any, a: Any, b: Any, inplace: bool) -> Tensor:
+    """The same by the general door or by PyTorch's function of that name."""
+    row, name = ACTIVATIONS[kind], public.__name__
+    args = (a, b)[: len(row.parameters)]
+    if row.in_place and not name.endswith("_"):
+        args = (*args, inplace)
     if not _is_compiling() and overrides(input):
-        return handle_torch_function(public, (input,), input, *args, **kwargs)
+        return handle_torch_function(public, (input,), input, *args, **row.options)
     if general(input) and supported(input, on_gpu=True) and valid(kind, a, b):
         if not inplace:
             return _activation_ops.activation(input, kind, float(a), float(b))
         # PyTorch's threshold_ is the one in-place activation that takes expanded tensors.
         if kind != "threshold" or not _is_expanded(input):
             return _activation_ops.activation_(input, kind, float(a), float(b))
-    return torch_op(kind, _EXPLAIN.get(kind, explain_activation), theirs, input, *args, **kwargs)
+
+    def explain(*_: Any, **__: Any) -> str:
+        return _explain(input, kind, a, b)
+
+    return torch_op(kind, explain, getattr(F, name), input, *args, **row.options)
 
 
 def _is_expanded(input: Tensor) -> bool:
     return any(n > 1 and step == 0 for n, step in zip(input.shape, input.stride(), strict=True))
 
 
-def explain_activation(input: Any, *args: Any, **kwargs: Any) -> str:
+def _explain(input: Any, kind: str, *parameters: Any) -> str:
     if not isinstance(input, Tensor):
         return f"input must be a Tensor, got {show(input)}"
     if not input.is_floating_point():
         return f"input must be a floating point tensor, got {show(input)}"
-    for value in (*args, *kwargs.values()):
+    for value in parameters:
         if not isinstance(value, (int, float)):
             return f"parameters must be numbers, got {show(value)}"
+    if kind == "celu" and parameters[0] == 0:
+        return "alpha must not be 0"
+    if kind == "softshrink" and parameters[0] < 0:
+        return f"lambd must not be negative, got {parameters[0]}"
     return ""
-
-
-def _explain_celu(input: Any, alpha: Any = 1.0, *_: Any) -> str:
-    return "alpha must not be 0" if alpha == 0 else explain_activation(input, alpha)
-
-
-def _explain_softshrink(input: Any, lambd: Any = 0.5, *_: Any) -> str:
-    bad = isinstance(lambd, (int, float)) and lambd < 0
-    return f"lambd must not be negative, got {lambd}" if bad else explain_activation(input, lambd)
-
-
-_EXPLAIN = {"celu": _explain_celu, "softshrink": _explain_softshrink}
-
-
-def torch_activate(input: Tensor, kind: str, a: float, b: float) -> Tensor:
-    """A resolved activation by PyTorch's own op."""
-    if kind == "identity":
-        return input
-    return torch_op(kind, _EXPLAIN.get(kind, explain_activation), _activation_ops.TORCH[kind], input, a, b)
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -209,11 +139,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     >>> FF.relu(torch.tensor([-1.0, 0.0, 2.0]))
     tensor([0., 0., 2.])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _RELU, 0.0, 0.0, inplace)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(relu, F.relu, "relu", 0.0, 0.0, inplace, input, inplace)
+    return _apply(relu, "relu", input, 0.0, 0.0, inplace)
 
 
 def relu_(input: Tensor) -> Tensor:
@@ -228,11 +154,7 @@ def relu_(input: Tensor) -> Tensor:
     >>> x
     tensor([0., 0., 2.])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _RELU, 0.0, 0.0, True)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(relu_, F.relu_, "relu", 0.0, 0.0, True, input)
+    return _apply(relu_, "relu", input, 0.0, 0.0, True)
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
@@ -245,11 +167,7 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     >>> FF.relu6(torch.tensor([-1.0, 2.0, 7.0]))
     tensor([0., 2., 6.])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _RELU6, 0.0, 0.0, inplace)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(relu6, F.relu6, "relu6", 0.0, 0.0, inplace, input, inplace)
+    return _apply(relu6, "relu6", input, 0.0, 0.0, inplace)
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
@@ -262,13 +180,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     >>> FF.leaky_relu(torch.tensor([-1.0, 0.0, 2.0]), 0.5)
     tensor([-0.5000,  0.0000,  2.0000])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _LEAKY_RELU, negative_slope, 0.0, inplace)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(
-        leaky_relu, F.leaky_relu, "leaky_relu", negative_slope, 0.0, inplace, input, negative_slope, inplace
-    )
+    return _apply(leaky_relu, "leaky_relu", input, negative_slope, 0.0, inplace)
 
 
 def leaky_relu_(input: Tensor, negative_slope: float = 0.01) -> Tensor:
@@ -284,13 +196,7 @@ def leaky_relu_(input: Tensor, negative_slope: float = 0.01) -> Tensor:
     >>> x
     tensor([-0.5000,  0.0000,  2.0000])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _LEAKY_RELU, negative_slope, 0.0, True)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(
-        leaky_relu_, F.leaky_relu_, "leaky_relu", negative_slope, 0.0, True, input, negative_slope
-    )
+    return _apply(leaky_relu_, "leaky_relu", input, negative_slope, 0.0, True)
 
 
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
@@ -303,11 +209,7 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     >>> FF.elu(torch.tensor([-1.0, 0.0, 2.0]))
     tensor([-0.6321,  0.0000,  2.0000])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _ELU, alpha, 0.0, inplace)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(elu, F.elu, "elu", alpha, 0.0, inplace, input, alpha, inplace)
+    return _apply(elu, "elu", input, alpha, 0.0, inplace)
 
 
 def elu_(input: Tensor, alpha: float = 1.0) -> Tensor:
@@ -323,11 +225,7 @@ def elu_(input: Tensor, alpha: float = 1.0) -> Tensor:
     >>> x
     tensor([-0.6321,  0.0000,  2.0000])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _ELU, alpha, 0.0, True)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(elu_, F.elu_, "elu", alpha, 0.0, True, input, alpha)
+    return _apply(elu_, "elu", input, alpha, 0.0, True)
 
 
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -340,11 +238,7 @@ def selu(input: Tensor, inplace: bool = False) -> Tensor:
     >>> FF.selu(torch.tensor([-1.0, 0.0, 2.0]))
     tensor([-1.1113,  0.0000,  2.1014])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _SELU, 0.0, 0.0, inplace)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(selu, F.selu, "selu", 0.0, 0.0, inplace, input, inplace)
+    return _apply(selu, "selu", input, 0.0, 0.0, inplace)
 
 
 def selu_(input: Tensor) -> Tensor:
@@ -359,11 +253,7 @@ def selu_(input: Tensor) -> Tensor:
     >>> x
     tensor([-1.1113,  0.0000,  2.1014])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _SELU, 0.0, 0.0, True)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(selu_, F.selu_, "selu", 0.0, 0.0, True, input)
+    return _apply(selu_, "selu", input, 0.0, 0.0, True)
 
 
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
@@ -377,11 +267,7 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     >>> FF.celu(torch.tensor([-1.0, 0.0, 2.0]), alpha=2.0)
     tensor([-0.7869,  0.0000,  2.0000])
     """
-    if not _is_compiling() and alpha != 0:
-        result = _fast_activation(input, _CELU, alpha, 0.0, inplace)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(celu, F.celu, "celu", alpha, 0.0, inplace, input, alpha, inplace)
+    return _apply(celu, "celu", input, alpha, 0.0, inplace)
 
 
 def celu_(input: Tensor, alpha: float = 1.0) -> Tensor:
@@ -397,11 +283,7 @@ def celu_(input: Tensor, alpha: float = 1.0) -> Tensor:
     >>> x
     tensor([-0.6321,  0.0000,  2.0000])
     """
-    if not _is_compiling() and alpha != 0:
-        result = _fast_activation(input, _CELU, alpha, 0.0, True)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(celu_, F.celu_, "celu", alpha, 0.0, True, input, alpha)
+    return _apply(celu_, "celu", input, alpha, 0.0, True)
 
 
 def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
@@ -415,19 +297,9 @@ def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
     >>> FF.gelu(torch.tensor([-1.0, 0.0, 2.0]))
     tensor([-0.1587,  0.0000,  1.9545])
     """
-    if not _is_compiling():
-        if approximate == "none":
-            result = _fast_activation(input, _GELU, 0.0, 0.0, False)
-        elif approximate == "tanh":
-            result = _fast_activation(input, _GELU_TANH, 0.0, 0.0, False)
-        else:
-            result = NotImplemented
-        if result is not NotImplemented:
-            return result
     if approximate not in ("none", "tanh"):
         return torch_op("gelu", _explain_gelu, F.gelu, input, approximate=approximate)
-    kind = "gelu" if approximate == "none" else "gelu_tanh"
-    return _general_activation(gelu, F.gelu, kind, 0.0, 0.0, False, input, approximate=approximate)
+    return _apply(gelu, "gelu" if approximate == "none" else "gelu_tanh", input, 0.0, 0.0, False)
 
 
 def _explain_gelu(input: Any, approximate: Any) -> str:
@@ -444,11 +316,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     >>> FF.silu(torch.tensor([-1.0, 0.0, 2.0]))
     tensor([-0.2689,  0.0000,  1.7616])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _SILU, 0.0, 0.0, inplace)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(silu, F.silu, "silu", 0.0, 0.0, inplace, input, inplace)
+    return _apply(silu, "silu", input, 0.0, 0.0, inplace)
 
 
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
@@ -461,11 +329,7 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
     >>> FF.mish(torch.tensor([-1.0, 0.0, 2.0]))
     tensor([-0.3034,  0.0000,  1.9440])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _MISH, 0.0, 0.0, inplace)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(mish, F.mish, "mish", 0.0, 0.0, inplace, input, inplace)
+    return _apply(mish, "mish", input, 0.0, 0.0, inplace)
 
 
 def sigmoid(input: Tensor) -> Tensor:
@@ -477,11 +341,7 @@ def sigmoid(input: Tensor) -> Tensor:
     >>> FF.sigmoid(torch.tensor([-1.0, 0.0, 2.0]))
     tensor([0.2689, 0.5000, 0.8808])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _SIGMOID, 0.0, 0.0, False)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(sigmoid, F.sigmoid, "sigmoid", 0.0, 0.0, False, input)
+    return _apply(sigmoid, "sigmoid", input, 0.0, 0.0, False)
 
 
 def logsigmoid(input: Tensor) -> Tensor:
@@ -493,11 +353,7 @@ def logsigmoid(input: Tensor) -> Tensor:
     >>> FF.logsigmoid(torch.tensor([-1.0, 0.0, 2.0]))
     tensor([-1.3133, -0.6931, -0.1269])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _LOGSIGMOID, 0.0, 0.0, False)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(logsigmoid, F.logsigmoid, "logsigmoid", 0.0, 0.0, False, input)
+    return _apply(logsigmoid, "logsigmoid", input, 0.0, 0.0, False)
 
 
 def tanh(input: Tensor) -> Tensor:
@@ -509,11 +365,7 @@ def tanh(input: Tensor) -> Tensor:
     >>> FF.tanh(torch.tensor([-1.0, 0.0, 2.0]))
     tensor([-0.7616,  0.0000,  0.9640])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _TANH, 0.0, 0.0, False)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(tanh, F.tanh, "tanh", 0.0, 0.0, False, input)
+    return _apply(tanh, "tanh", input, 0.0, 0.0, False)
 
 
 def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
@@ -525,11 +377,7 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tenso
     >>> FF.softplus(torch.tensor([-1.0, 0.0, 2.0]))
     tensor([0.3133, 0.6931, 2.1269])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _SOFTPLUS, beta, threshold, False)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(softplus, F.softplus, "softplus", beta, threshold, False, input, beta, threshold)
+    return _apply(softplus, "softplus", input, beta, threshold, False)
 
 
 def softsign(input: Tensor) -> Tensor:
@@ -541,11 +389,7 @@ def softsign(input: Tensor) -> Tensor:
     >>> FF.softsign(torch.tensor([-1.0, 0.0, 2.0]))
     tensor([-0.5000,  0.0000,  0.6667])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _SOFTSIGN, 0.0, 0.0, False)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(softsign, F.softsign, "softsign", 0.0, 0.0, False, input)
+    return _apply(softsign, "softsign", input, 0.0, 0.0, False)
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
@@ -561,13 +405,7 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     """
     if min_val > max_val:
         raise ValueError(f"hardtanh: min_val cannot be greater than max_val, got {min_val} and {max_val}")
-    if not _is_compiling() and min_val <= max_val:
-        result = _fast_activation(input, _HARDTANH, min_val, max_val, inplace)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(
-        hardtanh, F.hardtanh, "hardtanh", min_val, max_val, inplace, input, min_val, max_val, inplace
-    )
+    return _apply(hardtanh, "hardtanh", input, min_val, max_val, inplace)
 
 
 def hardtanh_(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
@@ -583,11 +421,7 @@ def hardtanh_(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Ten
     >>> x
     tensor([-1.,  0.,  1.])
     """
-    if not _is_compiling() and min_val <= max_val:
-        result = _fast_activation(input, _HARDTANH, min_val, max_val, True)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(hardtanh_, F.hardtanh_, "hardtanh", min_val, max_val, True, input, min_val, max_val)
+    return _apply(hardtanh_, "hardtanh", input, min_val, max_val, True)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
@@ -600,11 +434,7 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     >>> FF.hardsigmoid(torch.tensor([-1.0, 0.0, 2.0]))
     tensor([0.3333, 0.5000, 0.8333])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _HARDSIGMOID, 0.0, 0.0, inplace)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(hardsigmoid, F.hardsigmoid, "hardsigmoid", 0.0, 0.0, inplace, input, inplace)
+    return _apply(hardsigmoid, "hardsigmoid", input, 0.0, 0.0, inplace)
 
 
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
@@ -617,11 +447,7 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     >>> FF.hardswish(torch.tensor([-1.0, 0.0, 2.0]))
     tensor([-0.3333,  0.0000,  1.6667])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _HARDSWISH, 0.0, 0.0, inplace)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(hardswish, F.hardswish, "hardswish", 0.0, 0.0, inplace, input, inplace)
+    return _apply(hardswish, "hardswish", input, 0.0, 0.0, inplace)
 
 
 def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
@@ -633,11 +459,7 @@ def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     >>> FF.hardshrink(torch.tensor([-1.0, 0.0, 2.0]), 1.5)
     tensor([0., 0., 2.])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _HARDSHRINK, lambd, 0.0, False)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(hardshrink, F.hardshrink, "hardshrink", lambd, 0.0, False, input, lambd)
+    return _apply(hardshrink, "hardshrink", input, lambd, 0.0, False)
 
 
 def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
@@ -650,11 +472,7 @@ def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     >>> FF.softshrink(torch.tensor([-1.0, 0.0, 2.0]))
     tensor([-0.5000,  0.0000,  1.5000])
     """
-    if not _is_compiling() and lambd >= 0:
-        result = _fast_activation(input, _SOFTSHRINK, lambd, 0.0, False)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(softshrink, F.softshrink, "softshrink", lambd, 0.0, False, input, lambd)
+    return _apply(softshrink, "softshrink", input, lambd, 0.0, False)
 
 
 def tanhshrink(input: Tensor) -> Tensor:
@@ -666,11 +484,7 @@ def tanhshrink(input: Tensor) -> Tensor:
     >>> FF.tanhshrink(torch.tensor([-1.0, 0.0, 2.0]))
     tensor([-0.2384,  0.0000,  1.0360])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _TANHSHRINK, 0.0, 0.0, False)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(tanhshrink, F.tanhshrink, "tanhshrink", 0.0, 0.0, False, input)
+    return _apply(tanhshrink, "tanhshrink", input, 0.0, 0.0, False)
 
 
 def _threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
@@ -683,13 +497,7 @@ def _threshold(input: Tensor, threshold: float, value: float, inplace: bool = Fa
     >>> FF.threshold(torch.tensor([-1.0, 0.0, 2.0]), 0.5, 9.0)
     tensor([9., 9., 2.])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _THRESHOLD, threshold, value, inplace)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(
-        _threshold, F.threshold, "threshold", threshold, value, inplace, input, threshold, value, inplace
-    )
+    return _apply(_threshold, "threshold", input, threshold, value, inplace)
 
 
 # Inside the function its argument hides this name.
@@ -710,11 +518,7 @@ def threshold_(input: Tensor, threshold: float, value: float) -> Tensor:
     >>> x
     tensor([9., 9., 2.])
     """
-    if not _is_compiling():
-        result = _fast_activation(input, _THRESHOLD, threshold, value, True)
-        if result is not NotImplemented:
-            return result
-    return _general_activation(threshold_, F.threshold_, "threshold", threshold, value, True, input, threshold, value)
+    return _apply(threshold_, "threshold", input, threshold, value, True)
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
@@ -739,7 +543,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
             [ 3.0000,  3.0000]])
     """
     if not _is_compiling():
-        result = _fast_prelu(input, weight)
+        result = _C.prelu(input, weight)
         if result is not NotImplemented:
             return result
         if overrides(input, weight):
@@ -784,7 +588,7 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
     tensor([0.5000, 1.9999])
     """
     if not _is_compiling():
-        result = _fast_glu(input, dim)
+        result = _C.glu(input, dim)
         if result is not NotImplemented:
             return result
         if overrides(input):

@@ -9,10 +9,11 @@ from torch.compiler import is_dynamo_compiling as _is_compiling
 from torch.overrides import handle_torch_function
 
 from fastops import _C
-from fastops.functional._activation import Activation, resolve_activation, torch_activate, valid
+from fastops._activations import KIND, valid
+from fastops.functional._activation import Activation, resolve_activation, torch_activate
 from fastops.functional._general import explain_kinds, explain_types, general, overrides, show, torch_op
-from fastops.ops import KIND, supported
 from fastops.ops import conv as _conv_ops
+from fastops.ops import supported
 
 __all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 

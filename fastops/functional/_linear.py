@@ -8,9 +8,9 @@ from torch.compiler import is_dynamo_compiling as _is_compiling
 from torch.overrides import handle_torch_function
 
 from fastops import _C
-from fastops.functional._activation import Activation, resolve_activation, torch_activate, valid
+from fastops._activations import KIND, valid
+from fastops.functional._activation import Activation, resolve_activation, torch_activate
 from fastops.functional._general import explain_kinds, explain_types, general, overrides, torch_op
-from fastops.ops import KIND
 from fastops.ops import linear as _linear_ops
 
 __all__ = ["linear"]

@@ -6,10 +6,10 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling as _is_compiling
 
 from fastops import _C
-from fastops.functional._activation import Activation, resolve_activation, valid
+from fastops._activations import KIND, valid
+from fastops.functional._activation import Activation, resolve_activation
 from fastops.functional._general import show
 from fastops.functional._linear import linear
-from fastops.ops import KIND
 
 __all__ = ["mlp"]
 

@@ -24,13 +24,6 @@ from torch.autograd import forward_ad
 from fastops import _C
 from fastops.ops._flops import register_flops
 
-KIND = {name: index for index, name in enumerate(_C.ACTIVATION_KINDS)}
-
-# The kinds whose derivative is constant piece by piece, so that their second derivative is zero wherever it exists.
-PIECEWISE_LINEAR = frozenset(
-    ["identity", "relu", "relu6", "leaky_relu", "hardtanh", "hardsigmoid", "hardshrink", "softshrink", "threshold"]
-)
-
 # The forward ops that a selective checkpoint should save, and not compute again, which are those with FLOPs: for the
 # policy that is given to torch.utils.checkpoint.create_selective_checkpoint_contexts, beside PyTorch's own (aten.mm,
 # aten.convolution, ...).

@@ -1,4 +1,4 @@
-"""The general door of the activations, prelu and glu. The fast doors are _C.activation, _C.prelu and _C.glu."""
+"""The general door of the activations, prelu and glu. The fast doors are _C.relu, _C.prelu and so on."""
 
 from collections.abc import Callable
 
@@ -6,10 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastops import _C
+from fastops._activations import ACTIVATIONS, PIECEWISE_LINEAR, by_torch, saved_by_linear
 from fastops.ops import (
-    KIND,
-    PIECEWISE_LINEAR,
     forward_mode,
     needs_function,
     records,
@@ -21,33 +19,6 @@ from fastops.ops import (
 )
 
 _ops = torch.ops.fastops
-
-# The activations in PyTorch's own ops.
-TORCH: dict[str, Callable[[Tensor, float, float], Tensor]] = {
-    "identity": lambda x, a, b: x,
-    "relu": lambda x, a, b: F.relu(x),
-    "relu6": lambda x, a, b: F.relu6(x),
-    "leaky_relu": lambda x, a, b: F.leaky_relu(x, a),
-    "elu": lambda x, a, b: F.elu(x, a),
-    "selu": lambda x, a, b: F.selu(x),
-    "celu": lambda x, a, b: F.celu(x, a),
-    "gelu": lambda x, a, b: F.gelu(x),
-    "gelu_tanh": lambda x, a, b: F.gelu(x, approximate="tanh"),
-    "silu": lambda x, a, b: F.silu(x),
-    "mish": lambda x, a, b: F.mish(x),
-    "sigmoid": lambda x, a, b: F.sigmoid(x),
-    "logsigmoid": lambda x, a, b: F.logsigmoid(x),
-    "tanh": lambda x, a, b: F.tanh(x),
-    "softplus": lambda x, a, b: F.softplus(x, a, b),
-    "softsign": lambda x, a, b: F.softsign(x),
-    "hardtanh": lambda x, a, b: F.hardtanh(x, a, b),
-    "hardsigmoid": lambda x, a, b: F.hardsigmoid(x),
-    "hardswish": lambda x, a, b: F.hardswish(x),
-    "hardshrink": lambda x, a, b: F.hardshrink(x, a),
-    "softshrink": lambda x, a, b: F.softshrink(x, a),
-    "tanhshrink": lambda x, a, b: F.tanhshrink(x),
-    "threshold": lambda x, a, b: F.threshold(x, a, b),
-}
 
 
 def activation(input: Tensor, kind: str, a: float, b: float) -> Tensor:
@@ -115,7 +86,7 @@ class _Activation(torch.autograd.Function):
         result, mask = output
         ctx.mark_non_differentiable(mask)
         ctx.set_materialize_grads(False)
-        saved_kind = _C.saved_by_default(KIND[kind], a, b)
+        saved_kind = ACTIVATIONS[kind].saves
         if saved_kind == "mask" and mask.numel() == 0:
             saved_kind = "input"
         saved = mask if saved_kind == "mask" else result if saved_kind == "output" else input
@@ -392,7 +363,7 @@ class _GluBackward(torch.autograd.Function):
 
 
 def _forward_fake(input, kind, a, b, need_mask):
-    masked = need_mask and _C.saved_by_default(KIND[kind], a, b) == "mask"
+    masked = need_mask and ACTIVATIONS[kind].saves == "mask"
     return torch.empty_like(input), input.new_empty((input.numel() + 7) // 8 if masked else 0, dtype=torch.uint8)
 
 
@@ -439,8 +410,8 @@ _INSIDE: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 
 
 def _decomposed(input: Tensor, activation: str, a: float, b: float, need_mask: bool) -> tuple[Tensor, Tensor]:
-    y = TORCH[activation](input, a, b)
-    if not need_mask or _C.saved_by_default(KIND[activation], a, b) != "mask":
+    y = by_torch(input, activation, a, b)
+    if not need_mask or ACTIVATIONS[activation].saves != "mask":
         return y, input.new_empty(0, dtype=torch.uint8)
     bits = _INSIDE[activation](input, a, b).reshape(-1).to(torch.uint8)
     bytes = F.pad(bits, [0, -bits.shape[0] % 8]).reshape(-1, 8)
@@ -449,8 +420,8 @@ def _decomposed(input: Tensor, activation: str, a: float, b: float, need_mask: b
 
 def decomposed_layer(z: Tensor, activation: str, a: float, b: float, need_saved: bool) -> tuple[Tensor, Tensor]:
     """The two results of a layer with an activation, from its pre-activation, in PyTorch's ops."""
-    saves = need_saved and _C.saved_by_linear(KIND[activation], a, b) == "input"
-    return TORCH[activation](z, a, b), z if saves else z.new_empty(0)
+    saves = need_saved and saved_by_linear(activation, a, b) == "input"
+    return by_torch(z, activation, a, b), z if saves else z.new_empty(0)
 
 
 _forward = through(_Activation, _ops.activation_forward)

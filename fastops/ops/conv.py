@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from fastops import _C
-from fastops.ops import KIND, autocast, forward_mode, records, register, supported, through, to_front
+from fastops._activations import saved_by_linear
+from fastops.ops import autocast, forward_mode, records, register, supported, through, to_front
 from fastops.ops.activation import _backward as activation_backward
 from fastops.ops.activation import decomposed_layer, slope_derivative
 
@@ -112,7 +112,7 @@ def _slope_times(grad: Tensor, saved: Tensor | None, activation: str, a: float, 
     """grad * f'(saved)."""
     if activation == "identity":
         return grad
-    kind = _C.saved_by_linear(KIND[activation], a, b)
+    kind = saved_by_linear(activation, a, b)
     return activation_backward(grad, saved, activation, a, b, kind)
 
 
@@ -176,7 +176,7 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, weight, bias, *geometry, activation, a, b, _ = inputs
-        kind = _C.saved_by_linear(KIND[activation], a, b)
+        kind = saved_by_linear(activation, a, b)
         saved = None if activation == "identity" else output[0] if kind == "output" else output[1]
         ctx.missing = saved is not None and saved.numel() == 0 and output[0].numel() != 0
         ctx.save_for_backward(input, weight, bias, saved)
@@ -268,7 +268,7 @@ class _ConvBackward(torch.autograd.Function):
         activation, a, b = ctx.activation
         if activation == "identity":
             return None
-        return slope_derivative(saved, activation, a, b, _C.saved_by_linear(KIND[activation], a, b))
+        return slope_derivative(saved, activation, a, b, saved_by_linear(activation, a, b))
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -360,7 +360,7 @@ def _forward_fake(input, weight, bias, stride, padding, dilation, transposed, gr
     geometry = Geometry(stride, padding, dilation, transposed, groups)
     shape = (input.shape[0], geometry.channels(weight)[1], *geometry.output_sizes(input, weight))
     memory_format = _memory_format(input, weight)
-    saves = need_saved and activation != "identity" and _C.saved_by_linear(KIND[activation], a, b) == "input"
+    saves = need_saved and activation != "identity" and saved_by_linear(activation, a, b) == "input"
     output = _empty(input, shape, memory_format)
     return output, _empty(input, shape, memory_format) if saves else input.new_empty(0)
 

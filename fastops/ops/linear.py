@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastops import _C
-from fastops.ops import KIND, autocast, forward_mode, records, register, supported, through, to_front, viewed
+from fastops._activations import saved_by_linear
+from fastops.ops import autocast, forward_mode, records, register, supported, through, to_front, viewed
 from fastops.ops.activation import _backward as activation_backward
 from fastops.ops.activation import activation as apply_activation
 from fastops.ops.activation import decomposed_layer, slope_derivative
@@ -49,7 +49,7 @@ def _slope_times(grad: Tensor, saved: Tensor | None, activation: str, a: float, 
     """grad * f'(saved)."""
     if activation == "identity":
         return grad
-    kind = _C.saved_by_linear(KIND[activation], a, b)
+    kind = saved_by_linear(activation, a, b)
     return activation_backward(grad, saved, activation, a, b, kind)
 
 
@@ -85,7 +85,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, weight, bias, activation, a, b, _ = inputs
-        kind = _C.saved_by_linear(KIND[activation], a, b)
+        kind = saved_by_linear(activation, a, b)
         saved = None if activation == "identity" else output[0] if kind == "output" else output[1]
         ctx.missing = saved is not None and saved.numel() == 0 and output[0].numel() != 0
         ctx.save_for_backward(input, weight, bias, saved)
@@ -150,7 +150,7 @@ class _Linear(torch.autograd.Function):
         if activation == "identity":
             return (pre_activation, pre_activation.new_empty(0)), (0, None)
         output = apply_activation(pre_activation, activation, a, b)
-        if need_saved and _C.saved_by_linear(KIND[activation], a, b) == "input":
+        if need_saved and saved_by_linear(activation, a, b) == "input":
             return (output, pre_activation), (0, 0)
         return (output, pre_activation.new_empty(0)), (0, None)
 
@@ -180,7 +180,7 @@ class _LinearBackward(torch.autograd.Function):
         activation, a, b = ctx.activation
         if activation == "identity":
             return None
-        return slope_derivative(saved, activation, a, b, _C.saved_by_linear(KIND[activation], a, b))
+        return slope_derivative(saved, activation, a, b, saved_by_linear(activation, a, b))
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -257,7 +257,7 @@ class _LinearBackward(torch.autograd.Function):
 
 def _forward_fake(input, weight, bias, activation, a, b, need_saved):
     output = input.new_empty((*input.shape[:-1], weight.shape[0]))
-    saves = need_saved and activation != "identity" and _C.saved_by_linear(KIND[activation], a, b) == "input"
+    saves = need_saved and activation != "identity" and saved_by_linear(activation, a, b) == "input"
     return output, input.new_empty(output.shape if saves else (0,))
 
 

@@ -8,33 +8,76 @@
 
 namespace fastops {
 
-// The elementwise activations, with the formulas of torch.nn. The right-hand column says what the parameters a and b
-// are.
+// The elementwise activations, with the formulas of torch.nn: one table for C++ and, as _C.ACTIVATIONS, for
+// Python.
+//
+//   kind              of ActivationKind, of activation="..." and in record()
+//   formula           its struct in activation_math.inl
+//   function, module  torch.nn.functional's and torch.nn's
+//   parameters        what a and b are, by torch's names and with its defaults
+//   approximate       the argument of function and module that makes them this kind
+//   in_place          whether function has an argument inplace
+//   valid             the a and b that the kernels take
+//   saves             what backward reads where the activation is not fused (Saved)
+//   from_y            when f'(x) follows exactly from y, for a or b that 16-bit types may round: exact(a)
+//   in_place_from_y   when an in-place call takes it from y all the same, as torch does
+//
+// clang-format off
+#define FASTOPS_ACTIVATIONS(X) \
+  /* x */ \
+  X(identity, Identity, identity, Identity, "", "", false, true, nothing, false, false) \
+  /* max(x, 0) */ \
+  X(relu, Relu, relu, ReLU, "", "", true, true, mask, true, false) \
+  /* min(max(x, 0), 6) */ \
+  X(relu6, Hardtanh, relu6, ReLU6, "", "", true, true, mask, true, false) \
+  /* x > 0 ? x : a x */ \
+  X(leaky_relu, LeakyRelu, leaky_relu, LeakyReLU, "negative_slope=0.01", "", true, true, mask, a > 0, false) \
+  /* x > 0 ? x : a (exp(x) - 1) */ \
+  X(elu, Elu, elu, ELU, "alpha=1", "", true, true, input, false, a >= 0) \
+  /* scale (x > 0 ? x : alpha (exp(x) - 1)), fixed constants */ \
+  X(selu, Elu, selu, SELU, "", "", true, true, input, false, true) \
+  /* x > 0 ? x : a (exp(x / a) - 1) */ \
+  X(celu, Elu, celu, CELU, "alpha=1", "", true, a != 0, input, false, a > 0) \
+  /* x Phi(x), by erf */ \
+  X(gelu, Gelu, gelu, GELU, "", "none", false, true, input, false, false) \
+  /* 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) */ \
+  X(gelu_tanh, GeluTanh, gelu, GELU, "", "tanh", false, true, input, false, false) \
+  /* x sigmoid(x) */ \
+  X(silu, Silu, silu, SiLU, "", "", true, true, input, false, false) \
+  /* x tanh(softplus(x)) */ \
+  X(mish, Mish, mish, Mish, "", "", true, true, input, false, false) \
+  /* 1 / (1 + exp(-x)) */ \
+  X(sigmoid, Sigmoid, sigmoid, Sigmoid, "", "", false, true, output, true, false) \
+  /* log(sigmoid(x)) */ \
+  X(logsigmoid, Logsigmoid, logsigmoid, LogSigmoid, "", "", false, true, input, false, false) \
+  /* tanh(x) */ \
+  X(tanh, Tanh, tanh, Tanh, "", "", false, true, output, true, false) \
+  /* a x > b ? x : log(1 + exp(a x)) / a */ \
+  X(softplus, Softplus, softplus, Softplus, "beta=1, threshold=20", "", false, true, input, false, false) \
+  /* x / (1 + |x|) */ \
+  X(softsign, Softsign, softsign, Softsign, "", "", false, true, input, false, false) \
+  /* min(max(x, a), b) */ \
+  X(hardtanh, Hardtanh, hardtanh, Hardtanh, "min_val=-1, max_val=1", "", true, a <= b, mask, exact(a) && exact(b), \
+    false) \
+  /* min(max(x + 3, 0), 6) / 6 */ \
+  X(hardsigmoid, Hardsigmoid, hardsigmoid, Hardsigmoid, "", "", true, true, mask, false, false) \
+  /* x min(max(x + 3, 0), 6) / 6 */ \
+  X(hardswish, Hardswish, hardswish, Hardswish, "", "", true, true, input, false, false) \
+  /* |x| <= a ? 0 : x */ \
+  X(hardshrink, Hardshrink, hardshrink, Hardshrink, "lambd=0.5", "", false, true, mask, a >= 0, false) \
+  /* x > a ? x - a : x < -a ? x + a : 0 */ \
+  X(softshrink, Softshrink, softshrink, Softshrink, "lambd=0.5", "", false, a >= 0, mask, a >= 0 && exact(a), false) \
+  /* x - tanh(x) */ \
+  X(tanhshrink, Tanhshrink, tanhshrink, Tanhshrink, "", "", false, true, input, false, false) \
+  /* x > a ? x : b */ \
+  X(threshold, Threshold, threshold, Threshold, "threshold, value", "", true, true, mask, false, false)
+// clang-format on
+
 enum class ActivationKind : int {
-  identity,
-  relu,         // max(x, 0)
-  relu6,        // min(max(x, 0), 6)
-  leaky_relu,   // x > 0 ? x : a x                            a = negative_slope
-  elu,          // x > 0 ? x : a (exp(x) - 1)                 a = alpha
-  selu,         // scale * (x > 0 ? x : alpha (exp(x) - 1))   fixed constants
-  celu,         // x > 0 ? x : a (exp(x / a) - 1)             a = alpha (not 0)
-  gelu,         // x Phi(x), by erf
-  gelu_tanh,    // 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
-  silu,         // x sigmoid(x)
-  mish,         // x tanh(softplus(x))
-  sigmoid,      // 1 / (1 + exp(-x))
-  logsigmoid,   // log(sigmoid(x))
-  tanh,         //
-  softplus,     // a x > b ? x : log(1 + exp(a x)) / a        a = beta, b = threshold
-  softsign,     // x / (1 + |x|)
-  hardtanh,     // min(max(x, a), b)                          a = min_val, b = max_val
-  hardsigmoid,  // min(max(x + 3, 0), 6) / 6
-  hardswish,    // x min(max(x + 3, 0), 6) / 6
-  hardshrink,   // |x| <= a ? 0 : x                           a = lambda
-  softshrink,   // x > a ? x - a : x < -a ? x + a : 0         a = lambda
-  tanhshrink,   // x - tanh(x)
-  threshold,    // x > a ? x : b                              a = threshold, b = value
-  count
+#define FASTOPS_KIND(kind, ...) kind,
+  FASTOPS_ACTIVATIONS(FASTOPS_KIND)
+#undef FASTOPS_KIND
+      count
 };
 
 struct Activation {
@@ -52,18 +95,18 @@ enum class Saved : int {
   input,    // x
 };
 
-// What an activation that is not fused saves: a mask for the piecewise linear kinds (relu, relu6, leaky_relu, hardtanh,
-// hardsigmoid, hardshrink, softshrink, threshold), y for sigmoid and tanh, x for the others.
+// What an activation that is not fused saves.
 Saved saved_by_default(Activation activation);
 
-// What a fused linear layer saves. It is y where f'(x) can be computed exactly from y: relu, relu6, leaky_relu with
-// a > 0, hardshrink with a >= 0, hardtanh and softshrink (a >= 0) if 16-bit types hold their bounds exactly, sigmoid,
-// tanh. Otherwise it is x, the pre-activation. It is never a mask.
+// What a fused layer saves: y where f'(x) can be computed exactly from it, otherwise x, the pre-activation. It is never
+// a mask.
 Saved saved_by_linear(Activation activation);
 
-// Whether backward can be computed from y, as an in-place call requires: the kinds for which saved_by_linear returns
-// output, and elu (a >= 0), selu and celu (a > 0), as in torch.
+// Whether backward can be computed from y, as an in-place call requires.
 bool can_save_output(Activation activation);
+
+// Whether the kernels take these parameters.
+bool is_valid(Activation activation);
 
 // y[r, c] = f(x[r, c]) for r < rows, c < cols.
 //

@@ -410,48 +410,11 @@ struct PiecewiseFromOutput {
 template <class Body>
 FASTOPS_HOST_FN auto with_kind(ActivationKind kind, Body&& body) {
   switch (kind) {
-    case ActivationKind::relu:
-      return body(Relu{});
-    case ActivationKind::leaky_relu:
-      return body(LeakyRelu{});
-    case ActivationKind::elu:
-    case ActivationKind::selu:
-    case ActivationKind::celu:
-      return body(Elu{});
-    case ActivationKind::gelu:
-      return body(Gelu{});
-    case ActivationKind::gelu_tanh:
-      return body(GeluTanh{});
-    case ActivationKind::silu:
-      return body(Silu{});
-    case ActivationKind::mish:
-      return body(Mish{});
-    case ActivationKind::sigmoid:
-      return body(Sigmoid{});
-    case ActivationKind::logsigmoid:
-      return body(Logsigmoid{});
-    case ActivationKind::tanh:
-      return body(Tanh{});
-    case ActivationKind::softplus:
-      return body(Softplus{});
-    case ActivationKind::softsign:
-      return body(Softsign{});
-    case ActivationKind::relu6:
-    case ActivationKind::hardtanh:
-      return body(Hardtanh{});
-    case ActivationKind::hardsigmoid:
-      return body(Hardsigmoid{});
-    case ActivationKind::hardswish:
-      return body(Hardswish{});
-    case ActivationKind::hardshrink:
-      return body(Hardshrink{});
-    case ActivationKind::softshrink:
-      return body(Softshrink{});
-    case ActivationKind::tanhshrink:
-      return body(Tanhshrink{});
-    case ActivationKind::threshold:
-      return body(Threshold{});
-    case ActivationKind::identity:
+#define FASTOPS_FORMULA(kind, formula, ...) \
+  case ActivationKind::kind:                \
+    return body(formula{});
+    FASTOPS_ACTIVATIONS(FASTOPS_FORMULA)
+#undef FASTOPS_FORMULA
     case ActivationKind::count:
       break;
   }
