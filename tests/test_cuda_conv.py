@@ -18,7 +18,6 @@ from test_cuda_linear import FUSED, _tf32, run
 import fastops
 import fastops.functional as FF
 from fastops import _C
-from fastops.ops.conv import Geometry, supports
 
 CHIPS = [1, 4, 64]
 LASTS = pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
@@ -260,11 +259,20 @@ def test_sizes_beyond_two_to_the_31_elements():
 
 
 def test_coordinates_that_no_int_holds_are_left_to_pytorch():
-    x, w = torch.empty(1, 1, 8, device=DEVICE), torch.empty(1, 1, 2, device=DEVICE)
-    call = x, w, None, 1, 2**29, 2**29, 1
-    assert _C.conv1d(*call, 0, 0.0, 0.0) is NotImplemented
-    assert not supports(x, w, None, Geometry((1,), (2**29, 2**29), (2**29,), False, 1))
-    assert supports(x, w, None, Geometry((1,), (2**9, 2**9), (2**9,), False, 1))
+    tensors = integers(2, 4, 8), integers(6, 2, 3), integers(6)
+    arguments = {"stride": 2**29, "groups": 2}
+    theirs = [t.requires_grad_() for t in tensors]
+    expected = F.relu(F.conv1d(*theirs, **arguments))
+    ours = [put(t.detach()).requires_grad_() for t in tensors]
+    assert _C.conv1d(*ours, 2**29, 0, 1, 2, 0, 0.0, 0.0) is NotImplemented
+    compiled = torch.compile(FF.conv1d, backend="aot_eager", fullgraph=True)
+    for function in (FF.conv1d, compiled):
+        y = function(*ours, **arguments, activation="relu")
+        exact(y.cpu(), expected)
+        gradients = torch.autograd.grad(y.square().sum(), ours)
+        wanted = torch.autograd.grad(expected.square().sum(), theirs, retain_graph=True)
+        for one, two in zip(gradients, wanted, strict=True):
+            exact(one.cpu(), two)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

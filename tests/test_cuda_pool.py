@@ -61,10 +61,10 @@ def test_sizes_beyond_two_to_the_31_elements():
     # A padded window so large that its products need 64 bits; PyTorch takes none that is larger.
     window = [2**31 - 1], [2**31 - 1], [2**30 - 1], [1]
     small = torch.randn(1, 1, 5, device=DEVICE)
-    y, indices = ops.max_pool_forward(small, [1], *window, "plane")
+    y, indices = ops.max_pool_forward(small, [], *window, False, "plane")
     assert float(y.cpu()) == float(small.cpu().max())
     assert int(indices.cpu()) == int(small.cpu().argmax())
-    grad = ops.max_pool_backward(torch.ones_like(y), indices, [1, 1, 5], *window, 1, False)
+    grad = ops.max_pool_backward(torch.ones_like(y), indices, [1, 1, 5], *window, False, 1, False)
     exact(grad.cpu(), F.one_hot(small.cpu().argmax(), 5).float().view(1, 1, 5))
 
 
@@ -99,6 +99,6 @@ def test_autocast_leaves_pools_in_their_dtype():
 
 def test_indices_on_another_device_are_refused():
     x = torch.randn(1, 1, 4, device=DEVICE)
-    y, indices = torch.ops.fastops.max_pool_forward(x, [2], [2], [2], [0], [1], "plane")
+    y, indices = torch.ops.fastops.max_pool_forward(x, [], [2], [2], [0], [1], False, "plane")
     with pytest.raises(RuntimeError, match=r"max_pool_backward: indices must be on grad_output's device .*:0, got cpu"):
-        torch.ops.fastops.max_pool_backward(y, indices.cpu(), [1, 1, 4], [2], [2], [0], [1], 1, False)
+        torch.ops.fastops.max_pool_backward(y, indices.cpu(), [1, 1, 4], [2], [2], [0], [1], False, 1, False)

@@ -383,7 +383,7 @@ def test_opcheck_pool(dims, last, adaptive):
     x = (x if last is None else x.contiguous(memory_format=last)).requires_grad_()
     windows = pool_ops.Windows((3,) * dims)
     if not adaptive:
-        windows = pool_ops.windows((7,) * dims, (3,) * dims, (2,) * dims, (1,) * dims, (1,) * dims, True)
+        windows = pool_ops.Windows((), (3,) * dims, (2,) * dims, (1,) * dims, (1,) * dims, True)
     for kind in ("none", "compact", "plane"):
         opcheck(OPS.max_pool_forward, (x.detach() if kind == "none" else x, *windows, kind))
     rest = (x.shape, *windows[1:])
@@ -393,8 +393,8 @@ def test_opcheck_pool(dims, last, adaptive):
         opcheck(OPS.max_pool_backward, (grad, indices, *rest, dims, last is not None))
         if kind == "compact":
             opcheck(OPS.max_pool_positions, (indices, *rest, dims))
-    opcheck(OPS.avg_pool_forward, (x, *windows[:4], False, 0))
-    opcheck(OPS.avg_pool_backward, (grad, *rest[:4], False, 3, dims, last is not None))
+    opcheck(OPS.avg_pool_forward, (x, *windows[:4], windows.ceil_mode, False, 0))
+    opcheck(OPS.avg_pool_backward, (grad, *rest[:4], windows.ceil_mode, False, 3, dims, last is not None))
 
 
 def test_every_op_has_been_opchecked():

@@ -276,15 +276,15 @@ def test_pool(isa, dtype, last, at_end):
         g = place(1, torch.randint(-4, 5, expected.shape).to(dtype))
         (wanted,) = torch.autograd.grad(expected, wide, g.double())
         if pool.is_max:
-            exact(ops.max_pool_forward(x, output, *windows, "none")[0], expected.to(dtype), f"{pool}")
+            exact(ops.max_pool_forward(x, output, *windows, False, "none")[0], expected.to(dtype), f"{pool}")
             for kind in ("compact", "plane"):
-                y, indices = ops.max_pool_forward(x, output, *windows, kind)
+                y, indices = ops.max_pool_forward(x, output, *windows, False, kind)
                 exact(y, expected.to(dtype), f"{pool}")
-                actual = ops.max_pool_backward(g, place(2, indices), x.shape, *windows, len(spatial), last)
+                actual = ops.max_pool_backward(g, place(2, indices), x.shape, *windows, False, len(spatial), last)
                 exact(actual, wanted.to(dtype), f"gradient of {pool}")
         else:
-            y = ops.avg_pool_forward(x, output, *windows[:3], True, 0)
-            exact(y, ops.avg_pool_forward(x.clone(), output, *windows[:3], True, 0))
+            y = ops.avg_pool_forward(x, output, *windows[:3], False, True, 0)
+            exact(y, ops.avg_pool_forward(x.clone(), output, *windows[:3], False, True, 0))
             torch.testing.assert_close(y.double(), expected, atol=1e-2, rtol=1e-2)
-            actual = ops.avg_pool_backward(g, x.shape, *windows[:3], True, 0, len(spatial), last)
+            actual = ops.avg_pool_backward(g, x.shape, *windows[:3], False, True, 0, len(spatial), last)
             torch.testing.assert_close(actual.double(), wanted, atol=2e-2, rtol=2e-2)

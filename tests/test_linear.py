@@ -263,13 +263,13 @@ def test_activation_argument():
 REFUSED = {
     "in_features": (
         lambda x, w, b: (x, w[:, :7], b),
-        r"linear: weight must have shape \(out_features, in_features\) with in_features = 10 .*got \(5, 7\)",
+        r"linear: weight must have shape \(out_features, in_features\) with in_features = 10 .*got \[5, 7\]",
     ),
-    "bias": (lambda x, w, b: (x, w, b[:3]), r"linear: bias must have shape \(5,\).*got \(3,\)"),
+    "bias": (lambda x, w, b: (x, w, b[:3]), r"linear: bias must have shape \(5,\).*got \[3\]"),
     "dtype": (lambda x, w, b: (x, w.double(), b), r"linear: weight must have input's dtype torch.float32.*float64"),
     "bias dtype": (lambda x, w, b: (x, w, b.double()), r"linear: bias must have input's dtype torch.float32.*float64"),
     "scalar": (lambda x, w, b: (x.sum(), w, b), r"linear: input must have shape \(\*, in_features\), got a scalar"),
-    "three dimensions": (lambda x, w, b: (x, w[None], b), r"linear: weight must have shape .*got \(1, 5, 10\)"),
+    "three dimensions": (lambda x, w, b: (x, w[None], b), r"linear: weight must have shape .*got \[1, 5, 10\]"),
     "not a tensor": (lambda x, w, b: (x, None, b), r"linear: weight must be a Tensor, got None"),
     "a list": (lambda x, w, b: ([1.0], w, b), r"linear: input must be a Tensor, got \[1.0\]"),
 }

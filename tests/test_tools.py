@@ -418,7 +418,7 @@ def test_decompositions_give_every_result(case):
         x = torch.tensor(bounds + [0.2] * 6).reshape(1, 4, 10)
     for call, ours, theirs in both_ways(getattr(fnn, name)(*args), x):
         if call[-1] == "compact":  # written out, they are positions in the plane
-            geometry = call[0].shape, *call[2:6], len(call[1])
+            geometry = call[0].shape, *call[2:7], len(call[1] or call[2])
             ours = ours[0], torch.ops.fastops.max_pool_positions(ours[1], *geometry)
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 

@@ -403,6 +403,58 @@ def test_export(strict, dynamic):
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
+# A layer, its input's sizes, and how many of them may be other ones.
+DYNAMIC = [
+    (lambda: fnn.Linear(6, 5, activation="gelu"), (3, 4, 6), 2),
+    (lambda: fnn.Conv2d(4, 6, 3, stride=2, padding=1, activation="gelu"), (3, 4, 8, 9), 4),
+    (lambda: fnn.Conv1d(4, 6, 2, padding="same", groups=2), (3, 4, 8), 3),
+    (lambda: fnn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1), (3, 4, 8, 9), 4),
+    (lambda: fnn.MaxPool2d(3, 2, 1), (3, 4, 8, 9), 4),
+    (lambda: fnn.MaxPool1d(2, ceil_mode=True), (3, 4, 9), 3),
+    (lambda: fnn.AvgPool3d(2), (3, 4, 8, 9, 7), 5),
+    (lambda: fnn.AdaptiveAvgPool2d((3, None)), (3, 4, 8, 9), 4),
+    (lambda: fnn.AdaptiveMaxPool2d(1), (3, 4, 8, 9), 4),
+    (lambda: fnn.ReLU(), (3, 4, 8), 3),
+    (lambda: fnn.PReLU(4), (3, 4, 8), 3),
+    (lambda: fnn.GLU(1), (3, 4, 8), 3),
+]
+
+
+@pytest.mark.parametrize("case", range(len(DYNAMIC)), ids=lambda i: type(DYNAMIC[i][0]()).__name__)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_sizes_stay_symbols(case):
+    """One program for all sizes: what an op's Meta kernel returns, and asks of its input, leaves them open."""
+    make, sizes, free = DYNAMIC[case]
+    layer, x = make().eval(), torch.randn(sizes)
+    dims = {i: torch.export.Dim.DYNAMIC for i in range(free) if i != 1}
+    for strict in (False, True):
+        with fastops.export_kernels():
+            program = torch.export.export(layer, (x,), dynamic_shapes=(dims,), strict=strict)
+        assert any("fastops" in str(node.target) for node in program.graph.nodes)
+        larger = torch.randn([n + 3 if i in dims else n for i, n in enumerate(sizes)])
+        torch.testing.assert_close(program.module()(larger), layer(larger))
+
+
+@pytest.mark.parametrize("case", range(len(DYNAMIC)), ids=lambda i: type(DYNAMIC[i][0]()).__name__)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_batches_that_only_data_tells(case):
+    make, sizes, _ = DYNAMIC[case]
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = make()
+
+        def forward(self, x, mask):
+            return self.layer(x[mask.nonzero().squeeze(1)])
+
+    model, x, mask = Model().eval(), torch.randn(sizes), torch.tensor([True, False, True])
+    with fastops.export_kernels():
+        program = torch.export.export(model, (x, mask), strict=False)
+    mask = torch.tensor([False, False, True])
+    torch.testing.assert_close(program.module()(x, mask), model(x, mask))
+
+
 def test_exported_program_round_trip(tmp_path):
     x = torch.randn(5, 10)
     model = replaced_net()

@@ -6,6 +6,7 @@
 #include "binding.h"
 #include "call.h"
 #include "node.h"
+#include "sizes.h"
 
 namespace fastops {
 namespace {
@@ -46,10 +47,15 @@ Rows rows_of(const Tensor& tensor) {
 
 // An uninitialised tensor for a result of this input: the same memory order where the input is dense, contiguous
 // otherwise.
+template <class Int>
 Tensor empty_result(const Tensor& input) {
-  if (input.is_contiguous() || !is_dense(input))
-    return empty_output(input.sizes(), input.scalar_type(), input.device());
-  return empty_output_strided(input.sizes(), input.strides(), input.scalar_type(), input.device());
+  const auto type = input.scalar_type();
+  if (input.is_contiguous_or_false() || !input.unsafeGetTensorImpl()->is_non_overlapping_and_dense_or_false())
+    return new_tensor<Int>(sizes_as<Int>(input), type, input.device());
+  if constexpr (std::is_same_v<Int, int64_t>)
+    return empty_output_strided(input.sizes(), input.strides(), type, input.device());
+  else
+    return at::empty_strided_symint(input.sym_sizes(), input.sym_strides(), input.options());
 }
 
 // The tensor in the memory order of `strides`: itself where it lies so, a copy otherwise.
@@ -168,13 +174,15 @@ Tensor prelu_layout(const Tensor& input, int64_t weights) {
   return fits ? input : input.contiguous();
 }
 
+template <class Int>
 void check_prelu(const Tensor& input, const Tensor& weight) {
   check_input(input, "prelu", "input");
   check_tensor(weight, "prelu", "weight", input.device());
   check_dtype(weight, input.scalar_type(), "prelu", "weight");
-  const int64_t channels = input.dim() > 1 ? input.size(1) : 1;
-  TORCH_CHECK(weight.dim() <= 1 && (weight.numel() == 1 || weight.numel() == channels),
-              "prelu: weight must hold 1 number or one a channel (", channels, "), got shape ", weight.sizes());
+  const Int channels = input.dim() > 1 ? sizes_as<Int>(input)[1] : Int(1);
+  const auto sizes = sizes_as<Int>(weight);
+  TORCH_CHECK(sizes.empty() || (sizes.size() == 1 && (!differ(sizes[0], 1) || !differ(sizes[0], channels))),
+              "prelu: weight must hold 1 number or one a channel (", channels, "), got shape ", sizes);
 }
 
 struct PreluOp {
@@ -218,13 +226,22 @@ Halves halves_of(const Tensor& input, int64_t dim) {
   return halves;
 }
 
+template <class Int>
 int64_t check_glu(const Tensor& input, int64_t dim) {
   check_input(input, "glu", "input");
   TORCH_CHECK(input.dim() > 0, "glu: input must have at least one dimension, got a scalar");
   const int64_t wrapped = at::maybe_wrap_dim(dim, input.dim());
-  TORCH_CHECK(input.size(wrapped) % 2 == 0, "glu: input's dimension ", dim, " must have an even size, got ",
-              input.size(wrapped));
+  const Int size = sizes_as<Int>(input)[static_cast<size_t>(wrapped)];
+  TORCH_CHECK(!differ(size % 2, 0), "glu: input's dimension ", dim, " must have an even size, got ", size);
   return wrapped;
+}
+
+template <class Int>
+SizeVector<Int> glu_sizes(const Tensor& input, int64_t axis) {
+  SizeVector<Int> sizes(sizes_as<Int>(input));
+  Int& size = sizes[static_cast<size_t>(axis)];
+  size = size / 2;
+  return sizes;
 }
 
 struct GluOp {
@@ -274,7 +291,7 @@ ActivationOutput activation_forward(const Tensor& input, Activation activation, 
     rows = rows_of(x);
   }
   ActivationOutput out;
-  out.y = empty_result(x);
+  out.y = empty_result<int64_t>(x);
   if (need_mask) out.mask = empty_output({mask_row_bytes(x.numel())}, at::kByte, x.device());
   if (x.numel() > 0) run_forward(x, rows, out.y, out.mask, activation);
   return out;
@@ -309,7 +326,7 @@ Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, Activ
       g_rows = {s_rows.rows, s_rows.cols, s_rows.cols};
     }
   }
-  Tensor grad_input = empty_result(g);
+  Tensor grad_input = empty_result<int64_t>(g);
   if (g.numel() == 0) return grad_input;
   const ActivationBackward call{
       to_dtype(g.scalar_type()), activation, kind, s_rows.rows, s_rows.cols, g_rows.stride, s_rows.stride};
@@ -452,9 +469,9 @@ Tensor activation_second_derivative(const Tensor& saved, Activation activation, 
 }
 
 Tensor prelu_forward(const Tensor& input, const Tensor& weight) {
-  check_prelu(input, weight);
+  check_prelu<int64_t>(input, weight);
   const Tensor x = prelu_layout(input, weight.numel());
-  Tensor y = empty_result(x);
+  Tensor y = empty_result<int64_t>(x);
   if (x.numel() == 0) return y;
   const auto [outer, channels, inner] = channels_of(x, weight.numel());
   run(PreluForward{to_dtype(x.scalar_type()), outer, channels, inner, weight.dim() ? weight.stride(0) : 0},
@@ -465,7 +482,7 @@ Tensor prelu_forward(const Tensor& input, const Tensor& weight) {
 
 std::array<Tensor, 2> prelu_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                                      std::array<bool, 2> output_mask) {
-  check_prelu(input, weight);
+  check_prelu<int64_t>(input, weight);
   check_tensor(grad_output, "prelu_backward", "grad_output", input.device());
   check_dtype(grad_output, input.scalar_type(), "prelu_backward", "grad_output");
   TORCH_CHECK(grad_output.sizes() == input.sizes(), "prelu_backward: grad_output must have input's shape ",
@@ -473,7 +490,7 @@ std::array<Tensor, 2> prelu_backward(const Tensor& grad_output, const Tensor& in
   const Tensor x = prelu_layout(input, weight.numel());
   const Tensor g = in_order(grad_output, x.sizes(), x.strides());
   std::array<Tensor, 2> out;
-  if (output_mask[0]) out[0] = empty_result(x);
+  if (output_mask[0]) out[0] = empty_result<int64_t>(x);
   if (output_mask[1]) out[1] = empty_output(weight.sizes(), weight.scalar_type(), x.device());
   if (x.numel() == 0) {
     if (out[1].defined()) out[1].zero_();
@@ -506,11 +523,9 @@ bool prelu_accepts(const Tensor& input, const Tensor& weight) {
 }
 
 Tensor glu_forward(const Tensor& input, int64_t dim) {
-  const int64_t axis = check_glu(input, dim);
+  const int64_t axis = check_glu<int64_t>(input, dim);
   const Tensor x = input.contiguous();
-  c10::DimVector sizes(x.sizes());
-  sizes[static_cast<size_t>(axis)] /= 2;
-  Tensor y = empty_output(sizes, x.scalar_type(), x.device());
+  Tensor y = empty_output(glu_sizes<int64_t>(x, axis), x.scalar_type(), x.device());
   if (y.numel() == 0) return y;
   const auto [outer, inner] = halves_of(x, axis);
   run(GluForward{to_dtype(x.scalar_type()), outer, inner}, {x.const_data_ptr(), y.mutable_data_ptr()}, x.device(),
@@ -519,11 +534,10 @@ Tensor glu_forward(const Tensor& input, int64_t dim) {
 }
 
 Tensor glu_backward(const Tensor& grad_output, const Tensor& input, int64_t dim) {
-  const int64_t axis = check_glu(input, dim);
+  const int64_t axis = check_glu<int64_t>(input, dim);
   check_tensor(grad_output, "glu_backward", "grad_output", input.device());
   check_dtype(grad_output, input.scalar_type(), "glu_backward", "grad_output");
-  c10::DimVector sizes(input.sizes());
-  sizes[static_cast<size_t>(axis)] /= 2;
+  const auto sizes = glu_sizes<int64_t>(input, axis);
   TORCH_CHECK(grad_output.sizes() == sizes, "glu_backward: grad_output must have shape ", at::IntArrayRef(sizes),
               ", got ", grad_output.sizes());
   const Tensor x = input.contiguous(), g = grad_output.contiguous();
@@ -555,28 +569,39 @@ namespace {
 
 // ---- the general door
 
-// The result in the strides that at::empty_like gives this tensor, as the fake kernels promise.
+// The result in the memory order that the Meta kernels promise: that of this tensor where it is dense.
 Tensor like(const Tensor& tensor, const Tensor& result) {
   if (tensor.strides() == result.strides()) return result;
-  const Tensor ordered = at::empty_like(tensor);
+  const Tensor ordered = empty_result<int64_t>(tensor);
   return ordered.strides() == result.strides() ? result : ordered.copy_(result);
 }
 
 // A mask that crosses this door is in the logical order of its elements, whatever the strides: a compiler may change
 // those.
+template <class Int>
 std::tuple<Tensor, Tensor> activation_forward_op(const Tensor& input, c10::string_view activation, double a, double b,
                                                  bool need_mask) {
   const Activation f = make_activation(activation, a, b);
-  if (!need_mask || saved_by_default(f) != Saved::mask)
-    return {like(input, activation_forward(input, f, false).y), or_empty({}, at::kByte, input.device())};
-  const auto [y, mask] = activation_forward(input.contiguous(), f, true);
-  return {like(input, y), mask};
+  const bool masked = need_mask && saved_by_default(f) == Saved::mask;
+  if constexpr (is_symbolic<Int>) {
+    check_input(input, activation_name(f.kind), "input");
+    const Int bytes = masked ? (input.sym_numel() + 7) / 8 : Int(0);
+    return {empty_result<Int>(input), new_tensor<Int>({bytes}, at::kByte, input.device())};
+  } else {
+    if (!masked)
+      return {like(input, activation_forward(input, f, false).y), at::empty({0}, input.options().dtype(at::kByte))};
+    const auto [y, mask] = activation_forward(input.contiguous(), f, true);
+    return {like(input, y), mask};
+  }
 }
 
+template <class Int>
 Tensor activation_backward_op(const Tensor& grad_output, const Tensor& saved, c10::string_view activation, double a,
                               double b, c10::string_view kind) {
-  return like(grad_output, activation_backward(grad_output, saved, make_activation(activation, a, b),
-                                               saved_kind({kind.data(), kind.size()})));
+  const Activation f = make_activation(activation, a, b);
+  const Saved saved_as = saved_kind({kind.data(), kind.size()});
+  return is_symbolic<Int> ? empty_result<Int>(grad_output)
+                          : like(grad_output, activation_backward(grad_output, saved, f, saved_as));
 }
 
 Tensor activation_second_derivative_op(const Tensor& saved, c10::string_view activation, double a, double b,
@@ -584,13 +609,49 @@ Tensor activation_second_derivative_op(const Tensor& saved, c10::string_view act
   return activation_second_derivative(saved, make_activation(activation, a, b), saved_kind({kind.data(), kind.size()}));
 }
 
-Tensor prelu_forward_op(const Tensor& input, const Tensor& weight) { return like(input, prelu_forward(input, weight)); }
+template <class Int>
+Tensor prelu_forward_op(const Tensor& input, const Tensor& weight) {
+  if constexpr (!is_symbolic<Int>) return like(input, prelu_forward(input, weight));
+  check_prelu<Int>(input, weight);
+  return empty_result<Int>(input);
+}
 
+template <class Int>
 std::tuple<Tensor, Tensor> prelu_backward_op(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                                              std::array<bool, 2> output_mask) {
-  auto [x, w] = prelu_backward(grad_output, input, weight, output_mask);
-  return {x.defined() ? like(input, x) : or_empty(x, input.scalar_type(), input.device()),
-          or_empty(w, input.scalar_type(), input.device())};
+  std::array<Tensor, 2> out;
+  if constexpr (is_symbolic<Int>) {
+    check_prelu<Int>(input, weight);
+    if (output_mask[0]) out[0] = empty_result<Int>(input);
+    if (output_mask[1]) out[1] = new_tensor<Int>(sizes_as<Int>(weight), weight.scalar_type(), weight.device());
+  } else {
+    out = prelu_backward(grad_output, input, weight, output_mask);
+    if (output_mask[0]) out[0] = like(input, out[0]);
+  }
+  return {or_empty(out[0], input), or_empty(out[1], input)};
+}
+
+template <class Int>
+Tensor glu_forward_op(const Tensor& input, int64_t dim) {
+  if constexpr (!is_symbolic<Int>) return glu_forward(input, dim);
+  return new_tensor<Int>(glu_sizes<Int>(input, check_glu<Int>(input, dim)), input.scalar_type(), input.device());
+}
+
+template <class Int>
+Tensor glu_backward_op(const Tensor& grad_output, const Tensor& input, int64_t dim) {
+  if constexpr (!is_symbolic<Int>) return fastops::glu_backward(grad_output, input, dim);
+  check_glu<Int>(input, dim);
+  return new_tensor<Int>(sizes_as<Int>(input), input.scalar_type(), input.device());
+}
+
+template <class Int>
+void implement_activation(torch::Library& m) {
+  m.impl("activation_forward", activation_forward_op<Int>);
+  m.impl("activation_backward", activation_backward_op<Int>);
+  m.impl("prelu_forward", prelu_forward_op<Int>);
+  m.impl("prelu_backward", prelu_backward_op<Int>);
+  m.impl("glu_forward", glu_forward_op<Int>);
+  m.impl("glu_backward", glu_backward_op<Int>);
 }
 
 // ---- the fast door
@@ -634,13 +695,8 @@ py::object glu_fast(py::handle input, py::handle dimension) {
 
 }  // namespace
 
-void implement_activation(torch::Library& m) {
-  m.impl("activation_forward", activation_forward_op);
-  m.impl("activation_backward", activation_backward_op);
-  m.impl("prelu_forward", prelu_forward_op);
-  m.impl("prelu_backward", prelu_backward_op);
-  m.impl("glu_forward", glu_forward);
-  m.impl("glu_backward", glu_backward);
+void implement_activation(torch::Library& m, bool meta) {
+  meta ? implement_activation<c10::SymInt>(m) : implement_activation<int64_t>(m);
 }
 
 TORCH_LIBRARY_IMPL(fastops, CompositeImplicitAutograd, m) {

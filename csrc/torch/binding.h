@@ -16,7 +16,7 @@ namespace fastops {
 
 namespace py = pybind11;
 
-void implement(torch::Library& m);  // library.cpp
+void implement(torch::Library& m, bool meta = false);  // library.cpp
 
 // ---- the general door: torch.ops.fastops.*, without autograd
 
@@ -24,9 +24,12 @@ inline Activation make_activation(c10::string_view name, double a, double b) {
   return {activation_kind({name.data(), name.size()}), a, b};
 }
 
-// Outputs that do not exist are tensors of 0 elements.
-inline Tensor or_empty(Tensor tensor, at::ScalarType type, at::Device device = at::kCPU) {
-  return tensor.defined() ? tensor : empty_output({0}, type, device);
+// Outputs that do not exist are tensors of 0 elements, otherwise like `like`.
+inline Tensor or_empty(Tensor tensor, const Tensor& like) {
+  return tensor.defined() ? tensor : at::empty({0}, like.options());
+}
+inline std::tuple<Tensor, Tensor, Tensor> or_empty(const std::array<Tensor, 3>& tensors, const Tensor& like) {
+  return {or_empty(tensors[0], like), or_empty(tensors[1], like), or_empty(tensors[2], like)};
 }
 
 // ---- the fast door: _C.<op> returns NotImplemented for every call that is not plain; Python then takes the general

@@ -62,9 +62,10 @@ inline void check_dtype(const at::Tensor& tensor, at::ScalarType expected, const
               tensor.scalar_type());
 }
 
-// For ops that also have CUDA kernels. Their other tensors must be on the device of this one (check_tensor).
+// For ops that also have CUDA kernels. Their other tensors must be on the device of this one (check_tensor). Meta is
+// what a Meta kernel sees, whatever the device.
 inline void check_input(const at::Tensor& tensor, const char* op, const char* argument) {
-  TORCH_CHECK(tensor.device().is_cpu() || gpu::takes(tensor.device()), op, ": ", argument,
+  TORCH_CHECK(tensor.device().is_cpu() || gpu::takes(tensor.device()) || tensor.is_meta(), op, ": ", argument,
               " must be on the CPU or a CUDA device that has kernels, got one on ", tensor.device());
   check_tensor(tensor, op, argument, tensor.device());
 }

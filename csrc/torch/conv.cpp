@@ -163,8 +163,9 @@ Tensor torch_conv_weight(const Tensor& g, const Tensor& x, const ConvPlan& plan)
 }
 
 Tensor product(const Tensor& input, const Tensor& weight, const ConvPlan& plan) {
-  if (fast_door::is_plain(input) && fast_door::is_plain(weight)) return conv(input, weight, {}, plan, {});
-  return torch_conv(input, weight, plan);
+  if (!fast_door::is_plain(input) || !fast_door::is_plain(weight) || is_pytorchs(plan, input))
+    return torch_conv(input, weight, plan);
+  return conv(input, weight, {}, plan, {});
 }
 
 Tensor conv_weight(const Tensor& g, const Tensor& x, const ConvPlan& plan);
@@ -186,7 +187,7 @@ struct ConvWeightOp {
 };
 
 Tensor conv_weight(const Tensor& g, const Tensor& x, const ConvPlan& plan) {
-  if (!fast_door::is_plain(g) || !fast_door::is_plain(x)) return torch_conv_weight(g, x, plan);
+  if (!fast_door::is_plain(g) || !fast_door::is_plain(x) || is_pytorchs(plan, g)) return torch_conv_weight(g, x, plan);
   check_operand(g, x.scalar_type(), out_sizes(plan), "grad_output", g.device());
   check_operand(x, x.scalar_type(), in_sizes(plan), "input", g.device());
   const Tensor grad_w = empty_in(weight_sizes(plan), plan.w_layout, g.scalar_type(), g.device());
@@ -270,87 +271,102 @@ void set_conv_precision(Precision precision) { precision_setting.store(precision
 
 Precision conv_precision() { return precision_setting.load(std::memory_order_relaxed); }
 
-std::string plan_conv(const Tensor& input, const Tensor& weight, const Tensor& bias, const ConvParams& params,
-                      ConvPlan& plan) {
+namespace {
+
+// The output's sizes from those of the operands. Returns "", or what does not fit.
+template <class Int>
+std::string infer_conv(Sizes<Int> input, Sizes<Int> weight, const optional<Sizes<Int>>& bias, const ConvParams& params,
+                       SizeVector<Int>& output) {
   constexpr const char* kSpatial[] = {"", "length", "height, width", "depth, height, width"};
-  const int dims = params.dims;
+  const auto dims = static_cast<size_t>(params.dims);
   const int64_t groups = params.groups;
-  const auto input_shape = [&] { return c10::str("(batch, channels, ", kSpatial[dims], ")"); };
-  if (input.dim() != dims + 2)
-    return c10::str("input must have shape ", input_shape(), " or that without batch, got ", input.sizes());
-  if (weight.dim() != dims + 2)
+  if (input.size() != dims + 2)
+    return c10::str("input must have shape (batch, channels, ", kSpatial[dims], ") or that without batch, got ", input);
+  if (weight.size() != dims + 2)
     return c10::str("weight must have ", dims + 2, " dimensions, (",
                     params.transposed ? "in_channels, out_channels / groups, " : "out_channels, in_channels / groups, ",
-                    kSpatial[dims], "), got ", weight.sizes());
+                    kSpatial[dims], "), got ", weight);
   if (groups < 1) return c10::str("groups must be at least 1, got ", groups);
-  if (weight.size(0) < 1 || weight.size(0) % groups != 0)
-    return c10::str("weight's first dimension must be a positive multiple of groups = ", groups, ", got ",
-                    weight.sizes());
-  const int64_t channels = params.transposed ? weight.size(0) : weight.size(1) * groups;
-  if (input.size(1) != channels)
-    return c10::str("input must have ", channels, " channels (weight ", weight.sizes(), ", groups ", groups, "), got ",
-                    input.size(1), " in ", input.sizes());
-  if (weight.size(1) < 1) return c10::str("weight must have at least one channel a group, got ", weight.sizes());
-  const int64_t outputs = params.transposed ? weight.size(1) * groups : weight.size(0);
-  if (bias.defined() && (bias.dim() != 1 || bias.size(0) != outputs))
-    return c10::str("bias must have shape (", outputs, ",), got ", bias.sizes());
-
-  ConvGeometry& g = plan.geometry;
-  g.batch = input.size(0);
-  g.in_channels = params.transposed ? outputs : channels;
-  g.out_channels = params.transposed ? channels : outputs;
-  g.groups = groups;
-  for (int i = 0; i < 3; ++i) {
-    const int axis = i - (3 - dims);
-    const int64_t size = axis < 0 ? 1 : input.size(2 + axis), kernel = axis < 0 ? 1 : weight.size(2 + axis);
+  if (less(weight[0], 1) || differ(weight[0] % groups, 0))
+    return c10::str("weight's first dimension must be a positive multiple of groups = ", groups, ", got ", weight);
+  const Int channels = params.transposed ? weight[0] : weight[1] * groups;
+  if (differ(input[1], channels))
+    return c10::str("input must have ", channels, " channels (weight ", weight, ", groups ", groups, "), got ",
+                    input[1], " in ", input);
+  if (less(weight[1], 1)) return c10::str("weight must have at least one channel a group, got ", weight);
+  const Int outputs = params.transposed ? weight[1] * groups : weight[0];
+  if (bias && sizes_differ<Int>(*bias, {outputs}))
+    return c10::str("bias must have shape (", outputs, ",), got ", *bias);
+  output = {input[0], outputs};
+  for (size_t axis = 2; axis < dims + 2; ++axis) {
+    const size_t i = axis - 2 + 3 - dims;
+    const Int &size = input[axis], &kernel = weight[axis];
     const int64_t stride = params.stride[i], dilation = params.dilation[i];
     const int64_t before = params.before[i], after = params.after[i];
-    if (kernel < 1) return c10::str("weight's kernel must have at least one element a dimension, got ", weight.sizes());
+    if (less(kernel, 1)) return c10::str("weight's kernel must have at least one element a dimension, got ", weight);
     if (stride < 1) return c10::str("stride must be at least 1, got ", stride);
     if (dilation < 1) return c10::str("dilation must be at least 1, got ", dilation);
     if (before < 0) return c10::str("padding must not be negative, got ", before);
-    // Sums and products of these must not overflow.
+    // Sums and products of these must not overflow. PyTorch's would, too.
     for (const auto& [value, name] : {std::pair(dilation, "dilation"), {before, "padding"}, {after, "padding"}})
-      if (value > INT32_MAX) return c10::str(name, " must be below 2^31, got ", value);
-    if (params.transposed && size > 1 && stride > INT64_MAX / 4 / (size - 1))
-      return c10::str("stride takes the output beyond 2^61 elements, got ", stride);
-    if (size < 1 && g.batch > 0) return c10::str("input's spatial dimensions must not be empty, got ", input.sizes());
-    const int64_t window = dilation * (kernel - 1) + 1;
-    int64_t result = 0;
+      TORCH_CHECK(value <= INT32_MAX, "conv: ", name, " must be below 2^31, got ", value);
+    if constexpr (std::is_same_v<Int, int64_t>)
+      if (params.transposed && size > 1 && stride > INT64_MAX / 4 / (size - 1))
+        return c10::str("stride takes the output beyond 2^61 elements, got ", stride);
+    if (less(size, 1) && less(0, input[0]))
+      return c10::str("input's spatial dimensions must not be empty, got ", input);
+    const Int window = (kernel - 1) * dilation + 1;
     if (params.transposed) {
       const int64_t output_padding = before - after;
       if (output_padding < 0 || output_padding >= std::max(stride, dilation))
         return c10::str("output_padding must not be negative and smaller than stride or dilation (", stride, ", ",
                         dilation, "), got ", output_padding);
-      result = (size - 1) * stride + window - before - after;
-      if (result < 1)
-        return c10::str("padding takes more than there is: the output would have ", result, " elements in dimension ",
-                        2 + axis, " (input ", input.sizes(), ", kernel ", kernel, ", stride ", stride, ", padding ",
-                        before, ")");
+      output.push_back((size - 1) * stride + window - before - after);
+      if (less(output.back(), 1))
+        return c10::str("padding takes more than there is: the output would have ", output.back(),
+                        " elements in dimension ", axis, " (input ", input, ", kernel ", kernel, ", stride ", stride,
+                        ", padding ", before, ")");
     } else {
       if (after < 0) return c10::str("padding must not be negative, got ", after);
-      if (size + before + after < window)
-        return c10::str("the kernel must fit into the padded input: in dimension ", 2 + axis, " it spans ", window,
-                        " (", kernel, " with dilation ", dilation, "), and there are ", size + before + after, " (",
-                        size, " with padding ", before, " and ", after, ")");
-      result = (size + before + after - window) / stride + 1;
+      const Int padded = size + before + after;
+      if (less(padded, window))
+        return c10::str("the kernel must fit into the padded input: in dimension ", axis, " it spans ", window, " (",
+                        kernel, " with dilation ", dilation, "), and there are ", padded, " (", size, " with padding ",
+                        before, " and ", after, ")");
+      output.push_back((padded - window) / stride + 1);
     }
-    g.in[i] = params.transposed ? result : size;
-    g.out[i] = params.transposed ? size : result;
-    g.kernel[i] = kernel;
-    g.stride[i] = stride;
-    g.padding[i] = before;
-    g.dilation[i] = dilation;
   }
+  return {};
+}
 
-  plan.dims = dims;
+template <class Int>
+optional<Sizes<Int>> sizes_of(const optional<Tensor>& tensor) {
+  return tensor ? optional<Sizes<Int>>(sizes_as<Int>(*tensor)) : std::nullopt;
+}
+
+}  // namespace
+
+std::string plan_conv(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvParams& params,
+                      ConvPlan& plan) {
+  ConvSizes output;
+  std::string problem = infer_conv<int64_t>(input.sizes(), weight.sizes(), sizes_of<int64_t>(bias), params, output);
+  if (!problem.empty()) return problem;
+  ConvGeometry& g = plan.geometry;
+  const at::IntArrayRef x = params.transposed ? at::IntArrayRef(output) : input.sizes();
+  const at::IntArrayRef y = params.transposed ? input.sizes() : at::IntArrayRef(output);
+  g = {input.size(0), x[1], y[1], params.groups, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {}, {}, {}};
+  const auto dims = static_cast<size_t>(params.dims);
+  std::copy(x.begin() + 2, x.end(), g.in + 3 - dims);
+  std::copy(y.begin() + 2, y.end(), g.out + 3 - dims);
+  std::copy(weight.sizes().begin() + 2, weight.sizes().end(), g.kernel + 3 - dims);
+  std::copy_n(params.stride, 3, g.stride);
+  std::copy_n(params.before, 3, g.padding);
+  std::copy_n(params.dilation, 3, g.dilation);
+  plan.dims = params.dims;
   plan.transposed = params.transposed;
-  // As in PyTorch, the output is channels_last if either operand is. With one dimension it is always channels first.
-  const bool channels_last = dims > 1 && (suggests_channels_last(input) || suggests_channels_last(weight));
-  plan.layout = channels_last ? Layout::channels_last : Layout::channels_first;
-  const bool weight_last =
-      dims > 1 && !weight.is_contiguous() && weight.is_contiguous(format_of(Layout::channels_last, dims));
-  plan.w_layout = weight_last ? Layout::channels_last : Layout::channels_first;
+  const ConvLayouts layouts = conv_layouts(input, weight);
+  plan.layout = layouts.image;
+  plan.w_layout = layouts.weight;
   return {};
 }
 
@@ -437,8 +453,8 @@ namespace {
 // ---- the general door
 
 // padding: what lies before each dimension, then what lies after each.
-ConvPlan make_plan(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, at::IntArrayRef stride,
-                   at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed, int64_t groups) {
+ConvParams make_params(at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                       int64_t groups) {
   const size_t dims = stride.size();
   TORCH_CHECK(dims >= 1 && dims <= 3 && padding.size() == 2 * dims && dilation.size() == dims,
               "conv: stride, padding and dilation must have 1 to 3, twice as many and as many elements, got ", stride,
@@ -449,32 +465,89 @@ ConvPlan make_plan(const Tensor& input, const Tensor& weight, const optional<Ten
   std::copy_n(padding.begin(), dims, params.before + first);
   std::copy_n(padding.begin() + dims, dims, params.after + first);
   std::copy(dilation.begin(), dilation.end(), params.dilation + first);
+  return params;
+}
+
+template <class Int>
+SizeVector<Int> output_sizes(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                             const ConvParams& params) {
+  SizeVector<Int> output;
+  const std::string problem =
+      infer_conv<Int>(sizes_as<Int>(input), sizes_as<Int>(weight), sizes_of<Int>(bias), params, output);
+  TORCH_CHECK(problem.empty(), "conv: ", problem);
+  return output;
+}
+
+ConvPlan make_plan(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvParams& params) {
   ConvPlan plan;
-  const std::string problem = plan_conv(input, weight, bias.value_or(Tensor()), params, plan);
+  const std::string problem = plan_conv(input, weight, bias, params, plan);
   TORCH_CHECK(problem.empty(), "conv: ", problem);
   return plan;
 }
 
+template <class Int>
 std::tuple<Tensor, Tensor> conv_forward_op(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
                                            at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                                            bool transposed, int64_t groups, c10::string_view activation, double a,
                                            double b, bool need_saved) {
-  const ConvPlan plan = make_plan(input, weight, bias, stride, padding, dilation, transposed, groups);
-  auto [y, z] = conv_forward(input, weight, bias, plan, make_activation(activation, a, b), need_saved);
-  return {y, or_empty(z, y.scalar_type(), y.device())};
+  const ConvParams params = make_params(stride, padding, dilation, transposed, groups);
+  const Activation f = make_activation(activation, a, b);
+  const bool saves = need_saved && saved_by_linear(f) == Saved::input;
+  if constexpr (is_symbolic<Int>) {
+    const auto type = input.scalar_type();
+    const auto device = input.device();
+    const auto sizes = output_sizes<Int>(input, weight, bias, params);
+    check_input(input, "conv", "input");
+    check_operand<Int>(weight, type, sizes_as<Int>(weight), "weight", device);
+    checked_bias(bias, type, device);
+    const Layout layout = conv_layouts(input, weight).image;
+    const Tensor y = empty_in<Int>(sizes, layout, type, device);
+    return {y, or_empty(saves ? empty_in<Int>(sizes, layout, type, device) : Tensor(), y)};
+  } else {
+    const ConvPlan plan = make_plan(input, weight, bias, params);
+    if (is_pytorchs(plan, input)) {
+      Tensor z = in_layout(torch_conv(input, weight, plan), plan);
+      if (bias) z += bias->reshape(conv_sizes(1, bias->numel(), {1, 1, 1}, plan.dims));
+      return {activation_forward(z, f, false).y, or_empty(saves ? z : Tensor(), z)};
+    }
+    auto [y, z] = conv_forward(input, weight, bias, plan, f, need_saved);
+    return {y, or_empty(z, y)};
+  }
 }
 
+template <class Int>
 std::tuple<Tensor, Tensor, Tensor> conv_backward_op(const Tensor& grad_output, const optional<Tensor>& saved,
                                                     const Tensor& input, const Tensor& weight, at::IntArrayRef stride,
                                                     at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
                                                     int64_t groups, c10::string_view activation, double a, double b,
                                                     std::array<bool, 3> output_mask) {
-  const ConvPlan plan = make_plan(input, weight, {}, stride, padding, dilation, transposed, groups);
-  auto [x, w, bias] = conv_backward(grad_output, saved.value_or(Tensor()), input, weight, plan,
-                                    make_activation(activation, a, b), output_mask);
-  const auto type = grad_output.scalar_type();
-  const auto device = grad_output.device();
-  return {or_empty(x, type, device), or_empty(w, type, device), or_empty(bias, type, device)};
+  const ConvParams params = make_params(stride, padding, dilation, transposed, groups);
+  if constexpr (is_symbolic<Int>) {
+    const auto sizes = output_sizes<Int>(input, weight, {}, params);
+    check_input(grad_output, "conv", "grad_output");
+    check_operand<Int>(grad_output, input.scalar_type(), sizes, "grad_output", input.device());
+    return or_empty(new_gradients<Int>(sizes_as<Int>(input), sizes_as<Int>(weight), sizes[1],
+                                       conv_layouts(input, weight), input.scalar_type(), input.device(), output_mask),
+                    grad_output);
+  } else {
+    const ConvPlan plan = make_plan(input, weight, {}, params);
+    const Activation f = make_activation(activation, a, b);
+    const Tensor s = saved.value_or(Tensor());
+    if (!is_pytorchs(plan, input))
+      return or_empty(conv_backward(grad_output, s, input, weight, plan, f, output_mask), grad_output);
+    const bool identity = f.kind == ActivationKind::identity;
+    const Tensor g = identity ? grad_output : activation_backward(grad_output, s, f, saved_by_linear(f));
+    std::array<Tensor, 3> gradients = differentiable_conv_backward(g, input, weight, plan, output_mask);
+    if (output_mask[0]) gradients[0] = in_layout(gradients[0], plan);
+    if (output_mask[1]) gradients[1] = weight_in_layout(gradients[1], plan);
+    return or_empty(gradients, grad_output);
+  }
+}
+
+template <class Int>
+void implement_conv(torch::Library& m) {
+  m.impl("conv_forward", conv_forward_op<Int>);
+  m.impl("conv_backward", conv_backward_op<Int>);
 }
 
 // ---- the fast door
@@ -539,21 +612,23 @@ py::object conv_transpose_fast(py::handle input, py::handle weight, py::handle b
   return conv_fast({dims, true, stride, padding, dilation, output_padding, groups}, input, weight, bias, kind, a, b);
 }
 
-// What of these arguments does not fit, for the message of an error; "" where everything does.
-std::string conv_problem(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, py::handle stride,
-                         py::handle padding, py::handle dilation, py::handle groups, py::handle output_padding,
-                         int dims, bool transposed) {
+// What of these arguments does not fit, for the choice of the door and for the message of an error; "" where everything
+// does, None where they are for PyTorch to read.
+optional<std::string> conv_problem(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                                   py::handle stride, py::handle padding, py::handle dilation, py::handle groups,
+                                   py::handle output_padding, int dims, bool transposed) {
   ConvParams params{dims, transposed, 1, {1, 1, 1}, {}, {}, {1, 1, 1}};
-  if (!read_params({dims, transposed, stride, padding, dilation, output_padding, groups}, weight, params)) return {};
-  ConvPlan plan;
-  return plan_conv(input.dim() == dims + 1 ? input.unsqueeze(0) : input, weight, bias.value_or(Tensor()), params, plan);
+  if (!read_params({dims, transposed, stride, padding, dilation, output_padding, groups}, weight, params))
+    return std::nullopt;
+  SizeVector<c10::SymInt> sizes(input.sym_sizes()), output;
+  if (input.dim() == dims + 1) sizes.insert(sizes.begin(), 1);
+  return infer_conv<c10::SymInt>(sizes, weight.sym_sizes(), sizes_of<c10::SymInt>(bias), params, output);
 }
 
 }  // namespace
 
-void implement_conv(torch::Library& m) {
-  m.impl("conv_forward", conv_forward_op);
-  m.impl("conv_backward", conv_backward_op);
+void implement_conv(torch::Library& m, bool meta) {
+  meta ? implement_conv<c10::SymInt>(m) : implement_conv<int64_t>(m);
 }
 
 void bind_conv(py::module_& m) {

@@ -24,8 +24,8 @@ py::object conv_call(const ConvArguments& arguments, py::handle input, py::handl
     const bool batched = x.dim() != params.dims + 1;
     const Tensor batch = batched ? x : x.unsqueeze(0);
     ConvPlan plan;
-    if (!plan_conv(batch, w, bias_tensor.value_or(Tensor()), params, plan).empty()) return not_implemented();
-    if (!x.is_cpu() && !fits_int(plan.geometry)) return not_implemented();
+    if (!plan_conv(batch, w, bias_tensor, params, plan).empty()) return not_implemented();
+    if (is_pytorchs(plan, x)) return not_implemented();
     return call(batch, w, bias_tensor, plan, [&](const Tensor& y) { return batched ? y : y.squeeze(0); });
   });
 }

@@ -8,6 +8,7 @@
 #include "check.h"
 #include "memory.h"
 #include "ops.h"
+#include "sizes.h"
 
 namespace fastops {
 
@@ -29,7 +30,7 @@ inline Tensor weight_in_layout(const Tensor& weight, const ConvPlan& plan) {
   return weight.contiguous(format_of(plan.w_layout, plan.dims));
 }
 
-using ConvSizes = c10::SmallVector<int64_t, 5>;
+using ConvSizes = SizeVector<int64_t>;
 
 inline ConvSizes conv_sizes(int64_t first, int64_t second, const int64_t (&spatial)[3], int dims) {
   ConvSizes sizes{first, second};
@@ -49,18 +50,22 @@ inline ConvSizes weight_sizes(const ConvPlan& plan) {
   return conv_sizes(g.out_channels, g.in_channels / g.groups, g.kernel, plan.dims);
 }
 
-inline Tensor empty_in(at::IntArrayRef sizes, Layout layout, at::ScalarType type, at::Device device = at::kCPU) {
-  if (layout == Layout::channels_first) return empty_output(sizes, type, device);
+template <class Int = int64_t>
+Tensor empty_in(std::type_identity_t<Sizes<Int>> sizes, Layout layout, at::ScalarType type,
+                at::Device device = at::kCPU) {
+  if (layout == Layout::channels_first) return new_tensor<Int>(sizes, type, device);
   const auto strides =
       sizes.size() == 4 ? c10::get_channels_last_strides_2d(sizes) : c10::get_channels_last_strides_3d(sizes);
-  return empty_output_strided(sizes, strides, type, device);
+  return new_tensor_strided<Int>(sizes, strides, type, device);
 }
 
-inline void check_operand(const Tensor& tensor, at::ScalarType type, at::IntArrayRef sizes, const char* name,
-                          at::Device device = at::kCPU) {
+template <class Int = int64_t>
+void check_operand(const Tensor& tensor, at::ScalarType type, std::type_identity_t<Sizes<Int>> sizes, const char* name,
+                   at::Device device = at::kCPU) {
   check_tensor(tensor, "conv", name, device);
   check_dtype(tensor, type, "conv", name);
-  TORCH_CHECK(tensor.sizes() == sizes, "conv: ", name, " must have shape ", sizes, ", got ", tensor.sizes());
+  TORCH_CHECK(!sizes_differ(sizes_as<Int>(tensor), sizes), "conv: ", name, " must have shape ", sizes, ", got ",
+              sizes_as<Int>(tensor));
 }
 
 inline Tensor checked_bias(const optional<Tensor>& bias, at::ScalarType type, at::Device device = at::kCPU) {
@@ -79,15 +84,35 @@ inline void check_can_be_saved(const Tensor& input, const Tensor& weight) {
                 "Clone it outside of inference mode, or use torch.no_grad() instead of torch.inference_mode()");
 }
 
-// New tensors for the gradients of input, weight and bias that are wanted. They are zeros if there is nothing to sum,
-// else uninitialised.
+struct ConvLayouts {
+  Layout image, weight;
+};
+// As in PyTorch, the output is channels_last if either operand is. With one dimension it is always channels first.
+inline ConvLayouts conv_layouts(const Tensor& input, const Tensor& weight) {
+  if (weight.dim() == 3) return {Layout::channels_first, Layout::channels_first};
+  const bool image = suggests_channels_last(input) || suggests_channels_last(weight);
+  const bool last = !weight.is_contiguous_or_false() &&
+                    weight.is_contiguous_or_false(format_of(Layout::channels_last, static_cast<int>(weight.dim() - 2)));
+  return {image ? Layout::channels_last : Layout::channels_first,
+          last ? Layout::channels_last : Layout::channels_first};
+}
+
+// Uninitialised tensors for the gradients of input, weight and bias that are wanted.
+template <class Int>
+std::array<Tensor, 3> new_gradients(Sizes<Int> input, Sizes<Int> weight, const Int& outputs, ConvLayouts layouts,
+                                    at::ScalarType type, at::Device device, std::array<bool, 3> output_mask) {
+  std::array<Tensor, 3> out;
+  if (output_mask[0]) out[0] = empty_in<Int>(input, layouts.image, type, device);
+  if (output_mask[1]) out[1] = empty_in<Int>(weight, layouts.weight, type, device);
+  if (output_mask[2]) out[2] = new_tensor<Int>({outputs}, type, device);
+  return out;
+}
+// The same for a plan. They are zeros if there is nothing to sum.
 inline std::array<Tensor, 3> new_gradients(const ConvPlan& plan, at::ScalarType type, std::array<bool, 3> output_mask,
                                            bool of_nothing, at::Device device = at::kCPU) {
   const int64_t outputs = plan.transposed ? plan.geometry.in_channels : plan.geometry.out_channels;
-  std::array<Tensor, 3> out;
-  if (output_mask[0]) out[0] = empty_in(plan.transposed ? out_sizes(plan) : in_sizes(plan), plan.layout, type, device);
-  if (output_mask[1]) out[1] = empty_in(weight_sizes(plan), plan.w_layout, type, device);
-  if (output_mask[2]) out[2] = empty_output({outputs}, type, device);
+  auto out = new_gradients<int64_t>(plan.transposed ? out_sizes(plan) : in_sizes(plan), weight_sizes(plan), outputs,
+                                    {plan.layout, plan.w_layout}, type, device, output_mask);
   if (of_nothing)
     for (Tensor& gradient : out)
       if (gradient.defined()) gradient.zero_();

@@ -34,26 +34,27 @@ TORCH_LIBRARY(fastops, m) {
   m.def("glu_backward(Tensor grad_output, Tensor input, int dim) -> Tensor");
   m.def(
       "max_pool_forward(Tensor input, SymInt[] output_size, int[] kernel_size, int[] stride, int[] padding, "
-      "int[] dilation, str indices) -> (Tensor output, Tensor indices)");
+      "int[] dilation, bool ceil_mode, str indices) -> (Tensor output, Tensor indices)");
   m.def(
       "max_pool_backward(Tensor grad_output, Tensor indices, SymInt[] input_size, int[] kernel_size, int[] stride, "
-      "int[] padding, int[] dilation, int dims, bool channels_last) -> Tensor");
+      "int[] padding, int[] dilation, bool ceil_mode, int dims, bool channels_last) -> Tensor");
   m.def(
       "max_pool_positions(Tensor indices, int[] input_size, int[] kernel_size, int[] stride, int[] padding, "
-      "int[] dilation, int dims) -> Tensor");
+      "int[] dilation, bool ceil_mode, int dims) -> Tensor");
   m.def(
       "avg_pool_forward(Tensor input, SymInt[] output_size, int[] kernel_size, int[] stride, int[] padding, "
-      "bool count_include_pad, int divisor_override) -> Tensor");
+      "bool ceil_mode, bool count_include_pad, int divisor_override) -> Tensor");
   m.def(
       "avg_pool_backward(Tensor grad_output, SymInt[] input_size, int[] kernel_size, int[] stride, int[] padding, "
-      "bool count_include_pad, int divisor_override, int dims, bool channels_last) -> Tensor");
+      "bool ceil_mode, bool count_include_pad, int divisor_override, int dims, bool channels_last) -> Tensor");
 }
 
-// What each op's file gives torch.ops.fastops for a device that has kernels, and what each file gives fastops._C.
-void implement_linear(torch::Library& m);
-void implement_conv(torch::Library& m);
-void implement_activation(torch::Library& m);
-void implement_pool(torch::Library& m);
+// What each op's file gives torch.ops.fastops, kernels for a device or Meta kernels, and what each file gives
+// fastops._C.
+void implement_linear(torch::Library& m, bool meta);
+void implement_conv(torch::Library& m, bool meta);
+void implement_activation(torch::Library& m, bool meta);
+void implement_pool(torch::Library& m, bool meta);
 void bind_linear(py::module_& m);
 void bind_mlp(py::module_& m);
 void bind_conv(py::module_& m);
@@ -65,16 +66,14 @@ void bind_memory(py::module_& m);
 void bind_info(py::module_& m);
 
 // All but composites of torch's own ops have CUDA kernels as well.
-void implement(torch::Library& m) {
-  implement_linear(m);
-  implement_conv(m);
-  implement_activation(m);
-  implement_pool(m);
+void implement(torch::Library& m, bool meta) {
+  for (const auto function : {implement_linear, implement_conv, implement_activation, implement_pool})
+    function(m, meta);
 }
 
 TORCH_LIBRARY_IMPL(fastops, CUDA, m) { implement(m); }
-
 TORCH_LIBRARY_IMPL(fastops, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(fastops, Meta, m) { implement(m, true); }
 
 PYBIND11_MODULE(_C, m) {
   bind_linear(m);

@@ -4,6 +4,7 @@
 #include "binding.h"
 #include "call.h"
 #include "node.h"
+#include "sizes.h"
 
 namespace fastops {
 namespace {
@@ -36,25 +37,75 @@ Strides as_matrix(Tensor& tensor) {
   return {row_stride, tensor.stride(dims - 1)};
 }
 
-int64_t rows_of(at::IntArrayRef sizes) {
-  int64_t rows = 1;
+template <class Int>
+Int rows_of(Sizes<Int> sizes) {
+  Int rows = 1;
   for (size_t i = 0; i + 1 < sizes.size(); ++i) rows *= sizes[i];
   return rows;
 }
 
-void check_linear(const Tensor& input, const Tensor& weight, const Tensor& bias) {
+// What of these shapes does not fit; "" where everything does.
+template <class Int>
+std::string linear_problem(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
+  const auto x = sizes_as<Int>(input), w = sizes_as<Int>(weight);
+  if (x.empty()) return "input must have shape (*, in_features), got a scalar";
+  if (w.size() != 2 || differ(w[1], x.back()))
+    return c10::str("weight must have shape (out_features, in_features) with in_features = ", x.back(),
+                    " (input's last dimension), got ", w);
+  if (bias && sizes_differ(sizes_as<Int>(*bias), w.slice(0, 1)))
+    return c10::str("bias must have shape (", w[0], ",) (weight's out_features), got ", sizes_as<Int>(*bias));
+  return {};
+}
+
+void check_operand(const Tensor& tensor, const Tensor& input, const char* name) {
+  check_tensor(tensor, "linear", name, input.device());
+  check_dtype(tensor, input.scalar_type(), "linear", name);
+}
+
+// The outputs of the forward pass, uninitialised.
+template <class Int>
+LinearOutput forward_outputs(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                             Activation activation, bool need_saved) {
   check_input(input, "linear", "input");
-  check_tensor(weight, "linear", "weight", input.device());
-  check_dtype(weight, input.scalar_type(), "linear", "weight");
-  TORCH_CHECK(input.dim() >= 1, "linear: input must have at least one dimension, got a scalar");
-  TORCH_CHECK(weight.dim() == 2 && weight.size(1) == input.size(-1),
-              "linear: weight must have shape (out_features, in_features) with in_features = ", input.size(-1),
-              " (input's last dimension), got ", weight.sizes());
-  if (!bias.defined()) return;
-  check_tensor(bias, "linear", "bias", input.device());
-  check_dtype(bias, input.scalar_type(), "linear", "bias");
-  TORCH_CHECK(bias.dim() == 1 && bias.size(0) == weight.size(0), "linear: bias must have shape (", weight.size(0),
-              ",) (weight's out_features), got ", bias.sizes());
+  check_operand(weight, input, "weight");
+  if (bias) check_operand(*bias, input, "bias");
+  const std::string problem = linear_problem<Int>(input, weight, bias);
+  TORCH_CHECK(problem.empty(), "linear: ", problem);
+  SizeVector<Int> sizes(sizes_as<Int>(input));
+  sizes.back() = sizes_as<Int>(weight)[0];
+  LinearOutput out;
+  out.y = new_tensor<Int>(sizes, input.scalar_type(), input.device());
+  if (need_saved && saved_by_linear(activation) == Saved::input)
+    out.z = new_tensor<Int>(sizes, input.scalar_type(), input.device());
+  return out;
+}
+
+// Those of backward: the gradients that are wanted.
+template <class Int>
+std::array<Tensor, 3> new_gradients(const Tensor& grad_output, const Tensor& saved, const Tensor& input,
+                                    const Tensor& weight, Activation activation, std::array<bool, 3> output_mask,
+                                    Sizes<Int> input_sizes, const Int& k) {
+  check_input(grad_output, "linear_backward", "grad_output");
+  const at::Device device = grad_output.device();
+  for (const auto& [tensor, name] : {std::pair(&saved, "saved"), {&input, "input"}, {&weight, "weight"}})
+    if (tensor->defined()) check_tensor(*tensor, "linear_backward", name, device);
+  const auto type = grad_output.scalar_type();
+  const auto sizes = sizes_as<Int>(grad_output);
+  const Int n = sizes.back(), m = rows_of(sizes);
+  TORCH_CHECK(
+      activation.kind == ActivationKind::identity || (saved.defined() && !sizes_differ(sizes_as<Int>(saved), sizes)),
+      "linear_backward: saved must have grad_output's shape ", sizes, ", got ",
+      saved.defined() ? sizes_as<Int>(saved) : Sizes<Int>());
+  TORCH_CHECK(!output_mask[0] || (weight.defined() && !sizes_differ<Int>(sizes_as<Int>(weight), {n, k})),
+              "linear_backward: weight must have shape (", n, ", ", k, ")");
+  TORCH_CHECK(!output_mask[1] || (input.defined() && !differ(sizes_as<Int>(input).back(), k) &&
+                                  !differ(rows_of(sizes_as<Int>(input)), m)),
+              "linear_backward: input must have ", m, " rows of ", k, " features");
+  std::array<Tensor, 3> out;
+  if (output_mask[0]) out[0] = new_tensor<Int>(input_sizes, type, device);
+  if (output_mask[1]) out[1] = new_tensor<Int>({n, k}, type, device);
+  if (output_mask[2]) out[2] = new_tensor<Int>({n}, type, device);
+  return out;
 }
 
 // a b for a (*, m, n) and b (n, k). If both are plain tensors, it is a linear of this library.
@@ -114,17 +165,11 @@ struct LinearOp {
 
 LinearOutput linear_forward(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
                             Activation activation, bool need_saved) {
+  LinearOutput out = forward_outputs<int64_t>(input, weight, bias, activation, need_saved);
+  if (out.y.numel() == 0) return out;
   const Tensor b = bias.value_or(Tensor());
-  check_linear(input, weight, b);
-
   const auto type = input.scalar_type();
   const int64_t n = weight.size(0), k = weight.size(1);
-  c10::DimVector sizes(input.sizes());
-  sizes.back() = n;
-  LinearOutput out;
-  out.y = empty_output(sizes, type, input.device());
-  if (need_saved && saved_by_linear(activation) == Saved::input) out.z = empty_output(sizes, type, input.device());
-  if (out.y.numel() == 0) return out;
 
   Tensor x = input;
   const Strides x_strides = as_matrix(x);
@@ -150,25 +195,12 @@ LinearOutput linear_forward(const Tensor& input, const Tensor& weight, const opt
 std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& saved, const Tensor& input,
                                       const Tensor& weight, Activation activation, std::array<bool, 3> output_mask,
                                       at::IntArrayRef input_sizes, int64_t in_features) {
-  check_input(grad_output, "linear_backward", "grad_output");
-  const at::Device device = grad_output.device();
-  for (const auto& [tensor, name] : {std::pair(&saved, "saved"), {&input, "input"}, {&weight, "weight"}})
-    if (tensor->defined()) check_tensor(*tensor, "linear_backward", name, device);
+  std::array<Tensor, 3> out =
+      new_gradients<int64_t>(grad_output, saved, input, weight, activation, output_mask, input_sizes, in_features);
   const auto type = grad_output.scalar_type();
+  const auto device = grad_output.device();
   const int64_t n = grad_output.size(-1), m = rows_of(grad_output.sizes()), k = in_features;
   const bool identity = activation.kind == ActivationKind::identity;
-  TORCH_CHECK(identity || (saved.defined() && saved.sizes() == grad_output.sizes()),
-              "linear_backward: saved must have grad_output's shape ", grad_output.sizes(), ", got ",
-              saved.defined() ? saved.sizes() : at::IntArrayRef());
-  TORCH_CHECK(!output_mask[0] || (weight.defined() && weight.dim() == 2 && weight.size(0) == n && weight.size(1) == k),
-              "linear_backward: weight must have shape (", n, ", ", k, ")");
-  TORCH_CHECK(!output_mask[1] || (input.defined() && input.size(-1) == k && rows_of(input.sizes()) == m),
-              "linear_backward: input must have ", m, " rows of ", k, " features");
-
-  std::array<Tensor, 3> out;
-  if (output_mask[0]) out[0] = empty_output(input_sizes, type, device);
-  if (output_mask[1]) out[1] = empty_output({n, k}, type, device);
-  if (output_mask[2]) out[2] = empty_output({n}, type, device);
   if (m == 0 || n == 0) {  // empty sums
     for (Tensor& gradient : out)
       if (gradient.defined()) gradient.zero_();
@@ -223,30 +255,38 @@ Tensor linear(const Tensor& input, const Tensor& weight, const optional<Tensor>&
   return y;
 }
 
-bool linear_accepts(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
-  if (input.dim() < 1 || weight.dim() != 2 || weight.size(1) != input.size(-1)) return false;
-  return !bias || (bias->dim() == 1 && bias->size(0) == weight.size(0));
-}
-
 namespace {
 
 // ---- the general door
 
+template <class Int>
 std::tuple<Tensor, Tensor> linear_forward_op(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
                                              c10::string_view activation, double a, double b, bool need_saved) {
-  auto [y, z] = linear_forward(input, weight, bias, make_activation(activation, a, b), need_saved);
-  return {y, or_empty(z, y.scalar_type(), y.device())};
+  constexpr auto forward = is_symbolic<Int> ? forward_outputs<Int> : linear_forward;
+  auto [y, z] = forward(input, weight, bias, make_activation(activation, a, b), need_saved);
+  return {y, or_empty(z, y)};
 }
 
+template <class Int>
 std::tuple<Tensor, Tensor, Tensor> linear_backward_op(const Tensor& grad_output, const optional<Tensor>& saved,
                                                       const Tensor& input, const Tensor& weight,
                                                       c10::string_view activation, double a, double b,
                                                       std::array<bool, 3> output_mask) {
-  auto [x, w, bias] = linear_backward(grad_output, saved.value_or(Tensor()), input, weight,
-                                      make_activation(activation, a, b), output_mask, input.sizes(), weight.size(1));
-  const auto type = grad_output.scalar_type();
-  const auto device = grad_output.device();
-  return {or_empty(x, type, device), or_empty(w, type, device), or_empty(bias, type, device)};
+  constexpr auto backward = [] {
+    if constexpr (is_symbolic<Int>)
+      return new_gradients<Int>;
+    else
+      return linear_backward;
+  }();
+  return or_empty(backward(grad_output, saved.value_or(Tensor()), input, weight, make_activation(activation, a, b),
+                           output_mask, sizes_as<Int>(input), sizes_as<Int>(weight)[1]),
+                  grad_output);
+}
+
+template <class Int>
+void implement_linear(torch::Library& m) {
+  m.impl("linear_forward", linear_forward_op<Int>);
+  m.impl("linear_backward", linear_backward_op<Int>);
 }
 
 // ---- the fast door
@@ -254,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_op(const Tensor& grad_output,
 py::object linear_fast(py::handle input, py::handle weight, py::handle bias, int kind, double a, double b) {
   const Activation activation = make_activation(kind, a, b);
   return layer_fast(input, weight, bias, [&](const Tensor& x, const Tensor& w, const optional<Tensor>& bias_tensor) {
-    if (!linear_accepts(x, w, bias_tensor)) return not_implemented();
+    if (!linear_problem<int64_t>(x, w, bias_tensor).empty()) return not_implemented();
     return wrap(without_gil([] { return "linear"; }, [&] { return fastops::linear(x, w, bias_tensor, activation); }, x,
                             w, bias_tensor));
   });
@@ -262,11 +302,13 @@ py::object linear_fast(py::handle input, py::handle weight, py::handle bias, int
 
 }  // namespace
 
-void implement_linear(torch::Library& m) {
-  m.impl("linear_forward", linear_forward_op);
-  m.impl("linear_backward", linear_backward_op);
+void implement_linear(torch::Library& m, bool meta) {
+  meta ? implement_linear<c10::SymInt>(m) : implement_linear<int64_t>(m);
 }
 
-void bind_linear(py::module_& m) { fast_def<&linear_fast>(m, "linear"); }
+void bind_linear(py::module_& m) {
+  fast_def<&linear_fast>(m, "linear");
+  m.def("linear_problem", &linear_problem<c10::SymInt>);
+}
 
 }  // namespace fastops

@@ -40,8 +40,6 @@ std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& s
                                       const Tensor& weight, Activation activation, std::array<bool, 3> output_mask,
                                       at::IntArrayRef input_sizes, int64_t in_features);
 Tensor linear(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, Activation activation);
-// Whether the shapes of these arguments of linear() fit.
-bool linear_accepts(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias);
 
 // ---- mlp.cpp
 // A chain of linear layers in one kernel. The activation is `output` for the last layer, `hidden` for the others. Each
@@ -72,10 +70,14 @@ struct ConvPlan {
 inline std::string op_name(const ConvPlan& plan, const char* suffix = "") {
   return c10::str(plan.transposed ? "conv_transpose" : "conv", plan.dims, "d", suffix);
 }
-// Fills the plan for input (batch, channels, spatial), weight as in torch.nn, and bias or undefined. Returns "", or
-// what does not fit, with the argument names of torch.nn.functional. It does not check dtypes.
-std::string plan_conv(const Tensor& input, const Tensor& weight, const Tensor& bias, const ConvParams& params,
+// Fills the plan for input (batch, channels, spatial), weight as in torch.nn, and bias. Returns "", or what does not
+// fit, with the argument names of torch.nn.functional. It does not check dtypes.
+std::string plan_conv(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvParams& params,
                       ConvPlan& plan);
+// Whether the CUDA kernels cannot count a convolution of this tensor: it is PyTorch's.
+inline bool is_pytorchs(const ConvPlan& plan, const Tensor& tensor) {
+  return !tensor.is_cpu() && !fits_int(plan.geometry);
+}
 struct ConvOutput {
   Tensor y;
   Tensor z;  // the pre-activation; undefined unless it is wanted and saved_by_linear says input
@@ -131,9 +133,10 @@ bool glu_accepts(const Tensor& input, int64_t dim);
 // The parameters of a pool, in the last `dims` of three dimensions: its windows, or, for an adaptive pool, the sizes of
 // its output, where kSameSize is the size of the input.
 struct PoolParams {
-  static constexpr int64_t kSameSize = INT64_MIN;
+  static constexpr int64_t kSameSize = -(int64_t{1} << 60);
   int dims;
   bool adaptive, ceil_mode;
+  bool within_input;  // windows may not be larger than the input, padding or not: PyTorch's rule for avg_pool3d
   int64_t kernel[3], stride[3], padding[3], dilation[3], output[3];
 };
 // The same for the kernels.

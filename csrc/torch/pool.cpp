@@ -5,19 +5,19 @@
 #include "binding.h"
 #include "call.h"
 #include "node.h"
+#include "sizes.h"
 
 namespace fastops {
 namespace {
 
-using Sizes = c10::SmallVector<int64_t, 5>;
-
 // ---- layouts
 
 // The strides of a dense tensor of these sizes, (batch, channels, spatial) or without batch.
-Sizes strides_in(at::IntArrayRef sizes, Layout layout) {
+template <class Int>
+SizeVector<Int> strides_in(Sizes<Int> sizes, Layout layout) {
   const size_t dims = sizes.size();
-  Sizes strides(dims);
-  int64_t step = 1;
+  SizeVector<Int> strides(dims, 1);
+  Int step = 1;
   const auto take = [&](size_t i) {
     strides[i] = step;
     step *= sizes[i];
@@ -28,17 +28,20 @@ Sizes strides_in(at::IntArrayRef sizes, Layout layout) {
   return strides;
 }
 
+template <class Int = int64_t>
 bool lies_in(const Tensor& tensor, Layout layout) {
   if (layout == Layout::channels_first) return tensor.is_contiguous();
-  const Sizes strides = strides_in(tensor.sizes(), layout);
-  for (int64_t i = 0; i < tensor.dim(); ++i)
-    if (tensor.size(i) != 1 && tensor.stride(i) != strides[static_cast<size_t>(i)]) return false;
+  const auto sizes = sizes_as<Int>(tensor), actual = strides_as<Int>(tensor);
+  const SizeVector<Int> strides = strides_in<Int>(sizes, layout);
+  for (size_t i = 0; i < sizes.size(); ++i)
+    if (differ(sizes[i], 1) && differ(actual[i], strides[i])) return false;
   return true;
 }
 
-Tensor empty_in(at::IntArrayRef sizes, Layout layout, at::ScalarType type, at::Device device) {
-  if (layout == Layout::channels_first) return empty_output(sizes, type, device);
-  return empty_output_strided(sizes, strides_in(sizes, layout), type, device);
+template <class Int = int64_t>
+Tensor empty_in(std::type_identity_t<Sizes<Int>> sizes, Layout layout, at::ScalarType type, at::Device device) {
+  if (layout == Layout::channels_first) return new_tensor<Int>(sizes, type, device);
+  return new_tensor_strided<Int>(sizes, strides_in<Int>(sizes, layout), type, device);
 }
 
 Tensor in_layout(const Tensor& tensor, Layout layout) {
@@ -48,8 +51,8 @@ Tensor in_layout(const Tensor& tensor, Layout layout) {
   return copy;
 }
 
-Sizes sizes_of(const PoolPlan& plan, const int64_t (&spatial)[3]) {
-  Sizes sizes;
+SizeVector<int64_t> sizes_of(const PoolPlan& plan, const int64_t (&spatial)[3]) {
+  SizeVector<int64_t> sizes;
   if (plan.batched) sizes.push_back(plan.geometry.batch);
   sizes.push_back(plan.geometry.channels);
   sizes.append(spatial + 3 - plan.dims, spatial + 3);
@@ -62,12 +65,64 @@ bool is_empty(const PoolPlan& plan, const int64_t (&spatial)[3]) {
 
 // ---- geometry
 
-// PyTorch's pooling_output_shape.
-int64_t output_size(int64_t in, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
-  const int64_t room = in + 2 * padding - dilation * (kernel - 1) - 1 + (ceil_mode ? stride - 1 : 0);
-  int64_t out = (room >= 0 ? room / stride : -((-room + stride - 1) / stride)) + 1;
-  if (ceil_mode && (out - 1) * stride >= in + padding) --out;  // the last window has to start inside
-  return out;
+// PyTorch's pooling_output_shape, or 0 where no window fits.
+template <class Int>
+Int output_size(const Int& in, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
+  const Int room = in + 2 * padding - dilation * (kernel - 1) - 1 + (ceil_mode ? stride - 1 : 0);
+  if (less(room, 0)) return 0;
+  const Int out = room / stride + 1;
+  // The last window has to start inside.
+  return ceil_mode && less(in + padding - 1, (out - 1) * stride) ? out - 1 : out;
+}
+
+// The output's sizes for an input (batch, channels, *spatial), or without batch; `sizes` of an adaptive pool: those
+// wanted, else empty. Returns "", or what does not fit.
+template <class Int>
+std::string infer_pool(Sizes<Int> input, const PoolParams& params, Sizes<Int> sizes, SizeVector<Int>& output) {
+  const auto dims = static_cast<size_t>(params.dims);
+  if (input.size() != dims + 2 && input.size() != dims + 1)
+    return c10::str("input must have ", dims + 1, " or ", dims + 2, " dimensions, got shape ", input);
+  const size_t leading = input.size() - dims;
+  if (!params.adaptive && same(input[leading - 1], 0)) return c10::str("input must have channels, got shape ", input);
+  for (size_t axis = leading; axis < input.size(); ++axis)
+    if (same(input[axis], 0)) return c10::str("input's spatial sizes must not be 0, got shape ", input);
+  for (const Int& size : input.slice(0, leading)) output.push_back(size);
+  for (size_t axis = leading; axis < input.size(); ++axis) {
+    const Int& in = input[axis];
+    if (params.adaptive) {
+      const Int& size = sizes[axis - leading];
+      const bool as_input = same(size, PoolParams::kSameSize);
+      if (!as_input && less(size, 0)) return c10::str("output_size must not be negative, got ", size);
+      output.push_back(as_input ? in : size);
+      continue;
+    }
+    const size_t i = axis - leading + 3 - dims;
+    const int64_t kernel = params.kernel[i], stride = params.stride[i], padding = params.padding[i],
+                  dilation = params.dilation[i];
+    if (kernel <= 0) return c10::str("kernel_size must be positive, got ", kernel);
+    if (stride <= 0) return c10::str("stride must be positive, got ", stride);
+    if (dilation <= 0) return c10::str("dilation must be positive, got ", dilation);
+    if (padding < 0) return c10::str("padding must not be negative, got ", padding);
+    for (const auto& [value, name] :
+         {std::pair(kernel, "kernel_size"), {stride, "stride"}, {padding, "padding"}, {dilation, "dilation"}})
+      if (value > INT32_MAX) return c10::str(name, " must be below 2^31, got ", value);
+    if (padding > kernel / 2)
+      return c10::str("padding must be at most half of kernel_size, got ", padding, " with kernel_size ", kernel);
+    output.push_back(output_size(in, kernel, stride, padding, dilation, params.ceil_mode));
+    if (less(output.back(), 1) || (params.within_input && less(in, kernel)))
+      return c10::str("kernel_size ", kernel, " with dilation ", dilation, " is larger than the input of ", in,
+                      " with its padding of ", padding);
+  }
+  return {};
+}
+
+// The kind of indices that backward uses, by the elements of a window. The arrays are given by their ends.
+template <class Int>
+PoolIndices compact_indices(bool adaptive, int dims, const int64_t* kernel, const Int* in, const Int* out) {
+  Int box = 1;
+  for (int i = -dims; i < 0 && !less(256, box); ++i)
+    box = box * (adaptive ? adaptive_box(in[i], out[i]) : Int(kernel[i]));
+  return less(256, box) ? PoolIndices::plane : PoolIndices::window;
 }
 
 // Whether the windows over one element are so many that channels_last, where each compares its index with the element,
@@ -197,7 +252,7 @@ struct TorchAvgPool {
         include_pad(args.divisor.include_pad),
         divisor(args.divisor.override != 0 ? optional<int64_t>(args.divisor.override) : std::nullopt) {
     for (int i = 0; i < 3 && !g.adaptive; ++i)
-      ceil_mode |= output_size(g.in[i], g.kernel[i], g.stride[i], g.padding[i], 1, false) != g.out[i];
+      ceil_mode |= output_size<int64_t>(g.in[i], g.kernel[i], g.stride[i], g.padding[i], 1, false) != g.out[i];
   }
   Tensor raise(const Tensor& tensor) const { return dims == 1 ? tensor.unsqueeze(-2) : tensor; }
   Tensor lower(const Tensor& tensor) const { return dims == 1 ? tensor.squeeze(-2) : tensor; }
@@ -228,70 +283,41 @@ struct TorchAvgPool {
 }  // namespace
 
 Layout pool_layout(const Tensor& tensor, int dims) {
-  if (tensor.dim() != dims + 2 || tensor.is_contiguous()) return Layout::channels_first;
-  if (dims == 1) return lies_in(tensor, Layout::channels_last) ? Layout::channels_last : Layout::channels_first;
-  const bool first = tensor.suggest_memory_format() == at::MemoryFormat::Contiguous;
-  return first ? Layout::channels_first : Layout::channels_last;
+  if (tensor.dim() != dims + 2 || tensor.is_contiguous_or_false()) return Layout::channels_first;
+  const bool last = dims == 1 ? lies_in<c10::SymInt>(tensor, Layout::channels_last)
+                              : tensor.suggest_memory_format() != at::MemoryFormat::Contiguous;
+  return last ? Layout::channels_last : Layout::channels_first;
 }
 
 std::string plan_pool(at::IntArrayRef sizes, const PoolParams& params, PoolPlan& plan) {
-  const int dims = params.dims;
-  plan.dims = dims;
-  const auto rank = static_cast<int>(sizes.size());
-  plan.batched = rank == dims + 2;
-  if (!plan.batched && rank != dims + 1)
-    return c10::str("input must have ", dims + 1, " or ", dims + 2, " dimensions, got shape ", sizes);
+  const auto dims = static_cast<size_t>(params.dims);
+  SizeVector<int64_t> output;
+  std::string problem = infer_pool<int64_t>(sizes, params, {params.output + 3 - dims, dims}, output);
+  if (!problem.empty()) return problem;
+  plan.dims = params.dims;
+  plan.batched = sizes.size() == dims + 2;
   PoolGeometry& g = plan.geometry;
-  const auto spatial = sizes.slice(sizes.size() - static_cast<size_t>(dims));
-  const int64_t channels = sizes[plan.batched ? 1 : 0];
-  g = {plan.batched ? sizes[0] : 1, channels, {1, 1, 1}, {1, 1, 1}, {}, {}, {}, {}, params.adaptive};
-  if (g.channels == 0 && !params.adaptive) return c10::str("input must have channels, got shape ", sizes);
-  for (int i = 3 - dims; i < 3; ++i) {
-    g.in[i] = spatial[static_cast<size_t>(i - 3 + dims)];
-    if (g.in[i] == 0) return c10::str("input's spatial sizes must not be 0, got shape ", sizes);
-  }
-  if (params.adaptive) {
-    for (int i = 3 - dims; i < 3; ++i) {
-      g.out[i] = params.output[i] == PoolParams::kSameSize ? g.in[i] : params.output[i];
-      if (g.out[i] < 0) return c10::str("output_size must not be negative, got ", g.out[i]);
-    }
-    return {};
-  }
-  for (int i = 0; i < 3; ++i) {
-    g.kernel[i] = params.kernel[i];
-    g.stride[i] = params.stride[i];
-    g.padding[i] = params.padding[i];
-    g.dilation[i] = params.dilation[i];
-    if (g.kernel[i] <= 0) return c10::str("kernel_size must be positive, got ", g.kernel[i]);
-    if (g.stride[i] <= 0) return c10::str("stride must be positive, got ", g.stride[i]);
-    if (g.dilation[i] <= 0) return c10::str("dilation must be positive, got ", g.dilation[i]);
-    if (g.padding[i] < 0) return c10::str("padding must not be negative, got ", g.padding[i]);
-    for (const auto& [value, name] : {std::pair(g.kernel[i], "kernel_size"),
-                                      {g.stride[i], "stride"},
-                                      {g.padding[i], "padding"},
-                                      {g.dilation[i], "dilation"}})
-      if (value > INT32_MAX) return c10::str(name, " must be below 2^31, got ", value);
-    if (g.padding[i] > g.kernel[i] / 2)
-      return c10::str("padding must be at most half of kernel_size, got ", g.padding[i], " with kernel_size ",
-                      g.kernel[i]);
-    g.out[i] = output_size(g.in[i], g.kernel[i], g.stride[i], g.padding[i], g.dilation[i], params.ceil_mode);
-    if (g.out[i] < 1)
-      return c10::str("kernel_size ", g.kernel[i], " with dilation ", g.dilation[i], " is larger than the input of ",
-                      g.in[i], " with its padding of ", g.padding[i]);
-  }
+  const size_t leading = sizes.size() - dims;
+  g = {plan.batched ? sizes[0] : 1, sizes[leading - 1], {1, 1, 1}, {1, 1, 1}, {}, {}, {}, {}, params.adaptive};
+  std::copy(sizes.begin() + leading, sizes.end(), g.in + 3 - dims);
+  std::copy(output.begin() + leading, output.end(), g.out + 3 - dims);
+  if (params.adaptive) return {};
+  for (const auto& [from, to] : {std::pair(&params.kernel, &g.kernel),
+                                 {&params.stride, &g.stride},
+                                 {&params.padding, &g.padding},
+                                 {&params.dilation, &g.dilation}})
+    std::copy_n(*from, 3, *to);
   return {};
 }
 
 PoolIndices compact_indices(const PoolGeometry& g) {
-  int64_t box = 1;  // each factor is cut off: their product may not overflow
-  for (int i = 0; i < 3; ++i) box *= std::min<int64_t>(pool_box(g, i), 257);
-  return box <= 256 ? PoolIndices::window : PoolIndices::plane;
+  return compact_indices(g.adaptive, 3, g.kernel + 3, g.in + 3, g.out + 3);
 }
 
 MaxPoolOutput max_pool_forward(const Tensor& input, const PoolPlan& plan, PoolIndices kind) {
   check_input(input, "max_pool", "input");
   const Tensor x = in_layout(input, plan.layout);
-  const Sizes sizes = sizes_of(plan, plan.geometry.out);
+  const auto sizes = sizes_of(plan, plan.geometry.out);
   MaxPoolOutput out{empty_in(sizes, plan.layout, x.scalar_type(), x.device()), {}};
   if (kind != PoolIndices::none)
     out.indices = empty_in(sizes, plan.layout, kind == PoolIndices::plane ? at::kLong : at::kByte, x.device());
@@ -337,7 +363,7 @@ Tensor max_pool_positions(const Tensor& indices, const PoolPlan& plan) {
   for (int i = 3 - plan.dims; i < 3; ++i) {
     const Tensor outputs = at::arange(g.out[i], tap.options());
     const Tensor first = g.adaptive ? (outputs * g.in[i]).floor_divide(g.out[i]) : outputs * g.stride[i] - g.padding[i];
-    Sizes shape(static_cast<size_t>(plan.dims), 1);
+    SizeVector<int64_t> shape(static_cast<size_t>(plan.dims), 1);
     shape[static_cast<size_t>(i - 3 + plan.dims)] = g.out[i];
     position = position * g.in[i] + first.reshape(shape) + taps[i] * (g.adaptive ? 1 : g.dilation[i]);
   }
@@ -348,7 +374,7 @@ Tensor differentiable_max_pool_backward(const Tensor& grad_output, const Tensor&
   check_has_outputs(plan, "max");
   const PoolGeometry& geometry = plan.geometry;
   const std::array<int64_t, 2> rows = {geometry.batch * geometry.channels, -1};
-  const Sizes sizes = sizes_of(plan, geometry.in);
+  const auto sizes = sizes_of(plan, geometry.in);
   const Tensor zeros = at::zeros(sizes, grad_output.options());
   if (grad_output.numel() == 0) return zeros + grad_output.sum();  // what is differentiated needs a graph
   const Tensor positions = max_pool_positions(indices, plan).reshape(rows);
@@ -419,92 +445,147 @@ variable_list AvgPoolBackwardOp::gradients(const Args& args, at::TensorList, con
 
 // ---- the general door
 
-// output: the output's spatial sizes; kernel, stride, padding and dilation are empty for an adaptive pool. sizes: the
-// input's.
-PoolPlan make_pool_plan(at::IntArrayRef sizes, at::IntArrayRef output, at::IntArrayRef kernel, at::IntArrayRef stride,
-                        at::IntArrayRef padding, at::IntArrayRef dilation, Layout layout) {
-  const size_t dims = output.size();
+PoolParams pool_params(int dims, bool adaptive) {
+  return {dims, adaptive, false, false, {1, 1, 1}, {1, 1, 1}, {}, {1, 1, 1}, {1, 1, 1}};
+}
+
+// Of windows, or, where there are none, of an adaptive pool in `dims` dimensions.
+PoolParams make_params(size_t dims, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                       at::IntArrayRef dilation, bool ceil_mode, bool average) {
   const bool adaptive = kernel.empty();
+  if (!adaptive) dims = kernel.size();
   TORCH_CHECK(dims >= 1 && dims <= 3 &&
-                  (adaptive || (kernel.size() == dims && stride.size() == dims && padding.size() == dims &&
-                                dilation.size() == dims)),
-              "pool: output_size, kernel_size, stride, padding and dilation must have as many elements, 1 to 3, got ",
-              output, ", ", kernel, ", ", stride, ", ", padding, " and ", dilation);
-  PoolParams params{static_cast<int>(dims), adaptive, false, {1, 1, 1}, {1, 1, 1}, {}, {1, 1, 1}, {1, 1, 1}};
+                  (adaptive ||
+                   (stride.size() == dims && padding.size() == dims && (dilation.empty() || dilation.size() == dims))),
+              "pool: output_size or kernel_size, stride, padding and dilation must have as many elements, 1 to 3, got ",
+              kernel, ", ", stride, ", ", padding, " and ", dilation);
+  PoolParams params = pool_params(static_cast<int>(dims), adaptive);
+  if (adaptive) return params;
+  params.ceil_mode = ceil_mode;
+  params.within_input = average && dims == 3;
   const size_t first = 3 - dims;
-  if (!adaptive) {
-    std::copy(kernel.begin(), kernel.end(), params.kernel + first);
-    std::copy(stride.begin(), stride.end(), params.stride + first);
-    std::copy(padding.begin(), padding.end(), params.padding + first);
-    std::copy(dilation.begin(), dilation.end(), params.dilation + first);
+  std::copy(kernel.begin(), kernel.end(), params.kernel + first);
+  std::copy(stride.begin(), stride.end(), params.stride + first);
+  std::copy(padding.begin(), padding.end(), params.padding + first);
+  std::copy(dilation.begin(), dilation.end(), params.dilation + first);
+  return params;
+}
+
+// The plan for an input of these sizes. output: the output's spatial sizes, which only an adaptive pool needs.
+PoolPlan make_plan(at::IntArrayRef sizes, PoolParams params, at::IntArrayRef output, Layout layout) {
+  if (params.adaptive) {
+    TORCH_CHECK(output.size() == static_cast<size_t>(params.dims), "pool: output_size must have ", params.dims,
+                " elements, got ", output);
+    std::copy(output.begin(), output.end(), params.output + 3 - params.dims);
   }
-  std::copy(output.begin(), output.end(), params.output + first);
   PoolPlan plan;
-  std::string problem = plan_pool(sizes, params, plan);
-  const auto fits = [&] { return std::equal(output.begin(), output.end(), plan.geometry.out + first); };
-  if (!problem.empty() || !fits()) {
-    params.ceil_mode = true;
-    problem = plan_pool(sizes, params, plan);
-  }
+  const std::string problem = plan_pool(sizes, params, plan);
   TORCH_CHECK(problem.empty(), "pool: ", problem);
-  TORCH_CHECK(fits(), "pool: output_size ", output, " does not follow from input sizes ", sizes);
   plan.layout = plan.batched ? layout : Layout::channels_first;
   return plan;
 }
 
-at::IntArrayRef spatial_sizes(const Tensor& tensor, int64_t dims) {
-  TORCH_CHECK(tensor.dim() == dims + 1 || tensor.dim() == dims + 2, "pool: expected ", dims + 1, " or ", dims + 2,
-              " dimensions, got shape ", tensor.sizes());
-  return tensor.sizes().slice(static_cast<size_t>(tensor.dim() - dims));
+// The same for a gradient, or indices, whose sizes are the output's.
+PoolPlan plan_of_gradient(const Tensor& grad_output, at::IntArrayRef sizes, const PoolParams& params, bool last) {
+  const auto dims = static_cast<size_t>(params.dims);
+  const at::IntArrayRef output = grad_output.sizes();
+  TORCH_CHECK(output.size() > dims, "pool: expected ", dims + 1, " or ", dims + 2, " dimensions, got shape ", output);
+  return make_plan(sizes, params, output.slice(output.size() - dims),
+                   last ? Layout::channels_last : Layout::channels_first);
 }
 
-std::tuple<Tensor, Tensor> max_pool_forward_op(const Tensor& input, at::IntArrayRef output_size, at::IntArrayRef kernel,
+SizeVector<c10::SymInt> symbolic_sizes(const Tensor& input, const PoolParams& params, c10::SymIntArrayRef output_size) {
+  check_input(input, "pool", "input");
+  SizeVector<c10::SymInt> sizes;
+  const std::string problem = infer_pool<c10::SymInt>(input.sym_sizes(), params, output_size, sizes);
+  TORCH_CHECK(problem.empty(), "pool: ", problem);
+  return sizes;
+}
+
+Tensor symbolic_gradient(const Tensor& grad_output, c10::SymIntArrayRef input_size, int dims, bool last) {
+  check_input(grad_output, "pool", "grad_output");
+  last = last && input_size.size() == static_cast<size_t>(dims) + 2;
+  return empty_in<c10::SymInt>(input_size, last ? Layout::channels_last : Layout::channels_first,
+                               grad_output.scalar_type(), grad_output.device());
+}
+
+PoolIndices indices_kind(c10::string_view name, PoolIndices compact) {
+  TORCH_CHECK(name == "none" || name == "compact" || name == "plane",
+              "max_pool: indices must be 'none', 'compact' or 'plane', got '", name, "'");
+  return name == "none" ? PoolIndices::none : name == "compact" ? compact : PoolIndices::plane;
+}
+
+template <class Int>
+std::tuple<Tensor, Tensor> max_pool_forward_op(const Tensor& input, Sizes<Int> output_size, at::IntArrayRef kernel,
                                                at::IntArrayRef stride, at::IntArrayRef padding,
-                                               at::IntArrayRef dilation, c10::string_view indices) {
-  const PoolPlan plan = make_pool_plan(input.sizes(), output_size, kernel, stride, padding, dilation,
-                                       pool_layout(input, static_cast<int>(output_size.size())));
-  TORCH_CHECK(indices == "none" || indices == "compact" || indices == "plane",
-              "max_pool: indices must be 'none', 'compact' or 'plane', got '", indices, "'");
-  auto [y, positions] = max_pool_forward(input, plan,
-                                         indices == "none"    ? PoolIndices::none
-                                         : indices == "plane" ? PoolIndices::plane
-                                                              : compact_indices(plan.geometry));
-  return {y, or_empty(positions, at::kLong, y.device())};
+                                               at::IntArrayRef dilation, bool ceil_mode, c10::string_view indices) {
+  const PoolParams params = make_params(output_size.size(), kernel, stride, padding, dilation, ceil_mode, false);
+  MaxPoolOutput out;
+  if constexpr (is_symbolic<Int>) {
+    const auto sizes = symbolic_sizes(input, params, output_size);
+    const Layout layout = pool_layout(input, params.dims);
+    const PoolIndices kind = indices_kind(indices, compact_indices(params.adaptive, params.dims, params.kernel + 3,
+                                                                   input.sym_sizes().end(), sizes.end()));
+    out.y = empty_in<Int>(sizes, layout, input.scalar_type(), input.device());
+    if (kind != PoolIndices::none)
+      out.indices = empty_in<Int>(sizes, layout, kind == PoolIndices::plane ? at::kLong : at::kByte, input.device());
+  } else {
+    const PoolPlan plan = make_plan(input.sizes(), params, output_size, pool_layout(input, params.dims));
+    out = max_pool_forward(input, plan, indices_kind(indices, compact_indices(plan.geometry)));
+  }
+  return {out.y, out.indices.defined() ? out.indices : at::empty({0}, out.y.options().dtype(at::kLong))};
 }
 
-Tensor max_pool_backward_op(const Tensor& grad_output, const Tensor& indices, at::IntArrayRef input_size,
+template <class Int>
+Tensor max_pool_backward_op(const Tensor& grad_output, const Tensor& indices, Sizes<Int> input_size,
                             at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
-                            at::IntArrayRef dilation, int64_t dims, bool channels_last) {
-  return max_pool_backward(grad_output, indices,
-                           make_pool_plan(input_size, spatial_sizes(grad_output, dims), kernel, stride, padding,
-                                          dilation, channels_last ? Layout::channels_last : Layout::channels_first));
+                            at::IntArrayRef dilation, bool ceil_mode, int64_t dims, bool channels_last) {
+  const PoolParams params = make_params(static_cast<size_t>(dims), kernel, stride, padding, dilation, ceil_mode, false);
+  if constexpr (is_symbolic<Int>)
+    return symbolic_gradient(grad_output, input_size, params.dims, channels_last);
+  else
+    return max_pool_backward(grad_output, indices, plan_of_gradient(grad_output, input_size, params, channels_last));
 }
 
 Tensor max_pool_positions_op(const Tensor& indices, at::IntArrayRef input_size, at::IntArrayRef kernel,
-                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t dims) {
+                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode,
+                             int64_t dims) {
   TORCH_CHECK(indices.scalar_type() == at::kByte, "max_pool_positions: indices must be uint8, got ",
               indices.scalar_type());
-  return max_pool_positions(indices, make_pool_plan(input_size, spatial_sizes(indices, dims), kernel, stride, padding,
-                                                    dilation, Layout::channels_first));
+  const PoolParams params = make_params(static_cast<size_t>(dims), kernel, stride, padding, dilation, ceil_mode, false);
+  return max_pool_positions(indices, plan_of_gradient(indices, input_size, params, false));
 }
 
-Tensor avg_pool_forward_op(const Tensor& input, at::IntArrayRef output_size, at::IntArrayRef kernel,
-                           at::IntArrayRef stride, at::IntArrayRef padding, bool count_include_pad,
-                           int64_t divisor_override) {
-  const std::vector<int64_t> dilation(kernel.size(), 1);
-  const PoolPlan plan = make_pool_plan(input.sizes(), output_size, kernel, stride, padding, dilation,
-                                       pool_layout(input, static_cast<int>(output_size.size())));
-  return avg_pool_forward(input, plan, {count_include_pad, divisor_override});
+template <class Int>
+Tensor avg_pool_forward_op(const Tensor& input, Sizes<Int> output_size, at::IntArrayRef kernel, at::IntArrayRef stride,
+                           at::IntArrayRef padding, bool ceil_mode, bool count_include_pad, int64_t divisor_override) {
+  const PoolParams params = make_params(output_size.size(), kernel, stride, padding, {}, ceil_mode, true);
+  if constexpr (is_symbolic<Int>)
+    return empty_in<Int>(symbolic_sizes(input, params, output_size), pool_layout(input, params.dims),
+                         input.scalar_type(), input.device());
+  else
+    return avg_pool_forward(input, make_plan(input.sizes(), params, output_size, pool_layout(input, params.dims)),
+                            {count_include_pad, divisor_override});
 }
 
-Tensor avg_pool_backward_op(const Tensor& grad_output, at::IntArrayRef input_size, at::IntArrayRef kernel,
-                            at::IntArrayRef stride, at::IntArrayRef padding, bool count_include_pad,
+template <class Int>
+Tensor avg_pool_backward_op(const Tensor& grad_output, Sizes<Int> input_size, at::IntArrayRef kernel,
+                            at::IntArrayRef stride, at::IntArrayRef padding, bool ceil_mode, bool count_include_pad,
                             int64_t divisor_override, int64_t dims, bool channels_last) {
-  const std::vector<int64_t> dilation(kernel.size(), 1);
-  return avg_pool_backward(grad_output,
-                           make_pool_plan(input_size, spatial_sizes(grad_output, dims), kernel, stride, padding,
-                                          dilation, channels_last ? Layout::channels_last : Layout::channels_first),
-                           {count_include_pad, divisor_override});
+  const PoolParams params = make_params(static_cast<size_t>(dims), kernel, stride, padding, {}, ceil_mode, true);
+  if constexpr (is_symbolic<Int>)
+    return symbolic_gradient(grad_output, input_size, params.dims, channels_last);
+  else
+    return avg_pool_backward(grad_output, plan_of_gradient(grad_output, input_size, params, channels_last),
+                             {count_include_pad, divisor_override});
+}
+
+template <class Int>
+void implement_pool(torch::Library& m) {
+  m.impl("max_pool_forward", max_pool_forward_op<Int>);
+  m.impl("max_pool_backward", max_pool_backward_op<Int>);
+  m.impl("avg_pool_forward", avg_pool_forward_op<Int>);
+  m.impl("avg_pool_backward", avg_pool_backward_op<Int>);
 }
 
 // ---- the fast door
@@ -537,10 +618,6 @@ bool read_output_size(PyObject* object, PoolParams& params) {
       return false;
   }
   return true;
-}
-
-PoolParams pool_params(int dims, bool adaptive) {
-  return {dims, adaptive, false, {1, 1, 1}, {1, 1, 1}, {}, {1, 1, 1}, {1, 1, 1}};
 }
 
 // call(input, plan) if the call is plain and its geometry good. Autocast computes in float32 what is three-dimensional.
@@ -597,10 +674,8 @@ py::object avg_pool_fast(py::handle input, py::handle kernel, py::handle stride,
     return not_implemented();
   if (!divisor_override.is_none() && (!read_int(divisor_override.ptr(), divisor.override) || divisor.override == 0))
     return not_implemented();
+  params.within_input = dims == 3;
   return pool_fast(input, params, [&](const Tensor& x, const PoolPlan& plan) {
-    // PyTorch refuses windows larger than the input in three dimensions, padding or not.
-    for (int i = 0; i < 3 && dims == 3; ++i)
-      if (plan.geometry.kernel[i] > plan.geometry.in[i]) return not_implemented();
     return wrap(without_gil([&] { return op_name(plan, "avg"); }, [&] { return avg_pool(x, plan, divisor); }, x));
   });
 }
@@ -619,23 +694,27 @@ py::object adaptive_avg_pool_fast(py::handle input, py::handle output_size) {
   });
 }
 
-// What of these arguments does not fit, for the message of an error; "" where everything does. kernel None: adaptive.
-std::string pool_problem(const Tensor& input, int dims, py::handle kernel, py::handle stride, py::handle padding,
-                         py::handle dilation, py::handle output_size) {
-  PoolParams params = pool_params(dims, kernel.is_none());
-  const bool read = params.adaptive ? read_output_size(output_size.ptr(), params)
-                                    : read_windows(kernel, stride, padding, dilation, py::bool_(false), params);
-  PoolPlan plan;
-  return read ? plan_pool(input.sizes(), params, plan) : std::string();
+// What of these arguments does not fit, for the choice of the door and for the message of an error; "" where everything
+// does, None where they are for PyTorch to read.
+optional<std::string> pool_problem(const Tensor& input, int dims, py::handle kernel, py::handle stride,
+                                   py::handle padding, py::handle dilation, py::handle ceil_mode, bool average) {
+  PoolParams params = pool_params(dims, false);
+  if (!read_windows(kernel, stride, padding, dilation, ceil_mode, params)) return std::nullopt;
+  params.within_input = average && dims == 3;
+  SizeVector<c10::SymInt> output;
+  return infer_pool<c10::SymInt>(input.sym_sizes(), params, {}, output);
+}
+
+// The same of an adaptive pool.
+std::string adaptive_pool_problem(const Tensor& input, int dims, const std::vector<c10::SymInt>& output_size) {
+  SizeVector<c10::SymInt> output;
+  return infer_pool<c10::SymInt>(input.sym_sizes(), pool_params(dims, true), output_size, output);
 }
 
 }  // namespace
 
-void implement_pool(torch::Library& m) {
-  m.impl("max_pool_forward", max_pool_forward_op);
-  m.impl("max_pool_backward", max_pool_backward_op);
-  m.impl("avg_pool_forward", avg_pool_forward_op);
-  m.impl("avg_pool_backward", avg_pool_backward_op);
+void implement_pool(torch::Library& m, bool meta) {
+  meta ? implement_pool<c10::SymInt>(m) : implement_pool<int64_t>(m);
 }
 
 TORCH_LIBRARY_IMPL(fastops, CompositeImplicitAutograd, m) { m.impl("max_pool_positions", max_pool_positions_op); }
@@ -654,6 +733,9 @@ void bind_pool(py::module_& m) {
   fast_def<&adaptive_avg_pool_fast<2>>(m, "adaptive_avg_pool2d");
   fast_def<&adaptive_avg_pool_fast<3>>(m, "adaptive_avg_pool3d");
   m.def("pool_problem", &pool_problem);
+  m.def("adaptive_pool_problem", &adaptive_pool_problem);
+  m.def("pool_is_channels_last",
+        [](const Tensor& input, int dims) { return pool_layout(input, dims) == Layout::channels_last; });
 }
 
 }  // namespace fastops

@@ -13,7 +13,6 @@ from fastops._activations import KIND, valid
 from fastops.functional._activation import Activation, resolve_activation, torch_activate
 from fastops.functional._general import explain_kinds, explain_types, general, overrides, show, torch_op
 from fastops.ops import conv as _conv_ops
-from fastops.ops import supported
 
 __all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 
@@ -257,6 +256,7 @@ class _Numbers(NamedTuple):
 
 
 def _numbers(args: tuple[Any, ...]) -> _Numbers:
+    args = tuple(tuple(v) if isinstance(v, (tuple, list)) else v for v in args)  # a torch.Size, too
     if len(args) == 4:
         return _Numbers(*args, 0)
     stride, padding, output_padding, groups, dilation = args
@@ -283,14 +283,13 @@ def _general(ours: Callable[..., Tensor], args: tuple[Any, ...], activation: Act
         return handle_torch_function(ours, tensors, *args, activation=activation)
     if general(*tensors) and input is not None and weight is not None:
         x, w, v = _conv_ops.cast(input, weight, bias)
-        geometry = _geometry(_numbers(tuple(rest)), dims, transposed, w)
-        if geometry is not None and supported(x, on_gpu=True) and valid(kind, a, b):
+        numbers = _numbers(tuple(rest))
+        geometry = _geometry(numbers, dims, transposed, w)
+        good = geometry is not None and _conv_ops.supports(x, w, v, dims) and valid(kind, a, b)
+        if good and (_is_compiling() or _C.conv_problem(x, w, v, *numbers, dims, transposed) == ""):
             batched = x.dim() != dims + 1
-            if not batched:
-                x = x.unsqueeze(0)
-            if _conv_ops.supports(x, w, v, geometry):
-                y = _conv_ops.conv(x, w, v, geometry, kind, float(a), float(b))
-                return y if batched else y.squeeze(0)
+            y = _conv_ops.conv(x if batched else x.unsqueeze(0), w, v, geometry, kind, float(a), float(b))
+            return y if batched else y.squeeze(0)
 
     def explain(*args: Any) -> str:
         return _explain(dims, transposed, args)
@@ -306,17 +305,10 @@ def _sizes(value: Any, dims: int) -> tuple[int, ...] | None:
     return values if len(values) == dims and all(type(v) is int for v in values) else None
 
 
-def _check_range(name: str, values: tuple[int, ...]) -> None:
-    """Refuses what would overflow in the arithmetic of positions. PyTorch's parser refuses numbers from 2^63."""
-    if 2**31 <= max(values) < 2**63:
-        raise RuntimeError(f"conv: {name} must be below 2^31, got {values}")
-
-
 def _geometry(numbers: _Numbers, dims: int, transposed: bool, weight: Tensor) -> _conv_ops.Geometry | None:
     stride, dilation, extra = (_sizes(v, dims) for v in (numbers.stride, numbers.dilation, numbers.output_padding))
     if stride is None or dilation is None or extra is None or type(numbers.groups) is not int:
         return None
-    _check_range("dilation", dilation)
     if isinstance(numbers.padding, str):
         if transposed or numbers.padding not in ("same", "valid"):
             return None
@@ -331,7 +323,6 @@ def _geometry(numbers: _Numbers, dims: int, transposed: bool, weight: Tensor) ->
         before = _sizes(numbers.padding, dims)
         if before is None:
             return None
-        _check_range("padding", before)
         after = tuple(n - e for n, e in zip(before, extra, strict=True))
     return _conv_ops.Geometry(stride, before + after, dilation, transposed, numbers.groups)
 
@@ -353,4 +344,4 @@ def _explain(dims: int, transposed: bool, args: tuple[Any, ...]) -> str:
         elif _sizes(value, 1 if name == "groups" else dims) is None:
             wanted = "a number" if name == "groups" else f"a number or {dims}, one for each dimension"
             return f"{name} must be {wanted}, got {show(value)}"
-    return _C.conv_problem(*args[:3], *numbers, dims, transposed)
+    return _C.conv_problem(*args[:3], *numbers, dims, transposed) or ""

@@ -70,20 +70,7 @@ def _general_linear(input: Any, weight: Any, bias: Any, activation: Activation) 
 
 
 def _explain_linear(input: Any, weight: Any, bias: Any = None) -> str:
-    problem = explain_types(input, weight, bias)
+    problem = explain_types(input, weight, bias) or explain_kinds(input, weight, bias)
     if problem:
         return problem
-    if input.dim() == 0:
-        return "input must have shape (*, in_features), got a scalar"
-    features = input.shape[-1]
-    if weight.dim() not in (1, 2) or weight.shape[-1] != features:
-        return (
-            f"weight must have shape (out_features, in_features) with in_features = {features} "
-            f"(input's last dimension), got {tuple(weight.shape)}"
-        )
-    problem = explain_kinds(input, weight, bias)
-    if problem:
-        return problem
-    if bias is not None and bias.shape != weight.shape[:-1]:
-        return f"bias must have shape {tuple(weight.shape[:-1])} (weight's out_features), got {tuple(bias.shape)}"
-    return ""
+    return _C.linear_problem(input, weight, bias)

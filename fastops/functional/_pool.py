@@ -378,9 +378,9 @@ def _general_max(
     if not _is_compiling() and overrides(input):
         return handle_torch_function(ours, (input,), input, *args)
     if _takes(input) and type(return_indices) is bool:
-        windows = _windows(input, dims, kernel_size, stride, padding, dilation, ceil_mode)
+        windows = _windows(input, dims, kernel_size, stride, padding, dilation, ceil_mode, False)
         if windows is not None:
-            return _maxima(input, windows, return_indices)
+            return _maxima(input, dims, windows, return_indices)
     return torch_op(ours.__name__, _explain(dims, "dilation"), theirs, input, *args)
 
 
@@ -402,11 +402,8 @@ def _general_avg(
         return handle_torch_function(ours, (input,), input, *args)
     good = divisor_override is None or (type(divisor_override) is int and 0 < abs(divisor_override) < 2**63)
     if _takes(input) and type(count_include_pad) is bool and good:
-        windows = _windows(input, dims, kernel_size, stride, padding, 1, ceil_mode)
-        # PyTorch refuses windows larger than the input in three dimensions, padding or not.
-        if windows is not None and (
-            dims < 3 or all(k <= n for k, n in zip(windows.kernel, input.shape[-3:], strict=True))
-        ):
+        windows = _windows(input, dims, kernel_size, stride, padding, 1, ceil_mode, True)
+        if windows is not None:
             return _pool_ops.avg_pool(_cast(input, dims), windows, count_include_pad, divisor_override or 0)
     return torch_op(ours.__name__, _explain(dims, "ceil_mode"), theirs, input, *args)
 
@@ -416,19 +413,12 @@ def _general_adaptive(ours: Callable[..., Any], input: Any, output_size: Any, *r
     if not _is_compiling() and overrides(input):
         return handle_torch_function(ours, (input,), input, output_size, *return_indices)
     if _takes(input) and input.dim() in (dims + 1, dims + 2) and all(type(b) is bool for b in return_indices):
-        spatial = input.shape[input.dim() - dims :]
-        several = isinstance(output_size, (tuple, list))
-        # PyTorch's one-dimensional forms know no None.
-        if several and len(output_size) == dims > 1:
-            output_size = [n if o is None else o for o, n in zip(output_size, spatial, strict=True)]
-        # A symbolic size of the input's is no int, and good.
-        output = tuple(output_size) if several else (output_size,) * dims
-        if len(output) == dims and min(spatial) > 0 and all(isinstance(o, (int, torch.SymInt)) for o in output):
+        output = _output_sizes(input, dims, output_size)
+        if output is not None and (_is_compiling() or not _C.adaptive_pool_problem(input, dims, output)):
             windows = _pool_ops.Windows(output)
-            if min(output) >= 0 and not any(type(o) is bool or (type(o) is int and o >= 2**63) for o in output):
-                if return_indices:
-                    return _maxima(input, windows, return_indices[0])
-                return _pool_ops.avg_pool(_cast(input, dims), windows, False, 0)
+            if return_indices:
+                return _maxima(input, dims, windows, return_indices[0])
+            return _pool_ops.avg_pool(_cast(input, dims), windows, False, 0)
     return torch_op(ours.__name__, _explain_adaptive(dims), theirs, input, output_size, *return_indices)
 
 
@@ -442,22 +432,38 @@ def _cast(input: Tensor, dims: int) -> Tensor:
     return input.float() if dims == 3 and low and torch.is_autocast_enabled("cpu") else input
 
 
-def _maxima(input: Tensor, windows: _pool_ops.Windows, return_indices: bool) -> Any:
-    output, indices = _pool_ops.max_pool(_cast(input, len(windows.output)), windows, return_indices)
+def _maxima(input: Tensor, dims: int, windows: _pool_ops.Windows, return_indices: bool) -> Any:
+    output, indices = _pool_ops.max_pool(_cast(input, dims), windows, return_indices)
     return (output, indices) if return_indices else output
 
 
 def _windows(
-    input: Tensor, dims: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: Any
+    input: Tensor, dims: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: Any, average: bool
 ) -> _pool_ops.Windows | None:
-    if input.dim() not in (dims + 1, dims + 2) or input.shape[-dims - 1] == 0 or type(ceil_mode) is not bool:
+    """The windows over this input; None where they are for PyTorch to read or to refuse."""
+    if input.dim() not in (dims + 1, dims + 2) or type(ceil_mode) is not bool:
         return None
     if stride is None or (isinstance(stride, (tuple, list)) and len(stride) == 0):
         stride = kernel_size
     numbers = [_sizes(value, dims) for value in (kernel_size, stride, padding, dilation)]
     if any(n is None for n in numbers):
         return None
-    return _pool_ops.windows(input.shape[-dims:], *numbers, ceil_mode)
+    if not _is_compiling() and _C.pool_problem(input, dims, *numbers, ceil_mode, average) != "":
+        return None
+    return _pool_ops.Windows((), *numbers, ceil_mode)
+
+
+def _output_sizes(input: Tensor, dims: int, output_size: Any) -> tuple[int | torch.SymInt, ...] | None:
+    """An adaptive pool's; None where it is not for fastops to say what was meant."""
+    several = isinstance(output_size, (tuple, list))
+    # PyTorch's one-dimensional forms know no None.
+    if several and len(output_size) == dims > 1:
+        spatial = input.shape[input.dim() - dims :]
+        output_size = [n if o is None else o for o, n in zip(output_size, spatial, strict=True)]
+    output = tuple(output_size) if several else (output_size,) * dims
+    # A symbolic size of the input's is no int, and good.
+    good = all(type(o) is torch.SymInt or (type(o) is int and abs(o) < 2**63) for o in output)
+    return output if good and len(output) == dims else None
 
 
 def _explain(dims: int, fourth: str) -> Callable[..., str]:
@@ -471,14 +477,15 @@ def _explain(dims: int, fourth: str) -> Callable[..., str]:
         values = {"kernel_size": kernel_size, "padding": padding}
         if stride is not None:
             values["stride"] = stride
-        dilation = after_padding if fourth == "dilation" else 1
+        average = fourth != "dilation"
+        dilation, ceil_mode = (1, after_padding) if average else (after_padding, rest[0] if rest else False)
         for name, value in {**values, "dilation": dilation}.items():
             if _sizes(value, dims) is None:
                 return f"{name} must be a number or {dims}, one for each dimension, got {show(value)}"
-        divisor = rest[1] if fourth != "dilation" and len(rest) > 1 else None
+        divisor = rest[1] if average and len(rest) > 1 else None
         if divisor is not None and (type(divisor) is not int or divisor == 0):
             return f"divisor_override must be a number other than 0, or None, got {show(divisor)}"
-        return _C.pool_problem(input, dims, kernel_size, stride, padding, dilation, None)
+        return _C.pool_problem(input, dims, kernel_size, stride, padding, dilation, ceil_mode, average) or ""
 
     return explain
 
@@ -487,8 +494,9 @@ def _explain_adaptive(dims: int) -> Callable[..., str]:
     def explain(input: Any, output_size: Any, *_: Any) -> str:
         if not isinstance(input, Tensor):
             return f"input must be a Tensor, got {show(input)}"
-        return _C.pool_problem(input, dims, None, None, None, None, output_size) or (
-            f"output_size must be a number or {dims}, each a number or None, got {show(output_size)}"
-        )
+        output = _output_sizes(input, dims, output_size) if input.dim() > dims else ()
+        if output is None:
+            return f"output_size must be a number or {dims}, each a number or None, got {show(output_size)}"
+        return _C.adaptive_pool_problem(input, dims, output)
 
     return explain

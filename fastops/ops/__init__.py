@@ -2,9 +2,9 @@
 
 torch.compile, torch.export inside fastops.export_kernels(), FakeTensor and other dispatch modes, torch.func and
 forward-mode differentiation come this way; plain eager tensors take the fast door, fastops._C, which runs the same C++
-functions (see fastops/functional/, the only place that chooses). For every op a file here holds
+functions (see fastops/functional/, the only place that chooses). Shapes and strides of what an op returns are known to
+its Meta kernel in csrc/torch, which fake tensors run. For every op a file here holds
 
-- its fake kernel,
 - its gradient, registered on the op itself, so that a compiled or exported graph can be differentiated,
 - its formula in PyTorch's own ops, for exported programs (fastops.decompositions),
 - a torch.autograd.Function around the op with the same gradient plus `jvp` and `vmap`, which torch.func needs and
@@ -122,17 +122,15 @@ def to_front(tensor: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
 def register(
     op: str,
     function: type[torch.autograd.Function],
-    fake: Callable[..., Any],
     flops: Callable[..., int] | None = None,
     decomposition: Callable[..., Any] | None = None,
 ) -> None:
-    """Registers the fake kernel, and the Function's gradient on the op itself: the same arguments and results.
+    """Registers the Function's gradient on the op itself: the same arguments and results.
 
     flops: see register_flops. As in PyTorch, products and convolutions count and nothing else does.
     decomposition: a forward op in PyTorch's own ops, with every result, also those that only backward reads.
     """
     name = f"fastops::{op}"
-    torch.library.register_fake(name, fake)
     torch.library.register_autograd(name, function.backward, setup_context=function.setup_context)
     packet = getattr(torch.ops.fastops, op)
     if flops is not None:

@@ -362,40 +362,6 @@ class _GluBackward(torch.autograd.Function):
         return _glu_backward(grad_output, input, dim if dim < 0 else dim + 1), 0
 
 
-def _forward_fake(input, kind, a, b, need_mask):
-    masked = need_mask and ACTIVATIONS[kind].saves == "mask"
-    return torch.empty_like(input), input.new_empty((input.numel() + 7) // 8 if masked else 0, dtype=torch.uint8)
-
-
-def _backward_fake(grad_output, saved, kind, a, b, saved_kind):
-    return torch.empty_like(grad_output)
-
-
-def _prelu_forward_fake(input, weight):
-    return torch.empty_like(input)
-
-
-def _prelu_backward_fake(grad_output, input, weight, output_mask):
-    return (
-        torch.empty_like(input) if output_mask[0] else input.new_empty(0),
-        weight.new_empty(weight.shape if output_mask[1] else (0,)),
-    )
-
-
-def _glu_shape(input, dim):
-    shape = list(input.shape)
-    shape[dim] //= 2
-    return shape
-
-
-def _glu_forward_fake(input, dim):
-    return input.new_empty(_glu_shape(input, dim))
-
-
-def _glu_backward_fake(grad_output, input, dim):
-    return input.new_empty(input.shape)
-
-
 # Where the derivative takes the value of the piece inside, for the kinds that save a bit of that.
 _INSIDE: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "relu": lambda x, a, b: ~(x <= 0),
@@ -431,9 +397,9 @@ _prelu_backward = through(_PreluBackward, _ops.prelu_backward)
 _glu_forward = through(_Glu, _ops.glu_forward)
 _glu_backward = through(_GluBackward, _ops.glu_backward)
 
-register("activation_forward", _Activation, _forward_fake, decomposition=_decomposed)
-register("activation_backward", _ActivationBackward, _backward_fake)
-register("prelu_forward", _Prelu, _prelu_forward_fake, decomposition=F.prelu)
-register("prelu_backward", _PreluBackward, _prelu_backward_fake)
-register("glu_forward", _Glu, _glu_forward_fake, decomposition=F.glu)
-register("glu_backward", _GluBackward, _glu_backward_fake)
+register("activation_forward", _Activation, decomposition=_decomposed)
+register("activation_backward", _ActivationBackward)
+register("prelu_forward", _Prelu, decomposition=F.prelu)
+register("prelu_backward", _PreluBackward)
+register("glu_forward", _Glu, decomposition=F.glu)
+register("glu_backward", _GluBackward)

@@ -13,52 +13,29 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
+from fastops import _C
 from fastops.ops import forward_mode, needs_function, records, register, through, to_front
 
 _ops = torch.ops.fastops
 
 
 class Windows(NamedTuple):
-    """What a pool is besides its input; all but `output` are empty for an adaptive one."""
+    """What a pool is besides its input: the output's spatial sizes of an adaptive one, or its windows."""
 
-    output: tuple[int, ...]  # the output's spatial sizes
+    output: tuple[int, ...] = ()
     kernel: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
-
-
-def windows(
-    sizes: Sequence[int],
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    ceil_mode: bool,
-) -> Windows | None:
-    """The windows over an input of these spatial sizes; None where PyTorch refuses them."""
-    output = []
-    for size, k, s, p, d in zip(sizes, kernel, stride, padding, dilation, strict=True):
-        if max(k, s, p, d) >= 2**31:  # PyTorch keeps them in 32 bits
-            return None
-        if size < 1 or k < 1 or s < 1 or d < 1 or p < 0 or p > k // 2:
-            return None
-        out = (size + 2 * p - d * (k - 1) - 1 + (s - 1 if ceil_mode else 0)) // s + 1
-        if ceil_mode and (out - 1) * s >= size + p:  # the last window has to start inside
-            out -= 1
-        if out < 1:
-            return None
-        output.append(out)
-    return Windows(tuple(output), kernel, stride, padding, dilation)
+    ceil_mode: bool = False
 
 
 def max_pool(input: Tensor, windows: Windows, return_indices: bool) -> tuple[Tensor, Tensor]:
     """(maxima, their int64 positions in the input's planes; those are an empty tensor where nobody asks for them).
 
-    Shapes: (batch, channels, *spatial) or without batch -> the same with windows.output. The caller has checked
-    `supported` and the windows.
+    Shapes: (batch, channels, *spatial) or without batch -> the same with the output's sizes. The caller has checked
+    `supported`.
     """
     kind = "compact" if records(input) else "none"
     if return_indices or needs_function():
@@ -68,7 +45,7 @@ def max_pool(input: Tensor, windows: Windows, return_indices: bool) -> tuple[Ten
 
 def avg_pool(input: Tensor, windows: Windows, count_include_pad: bool, divisor_override: int) -> Tensor:
     """Averages; shapes as in max_pool. divisor_override 0: none."""
-    return _avg_forward(input, *windows[:4], count_include_pad, divisor_override)
+    return _avg_forward(input, *windows[:4], windows.ceil_mode, count_include_pad, divisor_override)
 
 
 def _at_positions(tensor: Tensor, indices: Tensor, *geometry: Any) -> Tensor:
@@ -100,7 +77,7 @@ def _split(result: Tensor, like: Tensor) -> Tensor:
 
 
 class _MaxPool(torch.autograd.Function):
-    """(input, output_size, kernel, stride, padding, dilation, indices) -> (output, indices)."""
+    """(input, output_size, kernel, stride, padding, dilation, ceil_mode, indices) -> (output, indices)."""
 
     @staticmethod
     def forward(*args):
@@ -114,14 +91,14 @@ class _MaxPool(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(indices)
         ctx.save_for_forward(indices)
-        dims = len(output_size)
-        ctx.args = input.shape, *geometry, dims, _is_last(input, dims)
+        dims = len(output_size) or len(geometry[0])
+        ctx.args = input.shape, *geometry, dims, _C.pool_is_channels_last(input, dims)
 
     @staticmethod
     def backward(ctx, grad_output, _):
         if grad_output is None:
-            return (None,) * 7
-        return _max_backward(grad_output, *ctx.saved_tensors, *ctx.args), *(None,) * 6
+            return (None,) * 8
+        return _max_backward(grad_output, *ctx.saved_tensors, *ctx.args), *(None,) * 7
 
     @staticmethod
     @forward_mode
@@ -129,14 +106,15 @@ class _MaxPool(torch.autograd.Function):
         return _at_positions(input_t, *saved, *ctx.args), None
 
     @staticmethod
-    def vmap(info, in_dims, input, output_size, *rest):
-        input = input.movedim(in_dims[0], 0)
-        results = _run_batched(lambda x: _max_forward(x, output_size, *rest), [input], len(output_size))
-        return results, (0, 0)
+    def vmap(info, in_dims, input, output_size, kernel, *rest):
+        input, dims = input.movedim(in_dims[0], 0), len(output_size) or len(kernel)
+        return _run_batched(lambda x: _max_forward(x, output_size, kernel, *rest), [input], dims), (0, 0)
 
 
 class _MaxPoolBackward(torch.autograd.Function):
-    """(grad_output, indices, input_size, kernel, stride, padding, dilation, dims, channels_last) -> grad_input."""
+    """(grad_output, indices, input_size, kernel, stride, padding, dilation, ceil_mode, dims, channels_last) ->
+    grad_input.
+    """
 
     @staticmethod
     def forward(*args):
@@ -150,7 +128,7 @@ class _MaxPoolBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, cotangent):
-        return _at_positions(cotangent, *ctx.saved_tensors, *ctx.args), *(None,) * 8
+        return _at_positions(cotangent, *ctx.saved_tensors, *ctx.args), *(None,) * 9
 
     @staticmethod
     @forward_mode
@@ -166,7 +144,7 @@ class _MaxPoolBackward(torch.autograd.Function):
 
 
 class _AvgPool(torch.autograd.Function):
-    """(input, output_size, kernel, stride, padding, count_include_pad, divisor_override) -> output."""
+    """(input, output_size, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override) -> output."""
 
     @staticmethod
     def forward(*args):
@@ -175,13 +153,13 @@ class _AvgPool(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, *ctx.args = inputs
-        dims = len(ctx.args[0])
-        ctx.input = input.shape, dims, _is_last(input, dims)
+        dims = len(ctx.args[0]) or len(ctx.args[1])
+        ctx.input = input.shape, dims, _C.pool_is_channels_last(input, dims)
 
     @staticmethod
     def backward(ctx, grad_output):
         size, *layout = ctx.input
-        return _avg_backward(grad_output, size, *ctx.args[1:], *layout), *(None,) * 6
+        return _avg_backward(grad_output, size, *ctx.args[1:], *layout), *(None,) * 7
 
     @staticmethod
     @forward_mode
@@ -189,14 +167,14 @@ class _AvgPool(torch.autograd.Function):
         return _avg_forward(input_t, *ctx.args)
 
     @staticmethod
-    def vmap(info, in_dims, input, output_size, *rest):
-        input = input.movedim(in_dims[0], 0)
-        return _run_batched(lambda x: _avg_forward(x, output_size, *rest), [input], len(output_size)), 0
+    def vmap(info, in_dims, input, output_size, kernel, *rest):
+        input, dims = input.movedim(in_dims[0], 0), len(output_size) or len(kernel)
+        return _run_batched(lambda x: _avg_forward(x, output_size, kernel, *rest), [input], dims), 0
 
 
 class _AvgPoolBackward(torch.autograd.Function):
-    """(grad_output, input_size, kernel, stride, padding, count_include_pad, divisor_override, dims, channels_last) ->
-    grad_input.
+    """(grad_output, input_size, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override, dims,
+    channels_last) -> grad_input.
     """
 
     @staticmethod
@@ -212,7 +190,7 @@ class _AvgPoolBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, cotangent):
         _, *rest, _, _ = ctx.args
-        return _avg_forward(cotangent, ctx.output_size, *rest), *(None,) * 8
+        return _avg_forward(cotangent, ctx.output_size, *rest), *(None,) * 9
 
     @staticmethod
     @forward_mode
@@ -234,95 +212,29 @@ def _batched_sizes(sizes: Sequence[int], batch: int, dims: int) -> list[int]:
     return [batch * sizes[0], *sizes[1:]]
 
 
-def _is_last(tensor: Tensor, dims: int) -> bool:
-    """csrc/torch/pool.cpp's pool_layout."""
-    if tensor.dim() != dims + 2 or tensor.is_contiguous():
-        return False
-    if dims > 1:
-        return suggest_memory_format(tensor) is not torch.contiguous_format
-    _, channels, length = tensor.shape
-    wanted = length * channels, 1, channels
-    return all(n == 1 or step == w for n, step, w in zip(tensor.shape, tensor.stride(), wanted, strict=True))
-
-
-def _empty(tensor: Tensor, sizes: Sequence[int], last: bool, dtype: torch.dtype | None = None) -> Tensor:
-    if not last or len(sizes) < 3:
-        return tensor.new_empty(sizes, dtype=dtype)
-    batch, channels, *spatial = sizes
-    return tensor.new_empty([batch, *spatial, channels], dtype=dtype).movedim(-1, 1)
-
-
-def _box(input: Sequence[int], output: Sequence[int], kernel: Sequence[int]) -> int:
-    """The elements of a window; of adaptive ones, of the largest that may occur."""
-    product = 1
-    for i, o in zip(input, output, strict=True):
-        product *= 0 if o == 0 else i // o + (0 if i % o == 0 else 2)
-    if kernel:
-        product = 1
-        for k in kernel:
-            product *= k
-    return product
-
-
-def _max_forward_fake(input, output_size, kernel, stride, padding, dilation, indices):
-    dims = len(output_size)
-    sizes = [*input.shape[: input.dim() - dims], *output_size]
-    last = _is_last(input, dims)
-    output = _empty(input, sizes, last)
-    if indices == "none":
-        return output, input.new_empty(0, dtype=torch.int64)
-    compact = indices == "compact" and _box(input.shape[input.dim() - dims :], output_size, kernel) <= 256
-    return output, _empty(input, sizes, last, torch.uint8 if compact else torch.int64)
-
-
-def _max_backward_fake(grad_output, indices, input_size, kernel, stride, padding, dilation, dims, channels_last):
-    return _empty(grad_output, input_size, channels_last and len(input_size) == dims + 2)
-
-
-def _avg_forward_fake(input, output_size, kernel, stride, padding, count_include_pad, divisor_override):
-    dims = len(output_size)
-    return _empty(input, [*input.shape[: input.dim() - dims], *output_size], _is_last(input, dims))
-
-
-def _avg_backward_fake(
-    grad_output, input_size, kernel, stride, padding, count_include_pad, divisor_override, dims, channels_last
-):
-    return _empty(grad_output, input_size, channels_last and len(input_size) == dims + 2)
-
-
-def _rounds_up(input: Tensor, output_size: Sequence[int], *windows: Sequence[int]) -> bool:
-    """Whether windows (kernel, stride, padding and dilation a dimension) end in one that is not whole: ceil_mode."""
-    sizes = input.shape[input.dim() - len(output_size) :]
-    return any(
-        (size + 2 * p - d * (k - 1) - 1) // s + 1 != out
-        for size, out, k, s, p, d in zip(sizes, output_size, *windows, strict=True)
-    )
-
-
 def _max_decomposed(
     input: Tensor, output_size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], indices: str,
+    dilation: Sequence[int], ceil_mode: bool, indices: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    kind = f"max_pool{len(output_size)}d"
     if kernel:
-        ceil_mode = _rounds_up(input, output_size, kernel, stride, padding, dilation)
-        y, positions = getattr(F, kind)(input, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
+        function = getattr(F, f"max_pool{len(kernel)}d")
+        y, positions = function(input, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
     else:
-        y, positions = getattr(F, f"adaptive_{kind}")(input, output_size, return_indices=True)
+        function = getattr(F, f"adaptive_max_pool{len(output_size)}d")
+        y, positions = function(input, output_size, return_indices=True)
     # The backward op takes positions in the plane for compact indices, too.
     return y, input.new_empty(0, dtype=torch.int64) if indices == "none" else positions
 
 
 def _avg_decomposed(
     input: Tensor, output_size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    count_include_pad: bool, divisor_override: int,
+    ceil_mode: bool, count_include_pad: bool, divisor_override: int,
 ) -> Tensor:  # fmt: skip
-    kind = f"avg_pool{len(output_size)}d"
     if not kernel:
-        return getattr(F, f"adaptive_{kind}")(input, output_size)
-    ceil_mode = _rounds_up(input, output_size, kernel, stride, padding, [1] * len(kernel))
+        return getattr(F, f"adaptive_avg_pool{len(output_size)}d")(input, output_size)
     divisor = [divisor_override or None] if len(kernel) > 1 else []  # of one dimension there is none
-    return getattr(F, kind)(input, kernel, stride, padding, ceil_mode, count_include_pad, *divisor)
+    function = getattr(F, f"avg_pool{len(kernel)}d")
+    return function(input, kernel, stride, padding, ceil_mode, count_include_pad, *divisor)
 
 
 _max_forward = through(_MaxPool, _ops.max_pool_forward)
@@ -330,7 +242,7 @@ _max_backward = through(_MaxPoolBackward, _ops.max_pool_backward)
 _avg_forward = through(_AvgPool, _ops.avg_pool_forward)
 _avg_backward = through(_AvgPoolBackward, _ops.avg_pool_backward)
 
-register("max_pool_forward", _MaxPool, _max_forward_fake, decomposition=_max_decomposed)
-register("max_pool_backward", _MaxPoolBackward, _max_backward_fake)
-register("avg_pool_forward", _AvgPool, _avg_forward_fake, decomposition=_avg_decomposed)
-register("avg_pool_backward", _AvgPoolBackward, _avg_backward_fake)
+register("max_pool_forward", _MaxPool, decomposition=_max_decomposed)
+register("max_pool_backward", _MaxPoolBackward)
+register("avg_pool_forward", _AvgPool, decomposition=_avg_decomposed)
+register("avg_pool_backward", _AvgPoolBackward)

@@ -24,9 +24,12 @@ struct PoolGeometry {
 };
 
 // The length of a window along axis i; for adaptive windows, an upper bound of their lengths.
+template <class Int>
+Int adaptive_box(const Int& in, const Int& out) {
+  return out == 0 ? Int(0) : in / out + (in % out == 0 ? 0 : 2);
+}
 inline int64_t pool_box(const PoolGeometry& g, int i) {
-  if (!g.adaptive) return g.kernel[i];
-  return g.out[i] == 0 ? 0 : g.in[i] / g.out[i] + (g.in[i] % g.out[i] == 0 ? 0 : 2);
+  return g.adaptive ? adaptive_box(g.in[i], g.out[i]) : g.kernel[i];
 }
 
 // The form in which a max pool returns the positions of its maxima.

@@ -1,0 +1,68 @@
+// What the rules of an op's shapes are written over: sizes that are numbers (int64_t, for the kernels and the fast
+// door) or symbols (c10::SymInt, for the Meta kernels, which torch.compile, torch.export and fake tensors run).
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/core/SymBool.h>
+#include <c10/core/SymInt.h>
+
+#include "check.h"
+#include "memory.h"
+
+namespace fastops {
+
+template <class Int>
+constexpr bool is_symbolic = std::is_same_v<Int, c10::SymInt>;
+template <class Int>
+using Sizes = c10::ArrayRef<Int>;
+template <class Int>
+using SizeVector = c10::SmallVector<Int, 5>;
+
+// The tensor's sizes, as numbers or as symbols.
+template <class Int>
+Sizes<Int> sizes_as(const at::Tensor& tensor) {
+  if constexpr (is_symbolic<Int>)
+    return tensor.sym_sizes();
+  else
+    return tensor.sizes();
+}
+
+template <class Int>
+Sizes<Int> strides_as(const at::Tensor& tensor) {
+  if constexpr (is_symbolic<Int>)
+    return tensor.sym_strides();
+  else
+    return tensor.strides();
+}
+
+// a < b, a == b and a != b. Of symbols without a value (unbacked ones) only what holds for all values does: no rule
+// refuses what may be good.
+inline bool less(int64_t a, int64_t b) { return a < b; }
+inline bool less(const c10::SymInt& a, const c10::SymInt& b) { return TORCH_GUARD_OR_FALSE(a.sym_lt(b)); }
+inline bool same(int64_t a, int64_t b) { return a == b; }
+inline bool same(const c10::SymInt& a, const c10::SymInt& b) { return TORCH_GUARD_OR_FALSE(a.sym_eq(b)); }
+inline bool differ(int64_t a, int64_t b) { return a != b; }
+inline bool differ(const c10::SymInt& a, const c10::SymInt& b) { return TORCH_GUARD_OR_FALSE(a.sym_ne(b)); }
+template <class Int>
+bool sizes_differ(Sizes<Int> a, Sizes<Int> b) {
+  return a.size() != b.size() ||
+         !std::equal(a.begin(), a.end(), b.begin(), [](const Int& x, const Int& y) { return !differ(x, y); });
+}
+
+// Uninitialised tensors: memory of ours for numbers, none for symbols.
+template <class Int>
+at::Tensor new_tensor(Sizes<Int> sizes, at::ScalarType type, at::Device device) {
+  if constexpr (is_symbolic<Int>)
+    return at::empty_symint(sizes, at::TensorOptions().dtype(type).device(device));
+  else
+    return empty_output(sizes, type, device);
+}
+template <class Int>
+at::Tensor new_tensor_strided(Sizes<Int> sizes, Sizes<Int> strides, at::ScalarType type, at::Device device) {
+  if constexpr (is_symbolic<Int>)
+    return at::empty_strided_symint(sizes, strides, at::TensorOptions().dtype(type).device(device));
+  else
+    return empty_output_strided(sizes, strides, type, device);
+}
+
+}  // namespace fastops
