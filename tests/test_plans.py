@@ -1,4 +1,4 @@
-"""The plans that the fast door keeps (csrc/torch/call.h): a repeated call decides nothing, a changed one decides anew."""
+"""The plans that the fast door keeps (csrc/torch/call.h): a repeated call decides nothing, a changed one does."""
 
 import threading
 

@@ -57,10 +57,8 @@ int main() {
                               .stride = {1, 1, 1},
                               .padding = {0, 1, 1},
                               .dilation = {1, 1, 1}};
-  ConvForward call{.dtype = DType::f32,
-                   .layout = Layout::channels_first,
-                   .w_layout = Layout::channels_first,
-                   .geometry = geometry};
+  ConvForward call{
+      .dtype = DType::f32, .layout = Layout::channels_first, .w_layout = Layout::channels_first, .geometry = geometry};
   std::vector<float> image(8 * 16 * 20, 0.5f), filters(16 * 8 * 9, 0.25f), output(16 * 16 * 20);
   call.packed_w = true;
   const auto packed = plan_conv(call);
