@@ -259,7 +259,7 @@ def test_sizes_beyond_two_to_the_31_elements():
 
 
 def test_coordinates_that_no_int_holds_are_left_to_pytorch():
-    tensors = integers(2, 4, 8), integers(6, 2, 3), integers(6)
+    tensors = [integers(*shape, dtype=torch.float32) for shape in ((2, 4, 8), (6, 2, 3), (6,))]
     arguments = {"stride": 2**29, "groups": 2}
     theirs = [t.requires_grad_() for t in tensors]
     expected = F.relu(F.conv1d(*theirs, **arguments))

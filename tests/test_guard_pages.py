@@ -270,21 +270,23 @@ def test_pool(isa, dtype, last, at_end):
         expected = pool.theirs(wide)
         output = expected.shape[2:]
         windows = ((), (), (), ())
+        ceil_mode = pool.kwargs.get("ceil_mode", False)
         if not pool.name.startswith("adaptive"):
             kernel, stride, padding = (*pool.args, *(pool.args[0], 0)[len(pool.args) - 1 :])
+            output = ()
             windows = [kernel] * len(spatial), [stride] * len(spatial), [padding] * len(spatial), [1] * len(spatial)
         g = place(1, torch.randint(-4, 5, expected.shape).to(dtype))
         (wanted,) = torch.autograd.grad(expected, wide, g.double())
         if pool.is_max:
-            exact(ops.max_pool_forward(x, output, *windows, False, "none")[0], expected.to(dtype), f"{pool}")
+            exact(ops.max_pool_forward(x, output, *windows, ceil_mode, "none")[0], expected.to(dtype), f"{pool}")
             for kind in ("compact", "plane"):
-                y, indices = ops.max_pool_forward(x, output, *windows, False, kind)
+                y, indices = ops.max_pool_forward(x, output, *windows, ceil_mode, kind)
                 exact(y, expected.to(dtype), f"{pool}")
-                actual = ops.max_pool_backward(g, place(2, indices), x.shape, *windows, False, len(spatial), last)
+                actual = ops.max_pool_backward(g, place(2, indices), x.shape, *windows, ceil_mode, len(spatial), last)
                 exact(actual, wanted.to(dtype), f"gradient of {pool}")
         else:
-            y = ops.avg_pool_forward(x, output, *windows[:3], False, True, 0)
-            exact(y, ops.avg_pool_forward(x.clone(), output, *windows[:3], False, True, 0))
+            y = ops.avg_pool_forward(x, output, *windows[:3], ceil_mode, True, 0)
+            exact(y, ops.avg_pool_forward(x.clone(), output, *windows[:3], ceil_mode, True, 0))
             torch.testing.assert_close(y.double(), expected, atol=1e-2, rtol=1e-2)
-            actual = ops.avg_pool_backward(g, x.shape, *windows[:3], False, True, 0, len(spatial), last)
+            actual = ops.avg_pool_backward(g, x.shape, *windows[:3], ceil_mode, True, 0, len(spatial), last)
             torch.testing.assert_close(actual.double(), wanted, atol=2e-2, rtol=2e-2)

@@ -37,7 +37,7 @@ void decide(Plan<Call>& plan, const KernelName& name, size_t workspace, const De
   static_assert(sizeof(Decision) <= Plan<Call>::kDecisionBytes && alignof(Decision) <= 8);
   plan.name = name;
   plan.tier = kTier;
-  plan.workspace = workspace;
+  plan.workspace = (workspace + 255) / 256 * 256;  // so that memory that ends where it should begins aligned
   std::memcpy(plan.decisions, &decision, sizeof decision);
   plan.runner = [](const Plan<Call>& made, const typename Call::Pointers& pointers, void* memory, const Queue& queue) {
     return Body{}(made.call, *reinterpret_cast<const Decision*>(made.decisions), pointers, static_cast<char*>(memory),
