@@ -18,6 +18,13 @@ __all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
 
 Sizes = int | Sequence[int]
 
+_fast_conv1d = _C.conv1d
+_fast_conv2d = _C.conv2d
+_fast_conv3d = _C.conv3d
+_fast_conv_transpose1d = _C.conv_transpose1d
+_fast_conv_transpose2d = _C.conv_transpose2d
+_fast_conv_transpose3d = _C.conv_transpose3d
+
 
 def conv1d(
     input: Tensor,
@@ -41,12 +48,11 @@ def conv1d(
     >>> FF.conv1d(torch.tensor([[[1.0, 2.0, 4.0, 8.0]]]), torch.tensor([[[-1.0, 1.0]]]))
     tensor([[[1., 2., 4.]]])
     """
-    args = input, weight, bias, stride, padding, dilation, groups
-    if not _is_compiling():
-        result = _fast(_C.conv1d, args, activation)
+    if activation is None and not _is_compiling():
+        result = _fast_conv1d(input, weight, bias, stride, padding, dilation, groups, 0, 0.0, 0.0)
         if result is not NotImplemented:
             return result
-    return _general(conv1d, args, activation)
+    return _general(conv1d, (input, weight, bias, stride, padding, dilation, groups), activation)
 
 
 def conv2d(
@@ -90,12 +96,11 @@ def conv2d(
     >>> FF.conv2d(x, w, torch.tensor([-5.0]), activation="relu").sum()
     tensor(0.)
     """
-    args = input, weight, bias, stride, padding, dilation, groups
-    if not _is_compiling():
-        result = _fast(_C.conv2d, args, activation)
+    if activation is None and not _is_compiling():
+        result = _fast_conv2d(input, weight, bias, stride, padding, dilation, groups, 0, 0.0, 0.0)
         if result is not NotImplemented:
             return result
-    return _general(conv2d, args, activation)
+    return _general(conv2d, (input, weight, bias, stride, padding, dilation, groups), activation)
 
 
 def conv3d(
@@ -121,12 +126,11 @@ def conv3d(
     >>> FF.conv3d(torch.ones(1, 2, 4, 4, 4), torch.ones(3, 2, 3, 3, 3), padding=1).shape
     torch.Size([1, 3, 4, 4, 4])
     """
-    args = input, weight, bias, stride, padding, dilation, groups
-    if not _is_compiling():
-        result = _fast(_C.conv3d, args, activation)
+    if activation is None and not _is_compiling():
+        result = _fast_conv3d(input, weight, bias, stride, padding, dilation, groups, 0, 0.0, 0.0)
         if result is not NotImplemented:
             return result
-    return _general(conv3d, args, activation)
+    return _general(conv3d, (input, weight, bias, stride, padding, dilation, groups), activation)
 
 
 def conv_transpose1d(
@@ -153,12 +157,15 @@ def conv_transpose1d(
     >>> FF.conv_transpose1d(torch.tensor([[[1.0, 2.0]]]), torch.ones(1, 1, 3))
     tensor([[[1., 3., 3., 2.]]])
     """
-    args = input, weight, bias, stride, padding, output_padding, groups, dilation
-    if not _is_compiling():
-        result = _fast(_C.conv_transpose1d, args, activation)
+    if activation is None and not _is_compiling():
+        result = _fast_conv_transpose1d(
+            input, weight, bias, stride, padding, output_padding, groups, dilation, 0, 0.0, 0.0
+        )
         if result is not NotImplemented:
             return result
-    return _general(conv_transpose1d, args, activation)
+    return _general(
+        conv_transpose1d, (input, weight, bias, stride, padding, output_padding, groups, dilation), activation
+    )
 
 
 def conv_transpose2d(
@@ -195,12 +202,15 @@ def conv_transpose2d(
     tensor([[[[1., 1., 2., 2.],
               [1., 1., 2., 2.]]]])
     """
-    args = input, weight, bias, stride, padding, output_padding, groups, dilation
-    if not _is_compiling():
-        result = _fast(_C.conv_transpose2d, args, activation)
+    if activation is None and not _is_compiling():
+        result = _fast_conv_transpose2d(
+            input, weight, bias, stride, padding, output_padding, groups, dilation, 0, 0.0, 0.0
+        )
         if result is not NotImplemented:
             return result
-    return _general(conv_transpose2d, args, activation)
+    return _general(
+        conv_transpose2d, (input, weight, bias, stride, padding, output_padding, groups, dilation), activation
+    )
 
 
 def conv_transpose3d(
@@ -227,22 +237,22 @@ def conv_transpose3d(
     >>> FF.conv_transpose3d(torch.ones(1, 3, 2, 2, 2), torch.ones(3, 5, 2, 2, 2), stride=2).shape
     torch.Size([1, 5, 4, 4, 4])
     """
-    args = input, weight, bias, stride, padding, output_padding, groups, dilation
-    if not _is_compiling():
-        result = _fast(_C.conv_transpose3d, args, activation)
+    if activation is None and not _is_compiling():
+        result = _fast_conv_transpose3d(
+            input, weight, bias, stride, padding, output_padding, groups, dilation, 0, 0.0, 0.0
+        )
         if result is not NotImplemented:
             return result
-    return _general(conv_transpose3d, args, activation)
+    return _general(
+        conv_transpose3d, (input, weight, bias, stride, padding, output_padding, groups, dilation), activation
+    )
 
 
 def _fast(door: Callable[..., Any], args: tuple[Any, ...], activation: Activation) -> Any:
-    if activation is None:
-        return door(*args, 0, 0.0, 0.0)
     kind, a, b = resolve_activation(activation)
     # A name has good parameters; those of a module are its owner's.
-    if type(activation) is not str and not valid(kind, a, b):
-        return NotImplemented
-    return door(*args, KIND[kind], a, b)
+    good = type(activation) is str or valid(kind, a, b)
+    return door(*args, KIND[kind], a, b) if good else NotImplemented
 
 
 class _Numbers(NamedTuple):
@@ -263,19 +273,23 @@ def _numbers(args: tuple[Any, ...]) -> _Numbers:
     return _Numbers(stride, padding, dilation, groups, output_padding)
 
 
-# ours -> theirs, dimensions, transposed
-_KINDS: dict[Callable[..., Tensor], tuple[Callable[..., Tensor], int, bool]] = {
-    conv1d: (F.conv1d, 1, False),
-    conv2d: (F.conv2d, 2, False),
-    conv3d: (F.conv3d, 3, False),
-    conv_transpose1d: (F.conv_transpose1d, 1, True),
-    conv_transpose2d: (F.conv_transpose2d, 2, True),
-    conv_transpose3d: (F.conv_transpose3d, 3, True),
+# ours -> theirs, dimensions, transposed, fast door
+_KINDS: dict[Callable[..., Tensor], tuple[Callable[..., Tensor], int, bool, Callable[..., Any]]] = {
+    conv1d: (F.conv1d, 1, False, _fast_conv1d),
+    conv2d: (F.conv2d, 2, False, _fast_conv2d),
+    conv3d: (F.conv3d, 3, False, _fast_conv3d),
+    conv_transpose1d: (F.conv_transpose1d, 1, True, _fast_conv_transpose1d),
+    conv_transpose2d: (F.conv_transpose2d, 2, True, _fast_conv_transpose2d),
+    conv_transpose3d: (F.conv_transpose3d, 3, True, _fast_conv_transpose3d),
 }
 
 
 def _general(ours: Callable[..., Tensor], args: tuple[Any, ...], activation: Activation) -> Tensor:
-    theirs, dims, transposed = _KINDS[ours]
+    theirs, dims, transposed, door = _KINDS[ours]
+    if activation is not None and not _is_compiling():
+        result = _fast(door, args, activation)
+        if result is not NotImplemented:
+            return result
     input, weight, bias, *rest = args
     kind, a, b = resolve_activation(activation)
     tensors = (input, weight) if bias is None else (input, weight, bias)
