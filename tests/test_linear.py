@@ -444,7 +444,21 @@ class TestModule:
         assert not layer(x).any()
 
 
+def test_backward_twice_where_nothing_is_saved():
+    """Refused where something was saved and has been freed, as in PyTorch; allowed where nothing was."""
+    x, w, b = torch.ones(2, 3), torch.ones(4, 3, requires_grad=True), torch.ones(4, requires_grad=True)
+    y = FF.linear(x, w, b).sum()
+    y.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.backward()
+    y = FF.linear(x, w.detach(), b)
+    for _ in range(2):
+        y.backward(torch.ones(2, 4))
+    assert b.grad.tolist() == [6.0] * 4
+
+
 # ---- for the tests that call every op (every_op.py) -----------------------------------------------------------------
+
 
 LAYERS = OP_LAYERS = [("Linear", (6, 5))]
 

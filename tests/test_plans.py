@@ -142,3 +142,22 @@ def test_threads_have_plans_of_their_own():
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+def test_signs_and_nan_of_parameters_tell_calls_apart():
+    x = torch.tensor([-1.0, -2.0, 3.0])
+
+    def signs(values) -> list[float]:
+        return torch.copysign(torch.ones(3), values).tolist()
+
+    def body() -> None:
+        for zero in (0.0, -0.0, 0.0):
+            assert signs(FF.threshold(x, 0, zero)) == signs(torch.threshold(x, 0, zero))
+            assert signs(FF.hardtanh(x, zero, 1.0)) == signs(torch.nn.functional.hardtanh(x, zero, 1.0))
+            assert signs(FF.leaky_relu(x, zero)) == signs(torch.nn.functional.leaky_relu(x, zero))
+            layer = FF.linear(x[None], torch.eye(3), activation=nn.Threshold(0, zero))
+            assert signs(layer[0]) == signs(torch.threshold(x, 0, zero))
+        FF.leaky_relu(x, float("nan"))
+        assert decisions(FF.leaky_relu, x, float("nan")) == 0
+
+    on_new_thread(body)

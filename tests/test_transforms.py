@@ -211,6 +211,14 @@ def test_compiled_autograd(activation):
         (lambda x, w, b: FF.conv1d(x, w, b, 2, "valid", activation=activation), ((2, 4, 9), (5, 4, 3), (5,))),
         (lambda *t: conv.ours(*t, activation=activation), conv.shapes),
     )
+    if activation is None:
+        calls += (
+            (FF.glu, ((4, 6),)),
+            (FF.prelu, ((2, 3, 4), (3,))),
+            (FF.tanh, ((4, 6),)),
+            (lambda x: FF.max_pool2d(x, 2), ((1, 2, 4, 6),)),
+            (lambda x: FF.avg_pool2d(x, 2), ((1, 2, 4, 6),)),
+        )
     for function, shapes in calls:
         torch._dynamo.reset()
         tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]

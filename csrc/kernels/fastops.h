@@ -5,8 +5,9 @@
 //   fastops::Scratch scratch(plan.workspace);
 //   plan.run({.x = x, .w = w, .y = y}, scratch.get());   // as often as wanted, on any pointers
 //
-// A plan for several threads is run by a Team (common/parallel.h), which the caller brings. A call that the contracts
-// forbid is not checked.
+// plan_conv and plan_pool take several kinds of calls, so name the one: plan_conv(ConvForward{...}). PReLU, GLU and
+// conv + pool go through Cpu{threads}.plan(call). A plan for several threads is run by a Team (common/parallel.h),
+// which the caller brings. A call that the contracts forbid is not checked.
 #pragma once
 
 #include <new>
@@ -22,7 +23,7 @@ struct Cpu {
 
   template <class Call>
   Plan<Call> plan(const Call& call) const {
-    return kernels(call.dtype).planners.plan(call, {.threads = threads});
+    return kernels(dtype_of(call)).planners.plan(call, {.threads = threads});
   }
 };
 

@@ -188,7 +188,7 @@ void check_prelu(const Tensor& input, const Tensor& weight) {
 struct PreluOp {
   struct Args {};
   static std::string name(const Args&) { return "prelu"; }
-  static c10::IValue pack(const Args&) { return 0; }
+  static c10::IValue pack(const Args&) { return std::vector<int64_t>(); }
   static Args unpack(const c10::IValue&) { return {}; }
   static variable_list gradients(const Args&, at::TensorList saved, const variable_list& grads, Needs needs) {
     const Tensor &input = saved[0], &weight = saved[1], &g = grads[0];
@@ -249,8 +249,8 @@ struct GluOp {
     int64_t dim;
   };
   static std::string name(const Args&) { return "glu"; }
-  static c10::IValue pack(const Args& args) { return args.dim; }
-  static Args unpack(const c10::IValue& packed) { return {packed.toInt()}; }
+  static c10::IValue pack(const Args& args) { return std::vector<int64_t>{args.dim}; }
+  static Args unpack(const c10::IValue& packed) { return {packed.toIntVector()[0]}; }
   static variable_list gradients(const Args& args, at::TensorList saved, const variable_list& grads, Needs needs) {
     const Tensor &input = saved[0], &g = grads[0];
     if (!g.defined() || !needs(0)) return {Tensor()};
@@ -418,7 +418,7 @@ Tensor activation_second_derivative(const Tensor& saved, Activation activation, 
       case ActivationKind::celu:
         return where_negative(at::full({}, 1 / a, s.options()));
       default:
-        return at::zeros_like(s);
+        break;
     }
   }
   switch (activation.kind) {
@@ -463,9 +463,12 @@ Tensor activation_second_derivative(const Tensor& saved, Activation activation, 
       const Tensor t = s.tanh();
       return 2 * t * (1 - t * t);
     }
-    default:  // piecewise linear
-      return at::zeros_like(s);
+    default:
+      break;
   }
+  TORCH_INTERNAL_ASSERT(saved_by_default(activation) == Saved::mask, "no second derivative of ",
+                        activation_name(activation.kind));
+  return at::zeros_like(s);  // piecewise linear
 }
 
 Tensor prelu_forward(const Tensor& input, const Tensor& weight) {

@@ -74,20 +74,14 @@ class Plans {
       return mixed({c.m, c.n, c.k});
     else if constexpr (requires { c.rows; })
       return mixed({c.rows, c.cols, static_cast<int64_t>(c.activation.kind)});
-    else
+    else if constexpr (requires { c.outer; })
       return mixed({c.outer, c.inner});
+    else
+      return 0;
   }
 
   std::unique_ptr<Slot[]> slots_;
 };
-
-template <class Call>
-DType dtype_of(const Call& call) {
-  if constexpr (requires { call.shape; })
-    return call.shape.dtype;
-  else
-    return call.dtype;
-}
 
 // This thread's plan for the call, on the CPU or the current GPU. It is good until the thread's next call.
 template <class Call>
@@ -106,15 +100,20 @@ void run(const Call& call, const typename Call::Pointers& pointers, at::Device d
     result.kernel = record::kernel_text(plan.name, plan.tier);
     return result;
   };
+  const auto check = [&](const Plan<Call>& plan) {
+    TORCH_CHECK(plan.runner != nullptr, row().op, ": there is no kernel for tensors on ", device);
+  };
   if (device.is_cpu()) {
     const Team team = torch_team();
     const Plan<Call>& plan = planned(call, device, team);
+    check(plan);
     const Workspace workspace(plan.workspace);
     record::timed([&] { return named(plan); }, [&] { plan.run(pointers, workspace.get(), team); });
     return;
   }
   const gpu::Current current(device);
   const Plan<Call>& plan = planned(call, device, {});
+  check(plan);
   const gpu::Workspace workspace(plan.workspace, device);
   Status status;
   // The recorded time ends when the work is queued; it does not wait for the device.

@@ -31,7 +31,7 @@ template <class Op>
 struct OpNode : torch::autograd::Node {
   typename Op::Args args;
   c10::SmallVector<torch::autograd::SavedVariable, 3> saved;
-  bool released = false;
+  bool holds = false, released = false;  // something is saved; it has been freed
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -46,8 +46,8 @@ struct OpNode : torch::autograd::Node {
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    saved.clear();
-    released = true;
+    released = released || holds;
+    if (holds) saved.clear();
   }
 
   // ---- compiled autograd: a call of functional() in its graph, with everything packed
@@ -122,6 +122,7 @@ template <class Node, class... Tensors>
 void save(const Node& node, const Tensors&... tensors) {
   const auto one = [&](const at::Tensor& tensor) {
     node->saved.emplace_back(tensor, tensor.defined() && tensor.grad_fn() == node);
+    node->holds = node->holds || tensor.defined();
   };
   (one(tensors), ...);
 }

@@ -99,7 +99,7 @@ std::array<Tensor, 3> differentiable_conv_backward(const Tensor& grad_output, co
 void set_conv_precision(Precision precision);
 Precision conv_precision();
 
-// ---- saved.cpp
+// ---- activation.cpp
 struct ActivationOutput {
   Tensor y;
   Tensor mask;  // uint8, (numel + 7) / 8 bytes in the memory order of y; undefined if not wanted

@@ -306,6 +306,8 @@ std::vector<PoolGeometry> geometries() {
       if (in < 20) all.push_back(adaptive(1, channels, {in, in, in}, {out, out + 1, out}));
     }
   all.push_back(adaptive(1, 3, {100, 120}, {1, 1}));
+  all.push_back(adaptive(2, 3, {12, 12}, {0, 11}));  // no outputs: the gradient is zero
+  all.push_back(adaptive(2, 3, {6, 5, 7}, {2, 3, 0}));
   all.push_back(fixed(0, 3, {5, 5}, {2, 2}, {2, 2}, {0, 0}, {1, 1}, false));
   std::mt19937 random(5);
   const auto number = [&](int64_t low, int64_t high) {

@@ -84,7 +84,11 @@ struct Activation {
   ActivationKind kind = ActivationKind::identity;
   double a = 0;
   double b = 0;
-  bool operator==(const Activation&) const = default;
+  // By bits: 0.0 and -0.0 give different results, and a NaN is the same as itself.
+  bool operator==(const Activation& other) const {
+    return kind == other.kind && __builtin_bit_cast(uint64_t, a) == __builtin_bit_cast(uint64_t, other.a) &&
+           __builtin_bit_cast(uint64_t, b) == __builtin_bit_cast(uint64_t, other.b);
+  }
 };
 
 // What backward reads besides the incoming gradient.

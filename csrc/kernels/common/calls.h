@@ -26,5 +26,13 @@ using Planners =
                ConvPoolForward, ConvPoolBackward,                                                            //
                MaxPoolForward, MaxPoolBackward, AvgPoolForward, AvgPoolBackward>;
 
+template <class Call>
+DType dtype_of(const Call& call) {
+  if constexpr (requires { call.shape; })
+    return call.shape.dtype;
+  else
+    return call.dtype;
+}
+
 }  // namespace fastops
 #endif

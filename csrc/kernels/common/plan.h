@@ -73,7 +73,8 @@ struct Plan {
   Status run(const Pointers& pointers, void* scratch, const Queue& queue = {}) const {
     return runner(*this, pointers, scratch, queue);
   }
-  // Of a call with packed_w: writes `packed` bytes, 64-byte aligned, which take the place of w in a run.
+  // Of a call with packed_w, if `packed` > 0: writes `packed` bytes, 64-byte aligned, which take the place of w in the
+  // runs of this plan and its copies. Another plan, if only for another batch, may pack in another way.
   void pack(const void* w, void* to) const { packer(*this, w, to); }
 };
 

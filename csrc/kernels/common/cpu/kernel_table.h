@@ -1,5 +1,5 @@
-// The kernels of the CPU: one KernelTable an instruction set. Nothing else in csrc/kernels/*/cpu is called from
-// outside. The tables of avx512_bf16 and amx plan bfloat16 only.
+// The kernels of the CPU: one KernelTable an instruction set. Besides, isa.h and what activation.h
+// says about saved tensors are all that is called from outside. The tables of avx512_bf16 and amx plan bfloat16 only.
 #pragma once
 
 #include "../calls.h"

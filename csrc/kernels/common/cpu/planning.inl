@@ -24,7 +24,8 @@ inline void* planned_address(int alignment) {
 // run(args, decision, workspace, team) is what the plan does. It has no state: all that it needs is in the decision.
 template <class Call, class Decision, class Run>
 inline void decide(Plan<Call>& plan, const KernelName& name, size_t workspace, const Decision& decision, Run) {
-  static_assert(sizeof(Decision) <= Plan<Call>::kDecisionBytes && __is_trivially_copyable(Decision) && __is_empty(Run));
+  static_assert(sizeof(Decision) <= Plan<Call>::kDecisionBytes && alignof(Decision) <= 8 &&
+                __is_trivially_copyable(Decision) && __is_empty(Run));
   plan.name = name;
   plan.workspace = workspace;
   __builtin_memcpy(plan.decisions, &decision, sizeof decision);

@@ -1,5 +1,5 @@
-// A small vector type for each instruction set. isa_<isa>.cpp includes this file inside
-// `namespace fastops::<isa>::{anonymous}`, after it has defined FASTOPS_VEC_SCALAR, FASTOPS_VEC_AVX2 or
+// A small vector type for each instruction set. The bodies include this file inside
+// `namespace fastops::<isa>::{anonymous}`, after isa_<isa>.cpp has defined FASTOPS_VEC_SCALAR, FASTOPS_VEC_AVX2 or
 // FASTOPS_VEC_AVX512 (and perhaps FASTOPS_HAS_AVX512_BF16). Everything here has internal linkage, calls no inline std
 // template and holds no static data.
 //

@@ -56,6 +56,15 @@ inline int64_t elements(const PoolGeometry& g, const int64_t (&spatial)[3]) {
   return g.batch * g.channels * spatial[0] * spatial[1] * spatial[2];
 }
 
+// The gradient of no outputs.
+template <class Call>
+void decide_zeros(Plan<Call>& plan) {
+  decide(plan, {"zeros"}, 0, [](auto& args, auto*, auto&) {
+    const int64_t count = elements(args.geometry, args.geometry.in);
+    __builtin_memset(args.grad_x, 0, static_cast<size_t>(count) * size_of(args.dtype));
+  });
+}
+
 void plan_call(Plan<MaxPoolForward>& plan) {
   const MaxPoolForward& call = plan.call;
   if (elements(call.geometry, call.geometry.out) == 0) return decide_nothing(plan);
@@ -82,6 +91,7 @@ void plan_call(Plan<MaxPoolForward>& plan) {
 void plan_call(Plan<MaxPoolBackward>& plan) {
   const MaxPoolBackward& call = plan.call;
   if (elements(call.geometry, call.geometry.in) == 0) return decide_nothing(plan);
+  if (elements(call.geometry, call.geometry.out) == 0) return decide_zeros(plan);
   const bool window = call.kind == PoolIndices::window;
   const KernelName name = pool_backward_name(call.dtype, call.layout, call.geometry, false, window);
   with_dtype(call.dtype, [&](auto type) {
@@ -116,6 +126,7 @@ void plan_call(Plan<AvgPoolForward>& plan) {
 void plan_call(Plan<AvgPoolBackward>& plan) {
   const AvgPoolBackward& call = plan.call;
   if (elements(call.geometry, call.geometry.in) == 0) return decide_nothing(plan);
+  if (elements(call.geometry, call.geometry.out) == 0) return decide_zeros(plan);
   const KernelName name = pool_backward_name(call.dtype, call.layout, call.geometry, true, false);
   with_dtype(call.dtype, [&](auto type) {
     using S = decltype(type);

@@ -140,7 +140,7 @@ struct Taps {
   decltype(Mask<C>::m) v;
 
   static Taps set1(int tap) {
-    Taps x;
+    Taps x{};
     for (int i = 0; i < Vec<C>::size; ++i) x.v[i] = tap;
     return x;
   }
