@@ -43,8 +43,9 @@ SANITIZE = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefin
 # AddressSanitizer sees a null pointer and the end of an object too, and the kernels have no virtual function.
 SANITIZE += ["-fno-sanitize=null,object-size,vptr"]
 
-# One source a tier: its flags, and nothing but its own code (isa.h and dispatch.cpp decide what runs). A product and a
-# sum are contracted to one rounding only where the source says fma, so that every path through a kernel rounds alike.
+# One source a tier, compiled for every room: its flags, and nothing but its own code (isa.h and dispatch.cpp decide
+# what runs). A product and a sum are contracted to one rounding only where the source says fma, so that every path
+# through a kernel rounds alike.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 _AVX512_BF16 = [*_AVX512, "-mavx512bf16", "-mavx512vnni"]
@@ -91,20 +92,48 @@ def runs_here(flags: list[str]) -> bool:
     return all(flag.removeprefix("-m").replace("-", "") in processor for flag in flags)
 
 
-def kernel_sources() -> list[Path]:
+class Kernels(NamedTuple):
+    """A source of the CPU's kernels; of a tier also the room that it is compiled for, "" for the tier's table."""
+
+    source: Path
+    room: str = ""
+
+    @property
+    def tier(self) -> str:
+        """The tier's name, or "" for code of none."""
+        return self.source.stem.removeprefix("isa_") if self.source.name in TIERS else ""
+
+    @property
+    def object(self) -> Path:
+        """Where the object goes, below the build's folder."""
+        folder = KERNELS / self.room / "cpu" if self.room else self.source.parent
+        return (folder / self.source.name).with_suffix(".o")
+
+    @property
+    def flags(self) -> list[str]:
+        # A tier's source includes other rooms' bodies too, and uses a part of them.
+        tier = ["-Wno-unused-function", *TIERS[self.source.name]] if self.tier else []
+        return [*KERNEL_FLAGS, *tier, *([f"-DFASTOPS_ROOM={self.room}"] if self.room else [])]
+
+
+def rooms() -> list[str]:
+    """The ops with kernels for the CPU, slowest to compile first."""
+    found = {path.stem for path in KERNELS.glob("*/cpu/*.inl") if (KERNELS / path.stem / f"{path.stem}.h").exists()}
+    slow = ["conv", "conv_pool", "linear", "activation", "pool"]
+    return sorted(found, key=lambda room: (slow.index(room) if room in slow else len(slow), room))
+
+
+def kernel_sources() -> list[Kernels]:
     """The kernels for this kind of processor, slowest to compile first."""
     x86 = platform.machine() in ("x86_64", "AMD64")
     tiers = [KERNELS / "common" / "cpu" / name for name in TIERS if x86 or name == "isa_scalar.cpp"]
-    return tiers + sorted(path for path in KERNELS.glob("*/cpu/*.cpp") if path.name not in TIERS)
+    others = sorted(path for path in KERNELS.glob("*/cpu/*.cpp") if path.name not in TIERS)
+    return [Kernels(tier, room) for room in [*rooms(), ""] for tier in tiers] + [Kernels(path) for path in others]
 
 
 def cuda_sources() -> list[Path]:
     """The CUDA kernels."""
     return sorted(KERNELS.glob("*/cuda/*.cu"))
-
-
-def kernel_flags(source: Path) -> list[str]:
-    return [*KERNEL_FLAGS, *TIERS.get(source.name, [])]
 
 
 @dataclass(frozen=True)
@@ -216,6 +245,11 @@ class Build:
         flags = [*flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         return self._compile(self.compiler, source, self.folder / into, source.with_suffix(".o"), flags)
 
+    def compile_kernels(self, kernels: Kernels, flags: list[str]) -> Path:
+        """The same for kernels of the CPU, with their own flags besides."""
+        flags = [*flags, *kernels.flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        return self._compile(self.compiler, kernels.source, self.folder, kernels.object, flags)
+
     def compile_cuda(self, cuda: Cuda, source: Path) -> Path:
         """The same by nvcc, with this compiler for the host's part."""
         flags = [*NVCC_FLAGS, *cuda.code_flags, f"-ccbin={self.compiler[0]}"]
@@ -274,7 +308,8 @@ class Build:
         ]
         for command, source, result, flags in self.compiles:
             lines += [f"build {_path(result)}: compile {_path(source)}", f"  compiler = {_value(shlex.join(command))}"]
-            lines += [f"  flags = {_value(shlex.join(flags))}", f"  name = {source.relative_to(ROOT)}"]
+            name = result.relative_to(self.folder) if "-DFASTOPS_ROOM=" in " ".join(flags) else source.relative_to(ROOT)
+            lines += [f"  flags = {_value(shlex.join(flags))}", f"  name = {name}"]
         for objects, result, flags in self.links:
             inputs = " ".join(map(_path, objects))
             lines += [f"build {_path(result)}: link {inputs}"]
@@ -329,9 +364,9 @@ def add_kernels(build: Build, cuda: Cuda) -> list[Path]:
     """Adds the kernels for the processor and for the GPU; returns their objects. They need nothing of torch."""
     common = common_flags(compiler_version(build.compiler))
     objects = [] if cuda.why_not else [build.compile_cuda(cuda, source) for source in cuda_sources()]
-    for source in kernel_sources():
-        optimize = OPTIMIZE_SCALAR if source.name == "isa_scalar.cpp" else OPTIMIZE
-        objects.append(build.compile(source, [*common, *optimize, *kernel_flags(source)]))
+    for kernels in kernel_sources():
+        optimize = OPTIMIZE_SCALAR if kernels.tier == "scalar" else OPTIMIZE
+        objects.append(build.compile_kernels(kernels, [*common, *optimize]))
     return objects
 
 
@@ -516,10 +551,10 @@ def build_cpp_tests(folder: Path, sources: list[Path], extra: list[str]) -> list
     build = Build(folder, cxx)
     common = [*common_flags(compiler_version(cxx)), *extra]
     plain = [*common_flags(compiler_version(cxx)), "-O2"]
-    sources_here = [path for path in kernel_sources() if runs_here(TIERS.get(path.name, []))]
-    objects = [build.compile(source, [*common, *kernel_flags(source)]) for source in sources_here]
-    left_out = [path.stem.removeprefix("isa_") for path in kernel_sources() if path not in sources_here]
-    tables = " ".join(f"EMPTY({tier})" for tier in left_out)
+    sources_here = [kernels for kernels in kernel_sources() if runs_here(TIERS.get(kernels.source.name, []))]
+    objects = [build.compile_kernels(kernels, common) for kernels in sources_here]
+    left_out = {kernels.tier for kernels in kernel_sources() if kernels not in sources_here}
+    tables = " ".join(f"EMPTY({tier})" for tier in sorted(left_out))
     objects.append(build.compile(ROOT / "tests" / "cpp" / "left_out.cpp", [*common, f"-DLEFT_OUT={tables}"]))
     programs = []
     for source in sources:

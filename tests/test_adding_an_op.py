@@ -40,9 +40,9 @@ USERS = {
     "tests/test_tools.py": "FLOPs of products; an op that joins others",
     "tests/test_transforms.py": "PyTorch has no second derivative of it",
 }
-# What an op goes without: a general door and a module where it joins others, a body where only GPUs have its kernels.
+# What an op goes without: a general door and a module where it joins others.
 _JOINS = {"fastops/ops/softclip.py", "fastops/nn/softclip.py"}
-WITHOUT = {"conv_pool": _JOINS, "mlp": {*_JOINS, "csrc/kernels/softclip/cpu/softclip.inl"}}
+WITHOUT = {"conv_pool": _JOINS, "mlp": _JOINS}
 
 
 def listed() -> list[str]:

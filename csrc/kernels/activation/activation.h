@@ -218,4 +218,7 @@ struct GluBackward {
   bool operator==(const GluBackward&) const = default;
 };
 
+#define FASTOPS_CALLS_activation(X) \
+  X(ActivationForward) X(ActivationBackward) X(PreluForward) X(PreluBackward) X(GluForward) X(GluBackward)
+
 }  // namespace fastops

@@ -1,13 +1,6 @@
-// Every op that has kernels, in one list: its contract, its calls, and its bodies on the CPU.
-#if defined(FASTOPS_BODIES)
-// In the namespace of a tier. Each body includes what it uses.
-#include "../activation/cpu/activation.inl"
-#include "../conv/cpu/conv.inl"
-#include "../conv_pool/cpu/conv_pool.inl"
-#include "../linear/cpu/linear.inl"
-#include "../pool/cpu/pool.inl"
-#elif !defined(FASTOPS_CALLS)
-#define FASTOPS_CALLS
+// Every op that has kernels, in one list. Each contract ends in the list of its calls.
+#pragma once
+
 #include "../activation/activation.h"
 #include "../conv/conv.h"
 #include "../conv_pool/conv_pool.h"
@@ -18,13 +11,14 @@
 
 namespace fastops {
 
-using Planners =
-    PlannersOf<ActivationForward, ActivationBackward, PreluForward, PreluBackward, GluForward, GluBackward,  //
-               LinearForward, LinearBackward,                                                                //
-               MlpForward, MlpBackward,                                                                      //
-               ConvForward, ConvBackwardInput, ConvBackwardWeight,                                           //
-               ConvPoolForward, ConvPoolBackward,                                                            //
-               MaxPoolForward, MaxPoolBackward, AvgPoolForward, AvgPoolBackward>;
+#define FASTOPS_CALLS(X)                                                                         \
+  FASTOPS_CALLS_activation(X) FASTOPS_CALLS_linear(X) FASTOPS_CALLS_mlp(X) FASTOPS_CALLS_conv(X) \
+      FASTOPS_CALLS_conv_pool(X) FASTOPS_CALLS_pool(X)
+
+#define FASTOPS_LISTED(Call) , Call*
+template <class... Calls>
+PlannersOf<Calls...> listed(void (*)(int, Calls*...));
+using Planners = decltype(listed(static_cast<void (*)(int FASTOPS_CALLS(FASTOPS_LISTED))>(nullptr)));
 
 template <class Call>
 DType dtype_of(const Call& call) {
@@ -35,4 +29,3 @@ DType dtype_of(const Call& call) {
 }
 
 }  // namespace fastops
-#endif

@@ -6,6 +6,7 @@
 
 #include "../activation/activation.h"
 #include "../common/tensor.h"
+#include "../linear/linear.h"  // a 1x1 convolution is a product
 
 namespace fastops {
 
@@ -144,5 +145,7 @@ struct ConvBackwardWeight {
   };
   bool operator==(const ConvBackwardWeight&) const = default;
 };
+
+#define FASTOPS_CALLS_conv(X) X(ConvForward) X(ConvBackwardInput) X(ConvBackwardWeight)
 
 }  // namespace fastops

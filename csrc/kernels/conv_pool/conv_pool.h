@@ -4,6 +4,7 @@
 
 #include "../common/tensor.h"
 #include "../conv/conv.h"
+#include "../pool/pool.h"
 
 namespace fastops {
 
@@ -65,5 +66,7 @@ struct ConvPoolBackward {
   };
   bool operator==(const ConvPoolBackward&) const = default;
 };
+
+#define FASTOPS_CALLS_conv_pool(X) X(ConvPoolForward) X(ConvPoolBackward)
 
 }  // namespace fastops

@@ -69,4 +69,6 @@ struct LinearBackward {
   bool operator==(const LinearBackward&) const = default;
 };
 
+#define FASTOPS_CALLS_linear(X) X(LinearForward) X(LinearBackward)
+
 }  // namespace fastops

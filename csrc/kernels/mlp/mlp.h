@@ -80,4 +80,6 @@ struct MlpBackward {
   bool operator==(const MlpBackward&) const = default;
 };
 
+#define FASTOPS_CALLS_mlp(X) X(MlpForward) X(MlpBackward)
+
 }  // namespace fastops

@@ -105,4 +105,6 @@ struct AvgPoolBackward {
   bool operator==(const AvgPoolBackward&) const = default;
 };
 
+#define FASTOPS_CALLS_pool(X) X(MaxPoolForward) X(MaxPoolBackward) X(AvgPoolForward) X(AvgPoolBackward)
+
 }  // namespace fastops

@@ -1,4 +1,4 @@
-// What an isa_<tier>.cpp includes outside the tier's namespace: intrinsics and plain declarations, nothing else.
+// What bodies need outside the tier's namespace: intrinsics and plain declarations, nothing else.
 #pragma once
 
 #include <sched.h>
@@ -15,11 +15,9 @@
 #pragma GCC diagnostic pop
 #endif
 
-#include "kernel_table.h"
+#include "../plan.h"
 
 // How math.inl and activation_math.inl declare functions and tables. cuda/formulas.cuh has the CUDA definitions.
 #define FASTOPS_FN inline
 #define FASTOPS_HOST_FN inline
 #define FASTOPS_TABLE constexpr
-
-#define FASTOPS_BODIES  // calls.h includes the bodies from here on

@@ -4,8 +4,6 @@
 #pragma once
 
 #include "../../common/cpu/common.inl"
-#include "../../conv/cpu/conv.inl"
-#include "../../pool/cpu/pool.inl"
 #include "../../pool/cpu/taps.inl"
 #include "first_layer_forward.inl"
 
@@ -40,7 +38,7 @@ inline Plan<Call> plan_of(const Call& call, int threads, Bf16Multiply bf16_multi
   Plan<Call> plan;
   plan.call = call;
   plan.target = {threads, bf16_multiply};
-  plan_call(plan);
+  fill_plan(plan);
   return plan;
 }
 
