@@ -38,8 +38,8 @@ record::Row row_of(const char* op, const Tensor& input, at::TensorList weights) 
 
 struct MlpOutput {
   Tensor y;
-  Tensor z;       // the pre-activation of y, if its activation saves that
-  Tensor hidden;  // what backward reads from the hidden layers
+  Tensor z;       // on a GPU the pre-activation of y, if its activation saves that
+  Tensor hidden;  // what backward reads from the hidden layers, on the CPU from all
 };
 
 MlpOutput mlp_forward(const Tensor& input, at::TensorList weights, at::TensorList biases,
@@ -52,8 +52,11 @@ MlpOutput mlp_forward(const Tensor& input, at::TensorList weights, at::TensorLis
   c10::DimVector sizes(input.sizes());
   sizes.back() = call.shape.widths[weights.size()];
   MlpOutput out{empty_output(sizes, type, device), {}, {}};
-  if (need_saved && saved_by_linear(activations.output) == Saved::input) out.z = empty_output(sizes, type, device);
-  if (need_saved)
+  if (need_saved && device.is_cpu())
+    out.hidden = empty_output({mlp_saved_elements(call.shape, activations.hidden, activations.output)}, type, device);
+  if (need_saved && !device.is_cpu() && saved_by_linear(activations.output) == Saved::input)
+    out.z = empty_output(sizes, type, device);
+  if (need_saved && !device.is_cpu())
     out.hidden =
         empty_output({mlp_hidden_matrices(call.shape, activations.hidden), call.shape.m, mlp_hidden_stride(call.shape)},
                      type, device);
@@ -150,6 +153,19 @@ variable_list composite_backward(const Tensor& grad_output, const Tensor& input,
   return result;
 }
 
+std::vector<double> packed(const MlpActivations& activations) {
+  std::vector<double> values;
+  for (const Activation& f : {activations.hidden, activations.output})
+    values.insert(values.end(), {static_cast<double>(f.kind), f.a, f.b});
+  return values;
+}
+MlpActivations unpacked(const std::vector<double>& values) {
+  const auto activation_at = [&](size_t i) {
+    return Activation{static_cast<ActivationKind>(static_cast<int>(values[i])), values[i + 1], values[i + 2]};
+  };
+  return {activation_at(0), activation_at(3)};
+}
+
 struct MlpOp {
   struct Args {
     MlpActivations activations;
@@ -157,18 +173,13 @@ struct MlpOp {
   };
   static std::string name(const Args&) { return "mlp"; }
   static c10::IValue pack(const Args& args) {
-    std::vector<double> values;
-    for (const Activation& f : {args.activations.hidden, args.activations.output})
-      values.insert(values.end(), {static_cast<double>(f.kind), f.a, f.b});
+    std::vector<double> values = packed(args.activations);
     values.push_back(static_cast<double>(args.precision));
     return values;
   }
-  static Args unpack(const c10::IValue& packed) {
-    const auto values = packed.toDoubleVector();
-    const auto activation_at = [&](size_t i) {
-      return Activation{static_cast<ActivationKind>(static_cast<int>(values[i])), values[i + 1], values[i + 2]};
-    };
-    return {{activation_at(0), activation_at(3)}, static_cast<Precision>(static_cast<int>(values[6]))};
+  static Args unpack(const c10::IValue& value) {
+    const auto values = value.toDoubleVector();
+    return {unpacked(values), static_cast<Precision>(static_cast<int>(values[6]))};
   }
 
   // saved: hidden, y or z, input, weights, biases.
@@ -183,6 +194,68 @@ struct MlpOp {
   }
 };
 
+// Networks of the CPU that are too wide for one kernel: linear's kernels, layer by layer, as one op.
+struct LayersOp {
+  using Args = MlpActivations;
+  static std::string name(const Args&) { return "mlp"; }
+  static c10::IValue pack(const Args& args) { return packed(args); }
+  static Args unpack(const c10::IValue& value) { return unpacked(value.toDoubleVector()); }
+
+  // saved: input, weights, biases, the outputs of hidden layers, what each layer's derivative is formed from.
+  static variable_list gradients(const Args& args, at::TensorList saved, const variable_list& grads, Needs needs) {
+    const size_t layers = saved.size() / 4;
+    variable_list result(1 + 2 * layers);
+    if (!grads[0].defined()) return result;
+    const at::TensorList weights = saved.slice(1, layers), biases = saved.slice(1 + layers, layers);
+    if (at::GradMode::is_enabled() || !fast_door::is_plain(grads[0]))
+      return composite_backward(grads[0], saved[0], weights, biases, args, needs);
+    const at::TensorList outputs = saved.slice(1 + 2 * layers, layers - 1), derived = saved.slice(3 * layers, layers);
+    size_t first = 0;  // no layer before it needs a gradient
+    if (!needs(0))
+      while (first < layers && !needs(1 + first) && !needs(1 + layers + first)) ++first;
+    Tensor g = grads[0];
+    for (size_t l = layers; l-- > first;) {
+      const Tensor& input = l == 0 ? saved[0] : outputs[l - 1];
+      const Activation& f = l + 1 == layers ? args.output : args.hidden;
+      const bool wants_input = l == 0 ? needs(0) : l > first;
+      c10::DimVector sizes(g.sizes());
+      sizes.back() = weights[l].size(1);
+      auto found = linear_backward(g, derived[l], input, weights[l], f,
+                                   {wants_input, needs(1 + l), needs(1 + layers + l)}, sizes, sizes.back());
+      g = found[0];
+      result[1 + l] = found[1];
+      result[1 + layers + l] = found[2];
+    }
+    if (needs(0)) result[0] = g;
+    return result;
+  }
+};
+
+Tensor mlp_layers(const Tensor& input, at::TensorList weights, at::TensorList biases, const MlpActivations& activations,
+                  const variable_list& operands, bool records) {
+  const size_t layers = weights.size();
+  variable_list outputs, derived;
+  Tensor y = input;
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    for (size_t l = 0; l < layers; ++l) {
+      const bool last = l + 1 == layers;
+      const Activation& f = last ? activations.output : activations.hidden;
+      LinearOutput out =
+          linear_forward(y, weights[l], biases[l].defined() ? optional<Tensor>(biases[l]) : std::nullopt, f, records);
+      y = out.y;
+      if (!last) outputs.push_back(records && needs_grad(weights[l + 1]) ? y : Tensor());
+      derived.push_back(f.kind == ActivationKind::identity ? Tensor() : out.z.defined() ? out.z : y);
+    }
+  }
+  if (!records) return y;
+  const auto node = make_node<LayersOp>(activations, operands);
+  torch::autograd::set_history(y, node);
+  for (const variable_list* const list : std::initializer_list<const variable_list*>{&operands, &outputs, &derived})
+    for (const Tensor& tensor : *list) save(node, tensor);
+  return y;
+}
+
 }  // namespace
 
 Tensor mlp(const Tensor& input, at::TensorList weights, at::TensorList biases, Activation hidden, Activation output) {
@@ -195,19 +268,23 @@ Tensor mlp(const Tensor& input, at::TensorList weights, at::TensorList biases, A
     }
   records = records && at::GradMode::is_enabled();
   const Precision precision = gpu::precision(input);
+  if (input.is_cpu() && !mlp_fits_cpu(shape_of(input, weights, precision)))
+    return mlp_layers(input, weights, biases, {hidden, output}, operands, records);
   auto [y, z, hidden_outputs] = mlp_forward(input, weights, biases, {hidden, output}, precision, records);
   if (!records) return y;
   const auto node = make_node<MlpOp>({{hidden, output}, precision}, operands);
   torch::autograd::set_history(y, node);
-  operands.insert(operands.begin(), output.kind == ActivationKind::identity ? Tensor() : z.defined() ? z : y);
+  const bool reads_y = output.kind != ActivationKind::identity && !input.is_cpu();
+  operands.insert(operands.begin(), !reads_y ? Tensor() : z.defined() ? z : y);
   operands.insert(operands.begin(), hidden_outputs);
   for (const Tensor& operand : operands) save(node, operand);
   return y;
 }
 
 bool mlp_accepts(const Tensor& input, at::TensorList weights, at::TensorList biases) {
-  if (!gpu::takes(input.device()) || input.dim() < 1 || weights.size() != biases.size() ||
-      weights.size() > static_cast<size_t>(kMostMlpLayers))
+  const bool on_cpu = input.is_cpu();
+  if (!(on_cpu || gpu::takes(input.device())) || input.dim() < 1 || weights.size() != biases.size() ||
+      weights.empty() || weights.size() > static_cast<size_t>(kMostMlpLayers))
     return false;
   int64_t features = input.size(-1);
   for (size_t l = 0; l < weights.size(); ++l) {
@@ -216,6 +293,7 @@ bool mlp_accepts(const Tensor& input, at::TensorList weights, at::TensorList bia
     features = w.size(0);
     if (b.defined() && (b.dim() != 1 || b.size(0) != features)) return false;
   }
+  if (on_cpu) return true;
   const gpu::Current current(input.device());
   return planned(MlpForward{shape_of(input, weights, gpu::precision(input)), features, {}, {}}, input.device(), {})
              .runner != nullptr;
@@ -236,13 +314,12 @@ bool read_tensors(PyObject* object, std::vector<Tensor>& tensors) {
   return true;
 }
 
-// Fused on a GPU alone: elsewhere Python calls linear for every layer.
 py::object mlp_fast(py::handle input, py::handle weights, py::handle biases, int kind, double a, double b,
                     int output_kind, double output_a, double output_b) {
   if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr())) return not_implemented();
   Tensor x = THPVariable_Unpack(input.ptr());
   std::vector<Tensor> w, bs;
-  if (x.is_cpu() || !read_tensors(weights.ptr(), w) || !read_tensors(biases.ptr(), bs)) return not_implemented();
+  if (!read_tensors(weights.ptr(), w) || !read_tensors(biases.ptr(), bs)) return not_implemented();
   const c10::DeviceType device = x.device().type();
   if (at::autocast::is_autocast_enabled(device)) {
     const auto type = at::autocast::get_autocast_dtype(device);

@@ -27,9 +27,10 @@ def mlp(
 
     On a GPU, in float32, bfloat16 or float16 and with no layer wider than 128, it is one kernel forward, and one and a
     sum backward: the time of small networks goes into kernel launches and into what each layer writes to memory for the
-    next. Everywhere else it is `linear` with its activation, layer by layer, with the same results: on the CPU, in
-    float64, for wider layers or more than 16 of them, on GPUs with too little shared memory, and under torch.compile,
-    torch.export and torch.func. fastops.record() shows which.
+    next. On the CPU it is one call for all layers, forward and backward, and one kernel in float32 and float64 with no
+    layer wider than 128. Everywhere else it is `linear` with its activation, layer by layer: on GPUs in float64, with
+    wider layers, more than 16 of them or too little shared memory, and under torch.compile, torch.export and
+    torch.func. fastops.record() shows which.
 
     Args:
         input: (*, in_features), any leading dimensions and strides; float32, float64, bfloat16 or float16.

@@ -1,5 +1,5 @@
 // Contract of the fully fused multilayer perceptron: all layers of a narrow network in one kernel, forward and
-// backward. CUDA only. On the CPU, and where there is no plan, the op is a chain of linear layers (linear.h).
+// backward. Where there is no plan, the op is a chain of linear layers (linear.h).
 //
 //   y_0 = x,   y_l+1 = f(y_l W_l^T + b_l) for l < layers - 1,   y = g(y_layers-1 W_layers-1^T + b_layers-1)
 //
@@ -16,9 +16,11 @@ namespace fastops {
 
 inline constexpr int kMostMlpLayers = 16;
 inline constexpr int64_t kMostMlpWidth = 128;
+inline constexpr int64_t kMostMlpWidthCpu = 128;
+inline constexpr int kMlpPanel = 32;  // rows of the batch that the CPU takes at a time
 
-// Float32, bfloat16 or float16; every width from 1 to kMostMlpWidth. Precision::medium: float32 products of operands
-// rounded to TF32.
+// On a GPU float32, bfloat16 or float16 and every width from 1 to kMostMlpWidth; on the CPU float32 or float64 and
+// every width from 1 to kMostMlpWidthCpu. Precision::medium: on a GPU float32 products of operands rounded to TF32.
 struct MlpShape {
   DType dtype;
   Precision precision;
@@ -28,7 +30,14 @@ struct MlpShape {
   bool operator==(const MlpShape&) const = default;
 };
 
-// What forward saves for backward: layers - 1 matrices [m, mlp_hidden_stride] with the hidden outputs. If
+inline bool mlp_fits_cpu(const MlpShape& shape) {
+  if ((shape.dtype != DType::f32 && shape.dtype != DType::f64) || shape.layers > kMostMlpLayers) return false;
+  for (int l = 0; l <= shape.layers; ++l)
+    if (shape.widths[l] < 1 || shape.widths[l] > kMostMlpWidthCpu) return false;
+  return true;
+}
+
+// What forward saves for backward on a GPU: layers - 1 matrices [m, mlp_hidden_stride] with the hidden outputs. If
 // saved_by_linear(f) is input, layers - 1 more with their pre-activations follow. Columns past a layer's width are
 // undefined.
 inline int64_t mlp_hidden_stride(const MlpShape& shape) {
@@ -38,6 +47,34 @@ inline int64_t mlp_hidden_stride(const MlpShape& shape) {
 }
 inline int64_t mlp_hidden_matrices(const MlpShape& shape, const Activation& hidden) {
   return (shape.layers - 1) * (saved_by_linear(hidden) == Saved::input ? 2 : 1);
+}
+
+inline bool has_slope(const Activation& f) { return f.kind != ActivationKind::identity; }
+
+// The same on the CPU: for each panel, kMlpPanel rows of the batch, `total` elements. In them are matrices
+// [features, kMlpPanel]: the outputs of hidden layers, and what derivatives are formed from where that is not the
+// output of a hidden layer. Rows past the batch are zero.
+struct MlpSaved {
+  int64_t output[kMostMlpLayers];   // where the output of hidden layer l begins
+  int64_t derived[kMostMlpLayers];  // where what f'(layer l) is formed from begins
+  int64_t total;
+};
+inline MlpSaved mlp_saved(const MlpShape& shape, const Activation& hidden, const Activation& output) {
+  MlpSaved saved{};
+  const auto take = [&](int64_t width) {
+    const int64_t at = saved.total;
+    saved.total += width * kMlpPanel;
+    return at;
+  };
+  for (int l = 0; l < shape.layers - 1; ++l) {
+    saved.output[l] = saved.derived[l] = take(shape.widths[l + 1]);
+    if (has_slope(hidden) && saved_by_linear(hidden) == Saved::input) saved.derived[l] = take(shape.widths[l + 1]);
+  }
+  if (has_slope(output)) saved.derived[shape.layers - 1] = take(shape.widths[shape.layers]);
+  return saved;
+}
+inline int64_t mlp_saved_elements(const MlpShape& shape, const Activation& hidden, const Activation& output) {
+  return (shape.m + kMlpPanel - 1) / kMlpPanel * mlp_saved(shape, hidden, output).total;
 }
 
 // x has unit column stride and any x_row_stride. W_l [widths[l + 1], widths[l]], b_l and y are contiguous.
@@ -51,7 +88,7 @@ struct MlpForward {
     const void* w[kMostMlpLayers];
     const void* bias[kMostMlpLayers];  // each nullable
     void* y;
-    void* z = nullptr;               // nullable: the pre-activation of y, in the layout of y
+    void* z = nullptr;               // nullable, GPU: the pre-activation of y, in the layout of y
     void* hidden_outputs = nullptr;  // nullable: what backward needs (see above); 16-byte aligned
   };
   bool operator==(const MlpForward&) const = default;
@@ -60,8 +97,9 @@ struct MlpForward {
 // The gradients of x, every W_l and every b_l, from grad_y and what forward saved.
 //
 // grad_y and x have unit column stride and any row stride. saved is y or z, as saved_by_linear(output) says, and
-// contiguous; for identity it is not read. Every gradient is contiguous. A null gradient is not computed. The gradients
-// of weights and biases are summed in float32, in an order that depends only on the shape and the chip.
+// contiguous; for identity and on the CPU it is not read. Every gradient is contiguous. A null gradient is not
+// computed. The gradients of weights and biases are summed in float32, in an order that depends only on the shape and
+// the chip.
 struct MlpBackward {
   MlpShape shape;
   int64_t grad_y_row_stride, x_row_stride;
