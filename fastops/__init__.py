@@ -23,6 +23,7 @@ _load()
 from fastops import functional, memory, nn  # noqa: E402
 from fastops._version import __version__  # noqa: E402
 from fastops.export import decompositions, export_kernels  # noqa: E402
+from fastops.freeze import freeze  # noqa: E402
 from fastops.info import info  # noqa: E402
 from fastops.precision import get_conv_precision, set_conv_precision  # noqa: E402
 from fastops.record import record  # noqa: E402
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "decompositions",
     "export_kernels",
+    "freeze",
     "functional",
     "get_conv_precision",
     "info",

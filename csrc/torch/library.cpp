@@ -59,6 +59,7 @@ void bind_linear(py::module_& m);
 void bind_mlp(py::module_& m);
 void bind_conv(py::module_& m);
 void bind_conv_pool(py::module_& m);
+void bind_frozen(py::module_& m);
 void bind_activation(py::module_& m);
 void bind_pool(py::module_& m);
 void bind_record(py::module_& m);
@@ -80,6 +81,7 @@ PYBIND11_MODULE(_C, m) {
   bind_mlp(m);
   bind_conv(m);
   bind_conv_pool(m);
+  bind_frozen(m);
   bind_activation(m);
   bind_pool(m);
   bind_record(m);

@@ -58,13 +58,15 @@ inline ConvGeometry canonical(ConvGeometry geometry) {
 // Of all calls below. Precision::highest: the rms error is at most three times that of direct summation.
 // Precision::medium: on a CPU, Winograd's F(4x4, 3x3) as well; a GPU may round float32 operands to TF32.
 
-// y[b, k, p] = f(sum_{c, r} w[k, c, r] x[b, group(k) C + c, p * stride - padding + r * dilation] + bias[k])
+// y[b, k, p] = f(sum_{c, r} w[k, c, r] x[b, group(k) C + c, p * stride - padding + r * dilation] + bias[k]
+//                + residual[b, k, p])
 //
 // where C = in_channels / groups and group(k) = k / (out_channels / groups).
 //
 // x [batch, in_channels, in] and y [batch, out_channels, out] are dense in `layout`. w [out_channels, C, kernel] is
-// dense in w_layout; channels_last is [out_channels, kernel, C]. bias is contiguous. z receives the pre-activation in
-// the dtype and layout of y. An empty sum gives f(bias).
+// dense in w_layout; channels_last is [out_channels, kernel, C]. bias is contiguous. z receives the argument of f in
+// the dtype and layout of y; residual has that layout too. An empty sum gives f(bias + residual). On a GPU, for 16-bit
+// dtypes and for depthwise convolutions there is no plan with a residual.
 //
 // Products accumulate in float32 (float64 for float64). 16-bit results are rounded once, after bias and activation. The
 // result is bitwise the same for any number of threads.
@@ -75,6 +77,7 @@ struct ConvForward {
   bool with_bias = false;
   Activation activation = {};
   bool with_z = false;
+  bool with_residual = false;
   Precision precision = Precision::highest;
   bool packed_w = false;  // w is what Plan::pack made of it, if the plan has something to pack
   int alignment = 1;      // of x and w, in bytes
@@ -85,6 +88,7 @@ struct ConvForward {
     const void* bias = nullptr;
     void* y;
     void* z = nullptr;
+    const void* residual = nullptr;
   };
   bool operator==(const ConvForward&) const = default;
 };

@@ -7,11 +7,11 @@
 
 namespace fastops {
 
-// y[m, n] = f(sum_k x[m, k] w[n, k] + bias[n]). k == 0 gives f(bias).
+// y[m, n] = f(sum_k x[m, k] w[n, k] + bias[n] + residual[m, n]). k == 0 gives f(bias + residual).
 //
 // x and w have any strides and are never copied as a whole. bias is a vector with any stride. y is row-major with
-// y_row_stride >= n. z receives the pre-activation x W^T + bias in the dtype and layout of y. y and z overlap no
-// operand.
+// y_row_stride >= n. z receives the argument of f in the dtype and layout of y; residual has that layout too. y and z
+// overlap no operand. On a GPU and for 16-bit dtypes there is no plan with a residual.
 //
 // Products accumulate in float32 (float64 for float64). 16-bit results are rounded once, after bias and activation. The
 // result is bitwise the same for any number of threads. Precision::medium: a GPU may round float32 operands to TF32.
@@ -24,6 +24,7 @@ struct LinearForward {
   int64_t bias_stride = 1;
   Activation activation = {};
   bool with_z = false;
+  bool with_residual = false;
   Precision precision = Precision::highest;
   bool packed_w = false;  // w is what Plan::pack made of it, if the plan has something to pack
   int alignment = 1;      // of x and w, in bytes; a multiple of 64 is as good as 64
@@ -34,6 +35,7 @@ struct LinearForward {
     const void* bias = nullptr;
     void* y;
     void* z = nullptr;
+    const void* residual = nullptr;
   };
   bool operator==(const LinearForward&) const = default;
 };

@@ -29,6 +29,14 @@ inline bool is_empty(const Bound<ConvBackwardWeight>& args) {
 template <class T, class Call>
 void plan_algorithm(Plan<Call>& plan, const Bound<Call>& args) {
   const int threads = plan.target.threads;
+  if constexpr (same_type<Call, ConvForward>) {
+    if (args.residual != nullptr) {
+      if (!same_type<T, Compute<T>> || depthwise_takes<T>(args) || depthwise_last_takes<T>(args)) return;
+      if (pointwise_takes(args)) return plan_pointwise<T>(plan, args);
+      if (winograd_takes<T>(args)) return plan_winograd(plan, args);
+      return plan_implicit_gemm<T>(plan, args);
+    }
+  }
   if (depthwise_takes<T>(args)) {
     const DepthwisePlan bands = plan_depthwise<T>(args, threads);
     return decide(
@@ -68,7 +76,7 @@ void plan_conv(Plan<Call>& plan, const typename Call::Pointers& pointers) {
 void plan_call(Plan<ConvForward>& plan) {
   const ConvForward& call = plan.call;
   void* const p = planned_address(call.alignment);
-  plan_conv(plan, {p, p, call.with_bias ? p : nullptr, p, call.with_z ? p : nullptr});
+  plan_conv(plan, {p, p, call.with_bias ? p : nullptr, p, call.with_z ? p : nullptr, call.with_residual ? p : nullptr});
 }
 void plan_call(Plan<ConvBackwardInput>& plan) {
   const ConvBackwardInput& call = plan.call;

@@ -105,6 +105,7 @@ inline ConvProduct<T> of_group(const ConvProduct<T>& g, int64_t group) {
   const int64_t y_group = g.outputs * g.out.channel_stride;
   one.out.y += group * y_group;
   if (one.out.z != nullptr) one.out.z += group * y_group;
+  if (one.out.residual != nullptr) one.out.residual += group * y_group;
   if (one.out.bias != nullptr) one.out.bias += group * g.outputs;
   return one;
 }
@@ -361,6 +362,7 @@ inline ConvProduct<T> forward_product(const Bound<ConvForward>& args) {
                           ImageStrides(args.layout, geometry.out_channels, geometry.out));
   g.x_group = g.patches.channels * g.patches.channel_stride;
   g.w_group = g.outputs * g.patches.channels * g.patches.tap_count;
+  g.out.residual = static_cast<const T*>(args.residual);
   if (args.packed_w) g.w_packed = args.w;
   return g;
 }

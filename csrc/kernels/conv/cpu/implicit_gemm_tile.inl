@@ -23,8 +23,9 @@ struct ConvOutput {
   RowForward<T> f;  // null for identity and relu
   Activation activation;
   int64_t batch_stride, channel_stride, stride[3];
-  bool dense;   // successive positions are stride[2] apart, also from one row of the grid to the next
-  bool stream;  // aligned tiles are written with non-temporal stores
+  bool dense;         // successive positions are stride[2] apart, also from one row of the grid to the next
+  bool stream;        // aligned tiles are written with non-temporal stores
+  const T* residual;  // null, or in the layout of y: added before f; only where T is the compute type
 };
 
 template <class T>
@@ -105,9 +106,18 @@ inline void store_spread(const T* from, int count, int64_t step, T* to) {
   for (int i = 0; i < count; ++i) to[i * step] = from[i];
 }
 
-// The epilogue of one row of complete sums. Results are `step` elements apart, from y + at (and z + at) on.
+// The epilogue of one row of complete sums. Results are `step` elements apart, from y + at (and z + at) on. A residual
+// is added to the sums, and ReLU then follows here.
 template <class T>
-inline void finish_run(const ConvOutput<T>& out, const Compute<T>* sums, int64_t at, int64_t step, int count) {
+inline void finish_run(const ConvOutput<T>& out, Compute<T>* sums, int64_t at, int64_t step, int count) {
+  if constexpr (same_type<T, Compute<T>>) {
+    if (out.residual != nullptr) {
+      for (int i = 0; i < count; ++i) {
+        const T sum = sums[i] + out.residual[at + i * step];
+        sums[i] = out.relu && sum < 0 ? 0 : sum;
+      }
+    }
+  }
   if (step == 1) {
     if (out.z != nullptr) store_row<T>(sums, out.z + at, count);
     if (out.f != nullptr)
@@ -136,6 +146,7 @@ inline void finish_dense(const ConvOutput<T>& out, const Compute<T>* sums, int64
                          bool bias_of_rows, T* y, int64_t y_rs, int rows, int cols) {
   using Lanes = Vec<Compute<T>>;
   constexpr int S = Lanes::size;
+  const T* const residual = out.residual != nullptr ? out.residual + (y - out.y) : nullptr;
 #if defined(FASTOPS_HAS_AMX)
   if constexpr (same_type<T, bf16_t>) {
     if (cols == 2 * S) return store_wide(out.relu, sums, rs, bias, bias_of_rows, false, y, y_rs, rows);
@@ -146,6 +157,8 @@ inline void finish_dense(const ConvOutput<T>& out, const Compute<T>* sums, int64
     const Lanes col_bias = bias_of_rows ? Lanes::zero() : Lanes::load(bias + c);
     for (int r = 0; r < rows; ++r) {
       Lanes v = Lanes::load(sums + r * rs + c) + (bias_of_rows ? Lanes::set1(bias[r]) : col_bias);
+      if constexpr (same_type<T, Compute<T>>)
+        if (residual != nullptr) v = v + Lanes::load(residual + r * y_rs + c, count);
       if (out.relu) v = max(Lanes::zero(), v);
       if (count == S)
         v.store(y + r * y_rs + c);
@@ -183,7 +196,7 @@ void finish_tile(const ConvProduct<T>& g, Compute<T>* sums, int64_t rs, int64_t 
         const int count = smaller(cols - c, S);
         Vec<C> v = Vec<C>::load(sums + r * rs + c, count);
         v = v + (rows_are_positions ? Vec<C>::load(bias + c, count) : Vec<C>::set1(bias[r]));
-        if (out.relu) v = max(Vec<C>::zero(), v);
+        if (out.relu && out.residual == nullptr) v = max(Vec<C>::zero(), v);
         v.store(sums + r * rs + c, count);
       }
   }
@@ -222,6 +235,10 @@ inline bool dense_tile(const ConvProduct<T>& g, int64_t o, int64_t n, int positi
       tile->c = out.y + image * out.batch_stride + o * out.channel_stride + within;
       tile->c_rs = out.channel_stride;
       if (out.bias != nullptr) tile->row_bias = out.bias + o;
+    }
+    if (out.residual != nullptr) {
+      tile->add = out.residual + (tile->c - out.y);
+      tile->add_rs = tile->c_rs;
     }
     tile->stream = out.stream && reinterpret_cast<uintptr_t>(tile->c) % 64 == 0 &&
                    tile->c_rs * static_cast<int64_t>(sizeof(T)) % 64 == 0;

@@ -29,8 +29,9 @@ struct AsLinear {
              .with_bias = args.with_bias,
              .activation = args.activation,
              .with_z = args.with_z,
+             .with_residual = args.with_residual,
              .packed_w = args.packed_w},
-            {args.x, args.w, args.bias, args.y, args.z},
+            {args.x, args.w, args.bias, args.y, args.z, args.residual},
             args.bf16_multiply,
             args.threads};
   }

@@ -353,6 +353,7 @@ inline Winograd winograd_problem(const Bound<ConvForward>& args) {
   p.w_tap = taps_inner ? 1 : g.in_channels;
   p.w_depth = 9 * p.w_tap;
   p.out = winograd_output_of(args.y, args.z, args.bias, args.activation, p.channels_last, p.k, volume(g.out));
+  p.out.residual = static_cast<const float*>(args.residual);
   return p;
 }
 

@@ -221,11 +221,14 @@ inline void winograd_finish_pixels(const Winograd& p, int64_t image, int64_t row
 #pragma GCC unroll 4
       for (int j = 0; j < m; ++j) {
         VecF value = y[i][j] + bias;
+        const int64_t at = (pixel + i * p.out_w + j) * out.rs + k + v * S;
+        const bool inside = i < rows && j < cols;
+        if (out.residual != nullptr && inside) value = value + VecF::load(out.residual + at, lanes);
         if (out.relu) value = max(VecF::zero(), value);
         if (!in_registers)
           value.store(buffer + (i * m + j) * width + v * S);
-        else if (i < rows && j < cols)
-          value.store(out.y + (pixel + i * p.out_w + j) * out.rs + k + v * S, lanes);
+        else if (inside)
+          value.store(out.y + at, lanes);
       }
   }
   if (in_registers) return;
@@ -250,6 +253,13 @@ inline void winograd_transpose_out(const Winograd& p, int64_t image, int64_t pix
 #pragma GCC unroll 16
       for (int i = 0; i < S; ++i) r[i] = i < width ? VecF::load(from + (start + j + i) * S) : VecF::zero();
       transpose(r);
+      if (out.residual != nullptr) {
+#pragma GCC unroll 16
+        for (int i = 0; i < S; ++i) {
+          if (i < channels) r[i] = r[i] + VecF::load(out.residual + (row + i) * out.rs + at + j, width);
+          if (out.relu) r[i] = max(VecF::zero(), r[i]);
+        }
+      }
       if (channels == S && width == S) {
 #pragma GCC unroll 16
         for (int i = 0; i < S; ++i) r[i].store(to + i * to_rs + j);
@@ -286,7 +296,7 @@ inline void winograd_finish_planes(const Winograd& p, const WinogradBlock& block
 #pragma GCC unroll 4
           for (int j = 0; j < m; ++j) {
             VecF value = y[i][j] + bias;
-            if (p.out.relu) value = max(VecF::zero(), value);
+            if (p.out.relu && p.out.residual == nullptr) value = max(VecF::zero(), value);
             if (i < rows && j < cols) value.store(to + (i * width + j) * S);
           }
       }

@@ -478,7 +478,9 @@ void decide_depthwise_weight(Plan<ConvBackwardWeight>& plan, const ConvGeometry&
 
 }  // namespace
 
-void plan_call(Plan<ConvForward>& plan) { plan_gathered(plan); }
+void plan_call(Plan<ConvForward>& plan) {
+  if (!plan.call.with_residual) plan_gathered(plan);
+}
 void plan_call(Plan<ConvBackwardInput>& plan) { plan_gathered(plan); }
 
 void plan_call(Plan<ConvBackwardWeight>& plan) {

@@ -110,12 +110,14 @@ void dot_product(const Gemm<T>& g, const Team& team) {
       for (; c + kDot <= cols; c += kDot)
         dot_rows<T, kDot>(g.m, g.k, g.a.p, g.a.ls, g.b.p + (j + c) * g.b.ls, g.b.ls, block + c);
       for (; c < cols; ++c) dot_rows<T, 1>(g.m, g.k, g.a.p, g.a.ls, g.b.p + (j + c) * g.b.ls, g.b.ls, block + c);
-      for (int64_t i = 0; i < g.m && (g.out.bias != nullptr || g.out.relu); ++i)
+      for (int64_t i = 0; i < g.m && (g.out.bias != nullptr || g.out.relu || g.out.residual != nullptr); ++i)
         for (c = 0; c < cols; c += Vec<C>::size) {
           const int count = smaller(cols - c, Vec<C>::size);
           C* const at = block + i * kDotBlock + c;
           Vec<C> v = Vec<C>::load(at, count);
           if (g.out.bias != nullptr) v = v + Vec<C>::load(g.out.bias + j + c, count);
+          if constexpr (same_type<T, C>)
+            if (g.out.residual != nullptr) v = v + Vec<C>::load(g.out.residual + i * g.out.rs + j + c, count);
           if (g.out.relu) v = max(Vec<C>::zero(), v);
           v.store(at, count);
         }
@@ -134,7 +136,7 @@ constexpr int64_t kRowTimesMatrix = 128 * 1024;
 template <class T>
 inline bool takes_row_times_matrix(const Gemm<T>& g) {
   return g.m == 1 && g.b.ls == 1 && g.n * g.k >= kRowTimesMatrix && g.a_sums == nullptr && g.out.bias == nullptr &&
-         g.out.f == nullptr && !g.out.relu && g.out.z == nullptr;
+         g.out.f == nullptr && !g.out.relu && g.out.z == nullptr && g.out.residual == nullptr;
 }
 
 template <class T>

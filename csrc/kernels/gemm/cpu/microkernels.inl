@@ -71,6 +71,8 @@ struct TileOut {
   bool relu;
   bool stream;        // non-temporal stores: every row of c is aligned to vectors, and c is not read again
   const C* row_bias;  // one value per row
+  const C* add;       // null, or added to complete sums
+  int64_t add_rs;
 };
 
 // Block sizes. Measured on Granite Rapids (48 KB L1d, 2 MB L2) unless stated otherwise.
@@ -202,6 +204,12 @@ __attribute__((noinline)) void micro(int64_t k, const P* a, int64_t a_rs, int64_
       for (int v = 0; v < V; ++v) acc[r][v] = acc[r][v] + bias;
     }
   }
+  if (out.add != nullptr) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] = acc[r][v] + load(out.add + r * out.add_rs, v);
+  }
   if (out.relu) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
@@ -273,7 +281,8 @@ inline void micro_tile(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const 
   }
 }
 
-// The output of a product in storage type T: y = f(C + bias), rounded once, and z = C + bias where z is not null.
+// The output of a product in storage type T: y = f(C + bias + residual), rounded once, and z = C + bias + residual
+// where z is not null.
 template <class T>
 struct Output {
   T* y;
@@ -284,6 +293,7 @@ struct Output {
   RowForward<T> f;  // null for identity and relu
   Activation activation;
   bool stream = false;
+  const T* residual = nullptr;  // null, or in the layout of y; only where T is the compute type
 };
 
 // The epilogue of complete sums: z, activations that are not computed in registers, and rounding.
@@ -330,6 +340,12 @@ inline void output_tile(P, int64_t k, const PanelView<P>& a, const P* a_panel, c
     tile.prev_rs = sums_rs;
   }
   if (last) tile.bias = out.bias != nullptr ? out.bias + j : nullptr;
+  if constexpr (same_type<T, C>) {
+    if (last && out.residual != nullptr) {
+      tile.add = out.residual + i * out.rs + j;
+      tile.add_rs = out.rs;
+    }
+  }
   const bool in_registers = same_type<T, C> && out.f == nullptr && out.z == nullptr;
   if (!last || in_registers) {
     tile.c = sums;

@@ -41,6 +41,7 @@ inline Gemm<T> forward_gemm(const Bound<LinearForward>& args) {
   g.out = {static_cast<T*>(args.y), args.y_row_stride, static_cast<T*>(args.z), nullptr, relu, nullptr,
            args.activation};
   if (!relu && kind != ActivationKind::identity) g.out.f = row_forward<T>(kind);
+  g.out.residual = static_cast<const T*>(args.residual);
   if (args.packed_w) g.b_packed = args.w;
   return g;
 }
@@ -127,6 +128,7 @@ void linear_dot(const Bound<LinearForward>& args, void* workspace, const Team& t
 template <class T, class Call, class AsLinear>
 void plan_linear_forward(Plan<Call>& plan, const Bound<Call>& call, AsLinear as_linear) {
   const Bound<LinearForward> args = as_linear(call);
+  if (args.residual != nullptr && !same_type<T, Compute<T>>) return;
   const Gemm<T> g = forward_gemm<T>(args);
   const size_t bias = contiguous_bias<T>(args) ? 0 : aligned(args.n * static_cast<int64_t>(sizeof(Compute<T>)));
   if (takes_dot(g))
@@ -289,7 +291,8 @@ void plan_call(Plan<LinearForward>& plan) {
   const LinearForward& call = plan.call;
   if (call.m == 0 || call.n == 0) return decide_nothing(plan);
   void* const p = planned_address(call.alignment);
-  const auto args = bind(plan, {p, p, call.with_bias ? p : nullptr, p, call.with_z ? p : nullptr});
+  const auto args =
+      bind(plan, {p, p, call.with_bias ? p : nullptr, p, call.with_z ? p : nullptr, call.with_residual ? p : nullptr});
   with_dtype(call.dtype, [&](auto type) {
     plan_linear_forward<decltype(type)>(plan, args, [](const Bound<LinearForward>& args) { return args; });
   });

@@ -143,6 +143,7 @@ LinearProduct weight_product(const LinearBackward& call) {
 }
 
 void plan_call(Plan<LinearForward>& plan) {
+  if (plan.call.with_residual) return;
   const LinearProduct output = output_product(plan.call);
   decide(plan, output.name, output.partial, output,
          [](const LinearForward& call, const LinearProduct& product, const LinearForward::Pointers& p, char* workspace,

@@ -1,0 +1,243 @@
+// Layers of fastops.freeze: weights that do not change are packed once for each kind of call, and stay packed.
+#include <ATen/ATen.h>
+
+#include <cstring>
+#include <list>
+#include <mutex>
+
+#include "../kernels/conv/conv.h"
+#include "../kernels/linear/linear.h"
+#include "binding.h"
+#include "call.h"
+#include "conv_binding.h"
+#include "conv_plan.h"
+
+namespace fastops {
+namespace {
+
+// The plans of one layer with what they packed, newest first. Several threads may call the layer at once.
+template <class Call>
+class PackedPlans {
+ public:
+  struct Entry {
+    Call call;
+    const Planners* planners;
+    int threads;
+    Plan<Call> plan;
+    Tensor packed;  // undefined: the weight is read as it is
+  };
+
+  std::shared_ptr<const Entry> find(const Call& call, const void* weight, int threads) {
+    const Planners& planners = kernels(call.dtype).planners;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto at = entries_.begin(); at != entries_.end(); ++at)
+      if ((*at)->planners == &planners && (*at)->threads == threads && (*at)->call == call) {
+        entries_.splice(entries_.begin(), entries_, at);
+        return entries_.front();
+      }
+    auto made = std::make_shared<Entry>(Entry{call, &planners, threads, planners.plan(call, {.threads = threads}), {}});
+    if (made->plan.runner != nullptr && made->plan.packed > 0) {
+      made->packed = empty_output({static_cast<int64_t>(made->plan.packed)}, at::kByte);
+      made->plan.pack(weight, made->packed.mutable_data_ptr());
+    }
+    if (entries_.size() == kMost) entries_.pop_back();
+    entries_.push_front(made);
+    return made;
+  }
+
+  int64_t packed_bytes() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    int64_t bytes = 0;
+    for (const auto& entry : entries_) bytes += entry->packed.defined() ? entry->packed.numel() : 0;
+    return bytes;
+  }
+
+ private:
+  static constexpr size_t kMost = 4;  // as many shapes of the input as keep their packed weights
+  std::mutex mutex_;
+  std::list<std::shared_ptr<const Entry>> entries_;
+};
+
+// The call of a layer: with packed weights, and if no kernel adds the residual, without it and f, which then follow.
+template <class Call, class Pointers, class Describe>
+Tensor run_packed(PackedPlans<Call>& plans, Call call, const Pointers& pointers, const Tensor& y,
+                  const Tensor& residual, Describe&& row) {
+  const Activation f = call.activation;
+  call.with_residual = residual.defined();
+  call.packed_w = true;
+  call.alignment = alignment_of({pointers.x, pointers.w});
+  const Team team = torch_team();
+  auto entry = plans.find(call, pointers.w, team.threads);
+  if (entry->plan.runner == nullptr) {
+    call.with_residual = false;
+    call.activation = {};
+    entry = plans.find(call, pointers.w, team.threads);
+  }
+  Pointers packed = pointers;
+  if (entry->packed.defined()) packed.w = entry->packed.const_data_ptr();
+  packed.residual = call.with_residual ? residual.const_data_ptr() : nullptr;
+  const Workspace workspace(entry->plan.workspace);
+  record::timed(
+      [&] {
+        record::Row result = row();
+        result.kernel = record::kernel_text(entry->plan.name, entry->plan.tier);
+        return result;
+      },
+      [&] { entry->plan.run(packed, workspace.get(), team); });
+  if (!residual.defined() || call.with_residual) return y;
+  y.add_(residual);
+  return f.kind == ActivationKind::identity ? y : activation_forward(y, f, false).y;
+}
+
+class FrozenConv {
+ public:
+  FrozenConv(const Tensor& weight, const optional<Tensor>& bias, const ConvArguments& arguments, Activation f)
+      : weight_(weight), bias_(bias), f_(f) {
+    params_ = {static_cast<int>(weight.dim()) - 2, false, 1, {1, 1, 1}, {}, {}, {1, 1, 1}};
+    TORCH_CHECK(read_params(arguments, weight, params_),
+                "FrozenConv: stride, padding, dilation or groups are not those of a convolution");
+  }
+
+  Tensor forward(const Tensor& input, const Tensor& residual) {
+    ConvPlan conv;
+    const std::string problem = plan_conv(input, weight_, bias_, params_, conv);
+    TORCH_CHECK(problem.empty(), "conv: ", problem);
+    const auto type = weight_.scalar_type();
+    const ConvSizes sizes = out_sizes(conv);
+    check_operand(input, type, in_sizes(conv), "input");
+    if (residual.defined()) check_operand(residual, type, sizes, "residual");
+    const Tensor x = in_layout(input, conv), w = weight_in_layout(weight_, conv);
+    const Tensor added = residual.defined() ? in_layout(residual, conv) : Tensor();
+    const Tensor y = empty_in(sizes, conv.layout, type);
+    if (y.numel() == 0) return y;
+    const ConvForward call{.dtype = to_dtype(type),
+                           .layout = conv.layout,
+                           .w_layout = conv.w_layout,
+                           .geometry = conv.geometry,
+                           .with_bias = bias_.has_value(),
+                           .activation = f_,
+                           .precision = conv_precision()};
+    return run_packed(plans_, call,
+                      ConvForward::Pointers{x.const_data_ptr(), w.const_data_ptr(),
+                                            data_or_null(bias_.value_or(Tensor())), y.mutable_data_ptr()},
+                      y, added,
+                      [&] { return record::Row{"conv", "", record::shapes_of({input, weight_}), dtype_name(type)}; });
+  }
+
+  int64_t packed_bytes() { return plans_.packed_bytes(); }
+
+ private:
+  const Tensor weight_;
+  const optional<Tensor> bias_;
+  const Activation f_;
+  ConvParams params_{};
+  PackedPlans<ConvForward> plans_;
+};
+
+class FrozenLinear {
+ public:
+  FrozenLinear(const Tensor& weight, const optional<Tensor>& bias, Activation f)
+      : weight_(weight), bias_(bias), f_(f) {}
+
+  Tensor forward(const Tensor& input, const Tensor& residual) {
+    const auto type = weight_.scalar_type();
+    const int64_t n = weight_.size(0), k = weight_.size(1);
+    check_tensor(input, "linear", "input", at::kCPU);
+    check_dtype(input, type, "linear", "input");
+    TORCH_CHECK(input.dim() >= 1 && input.size(-1) == k, "linear: input must have shape (*, ", k, "), got ",
+                input.sizes());
+    c10::DimVector sizes(input.sizes());
+    sizes.back() = n;
+    TORCH_CHECK(!residual.defined() || (residual.sizes() == sizes && residual.scalar_type() == type),
+                "linear: residual must have the output's shape ", sizes, " and dtype");
+    const Tensor y = empty_output(sizes, type);
+    if (y.numel() == 0) return y;
+    const int64_t m = y.numel() / n;
+    const Tensor x = k == 0 ? input : input.reshape({m, k});
+    const LinearForward call{.dtype = to_dtype(type),
+                             .m = m,
+                             .n = n,
+                             .k = k,
+                             .x_strides = k == 0 ? Strides{0, 1} : Strides{x.stride(0), x.stride(1)},
+                             .w_strides = {weight_.stride(0), weight_.stride(1)},
+                             .y_row_stride = n,
+                             .with_bias = bias_.has_value(),
+                             .bias_stride = bias_ ? bias_->stride(0) : 1,
+                             .activation = f_};
+    return run_packed(plans_, call,
+                      LinearForward::Pointers{x.const_data_ptr(), weight_.const_data_ptr(),
+                                              data_or_null(bias_.value_or(Tensor())), y.mutable_data_ptr()},
+                      y, residual.defined() ? residual.contiguous() : Tensor(),
+                      [&] { return record::Row{"linear", "", record::shapes_of({input, weight_}), dtype_name(type)}; });
+  }
+
+  int64_t packed_bytes() { return plans_.packed_bytes(); }
+
+ private:
+  const Tensor weight_;
+  const optional<Tensor> bias_;
+  const Activation f_;
+  PackedPlans<LinearForward> plans_;
+};
+
+// NotImplemented for what is not plain: compiled, traced, on another device. Then the caller computes the layer by its
+// op.
+template <class Layer>
+py::object call_frozen(Layer& layer, py::handle input, py::handle residual) {
+  if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr()) ||
+      (!residual.is_none() && !fast_door::is_plain(residual.ptr())))
+    return not_implemented();
+  const Tensor& x = THPVariable_Unpack(input.ptr());
+  const Tensor added = residual.is_none() ? Tensor() : THPVariable_Unpack(residual.ptr());
+  if (!x.is_cpu() || at::autocast::is_autocast_enabled(at::kCPU)) return not_implemented();
+  TORCH_CHECK(!at::GradMode::is_enabled() || !(needs_grad(x) || (added.defined() && needs_grad(added))),
+              "fastops.freeze: a frozen model has no gradients, but its input requires one. Call it under ",
+              "torch.no_grad(), or use the model that it was made from");
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return wrap(without_gil([] { return "frozen"; }, [&] { return layer.forward(x, added); }, x));
+}
+
+// What changes with a tensor: its memory, its version, and some of its elements, for writes through .data, of which
+// the version knows nothing.
+uint64_t fingerprint(const std::vector<Tensor>& tensors) {
+  constexpr int64_t kElements = 8;
+  uint64_t value = 0;
+  const auto mix = [&](uint64_t next) { value = (value ^ next) * 0x9e3779b97f4a7c15u + (value >> 29); };
+  for (const Tensor& tensor : tensors) {
+    mix(reinterpret_cast<uint64_t>(tensor.const_data_ptr()));
+    if (!tensor.is_inference()) mix(static_cast<uint64_t>(tensor._version()));
+    const int64_t size = static_cast<int64_t>(tensor.element_size());
+    const int64_t elements = static_cast<int64_t>(tensor.nbytes()) / size;
+    if (!tensor.is_cpu() || !tensor.is_non_overlapping_and_dense() || elements == 0) continue;
+    const auto* const bytes = static_cast<const unsigned char*>(tensor.const_data_ptr());
+    for (int64_t i = 0; i < kElements; ++i) {
+      uint64_t element = 0;
+      const int64_t at = elements == 1 ? 0 : i * (elements - 1) / (kElements - 1);
+      std::memcpy(&element, bytes + at * size, static_cast<size_t>(std::min<int64_t>(size, 8)));
+      mix(element);
+    }
+  }
+  return value;
+}
+
+}  // namespace
+
+void bind_frozen(py::module_& m) {
+  py::class_<FrozenConv>(m, "FrozenConv")
+      .def(py::init([](const Tensor& weight, const optional<Tensor>& bias, py::handle stride, py::handle padding,
+                       py::handle dilation, py::handle groups, int kind, double a, double b) {
+        const ConvArguments arguments{static_cast<int>(weight.dim()) - 2, false, stride, padding, dilation, {}, groups};
+        return std::make_unique<FrozenConv>(weight, bias, arguments, make_activation(kind, a, b));
+      }))
+      .def("__call__", call_frozen<FrozenConv>, py::arg("input"), py::arg("residual") = py::none())
+      .def("packed_bytes", &FrozenConv::packed_bytes);
+  py::class_<FrozenLinear>(m, "FrozenLinear")
+      .def(py::init([](const Tensor& weight, const optional<Tensor>& bias, int kind, double a, double b) {
+        return std::make_unique<FrozenLinear>(weight, bias, make_activation(kind, a, b));
+      }))
+      .def("__call__", call_frozen<FrozenLinear>, py::arg("input"), py::arg("residual") = py::none())
+      .def("packed_bytes", &FrozenLinear::packed_bytes);
+  m.def("fingerprint", fingerprint);
+}
+
+}  // namespace fastops

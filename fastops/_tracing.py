@@ -1,0 +1,274 @@
+"""torch.fx's tracer, for modules that nobody has prepared for it.
+
+A trace is only good if it does what the module does at every later call. So `training` is read when the program runs,
+x += y stays in place, and what a trace would get wrong in silence is an error: a random number or a tensor made while
+tracing, an attribute that forward changes, no_grad, autocast or a checkpoint inside of it, a question for an input's
+type. A submodule in which that happens is called as a module; the rest is traced.
+"""
+
+import operator
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+from torch import nn
+from torch.fx.proxy import Proxy, TraceError
+
+from fastops._fusion import in_the_way
+
+
+class Traced:
+    """What came out of `trace`.
+
+    graph: its call_function nodes with the target `training_of` have a module's name as their argument.
+    entered: the modules that were traced through, by name; "" is the root.
+    leaves: why a module that is not one of torch.nn's was not, by name, and whether that was tried.
+    """
+
+    def __init__(
+        self, graph: torch.fx.Graph, entered: dict[str, nn.Module], leaves: dict[str, tuple[str, bool]]
+    ) -> None:
+        self.graph, self.entered, self.leaves = graph, entered, leaves
+
+
+def training_of(name: str) -> bool:
+    """In a graph: the attribute `training` of the module of that name. Whoever makes a program of it says how."""
+    raise NotImplementedError(name)
+
+
+def trace(root: nn.Module, inputs: list[str], named_inputs: list[str]) -> Traced:
+    """Traces root.forward with these arguments, the named ones by keyword, and defaults for all others.
+
+    Raises whatever a forward raises that cannot be traced; the modules are then what they were.
+    """
+    tracer = _Tracer(inputs, named_inputs)
+    states = [(module, _State(module)) for module in root.modules()]
+    try:
+        graph = tracer.trace(root)
+        for module, state in states:
+            state.check(module)
+    except Exception:
+        for module, state in states:
+            state.restore(module)
+        vars(tracer).clear()
+        raise
+    for node in reversed(graph.nodes):
+        if not node.users and (node.op == "get_attr" or node.target is training_of):
+            graph.erase_node(node)
+    traced = Traced(graph, tracer.entered, tracer.leaves)
+    vars(tracer).clear()  # it is in a cycle with fx's wrappers, and would keep the modules alive for a while
+    return traced
+
+
+class _Tracer(torch.fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(self, inputs: list[str], named_inputs: list[str]) -> None:
+        super().__init__()
+        self.inputs, self.named_inputs = inputs, named_inputs
+        self.entered: dict[str, nn.Module] = {}
+        self.leaves: dict[str, tuple[str, bool]] = {}
+        self.ambient = _ambient()
+        self.parameter_proxies: dict[str, Proxy] = {}
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in (*self.inputs, *self.named_inputs)]
+        count = len(self.inputs)
+
+        def call(root: nn.Module, *values: Any) -> Any:
+            named = dict(zip(self.named_inputs, values[count:], strict=True))
+            return self._follow(root, "", lambda: root_fn(root, *values[:count], **named))
+
+        return call, [self.root, *proxies]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return super().is_leaf_module(m, module_qualified_name) or isinstance(m, torch.jit.ScriptModule)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        name = self.path_of_module(m)
+        if not self.is_leaf_module(m, name):
+            why, tried = in_the_way(m), False
+            if not why:
+                last = next(iter(reversed(self.graph.nodes)))
+                try:
+                    return self._follow(m, name, lambda: forward(*args, **kwargs))
+                except Exception as error:
+                    self._forget(last)
+                    why, tried = reason(error), True
+            self.leaves[name] = why, tried
+        return self.create_proxy("call_module", name, args, kwargs)
+
+    def _follow(self, module: nn.Module, name: str, call: Callable[[], Any]) -> Any:
+        """What a call of module's forward does, with its `training` as something to be read later."""
+        state, numbers = _State(module), _random_state()
+        training = vars(module)["training"]
+        proxy = self.create_proxy("call_function", training_of, (name,), {})
+        vars(module)["training"] = proxy
+        try:
+            result = call()
+            if vars(module).get("training") is not proxy:
+                raise TraceError("its forward changes training")
+            vars(module)["training"] = training
+            state.check(module)
+            if not _same_random_state(numbers, _random_state()):
+                raise TraceError("its forward makes random numbers")
+        except Exception:
+            vars(module)["training"] = training
+            state.restore(module)
+            raise
+        self.entered[name] = module
+        return result
+
+    def _forget(self, last: torch.fx.Node) -> None:
+        """Takes the nodes after this one back."""
+        for node in reversed(self.graph.nodes):
+            if node is last:
+                break
+            self.graph.erase_node(node)
+        kept = set(self.graph.nodes)
+        for name in [name for name, proxy in self.parameter_proxies.items() if proxy.node not in kept]:
+            del self.parameter_proxies[name]
+        self.entered = {name: m for name, m in self.entered.items() if self._is_called(name, kept)}
+        self.leaves = {name: why for name, why in self.leaves.items() if any(n.target == name for n in kept)}
+
+    def _is_called(self, name: str, kept: set[torch.fx.Node]) -> bool:
+        return any(node.target is training_of and node.args == (name,) for node in kept)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+        self.parameter_proxies = parameter_proxy_cache
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
+        if _ambient() != self.ambient:
+            raise TraceError("its forward has a block such as no_grad, autocast or checkpoint")
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter):
+            known = a in self.tensor_attrs or any(a is buffer for buffer in self.root.buffers())
+            if not known:
+                raise TraceError("its forward makes a tensor that does not depend on its inputs")
+        return super().create_arg(a)
+
+    def proxy(self, node: torch.fx.Node) -> Proxy:
+        return _Proxy(node, self)
+
+
+def reason(error: Exception) -> str:
+    """What a report says about a forward that could not be traced: one line."""
+    text = str(error).partition("\n")[0]
+    for sign, meaning in (
+        ("control flow", "its forward decides by an input or by training"),
+        ("bool()", "its forward decides by an input or by training"),
+        ("cannot be iterated", "its forward goes through the elements of an input"),
+        ("'len' is not supported", "its forward asks for the length of an input"),
+        ("does not support item assignment", "its forward assigns to elements of a tensor"),
+    ):
+        if sign in text:
+            return meaning
+    return text if text.startswith("its ") else f"torch.fx cannot trace it: {type(error).__name__}: {text}"[:160]
+
+
+class _Proxy(Proxy):
+    """A proxy that Python's in-place operators change in place, and that says nothing wrong about its type."""
+
+    @property
+    def __class__(self) -> type:
+        # isinstance has found that this is no such object, and looks for what it says it is: PyTorch's own code may,
+        # but `if isinstance(x, Tensor)` in a forward would go the wrong way.
+        frame = sys._getframe(1)
+        while frame.f_globals.get("__name__") == "abc":
+            frame = frame.f_back
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "fastops"):
+            raise TraceError("its forward asks for the type of an input")
+        return _Proxy
+
+
+def _in_place(name: str) -> Callable[[Proxy, Any], Proxy]:
+    def operate(self: Proxy, other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return operate
+
+
+for _name in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
+
+
+class _State:
+    """A module's attributes at one time, down to what is in lists, dicts and sets, and the versions of its tensors."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.attributes = dict(vars(module))
+        self.contents = {
+            key: value.copy() for key, value in self.attributes.items() if isinstance(value, (list, dict, set))
+        }
+        self.versions = [(tensor, _version(tensor)) for tensor in self._tensors()]
+
+    def _tensors(self) -> list[torch.Tensor]:
+        places = (self.attributes, self.attributes.get("_buffers", {}), self.attributes.get("_parameters", {}))
+        return [value for place in places for value in place.values() if isinstance(value, torch.Tensor)]
+
+    def check(self, module: nn.Module) -> None:
+        now = vars(module)
+        same = now.keys() == self.attributes.keys()
+        same = same and all(now[key] is value for key, value in self.attributes.items())
+        for key, before in self.contents.items():
+            same = same and _same_contents(before, self.attributes[key])
+        if not same:
+            raise TraceError("its forward changes its attributes")
+        if any(_version(tensor) != version for tensor, version in self.versions):
+            raise TraceError("its forward changes a tensor of its own")
+
+    def restore(self, module: nn.Module) -> None:
+        for key, before in self.contents.items():
+            value = self.attributes[key]
+            if not _same_contents(before, value):
+                value.clear()
+                value.extend(before) if isinstance(value, list) else value.update(before)
+        now = vars(module)
+        if now.keys() != self.attributes.keys() or any(now[key] is not v for key, v in self.attributes.items()):
+            now.clear()
+            now.update(self.attributes)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _same_contents(before: Any, now: Any) -> bool:
+    if len(before) != len(now):
+        return False
+    if isinstance(now, set):
+        return all(a is b for a, b in zip(before, now, strict=True))
+    if isinstance(now, dict):
+        return all(key in now and now[key] is value for key, value in before.items())
+    return all(a is b for a, b in zip(before, now, strict=True))
+
+
+def _random_state() -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    return torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()[1:3]
+
+
+def _same_random_state(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    same = torch.equal(before[0], after[0]) and before[1] == after[1]
+    return same and (not before[2] or (bool((before[2][0] == after[2][0]).all()) and before[2][1] == after[2][1]))
+
+
+def _ambient() -> tuple[Any, ...]:
+    """What a `with` around operations changes."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cpu"),
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+        torch.get_default_dtype(),
+    )

@@ -1,0 +1,553 @@
+"""fastops.freeze: a model for inference alone. What does not change between two calls is done once.
+
+Batch norms become part of the layers before them, weights are packed for the kernels (csrc/torch/frozen.cpp), layers
+take their activation and the residual that is added to them, and images stay in the layout that suits the convolutions.
+"""
+
+import copy
+import inspect
+import operator
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling as _is_compiling
+from torch.fx import Graph, GraphModule, Node
+
+import fastops.functional as FF
+import fastops.nn as fnn
+from fastops import _C
+from fastops._activations import ACTIVATIONS, KIND, valid
+from fastops._fusion import in_the_way, rewrite
+from fastops._tracing import reason, trace, training_of
+from fastops.functional._activation import resolve_activation
+from fastops.replace import Row, _check, _listed, _name, replace_
+
+__all__ = ["FreezeReport", "freeze"]
+
+
+@dataclass
+class FreezeReport:
+    """What freeze did. str() is a table: a line for all layers that fared alike.
+
+    Attributes:
+        frozen: a Row for every layer whose weights are packed: its name, its class, what it computes now.
+        folded: a Row for every batch norm that became part of a layer.
+        left: a Row for every other module that is called, and why it is as it was.
+        untraced: a Row for every module whose forward could not be followed, and why; its children are frozen on their
+            own.
+    """
+
+    frozen: list[Row] = field(default_factory=list)
+    folded: list[Row] = field(default_factory=list)
+    left: list[Row] = field(default_factory=list)
+    untraced: list[Row] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        kinds = (("->", self.frozen), ("into", self.folded), ("left:", self.left), ("untraced:", self.untraced))
+        for arrow, rows in kinds:
+            for row in rows:
+                groups.setdefault((row.module, arrow, row.result), []).append(row.name or "(root)")
+        table = [(_listed(names), *key) for key, names in groups.items()]
+        widths = [max((len(line[i]) for line in table), default=0) for i in range(3)]
+        lines = ["  ".join([*(c.ljust(w) for c, w in zip(line[:3], widths, strict=True)), line[3]]) for line in table]
+        counts = [f"{len(rows)} {name}" for name, rows in vars(self).items()]
+        return "\n".join([*lines, ", ".join(counts)])
+
+
+def freeze(model: nn.Module, *, channels_last: bool | None = None) -> nn.Module:
+    """The model for inference: batch norms folded, weights packed once, layers joined with what follows them.
+
+    Args:
+        model: any module. It stays as it is. Its frozen form is that of model.eval(), with the weights of this moment.
+        channels_last: the layout in which images go from convolution to convolution. None: channels_last where the
+            model has convolutions in two dimensions and is in float32 or a 16-bit dtype.
+
+    Returns:
+        A module that is called as the model is. It has no parameters and cannot be trained; it can be copied, pickled,
+        moved, exported (torch.export) and compiled. `fastops_report` is a FreezeReport. Results are those of
+        model.eval() but for roundings: a folded batch norm changes the weights before they are rounded.
+
+    Calling it raises RuntimeError if a parameter or buffer of `model` is not what it was: freeze again. A write through
+    .data that leaves out the elements that are looked at (8 of a large tensor) is not noticed. It also raises
+    RuntimeError if its input requires a gradient.
+
+    A frozen layer keeps packed weights for up to four kinds of call (batch sizes and the like), and the model that it
+    was made from has its own: it takes memory for speed. Drop the model to free its weights.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+
+    Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference"
+    (2017), section 3.2, for folding; torch.fx for the graph.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> print(fastops.freeze(model).fastops_report)
+    0  Conv2d       ->    conv2d, activation='relu'
+    1  BatchNorm2d  into  0
+    1 frozen, 1 folded, 0 left, 0 untraced
+    """
+    _check(model, "freeze")
+    if channels_last is None:
+        channels_last = any(isinstance(m, nn.Conv2d) and m.weight.dtype != torch.float64 for m in model.modules())
+    report = FreezeReport()
+    frozen = _freeze(model, "", report, channels_last)
+    return FrozenModel(frozen, [*model.named_parameters(), *model.named_buffers()], report)
+
+
+# ---- the frozen model ------------------------------------------------------------------------------------------------
+
+
+class FrozenModel(nn.Module):
+    """What freeze returns. `model` is a torch.fx.GraphModule, or a copy of the model with frozen children."""
+
+    def __init__(self, model: nn.Module, sources: list[tuple[str, Tensor]], report: FreezeReport) -> None:
+        super().__init__()
+        self.model = model
+        self.fastops_report = report
+        self._watch(sources)
+        self.train(False)
+
+    def _watch(self, sources: list[tuple[str, Tensor]]) -> None:
+        self._sources = [(name, weakref.ref(tensor), _C.fingerprint([tensor])) for name, tensor in sources]
+        self._tensors = [ref for _, ref, _ in self._sources]
+        self._fingerprint = _C.fingerprint([tensor for _, tensor in sources])
+        self._run: Callable[..., Any] | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if _is_compiling():
+            return self.model(*args, **kwargs)
+        state = self.__dict__
+        tensors = [tensor for ref in state["_tensors"] if (tensor := ref()) is not None]
+        if _C.fingerprint(tensors) != state["_fingerprint"]:
+            self._look_closer()
+        run = state["_run"] or self._make_run()
+        return run(*args, **kwargs)
+
+    def _make_run(self) -> Callable[..., Any]:
+        model = self.model
+        if isinstance(model, GraphModule):
+            forward, quick = type(model).forward, _quick(model)
+            self._run = lambda *args, **kwargs: forward(quick, *args, **kwargs)
+        else:
+            self._run = model.forward
+        return self._run
+
+    def _look_closer(self) -> None:
+        """Raises if a tensor has changed. Otherwise some are gone, and with them the danger."""
+        alive = []
+        for name, ref, fingerprint in self._sources:
+            tensor = ref()
+            if tensor is None:
+                continue
+            if _C.fingerprint([tensor]) != fingerprint:
+                raise RuntimeError(
+                    f"fastops.freeze: '{name}' of the model has changed since it was frozen; call fastops.freeze again"
+                )
+            alive.append((name, tensor))
+        self._sources = [(name, weakref.ref(tensor), _C.fingerprint([tensor])) for name, tensor in alive]
+        self._tensors = [ref for _, ref, _ in self._sources]
+        self._fingerprint = _C.fingerprint([tensor for _, tensor in alive])
+
+    def train(self, mode: bool = True) -> "FrozenModel":
+        if mode:
+            raise RuntimeError("fastops.freeze: a frozen model cannot be trained; train the model it was made from")
+        return super().train(False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles do not know the model that it was made from."""
+        return {
+            **super().__getstate__(),
+            "_sources": [],
+            "_tensors": [],
+            "_fingerprint": _C.fingerprint([]),
+            "_run": None,
+        }
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "FrozenModel":
+        super()._apply(*args, **kwargs)
+        self._run = None
+        return self
+
+
+def _quick(module: nn.Module) -> Any:
+    """What a graph's forward reads as `self`: its modules and tensors without nn.Module's __getattr__ and __call__."""
+    if isinstance(module, FrozenLayer):
+        return module.call
+    if not isinstance(module, GraphModule) and type(module) is not nn.Module:
+        return module
+    space = types.SimpleNamespace()
+    for name, child in module._modules.items():
+        setattr(space, name, _quick(child))
+    for tensors in (module._parameters, module._buffers):
+        vars(space).update(tensors)
+    return space
+
+
+class FrozenLayer(nn.Module):
+    """One layer: f(layer(input) + residual)."""
+
+    def __init__(
+        self, function: str, weight: Tensor, bias: Tensor | None, options: dict[str, Any], activation: Any
+    ) -> None:
+        super().__init__()
+        self.function, self.options, self.activation = function, options, activation
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("bias", None if bias is None else bias.detach().contiguous())
+        self._packed: Any = None
+
+    def pack(self) -> Any:
+        """The layer of csrc/torch/frozen.cpp; it packs at its first call of each kind."""
+        kind, a, b = resolve_activation(self.activation)
+        f = (KIND[kind], a, b)
+        if self.function == "linear":
+            self._packed = _C.FrozenLinear(self.weight, self.bias, *f)
+        else:
+            o = self.options
+            self._packed = _C.FrozenConv(
+                self.weight, self.bias, o["stride"], o["padding"], o["dilation"], o["groups"], *f
+            )
+        return self._packed
+
+    def call(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """forward, for tensors that are there."""
+        if type(input) is Tensor and input.dtype is self.weight.dtype:
+            packed = self.__dict__["_packed"] or self.pack()
+            if self.function != "linear" and input.dim() != self.weight.dim():
+                return self.forward(input, residual)
+            y = packed(input, residual)
+            if y is not NotImplemented:
+                return y
+        return self.forward(input, residual)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        function = getattr(FF, self.function)
+        if residual is None:
+            return function(input, self.weight, self.bias, **self.options, activation=self.activation)
+        return activate(function(input, self.weight, self.bias, **self.options) + residual, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{self.function}, {tuple(self.weight.shape)}, activation={self.activation!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_packed": None}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "FrozenLayer":
+        super()._apply(*args, **kwargs)
+        self._packed = None
+        return self
+
+
+def activate(input: Tensor, activation: Any) -> Tensor:
+    """An activation= on its own."""
+    kind, a, b = resolve_activation(activation)
+    if kind == "identity":
+        return input
+    row = ACTIVATIONS[kind]
+    return getattr(FF, row.function)(input, *(a, b)[: len(row.parameters)], **row.options)
+
+
+# ---- freezing --------------------------------------------------------------------------------------------------------
+
+_CONVOLUTIONS = {f"conv{n}d": getattr(FF, f"conv{n}d") for n in (1, 2, 3)}
+_FOLDS = {cls: layer for name in ("Linear", "Conv1d", "Conv2d", "Conv3d") for cls, layer in (
+    (getattr(nn, name), getattr(nn, name)), (getattr(fnn, name), getattr(nn, name)))}  # fmt: skip
+_NORMS = {
+    getattr(package, f"BatchNorm{n}d") for package in (nn, fnn) for n in (1, 2, 3) if hasattr(package, f"BatchNorm{n}d")
+}
+_OURS = {getattr(F, name): getattr(FF, name) for name in FF.__all__ if hasattr(F, name)}
+_ADDITIONS = {operator.add, operator.iadd, torch.add}
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _freeze(model: nn.Module, name: str, report: FreezeReport, channels_last: bool) -> nn.Module:
+    """A module for inference: a graph, or where none can be traced, a copy with frozen children."""
+    why = "" if isinstance(model, torch.jit.ScriptModule) else in_the_way(model)
+    if not why:
+        try:
+            graph = _trace(model)
+        except Exception as error:  # whatever a forward raises that is given proxies
+            why = reason(error)
+        else:
+            return _Freezer(model, graph, name, report, channels_last).run()
+    result = _copy(model)
+    own = not type(model).__module__.startswith(("torch.nn.", "fastops.nn.")) or type(model) in _CONTAINERS
+    if type(model) not in _CONTAINERS:
+        report.untraced.append(Row(name, _name(type(model)), why))
+    if own and not isinstance(model, torch.jit.ScriptModule):
+        for child_name, child in model.named_children():
+            below = f"{name}.{child_name}" if name else child_name
+            result._modules[child_name] = _freeze(child, below, report, channels_last)
+    return result.train(False)
+
+
+def _trace(model: nn.Module) -> Graph:
+    """model.forward with the defaults of its options, in eval mode."""
+    kinds = inspect.Parameter
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    required = [
+        p for p in parameters if p.default is kinds.empty and p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+    ]
+    inputs = [p.name for p in required if p.kind is not kinds.KEYWORD_ONLY]
+    graph = trace(model, inputs, [p.name for p in required if p.kind is kinds.KEYWORD_ONLY]).graph
+    for node in tuple(graph.nodes):
+        if node.target is training_of:
+            for user in tuple(node.users):
+                user.args = torch.fx.node.map_arg(user.args, lambda n, gone=node: False if n is gone else n)
+                user.kwargs = torch.fx.node.map_arg(user.kwargs, lambda n, gone=node: False if n is gone else n)
+            graph.erase_node(node)
+    return graph
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A copy that shares its tensors."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+class _Freezer:
+    def __init__(self, model: nn.Module, graph: Graph, name: str, report: FreezeReport, channels_last: bool) -> None:
+        self.source, self.graph, self.report, self.channels_last = model, graph, report, channels_last
+        self.prefix = f"{name}." if name else ""
+        # A flat module with what the graph names, to which new modules can be added.
+        self.module = nn.Module()
+        self.module.train(False)
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                node.target = self._adopt(node.target, _attribute(model, node.target))
+            elif node.op == "call_module":
+                node.target = self._adopt(node.target, model.get_submodule(node.target))
+        self.names: dict[str, str] = {}
+
+    def _adopt(self, target: str, value: Any) -> str:
+        """Puts a module or a tensor of the model into ours, under a name without dots."""
+        name = target.replace(".", "_")
+        if isinstance(value, nn.Module):
+            self.module._modules.setdefault(name, value)
+        elif isinstance(value, Tensor):
+            if name not in self.module._buffers:
+                self.module.register_buffer(name, value.detach())
+        else:
+            setattr(self.module, name, value)
+        return name
+
+    def run(self) -> GraphModule:
+        self.graph._tracer_cls = None  # a copy of a GraphModule is traced again, by torch.fx's own tracer
+        self._fold()
+        rewrite(graph_module := GraphModule(self.module, self.graph))
+        self.module, self.graph = graph_module, graph_module.graph
+        for node in tuple(self.graph.nodes):
+            self._freeze_call(node)
+            node.target = _OURS.get(node.target, node.target) if node.op == "call_function" else node.target
+        for node in tuple(self.graph.nodes):
+            self._join_addition(node)
+        self._take_children()
+        self.graph.eliminate_dead_code(lambda node: node.op not in ("get_attr", "placeholder") and node.is_impure())
+        self.graph.lint()
+        result = GraphModule(self.module, self.graph, type(self.source).__name__)
+        result.train(False)
+        return result
+
+    # ---- batch norms
+
+    def _fold(self) -> None:
+        """Makes batch norms part of the layer before them."""
+        modules = dict(self.module.named_modules())
+        for node in tuple(self.graph.nodes):
+            norm = modules.get(node.target) if node.op == "call_module" else None
+            if type(norm) not in _NORMS or norm.running_mean is None or len(node.args) != 1 or in_the_way(norm):
+                continue
+            before = node.args[0]
+            layer = modules.get(before.target) if isinstance(before, Node) and before.op == "call_module" else None
+            if (
+                type(layer) not in _FOLDS
+                or len(before.users) != 1
+                or in_the_way(layer)
+                or getattr(layer, "activation", None)
+            ):
+                continue
+            target = f"{before.target}_{node.name}"
+            self.module.add_module(target, _folded(layer, norm))
+            self.report.folded.append(Row(self.prefix + node.target, _name(type(norm)), self.prefix + before.target))
+            before.target = target
+            node.replace_all_uses_with(before)
+            self.graph.erase_node(node)
+
+    # ---- layers
+
+    def _freeze_call(self, node: Node) -> None:
+        """A call of linear or of a convolution becomes a layer with packed weights."""
+        if node.op != "call_function":
+            return
+        if node.target is FF.mlp:
+            self._freeze_mlp(node)
+            return
+        names = {FF.linear: "linear", **{function: name for name, function in _CONVOLUTIONS.items()}}
+        if node.target not in names:
+            return
+        arguments = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+        arguments.apply_defaults()
+        arguments = dict(arguments.arguments)
+        input, weight, bias = (arguments.pop(key) for key in ("input", "weight", "bias"))
+        activation = arguments.pop("activation")
+        tensors = [one for one in (weight, bias) if one is not None]
+        if not all(isinstance(one, Node) and one.op == "get_attr" for one in tensors):
+            return
+        self._layer(node, names[node.target], input, weight, bias, arguments, activation)
+
+    def _layer(
+        self, node: Node, function: str, input: Node, weight: Node, bias: Node | None, options: dict[str, Any], f: Any
+    ) -> Node:
+        w = _attribute(self.module, weight.target)
+        if function == "conv2d" and self.channels_last:
+            w = w.contiguous(memory_format=torch.channels_last)
+        layer = FrozenLayer(function, w, None if bias is None else _attribute(self.module, bias.target), options, f)
+        name = weight.target.removesuffix("weight").rstrip("._").replace(".", "_") or function
+        while hasattr(self.module, name):
+            name += "_frozen"
+        self.module.add_module(name, layer)
+        with self.graph.inserting_before(node):
+            new = self.graph.call_module(name, (input,))
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
+        told = function + (f", activation={f!r}" if f is not None else "")
+        self.report.frozen.append(Row(self.prefix + name.removesuffix("_frozen"), function, told))
+        return new
+
+    def _freeze_mlp(self, node: Node) -> None:
+        """A wide chain of linear layers: one by one, with packed weights. A narrow one is a kernel of its own."""
+        arguments = inspect.signature(FF.mlp).bind(*node.args, **node.kwargs)
+        arguments.apply_defaults()
+        input, weights, biases, hidden, output = arguments.arguments.values()
+        shapes = [_attribute(self.module, weight.target).shape for weight in weights]
+        if max(max(shape) for shape in shapes) <= _NARROW:
+            return
+        biases = biases or (None,) * len(weights)
+        before = node
+        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            last = i == len(weights) - 1
+            with self.graph.inserting_before(before):
+                place = self.graph.call_function(FF.linear, (input,))
+            if last:
+                node.replace_all_uses_with(place)
+                self.graph.erase_node(node)
+            input = self._layer(place, "linear", input, weight, bias, {}, output if last else hidden)
+
+    # ---- residuals
+
+    def _frozen(self, node: Any) -> FrozenLayer | None:
+        """The layer that a node calls, if nothing but a sum follows it yet."""
+        if not isinstance(node, Node) or node.op != "call_module" or len(node.args) != 1 or len(node.users) != 1:
+            return None
+        layer = self.module._modules.get(node.target)
+        alone = isinstance(layer, FrozenLayer) and layer.activation is None
+        return layer if alone and sum(other.target == node.target for other in self.graph.nodes) == 1 else None
+
+    def _join_addition(self, node: Node) -> None:
+        """layer(x) + y, and an activation of that, become one call of the layer."""
+        if node.op != "call_function" or node.target not in _ADDITIONS or node.kwargs or len(node.args) != 2:
+            return
+        order = {one: i for i, one in enumerate(self.graph.nodes)}
+        found = [(order[one], one, other) for one, other in (node.args, node.args[::-1]) if self._frozen(one)]
+        if not found or not all(isinstance(operand, Node) for operand in node.args):
+            return
+        _, call, other = max(found, key=lambda entry: entry[0])  # the later one, when the other is there
+        if other is call or any(
+            order[call] < order[one] < order[node] and _changes_something(one) for one in self.graph.nodes
+        ):
+            return
+        layer = self._frozen(call)
+        nodes = [node]
+        user = next(iter(node.users)) if len(node.users) == 1 else None
+        f = _activation_of(user)
+        if f is not None:
+            layer.activation = f
+            nodes.append(user)
+        with self.graph.inserting_before(node):
+            new = self.graph.call_module(call.target, (call.args[0], other))
+        nodes[-1].replace_all_uses_with(new)
+        for one in (*reversed(nodes), call):
+            self.graph.erase_node(one)
+
+    def _take_children(self) -> None:
+        """Modules that are called as they are: copies in eval mode, themselves frozen where they can be."""
+        for node in self.graph.nodes:
+            module = self.module._modules.get(node.target) if node.op == "call_module" else None
+            if module is None or isinstance(module, FrozenLayer | _Child):
+                continue
+            name = self.prefix + node.target
+            if type(module).__module__.startswith(("torch.nn.", "fastops.nn.")):
+                self.report.left.append(Row(name, _name(type(module)), "it has no weights to pack"))
+                self.module._modules[node.target] = copied = _copy(module).train(False)
+                replace_(copied)
+            else:
+                frozen = _freeze(module, name, self.report, self.channels_last)
+                self.module._modules[node.target] = _Child(frozen)
+
+
+class _Child(nn.Module):
+    """A module of the user's that is called as one, frozen on its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+_NARROW = 128  # kMostMlpWidthCpu in csrc/kernels/mlp/mlp.h
+
+
+def _attribute(module: nn.Module, target: str) -> Any:
+    for name in target.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def _folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
+    """The layer followed by the batch norm, as one layer. Computed in float64 and rounded once."""
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = 0.0 if layer.bias is None else layer.bias.detach().double()
+    bias = (shift - norm.running_mean.double()) * scale
+    if norm.bias is not None:
+        bias = bias + norm.bias.detach().double()
+    weight = layer.weight.detach()
+    result = copy.copy(layer)
+    vars(result)["_parameters"] = {
+        "weight": nn.Parameter((weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype), False),
+        "bias": nn.Parameter(bias.to(weight.dtype), False),
+    }
+    return result
+
+
+_ACTIVATION_CALLS = {
+    getattr(FF, kind.function): kind for kind in reversed(ACTIVATIONS.values()) if hasattr(FF, kind.function)
+}
+
+
+def _activation_of(node: Node | None) -> Any:
+    """activation= for a node that rewrite has made of an activation; None for another node."""
+    if node is None or node.op != "call_function" or node.target not in _ACTIVATION_CALLS:
+        return None
+    names = ("relu", "relu6", "silu", "hardswish", "sigmoid", "tanh", "mish")
+    name = node.target.__name__
+    plain = node.kwargs.keys() <= {"inplace"} and all(type(one) is bool for one in node.args[1:])
+    return name if plain and name in names and valid(*resolve_activation(name)) else None
+
+
+def _changes_something(node: Node) -> bool:
+    name = getattr(node.target, "__name__", str(node.target))
+    return (
+        name.endswith("_")
+        or bool(node.kwargs.get("inplace"))
+        or name in ("iadd", "isub", "imul", "itruediv", "setitem")
+    )
