@@ -9,7 +9,7 @@ import inspect
 import operator
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,7 +178,7 @@ class FrozenModel(nn.Module):
 
 def _quick(module: nn.Module) -> Any:
     """What a graph's forward reads as `self`: its modules and tensors without nn.Module's __getattr__ and __call__."""
-    if isinstance(module, FrozenLayer):
+    if isinstance(module, FrozenLayer | FrozenMlp):
         return module.call
     if not isinstance(module, GraphModule) and type(module) is not nn.Module:
         return module
@@ -242,6 +242,53 @@ class FrozenLayer(nn.Module):
         super()._apply(*args, **kwargs)
         self._packed = None
         return self
+
+
+class FrozenMlp(nn.Module):
+    """A narrow chain of linear layers, which is one kernel that reads the weights as they are."""
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], hidden: Any, output: Any) -> None:
+        super().__init__()
+        self.hidden, self.output = hidden, output
+        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            self.register_buffer(f"weight{i}", weight.detach().contiguous())
+            self.register_buffer(f"bias{i}", None if bias is None else bias.detach().contiguous())
+        self._arguments: tuple[Any, ...] = ()
+
+    def _tensors(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        count = len(self._buffers) // 2
+        return tuple(tuple(self._buffers[f"{name}{i}"] for i in range(count)) for name in ("weight", "bias"))
+
+    def call(self, input: Tensor) -> Tensor:
+        """forward, for tensors that are there."""
+        if type(input) is Tensor and not (input.requires_grad and torch.is_grad_enabled()):
+            arguments = self.__dict__["_arguments"]
+            if not arguments:
+                f = [(KIND[kind], a, b) for kind, a, b in map(resolve_activation, (self.hidden, self.output))]
+                arguments = self._arguments = (*self._tensors(), *f[0], *f[1])
+            y = _C.mlp(input, *arguments)
+            if y is not NotImplemented:
+                return y
+        elif type(input) is Tensor:
+            raise RuntimeError(_NO_GRADIENT)
+        return self.forward(input)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return FF.mlp(input, *self._tensors(), self.hidden, self.output)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_arguments": ()}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "FrozenMlp":
+        super()._apply(*args, **kwargs)
+        self._arguments = ()
+        return self
+
+
+_NO_GRADIENT = (
+    "fastops.freeze: a frozen model has no gradients, but its input requires one. Call it under torch.no_grad(), or "
+    "use the model that it was made from"
+)
 
 
 def activate(input: Tensor, activation: Any) -> Tensor:
@@ -421,14 +468,23 @@ class _Freezer:
         return new
 
     def _freeze_mlp(self, node: Node) -> None:
-        """A wide chain of linear layers: one by one, with packed weights. A narrow one is a kernel of its own."""
+        """A wide chain of linear layers: one by one, with packed weights. A narrow one stays one kernel."""
         arguments = inspect.signature(FF.mlp).bind(*node.args, **node.kwargs)
         arguments.apply_defaults()
         input, weights, biases, hidden, output = arguments.arguments.values()
         shapes = [_attribute(self.module, weight.target).shape for weight in weights]
-        if max(max(shape) for shape in shapes) <= _NARROW:
-            return
         biases = biases or (None,) * len(weights)
+        name = weights[0].target.removesuffix("weight").rstrip("._").replace(".", "_")
+        dtype = _attribute(self.module, weights[0].target).dtype
+        if max(max(shape) for shape in shapes) <= _NARROW and dtype in (torch.float32, torch.float64):
+            tensors = [[one and _attribute(self.module, one.target) for one in ones] for ones in (weights, biases)]
+            self.module.add_module(f"{name}_mlp", FrozenMlp(*tensors, hidden, output))
+            with self.graph.inserting_before(node):
+                new = self.graph.call_module(f"{name}_mlp", (input,))
+            node.replace_all_uses_with(new)
+            self.graph.erase_node(node)
+            self.report.frozen.append(Row(self.prefix + name, "linear", f"mlp({len(weights)} layers)"))
+            return
         before = node
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             last = i == len(weights) - 1
@@ -479,7 +535,7 @@ class _Freezer:
         """Modules that are called as they are: copies in eval mode, themselves frozen where they can be."""
         for node in self.graph.nodes:
             module = self.module._modules.get(node.target) if node.op == "call_module" else None
-            if module is None or isinstance(module, FrozenLayer | _Child):
+            if module is None or isinstance(module, FrozenLayer | FrozenMlp | _Child):
                 continue
             name = self.prefix + node.target
             if type(module).__module__.startswith(("torch.nn.", "fastops.nn.")):

@@ -62,3 +62,26 @@ template <class S>
 RowDerivative<S> row_derivative(ActivationKind kind) {
   return find_backward_row<S, Compute<S>>(kind, kind == ActivationKind::softshrink);
 }
+
+// The activations that epilogues compute in registers. They convert to bool: whether there is anything to do.
+enum Rectifier : unsigned char { kNoRectifier, kRelu, kRelu6 };
+
+inline Rectifier rectifier(const Activation& activation, const void* z) {
+  if (z != nullptr) return kNoRectifier;
+  return activation.kind == ActivationKind::relu    ? kRelu
+         : activation.kind == ActivationKind::relu6 ? kRelu6
+                                                    : kNoRectifier;
+}
+// For 16-bit products, whose epilogue knows ReLU alone.
+template <class T>
+inline Rectifier product_rectifier(const Activation& activation, const void* z) {
+  const Rectifier found = rectifier(activation, z);
+  return same_type<T, Compute<T>> || found == kRelu ? found : kNoRectifier;
+}
+
+// NaN stays NaN.
+template <class V>
+inline V rectified(V v, Rectifier how) {
+  v = max(V::zero(), v);
+  return how == kRelu6 ? min(V::set1(6), v) : v;
+}

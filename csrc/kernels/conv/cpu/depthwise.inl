@@ -288,7 +288,7 @@ void depthwise_input_band(const ConvGeometry& g, const DepthwisePlan& plan, cons
         for (int64_t i = 0; i < width; ++i) row[i] = from[i % sw * residue_size + i / sw];
       }
       for (int64_t i = 0; to.relu && i < width; i += Vec<C>::size)
-        max(Vec<C>::zero(), Vec<C>::load(row + i)).store(row + i);
+        rectified(Vec<C>::load(row + i), to.relu).store(row + i);
       for (int64_t i = 0; i < width; i += kFinish)
         finish_row<T>(to, row + i, r * to.rs + i, static_cast<int>(smaller(kFinish, width - i)));
     }

@@ -67,13 +67,13 @@ inline void correlate_block(const TapColumns<C>& taps, const C* in, Vec<C> (&acc
 }
 
 // The output: y = f(sums + bias). `finish` does what is not done in registers: 16-bit storage, z, activations other
-// than ReLU. So the functions above are instantiated only for the compute types.
+// than ReLU and ReLU6. So the functions above are instantiated only for the compute types.
 template <class C>
 struct PlaneOutput {
   int64_t rs;  // elements between rows
   C* y;        // used if finish is null
   C bias;
-  bool relu;
+  Rectifier relu;
   void (*finish)(const PlaneOutput& out, const C* sums, int64_t at, int count);
   void *stored, *z;
   Activation activation;
@@ -92,7 +92,7 @@ inline void finish_row(const PlaneOutput<Compute<T>>& out, const Compute<T>* sum
 template <class T>
 inline PlaneOutput<Compute<T>> plane_output(void* y, void* z, int64_t rs, const Activation& activation) {
   using C = Compute<T>;
-  const bool relu = activation.kind == ActivationKind::relu && z == nullptr;
+  const Rectifier relu = rectifier(activation, z);
   const bool plain = z == nullptr && (relu || activation.kind == ActivationKind::identity);
   const bool direct = same_type<T, C> && plain;
   return {rs, direct ? static_cast<C*>(y) : nullptr, 0, relu, direct ? nullptr : finish_row<T>, y, z, activation};
@@ -122,7 +122,7 @@ inline void correlate_tile(const TapColumns<C>& taps, const C* in, const PlaneOu
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       acc[r][v] = acc[r][v] + bias;
-      if (out.relu) acc[r][v] = max(Lanes::zero(), acc[r][v]);
+      if (out.relu) acc[r][v] = rectified(acc[r][v], out.relu);
     }
   if (out.finish == nullptr) {
 #pragma GCC unroll 8

@@ -127,7 +127,7 @@ inline void correlate_last_tile(const LastJob<E>& job, const LastRow& at, int64_
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
       acc[i][v] = acc[i][v] + Lanes::load(to.bias + c + v * S);
-      if (to.out.relu) acc[i][v] = max(Lanes::zero(), acc[i][v]);
+      if (to.out.relu) acc[i][v] = rectified(acc[i][v], to.out.relu);
     }
   const int64_t first = job.at + position * to.position + c;
   if (to.y != nullptr) {

@@ -118,7 +118,7 @@ inline void first_tile(const C* in, const int64_t* offsets, int64_t taps, const 
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[k][v] = max(Lanes::zero(), acc[k][v]);
+      for (int v = 0; v < V; ++v) acc[k][v] = rectified(acc[k][v], out.relu);
   }
   if (out.finish == nullptr) {
 #pragma GCC unroll 8

@@ -140,7 +140,7 @@ void store_scattered(const ConvGeometry& g, const ScatterPlan& plan, const ConvO
         const int count = static_cast<int>(smaller<int64_t>(width - i, S));
         Vec<C> v = Vec<C>::load(joined + i, count);
         if (out.bias != nullptr) v = v + bias;
-        if (out.relu) v = max(Vec<C>::zero(), v);
+        if (out.relu) v = rectified(v, out.relu);
         v.store(joined + i, count);
       }
     }

@@ -311,7 +311,7 @@ inline ConvOutput<T> image_output(void* y, void* z, const void* bias, const Acti
   out.y = static_cast<T*>(y);
   out.z = static_cast<T*>(z);
   out.bias = static_cast<const T*>(bias);
-  out.relu = activation.kind == ActivationKind::relu && z == nullptr;
+  out.relu = product_rectifier<T>(activation, z);
   if (!out.relu && activation.kind != ActivationKind::identity) out.f = row_forward<T>(activation.kind);
   out.activation = activation;
   out.batch_stride = strides.batch;

@@ -19,8 +19,8 @@ struct ConvOutput {
   T* y;
   T* z;           // null, or in the layout of y
   const T* bias;  // null, or contiguous
-  bool relu;
-  RowForward<T> f;  // null for identity and relu
+  Rectifier relu;
+  RowForward<T> f;  // null for identity and what relu says
   Activation activation;
   int64_t batch_stride, channel_stride, stride[3];
   bool dense;         // successive positions are stride[2] apart, also from one row of the grid to the next
@@ -107,14 +107,14 @@ inline void store_spread(const T* from, int count, int64_t step, T* to) {
 }
 
 // The epilogue of one row of complete sums. Results are `step` elements apart, from y + at (and z + at) on. A residual
-// is added to the sums, and ReLU then follows here.
+// is added to the sums, and what relu says then follows here.
 template <class T>
 inline void finish_run(const ConvOutput<T>& out, Compute<T>* sums, int64_t at, int64_t step, int count) {
   if constexpr (same_type<T, Compute<T>>) {
     if (out.residual != nullptr) {
       for (int i = 0; i < count; ++i) {
         const T sum = sums[i] + out.residual[at + i * step];
-        sums[i] = out.relu && sum < 0 ? 0 : sum;
+        sums[i] = out.relu && sum < 0 ? 0 : out.relu == kRelu6 && sum > 6 ? 6 : sum;
       }
     }
   }
@@ -159,7 +159,7 @@ inline void finish_dense(const ConvOutput<T>& out, const Compute<T>* sums, int64
       Lanes v = Lanes::load(sums + r * rs + c) + (bias_of_rows ? Lanes::set1(bias[r]) : col_bias);
       if constexpr (same_type<T, Compute<T>>)
         if (residual != nullptr) v = v + Lanes::load(residual + r * y_rs + c, count);
-      if (out.relu) v = max(Lanes::zero(), v);
+      if (out.relu) v = rectified(v, out.relu);
       if (count == S)
         v.store(y + r * y_rs + c);
       else
@@ -196,7 +196,7 @@ void finish_tile(const ConvProduct<T>& g, Compute<T>* sums, int64_t rs, int64_t 
         const int count = smaller(cols - c, S);
         Vec<C> v = Vec<C>::load(sums + r * rs + c, count);
         v = v + (rows_are_positions ? Vec<C>::load(bias + c, count) : Vec<C>::set1(bias[r]));
-        if (out.relu && out.residual == nullptr) v = max(Vec<C>::zero(), v);
+        if (out.relu && out.residual == nullptr) v = rectified(v, out.relu);
         v.store(sums + r * rs + c, count);
       }
   }

@@ -315,7 +315,7 @@ void run_winograd(const Winograd& p, const WinogradPlan& plan, void* workspace, 
 
 inline Output<float> winograd_output_of(void* y, void* z, const void* bias, Activation activation, bool channels_last,
                                         int64_t channels, int64_t pixels) {
-  const bool relu = activation.kind == ActivationKind::relu && z == nullptr;
+  const Rectifier relu = rectifier(activation, z);
   Output<float> out = {static_cast<float*>(y),
                        channels_last ? channels : pixels,
                        static_cast<float*>(z),

@@ -224,7 +224,7 @@ inline void winograd_finish_pixels(const Winograd& p, int64_t image, int64_t row
         const int64_t at = (pixel + i * p.out_w + j) * out.rs + k + v * S;
         const bool inside = i < rows && j < cols;
         if (out.residual != nullptr && inside) value = value + VecF::load(out.residual + at, lanes);
-        if (out.relu) value = max(VecF::zero(), value);
+        if (out.relu) value = rectified(value, out.relu);
         if (!in_registers)
           value.store(buffer + (i * m + j) * width + v * S);
         else if (inside)
@@ -257,7 +257,7 @@ inline void winograd_transpose_out(const Winograd& p, int64_t image, int64_t pix
 #pragma GCC unroll 16
         for (int i = 0; i < S; ++i) {
           if (i < channels) r[i] = r[i] + VecF::load(out.residual + (row + i) * out.rs + at + j, width);
-          if (out.relu) r[i] = max(VecF::zero(), r[i]);
+          if (out.relu) r[i] = rectified(r[i], out.relu);
         }
       }
       if (channels == S && width == S) {
@@ -296,7 +296,7 @@ inline void winograd_finish_planes(const Winograd& p, const WinogradBlock& block
 #pragma GCC unroll 4
           for (int j = 0; j < m; ++j) {
             VecF value = y[i][j] + bias;
-            if (p.out.relu && p.out.residual == nullptr) value = max(VecF::zero(), value);
+            if (p.out.relu && p.out.residual == nullptr) value = rectified(value, p.out.relu);
             if (i < rows && j < cols) value.store(to + (i * width + j) * S);
           }
       }

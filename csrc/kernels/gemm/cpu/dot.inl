@@ -118,7 +118,7 @@ void dot_product(const Gemm<T>& g, const Team& team) {
           if (g.out.bias != nullptr) v = v + Vec<C>::load(g.out.bias + j + c, count);
           if constexpr (same_type<T, C>)
             if (g.out.residual != nullptr) v = v + Vec<C>::load(g.out.residual + i * g.out.rs + j + c, count);
-          if (g.out.relu) v = max(Vec<C>::zero(), v);
+          if (g.out.relu) v = rectified(v, g.out.relu);
           v.store(at, count);
         }
       finish_rows(g.out, block, kDotBlock, 0, j, static_cast<int>(g.m), cols);

@@ -59,8 +59,8 @@ constexpr int kNrVectors = 2;
 template <class C>
 constexpr int kNr = kNrVectors * Vec<C>::size;
 
-// The output of a tile: c = acc + prev + bias + row_bias, then relu if wanted. A null addend is left out. prev may be
-// c.
+// The output of a tile: c = acc + prev + bias + row_bias, then ReLU or ReLU6 if wanted. A null addend is left out. prev
+// may be c.
 template <class C>
 struct TileOut {
   C* c;
@@ -68,7 +68,7 @@ struct TileOut {
   const C* prev;
   int64_t prev_rs;
   const C* bias;
-  bool relu;
+  Rectifier relu;
   bool stream;        // non-temporal stores: every row of c is aligned to vectors, and c is not read again
   const C* row_bias;  // one value per row
   const C* add;       // null, or added to complete sums
@@ -216,6 +216,13 @@ __attribute__((noinline)) void micro(int64_t k, const P* a, int64_t a_rs, int64_
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) acc[r][v] = max(Lanes::zero(), acc[r][v]);
   }
+  if (out.relu == kRelu6) {
+    const Lanes most = Lanes::set1(6);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] = min(most, acc[r][v]);
+  }
   if (!Tail && out.stream) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
@@ -289,8 +296,8 @@ struct Output {
   int64_t rs;
   T* z;                    // null, or in the layout of y
   const Compute<T>* bias;  // null, or n contiguous values
-  bool relu;
-  RowForward<T> f;  // null for identity and relu
+  Rectifier relu;
+  RowForward<T> f;  // null for identity and what relu says
   Activation activation;
   bool stream = false;
   const T* residual = nullptr;  // null, or in the layout of y; only where T is the compute type
@@ -350,7 +357,7 @@ inline void output_tile(P, int64_t k, const PanelView<P>& a, const P* a_panel, c
   if (!last || in_registers) {
     tile.c = sums;
     tile.c_rs = sums_rs;
-    tile.relu = last && out.relu;
+    tile.relu = last ? out.relu : kNoRectifier;
     tile.stream = out.stream;
     micro_tile(k, a_panel, a.rs, a.ks, b_panel, b.ks, rows, cols, tile);
     return;

@@ -37,7 +37,7 @@ inline Gemm<T> forward_gemm(const Bound<LinearForward>& args) {
             {},
             nullptr};
   const ActivationKind kind = args.activation.kind;
-  const bool relu = kind == ActivationKind::relu && args.z == nullptr;
+  const Rectifier relu = product_rectifier<T>(args.activation, args.z);
   g.out = {static_cast<T*>(args.y), args.y_row_stride, static_cast<T*>(args.z), nullptr, relu, nullptr,
            args.activation};
   if (!relu && kind != ActivationKind::identity) g.out.f = row_forward<T>(kind);
@@ -48,7 +48,7 @@ inline Gemm<T> forward_gemm(const Bound<LinearForward>& args) {
 
 template <class T>
 inline Output<T> plain_output(void* y, int64_t rs) {
-  return {static_cast<T*>(y), rs, nullptr, nullptr, false, nullptr, {}};
+  return {static_cast<T*>(y), rs, nullptr, nullptr, kNoRectifier, nullptr, {}};
 }
 
 template <class T>
