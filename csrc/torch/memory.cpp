@@ -10,7 +10,8 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
-#include <list>
+#include <iterator>
+#include <map>
 #include <mutex>
 #include <unordered_map>
 
@@ -59,9 +60,9 @@ class Pool final : public c10::Allocator {
   }
 
  private:
-  struct Block {
-    void* data;
+  struct Free {
     size_t size;
+    int64_t freed;  // when, counted in frees
   };
 
   Pool() {
@@ -81,52 +82,77 @@ class Pool final : public c10::Allocator {
   void* take(size_t bytes) {
     const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     const std::lock_guard<std::mutex> lock(mutex_);
-    // Best fit among the free blocks of at most twice the size: using one adds no memory, wasting more would.
+    // Best fit. What is left of a larger block stays free; it comes together again when this part is given back.
     auto best = free_.end();
     for (auto it = free_.begin(); it != free_.end(); ++it)
-      if (it->size >= size && it->size <= 2 * size && (best == free_.end() || it->size < best->size)) best = it;
-    Block block;
+      if (it->second.size >= size && (best == free_.end() || it->second.size < best->second.size)) best = it;
+    char* data;
     if (best != free_.end()) {
-      block = *best;
+      data = best->first;
+      const Free rest{best->second.size - size, best->second.freed};
       free_.erase(best);
-      cached_ -= block.size;
+      if (rest.size > 0) free_.emplace(data + size, rest);
+      cached_ -= size;
       ++hits_;
     } else {
-      const size_t high_water = std::max(peak_, live_ + size);
-      const size_t room = high_water - live_ - size;
-      shrink_cache_to(room);
-      block = {map(size), size};
+      const size_t high_water = std::max(peak_ + peak_ / 8, live_ + size);
+      shrink_cache_to(high_water - live_ - size);
+      data = map(size);
       ++misses_;
     }
-    sizes_.emplace(block.data, block.size);
-    live_ += block.size;
+    sizes_.emplace(data, size);
+    live_ += size;
     peak_ = std::max(peak_, live_);
-    return block.data;
+    return data;
   }
 
-  void give_back(void* data) {
+  void give_back(void* pointer) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto it = sizes_.find(data);
-    const Block block{data, it->second};
+    const auto it = sizes_.find(pointer);
+    char* data = static_cast<char*>(pointer);
+    size_t size = it->second;
     sizes_.erase(it);
-    live_ -= block.size;
-    free_.push_back(block);
-    cached_ += block.size;
+    live_ -= size;
+    cached_ += size;
+    // With the free blocks on both sides it is one; it does not matter whether they were mapped together.
+    auto next = free_.lower_bound(data);
+    if (next != free_.end() && next->first == data + size) {
+      size += next->second.size;
+      next = free_.erase(next);
+    }
+    if (next != free_.begin()) {
+      const auto before = std::prev(next);
+      if (before->first + before->second.size == data) {
+        data = before->first;
+        size += before->second.size;
+        free_.erase(before);
+      }
+    }
+    free_.emplace(data, Free{size, ++frees_});
     shrink_cache_to(limit_);
   }
 
-  // Oldest first: a block that nobody has wanted for long is the least likely to be wanted next.
+  // Oldest first: a block that nobody has wanted for long is the least likely to be wanted next. Of the last one only
+  // what has to go.
   void shrink_cache_to(size_t bytes) {
     while (cached_ > bytes) {
-      const Block block = free_.front();
-      free_.pop_front();
-      cached_ -= block.size;
-      munmap(block.data, block.size);
+      const auto oldest = std::min_element(
+          free_.begin(), free_.end(), [](const auto& a, const auto& b) { return a.second.freed < b.second.freed; });
+      const size_t excess = (cached_ - bytes + kHugePage - 1) / kHugePage * kHugePage;
+      const Free block = oldest->second;
+      const size_t gone = std::min(block.size, excess);
+      char* const end = oldest->first + block.size;
+      if (gone == block.size)
+        free_.erase(oldest);
+      else
+        oldest->second.size -= gone;
+      cached_ -= gone;
+      munmap(end - gone, gone);
     }
   }
 
   // Maps one page more than asked and trims, so that the block starts on a huge page.
-  static void* map(size_t size) {
+  static char* map(size_t size) {
     const size_t padded = size + kHugePage;
     void* raw = mmap(nullptr, padded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     TORCH_CHECK_WITH(OutOfMemoryError, raw != MAP_FAILED, "fastops: could not allocate ", size,
@@ -140,10 +166,10 @@ class Pool final : public c10::Allocator {
   }
 
   std::mutex mutex_;
-  std::list<Block> free_;  // least recently freed first
+  std::map<char*, Free> free_;  // no two of them are next to each other
   std::unordered_map<void*, size_t> sizes_;
   size_t live_ = 0, cached_ = 0, peak_ = 0, limit_ = kDefaultLimit;
-  int64_t hits_ = 0, misses_ = 0;
+  int64_t hits_ = 0, misses_ = 0, frees_ = 0;
 };
 
 // A thread keeps at most this much scratch; more is asked of the pool for one call.

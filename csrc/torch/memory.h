@@ -1,9 +1,11 @@
 // Large outputs come from a caching pool of huge-page memory.
 //
 // PyTorch's CPU allocator returns a large block to the system at every free, so each new output pays its page faults
-// again (16 ms instead of 2.6 ms for a 64 MB ReLU). The pool keeps freed blocks instead, under two bounds: the cache
-// never exceeds `limit` bytes, and live plus cached bytes never exceed the highest number of live bytes so far, so that
-// the process is never larger than it would have been at its own peak.
+// again (16 ms instead of 2.6 ms for a 64 MB ReLU). The pool keeps freed blocks instead, and divides and joins them,
+// under two bounds: the cache never exceeds `limit` bytes, and live plus cached bytes never exceed the highest number
+// of live bytes so far by more than an eighth, so that the process is hardly larger than it would have been at its own
+// peak. Without that eighth a model whose outputs have many sizes maps some of them at every pass (ResNet-50, batch 8,
+// Zen 5: 5 of 38 outputs, and 146 instead of 134 ms).
 #pragma once
 
 #include <ATen/core/Tensor.h>
