@@ -10,7 +10,7 @@ PYTHON3 ?= python3
 SOURCES := $(shell find csrc -type f) build_native.py setup.py
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test bench gpu readme check format sanitize ulp cuda-usage library clean
+.PHONY: build demo test bench scoreboard gpu readme check format sanitize ulp cuda-usage library clean
 
 build: $(VENV)/installed $(VENV)/built
 
@@ -27,6 +27,11 @@ readme: build
 
 bench: build
 	$(PYTHON) -m fastops bench --out benchmarks/results
+
+# fastops beside PyTorch, torch.compile, JAX, ONNX Runtime and OpenVINO, on whole networks; an hour and a half. Those of them that are not in
+# .venv: make scoreboard PEERS=FOLDER, after pip install --target FOLDER jax onnxruntime openvino onnxscript
+scoreboard: build
+	$(PYTHON) -m fastops.benchmarks.scoreboard --out benchmarks/results $(if $(PEERS),--peers $(PEERS))
 
 # On a machine with an NVIDIA GPU, nvcc, and a python with torch for CUDA, setuptools and pytest; downloads nothing. Builds,
 # runs the CUDA tests and compute-sanitizer, measures against PyTorch; nine minutes at most, and goes on if started again.

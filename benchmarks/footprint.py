@@ -47,7 +47,7 @@ def measure(threads: int) -> dict[str, dict[str, int]]:
     return results
 
 
-def _resident(key: str) -> int:
+def resident(key: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 
@@ -65,13 +65,13 @@ def _run(side: str, name: str) -> dict[str, int]:
     if side == "fastops":
         fastops.replace_(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     for _ in range(STEPS):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(batch), target).backward()
         optimizer.step()
-    return {name: _resident("VmHWM") - before, "ReLU": relu_saved}
+    return {name: resident("VmHWM") - before, "ReLU": relu_saved}
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import fastops
 from fastops.benchmarks import models, training
 from fastops.benchmarks.figures import LEVEL, MISSED, REACHED, Result, evaluate, ratio
 from fastops.benchmarks.harness import BOTH, FORWARD, PASSES, Row
+from fastops.benchmarks.scoreboard import tables
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"  # around the models' table of the README
 MODELS_ONLY = "-models"  # the end of the name of results that have no other rows
@@ -116,8 +117,13 @@ def added(folder: Path, stamp: dict, rows: Sequence[Row], memory: dict | None) -
     return [*kept, *rows], memory or content["memory"]
 
 
+def file_name(stamp: dict) -> str:
+    """Of results, after machine and day."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{stamp['cpu']} {stamp['cores']} cores {stamp['date']}".lower()).strip("-")
+
+
 def _name(stamp: dict, rows: Sequence[Row]) -> str:
-    name = re.sub(r"[^a-z0-9]+", "-", f"{stamp['cpu']} {stamp['cores']} cores {stamp['date']}".lower()).strip("-")
+    name = file_name(stamp)
     return name + MODELS_ONLY if rows and all(row.op in models.FUNCTIONS for row in rows) else name
 
 
@@ -175,7 +181,8 @@ def newest(results: Path, models_only: bool) -> dict:
     Raises:
         FileNotFoundError: there are none.
     """
-    paths = sorted(path for path in results.glob("*.json") if not path.name.startswith("gpu-"))
+    others = ("gpu-", tables.PREFIX)
+    paths = sorted(path for path in results.glob("*.json") if not path.name.startswith(others))
     found = [json.loads(path.read_text()) for path in paths if path.stem.endswith(MODELS_ONLY) == models_only]
     if not found:
         command = "fastops bench --models --out" if models_only else "fastops bench --out"
@@ -186,24 +193,26 @@ def newest(results: Path, models_only: bool) -> dict:
 def update(readme: Path, benchmarks: Path) -> None:
     """Rewrites the README between its marks, and RESULTS.md in the folder of the benchmarks."""
     of_models, of_ops = (newest(benchmarks / "results", models_only) for models_only in (True, False))
+    of_peers = tables.newest(benchmarks / "results")
     before, rest = readme.read_text().split(BEGIN)
     after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{readme_block(of_models, of_ops)}\n{END}{after}")
-    (benchmarks / "RESULTS.md").write_text(results_page(of_models, of_ops))
+    readme.write_text(f"{before}{BEGIN}\n{readme_block(of_models, of_ops, of_peers)}\n{END}{after}")
+    (benchmarks / "RESULTS.md").write_text(results_page(of_models, of_ops, of_peers))
 
 
-def readme_block(of_models: dict, of_ops: dict) -> str:
-    """The models' table, and how many of the ops are slower than PyTorch's."""
+def readme_block(of_models: dict, of_ops: dict, of_peers: dict | None = None) -> str:
+    """The models' table, the scoreboard where there is one, and how many of the ops are slower than PyTorch's."""
     rows, (slower, level) = rows_of(of_ops), slower_rows(rows_of(of_ops))
     return (
         f"{models_table(of_models)}\n\n"
+        f"{_scoreboard(of_peers, short=True)}"
         f"Op by op, on {_on(of_ops)}: of {len(rows)} cases, {len(slower)} are slower than PyTorch by more than the "
         f"spread, and {len(level)} more in the median only. [benchmarks/RESULTS.md](benchmarks/RESULTS.md) lists every "
         "one of them, and how the others compare with the project's aims."
     )
 
 
-def results_page(of_models: dict, of_ops: dict) -> str:
+def results_page(of_models: dict, of_ops: dict, of_peers: dict | None = None) -> str:
     """RESULTS.md."""
     rows = rows_of(of_ops)
     results = evaluate(rows, of_ops["memory"])
@@ -218,6 +227,7 @@ def results_page(of_models: dict, of_ops: dict) -> str:
         "Results are verified against float64 before anything is timed.",
         "## Whole models",
         models_table(of_models),
+        *([f"## Beside the peers\n\n{_scoreboard(of_peers, short=False).strip()}"] if of_peers else []),
         "## Aims",
         f"Measured on {_on(of_ops)}, by `make bench`; 2 threads unless said. The aims were set on an AMD Zen 5, where "
         "PyTorch's float32 product runs at 40% of the peak. An aim is *level* where the measured value is below it, "
@@ -268,6 +278,49 @@ def models_table(content: dict) -> str:
         f"float32, {threads}, on {_on(content)}; measured by `fastops bench --models`, which verifies results first. "
         "PyTorch is eager PyTorch with the same weights."
     )
+
+
+def _scoreboard(content: dict | None, short: bool) -> str:
+    """The tables of `make scoreboard`; short: float32, each network with one batch, fastops' fastest way in."""
+    if content is None:
+        return ""
+    rows = tables.rows_of(content)
+    parts = []
+    for what, mode in tables.MODES.items():
+        if short:
+            chosen = tables.decisive(rows, mode)
+            if chosen:
+                parts.append(f"Beside other libraries, {what}, milliseconds:\n\n{_table(*_short(chosen))}")
+            continue
+        for dtype in dict.fromkeys(row.dtype for row in rows):
+            chosen = [row for row in rows if (row.mode, row.dtype) == (mode, dtype)]
+            if chosen:
+                parts.append(f"{what}, {dtype}, milliseconds:\n\n{_table(*tables.grid(chosen, '**'))}")
+    peaks = [row for row in rows if row.peak_bytes is not None]
+    if peaks and not short:
+        parts.append(f"Peak memory of a training step, MB:\n\n{_table(*tables.memory_grid(peaks))}")
+    versions = ", ".join(f"{name} {version}" for name, version in content["machine"]["versions"].items())
+    parts.append(
+        f"{content['machine']['threads']} threads, on {_on(content)}; {versions}. Measured by `make scoreboard`: each "
+        "library in a process of its own, with the same weights, inputs and threads, verified first, in turns."
+    )
+    return "\n\n".join(parts) + "\n\n"
+
+
+def _short(rows: Sequence[tables.Row]) -> tuple[list[str], list[list[str]]]:
+    """A column for each peer, and one for the fastest of fastops' ways in."""
+    peers = [row for row in rows if row.peer and any(one.ms for one in rows if one.provider == row.provider)]
+    header, lines = tables.grid(peers, "")
+    header[-2:] = ["fastops", "PyTorch / fastops", "best of the others / fastops"]
+    for line, found in zip(lines, tables.of_cases(rows).values(), strict=True):
+        ours = tables.fastest(found, False)
+        of_eager, of_best = tables.ratios(found)
+        line[-2:] = [
+            f"{tables.ms(ours)} ({ours.label})" if ours else "",
+            f"**{of_eager:.2f}**" if of_eager else "",
+            f"**{of_best:.2f}**" if of_best else "",
+        ]
+    return header, lines
 
 
 def _milliseconds_and_ratio(row: Row) -> tuple[str, str, str]:
