@@ -89,8 +89,8 @@ def freeze(model: nn.Module, *, channels_last: bool | None = None) -> nn.Module:
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     >>> print(fastops.freeze(model).fastops_report)
-    0  Conv2d       ->    conv2d, activation='relu'
-    1  BatchNorm2d  into  0
+    0  conv2d                ->    conv2d, activation='relu'
+    1  torch.nn.BatchNorm2d  into  0
     1 frozen, 1 folded, 0 left, 0 untraced
     """
     _check(model, "freeze")
@@ -362,7 +362,8 @@ class _Freezer:
     def __init__(self, model: nn.Module, graph: Graph, name: str, report: FreezeReport, channels_last: bool) -> None:
         self.source, self.graph, self.report, self.channels_last = model, graph, report, channels_last
         self.prefix = f"{name}." if name else ""
-        # A flat module with what the graph names, to which new modules can be added.
+        # A flat module with what the graph names, to which new modules can be added; and what the model calls them.
+        self.names: dict[str, str] = {}
         self.module = nn.Module()
         self.module.train(False)
         for node in graph.nodes:
@@ -370,11 +371,11 @@ class _Freezer:
                 node.target = self._adopt(node.target, _attribute(model, node.target))
             elif node.op == "call_module":
                 node.target = self._adopt(node.target, model.get_submodule(node.target))
-        self.names: dict[str, str] = {}
 
     def _adopt(self, target: str, value: Any) -> str:
         """Puts a module or a tensor of the model into ours, under a name without dots."""
         name = target.replace(".", "_")
+        self.names[name] = self.prefix + target
         if isinstance(value, nn.Module):
             self.module._modules.setdefault(name, value)
         elif isinstance(value, Tensor):
@@ -421,7 +422,8 @@ class _Freezer:
                 continue
             target = f"{before.target}_{node.name}"
             self.module.add_module(target, _folded(layer, norm))
-            self.report.folded.append(Row(self.prefix + node.target, _name(type(norm)), self.prefix + before.target))
+            self.names[target] = self.names[before.target]
+            self.report.folded.append(Row(self.names[node.target], _name(type(norm)), self.names[before.target]))
             before.target = target
             node.replace_all_uses_with(before)
             self.graph.erase_node(node)
@@ -455,7 +457,8 @@ class _Freezer:
         if function == "conv2d" and self.channels_last:
             w = w.contiguous(memory_format=torch.channels_last)
         layer = FrozenLayer(function, w, None if bias is None else _attribute(self.module, bias.target), options, f)
-        name = weight.target.removesuffix("weight").rstrip("._").replace(".", "_") or function
+        told = self._name_of(weight)
+        name = told.removeprefix(self.prefix).replace(".", "_")
         while hasattr(self.module, name):
             name += "_frozen"
         self.module.add_module(name, layer)
@@ -463,9 +466,14 @@ class _Freezer:
             new = self.graph.call_module(name, (input,))
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
-        told = function + (f", activation={f!r}" if f is not None else "")
-        self.report.frozen.append(Row(self.prefix + name.removesuffix("_frozen"), function, told))
+        result = function + (f", activation={f!r}" if f is not None else "")
+        self.report.frozen.append(Row(told, function, result))
         return new
+
+    def _name_of(self, weight: Node) -> str:
+        """What the model calls the layer with this weight."""
+        module, _, key = weight.target.rpartition(".")
+        return self.names[module] if module else self.names[key].removesuffix("weight").rstrip("._") or "(root)"
 
     def _freeze_mlp(self, node: Node) -> None:
         """A wide chain of linear layers: one by one, with packed weights. A narrow one stays one kernel."""
@@ -474,7 +482,8 @@ class _Freezer:
         input, weights, biases, hidden, output = arguments.arguments.values()
         shapes = [_attribute(self.module, weight.target).shape for weight in weights]
         biases = biases or (None,) * len(weights)
-        name = weights[0].target.removesuffix("weight").rstrip("._").replace(".", "_")
+        told = [self._name_of(weight) for weight in weights]
+        name = told[0].removeprefix(self.prefix).replace(".", "_")
         dtype = _attribute(self.module, weights[0].target).dtype
         if max(max(shape) for shape in shapes) <= _NARROW and dtype in (torch.float32, torch.float64):
             tensors = [[one and _attribute(self.module, one.target) for one in ones] for ones in (weights, biases)]
@@ -483,7 +492,7 @@ class _Freezer:
                 new = self.graph.call_module(f"{name}_mlp", (input,))
             node.replace_all_uses_with(new)
             self.graph.erase_node(node)
-            self.report.frozen.append(Row(self.prefix + name, "linear", f"mlp({len(weights)} layers)"))
+            self.report.frozen.append(Row(", ".join(told), "linear", f"mlp({len(weights)} layers)"))
             return
         before = node
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
@@ -537,7 +546,7 @@ class _Freezer:
             module = self.module._modules.get(node.target) if node.op == "call_module" else None
             if module is None or isinstance(module, FrozenLayer | FrozenMlp | _Child):
                 continue
-            name = self.prefix + node.target
+            name = self.names[node.target]
             if type(module).__module__.startswith(("torch.nn.", "fastops.nn.")):
                 self.report.left.append(Row(name, _name(type(module)), "it has no weights to pack"))
                 self.module._modules[node.target] = copied = _copy(module).train(False)

@@ -99,6 +99,8 @@ def test_commands_in_the_readme_exist() -> None:
 def test_readme_names_every_environment_variable() -> None:
     sources = [ROOT / "setup.py", ROOT / "build_native.py", ROOT / "tests" / "gpu.py"]
     sources += [path for folder in ("fastops", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    # The scoreboard sets those of other libraries, for its workers.
+    sources = [path for path in sources if path.parent.name != "scoreboard"]
     sources += [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")]
     read = set()
     for path in sources:
