@@ -42,6 +42,7 @@ class Row:
     ms: float | None = None
     q1_ms: float | None = None
     q3_ms: float | None = None
+    least_ms: float | None = None
     samples: int = 0
     error: float | None = None
     torch_error: float | None = None

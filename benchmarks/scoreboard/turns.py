@@ -71,11 +71,9 @@ class Worker:
     def turn(self, seconds: float) -> list[float]:
         """Samples of that many seconds together, while this worker runs; afterwards it is stopped. Raises Crashed."""
         self._process.send_signal(signal.SIGCONT)
-        try:
+        with suppress(BrokenPipeError):  # the answer says why
             self._process.stdin.write(json.dumps({"seconds": seconds}) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the answer says why
         times = self.answer(TURN_LIMIT)["times"]
         self.stop()
         return times
@@ -86,7 +84,8 @@ class Worker:
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # of a line that was never read
+            self._process.stdin.close()
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -108,7 +107,11 @@ def measure(
 
         try:
             step("reference")
-            _only_answer(job("reference", "eager"))
+            try:
+                _only_answer(job("reference", "eager"))
+            except Crashed as crash:
+                found = {name: {"status": "crashed", "why": f"the reference: {crash}"} for name in names}
+                names = []
             for name in names:
                 step(f"prepares {name}")
                 workers[name] = Worker(job("time", name))
@@ -130,7 +133,10 @@ def measure(
                 step(f"memory of {name}")
                 with suppress(Crashed):
                     peaks[name] = _only_answer(job("memory", name)).get("bytes")
-    return [_row(case, options.threads, name, found[name], times.get(name, []), peaks.get(name)) for name in names]
+    return [
+        _row(case, options.threads, name, answer, times.get(name, []), peaks.get(name))
+        for name, answer in found.items()
+    ]
 
 
 def _only_answer(job: Job) -> dict:
@@ -158,6 +164,7 @@ def take_turns(
             except Crashed as crash:
                 crashes[name] = {"status": "crashed", "why": str(crash)}
                 times[name].clear()
+                workers[name].end()
     return times, crashes
 
 
@@ -175,6 +182,7 @@ def _row(case: Case, threads: int, name: str, answer: dict, times: list[float], 
         peer=one.peer,
         status=status,
         ms=1e3 * median(times) if times else None,
+        least_ms=1e3 * min(times) if times else None,
         q1_ms=q1,
         q3_ms=q3,
         samples=len(times),

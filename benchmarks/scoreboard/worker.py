@@ -126,11 +126,10 @@ def allowed(job: Job, eager: float) -> float:
 
 
 def sample(call: Callable[[], object], calls: int, seconds: float) -> list[float]:
-    """Seconds a call, for as long as said, at least once. First come calls that fill the caches, unless one is long."""
+    """Seconds a call, for as long as said, at least once. Calls that fill the caches count if they are long."""
     begin = time.perf_counter()
-    if calls > 1 or seconds > 0:
-        time_calls(call, 1 + calls // 8)
-    times = [time_calls(call, calls)]
+    first = time_calls(call, calls)
+    times = [first if first * calls > seconds / 2 else time_calls(call, calls)]
     while time.perf_counter() - begin < seconds:
         times.append(time_calls(call, calls))
     return times
