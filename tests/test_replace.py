@@ -57,7 +57,7 @@ def test_report():
 
 def test_report_of_a_large_model_is_short():
     """A line for all modules that fared alike; each of them is in the fields."""
-    block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.InstanceNorm2d(8), nn.ReLU())
     model = nn.Sequential(*(copy.deepcopy(block) for _ in range(50)), nn.Linear(8, 2, dtype=torch.complex64))
     report = fastops.replace_(model)
     assert names(report.replaced) == [f"{i}.{j}" for i in range(50) for j in (0, 2)]
@@ -65,7 +65,7 @@ def test_report_of_a_large_model_is_short():
     lines = [line.split() for line in str(report).splitlines()]
     assert lines[0] == ["0.0,", "1.0,", "...", "49.0", "(50)", "torch.nn.Conv2d", "->", "fastops.nn.Conv2d"]
     assert lines[2][:3] == ["50", "torch.nn.Linear", "skipped:"]
-    assert str(report).splitlines()[3] == "left alone, no fastops kernel: 50 x torch.nn.BatchNorm2d"
+    assert str(report).splitlines()[3] == "left alone, no fastops kernel: 50 x torch.nn.InstanceNorm2d"
     assert len(lines) == 5
 
 
@@ -94,7 +94,7 @@ class Only(nn.Module):
 @pytest.mark.parametrize(
     "layer",
     [
-        nn.LayerNorm(3), nn.BatchNorm2d(3), nn.GroupNorm(1, 3, affine=False), nn.RMSNorm(3), nn.Embedding(3, 4),
+        nn.LayerNorm(3), nn.InstanceNorm2d(3), nn.GroupNorm(1, 3, affine=False), nn.RMSNorm(3), nn.Embedding(3, 4),
         nn.EmbeddingBag(3, 4), nn.MultiheadAttention(4, 2), nn.LSTM(3, 4), nn.GRUCell(3, 4), nn.Bilinear(2, 3, 4),
         nn.Softmax(-1), nn.LogSoftmax(-1), nn.Softmin(-1), nn.Softmax2d(), nn.RReLU(), nn.MaxUnpool1d(2),
         nn.MaxUnpool2d(2), nn.MaxUnpool3d(2), nn.LPPool1d(2, 2), nn.LPPool2d(2, 2), nn.LPPool3d(2, 2),
@@ -339,7 +339,7 @@ def test_skips():
     assert skipped(parametrizations.weight_norm(nn.Conv2d(3, 4, 1))).startswith("parametrized")
     assert skipped(torch.jit.script(nn.Linear(3, 4))) == "a TorchScript module"
     assert skipped(torch.jit.trace(nn.Linear(3, 4), (torch.randn(2, 3),))) == "a TorchScript module"
-    for layer in (nn.Dropout(), nn.Flatten(), nn.BatchNorm1d(3), nn.Sequential(), nn.Embedding(3, 4)):
+    for layer in (nn.Dropout(), nn.Flatten(), nn.InstanceNorm1d(3), nn.Sequential(), nn.Embedding(3, 4)):
         assert skipped(layer) is None
 
 

@@ -74,6 +74,8 @@ class Plans {
       return mixed({c.m, c.n, c.k});
     else if constexpr (requires { c.rows; })
       return mixed({c.rows, c.cols, static_cast<int64_t>(c.activation.kind)});
+    else if constexpr (requires { c.channels; })
+      return mixed({c.outer, c.channels, c.inner});
     else if constexpr (requires { c.outer; })
       return mixed({c.outer, c.inner});
     else

@@ -33,6 +33,15 @@ TORCH_LIBRARY(fastops, m) {
   m.def("glu_forward(Tensor input, int dim) -> Tensor");
   m.def("glu_backward(Tensor grad_output, Tensor input, int dim) -> Tensor");
   m.def(
+      "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? running_mean, "
+      "Tensor? running_var, bool training, float momentum, float eps, str activation, float a, float b, "
+      "bool need_stats) -> (Tensor output, Tensor stats, Tensor running_mean, Tensor running_var)");
+  m.def(
+      "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? saved, Tensor "
+      "stats, "
+      "bool training, float eps, str activation, float a, float b, bool[4] output_mask) -> "
+      "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
+  m.def(
       "max_pool_forward(Tensor input, SymInt[] output_size, int[] kernel_size, int[] stride, int[] padding, "
       "int[] dilation, bool ceil_mode, str indices) -> (Tensor output, Tensor indices)");
   m.def(
@@ -55,6 +64,7 @@ void implement_linear(torch::Library& m, bool meta);
 void implement_conv(torch::Library& m, bool meta);
 void implement_activation(torch::Library& m, bool meta);
 void implement_pool(torch::Library& m, bool meta);
+void implement_batch_norm(torch::Library& m, bool meta);
 void bind_linear(py::module_& m);
 void bind_mlp(py::module_& m);
 void bind_conv(py::module_& m);
@@ -62,13 +72,15 @@ void bind_conv_pool(py::module_& m);
 void bind_frozen(py::module_& m);
 void bind_activation(py::module_& m);
 void bind_pool(py::module_& m);
+void bind_batch_norm(py::module_& m);
 void bind_record(py::module_& m);
 void bind_memory(py::module_& m);
 void bind_info(py::module_& m);
 
 // All but composites of torch's own ops have CUDA kernels as well.
 void implement(torch::Library& m, bool meta) {
-  for (const auto function : {implement_linear, implement_conv, implement_activation, implement_pool})
+  for (const auto function :
+       {implement_linear, implement_conv, implement_activation, implement_pool, implement_batch_norm})
     function(m, meta);
 }
 
@@ -84,6 +96,7 @@ PYBIND11_MODULE(_C, m) {
   bind_frozen(m);
   bind_activation(m);
   bind_pool(m);
+  bind_batch_norm(m);
   bind_record(m);
   bind_memory(m);
   bind_info(m);

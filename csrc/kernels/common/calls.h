@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../activation/activation.h"
+#include "../batch_norm/batch_norm.h"
 #include "../conv/conv.h"
 #include "../conv_pool/conv_pool.h"
 #include "../linear/linear.h"
@@ -13,7 +14,7 @@ namespace fastops {
 
 #define FASTOPS_CALLS(X)                                                                         \
   FASTOPS_CALLS_activation(X) FASTOPS_CALLS_linear(X) FASTOPS_CALLS_mlp(X) FASTOPS_CALLS_conv(X) \
-      FASTOPS_CALLS_conv_pool(X) FASTOPS_CALLS_pool(X)
+      FASTOPS_CALLS_conv_pool(X) FASTOPS_CALLS_pool(X) FASTOPS_CALLS_batch_norm(X)
 
 #define FASTOPS_LISTED(Call) , Call*
 template <class... Calls>
