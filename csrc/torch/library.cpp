@@ -61,6 +61,7 @@ void bind_conv(py::module_& m);
 void bind_conv_pool(py::module_& m);
 void bind_activation(py::module_& m);
 void bind_pool(py::module_& m);
+void bind_optim(py::module_& m);
 void bind_record(py::module_& m);
 void bind_memory(py::module_& m);
 void bind_info(py::module_& m);
@@ -82,6 +83,7 @@ PYBIND11_MODULE(_C, m) {
   bind_conv_pool(m);
   bind_activation(m);
   bind_pool(m);
+  bind_optim(m);
   bind_record(m);
   bind_memory(m);
   bind_info(m);

@@ -6,6 +6,7 @@
 #include "../conv_pool/conv_pool.h"
 #include "../linear/linear.h"
 #include "../mlp/mlp.h"
+#include "../optim/optim.h"
 #include "../pool/pool.h"
 #include "plan.h"
 
@@ -13,7 +14,7 @@ namespace fastops {
 
 #define FASTOPS_CALLS(X)                                                                         \
   FASTOPS_CALLS_activation(X) FASTOPS_CALLS_linear(X) FASTOPS_CALLS_mlp(X) FASTOPS_CALLS_conv(X) \
-      FASTOPS_CALLS_conv_pool(X) FASTOPS_CALLS_pool(X)
+      FASTOPS_CALLS_conv_pool(X) FASTOPS_CALLS_pool(X) FASTOPS_CALLS_optim(X)
 
 #define FASTOPS_LISTED(Call) , Call*
 template <class... Calls>
