@@ -6,6 +6,7 @@
 
 replace_, restore_, replaced   swap the classes of a model's modules, in place and back
 nn, functional                 torch.nn's layers and functions on fastops' kernels
+optim                          torch.optim's SGD, Adam and AdamW, whose step is one call
 record                         which kernels ran, and for how long
 info                           what is running, and why
 memory                         the pool that large outputs come from
@@ -20,7 +21,7 @@ from fastops._load import load as _load
 
 _load()
 
-from fastops import functional, memory, nn  # noqa: E402
+from fastops import functional, memory, nn, optim  # noqa: E402
 from fastops._version import __version__  # noqa: E402
 from fastops.export import decompositions, export_kernels  # noqa: E402
 from fastops.freeze import freeze  # noqa: E402
@@ -39,6 +40,7 @@ __all__ = [
     "info",
     "memory",
     "nn",
+    "optim",
     "record",
     "replace_",
     "replaced",

@@ -73,6 +73,7 @@ void bind_frozen(py::module_& m);
 void bind_activation(py::module_& m);
 void bind_pool(py::module_& m);
 void bind_batch_norm(py::module_& m);
+void bind_optim(py::module_& m);
 void bind_record(py::module_& m);
 void bind_memory(py::module_& m);
 void bind_info(py::module_& m);
@@ -97,6 +98,7 @@ PYBIND11_MODULE(_C, m) {
   bind_activation(m);
   bind_pool(m);
   bind_batch_norm(m);
+  bind_optim(m);
   bind_record(m);
   bind_memory(m);
   bind_info(m);

@@ -7,14 +7,23 @@
 #include "../conv_pool/conv_pool.h"
 #include "../linear/linear.h"
 #include "../mlp/mlp.h"
+#include "../optim/optim.h"
 #include "../pool/pool.h"
 #include "plan.h"
 
 namespace fastops {
 
-#define FASTOPS_CALLS(X)                                                                         \
-  FASTOPS_CALLS_activation(X) FASTOPS_CALLS_linear(X) FASTOPS_CALLS_mlp(X) FASTOPS_CALLS_conv(X) \
-      FASTOPS_CALLS_conv_pool(X) FASTOPS_CALLS_pool(X) FASTOPS_CALLS_batch_norm(X)
+// clang-format off
+#define FASTOPS_CALLS(X) \
+  FASTOPS_CALLS_activation(X) \
+  FASTOPS_CALLS_linear(X) \
+  FASTOPS_CALLS_mlp(X) \
+  FASTOPS_CALLS_conv(X) \
+  FASTOPS_CALLS_conv_pool(X) \
+  FASTOPS_CALLS_pool(X) \
+  FASTOPS_CALLS_batch_norm(X) \
+  FASTOPS_CALLS_optim(X)
+// clang-format on
 
 #define FASTOPS_LISTED(Call) , Call*
 template <class... Calls>
