@@ -5,6 +5,7 @@
 >>> report = fastops.restore_(model)  # and back
 
 replace_, restore_, replaced   swap the classes of a model's modules, in place and back
+fuse                           a model that computes its layers together, with the same parameters
 nn, functional                 torch.nn's layers and functions on fastops' kernels
 optim                          torch.optim's SGD, Adam and AdamW, whose step is one call
 record                         which kernels ran, and for how long
@@ -25,6 +26,7 @@ from fastops import functional, memory, nn, optim  # noqa: E402
 from fastops._version import __version__  # noqa: E402
 from fastops.export import decompositions, export_kernels  # noqa: E402
 from fastops.freeze import freeze  # noqa: E402
+from fastops.fuse import fuse  # noqa: E402
 from fastops.info import info  # noqa: E402
 from fastops.precision import get_conv_precision, set_conv_precision  # noqa: E402
 from fastops.record import record  # noqa: E402
@@ -36,6 +38,7 @@ __all__ = [
     "export_kernels",
     "freeze",
     "functional",
+    "fuse",
     "get_conv_precision",
     "info",
     "memory",

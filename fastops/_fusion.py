@@ -139,19 +139,21 @@ def call_batch_norm(
 ) -> Tensor:
     """A batch norm module's forward, the addition of residual and the activation. in_place: it was y += residual."""
     module._check_input_dim(input)
-    momentum = 0.0 if module.momentum is None else module.momentum
+    # Module.__getattr__ costs as much as a small op.
+    buffers, parameters = module._buffers, module._parameters
+    mean, variance, momentum = buffers["running_mean"], buffers["running_var"], module.momentum
     training = module.training
-    if training and module.track_running_stats and module.num_batches_tracked is not None:
-        module.num_batches_tracked.add_(1)
-        if module.momentum is None:
-            momentum = 1.0 / float(module.num_batches_tracked)
-    mean, variance = module.running_mean, module.running_var
-    # Statistics that exist but are not used for training are not updated by it.
-    tracked = not training or module.track_running_stats
-    training = training or (mean is None and variance is None)
+    if not training:
+        training = mean is None and variance is None
+    elif not module.track_running_stats:  # those that there may be are not updated
+        mean = variance = None
+    elif (count := buffers["num_batches_tracked"]) is not None:
+        count.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(count)
     return normalize(
-        input, mean if tracked else None, variance if tracked else None, module.weight, module.bias, training, momentum,
-        module.eps, activation, residual, in_place,
+        input, mean, variance, parameters["weight"], parameters["bias"], training, momentum or 0.0, module.eps,
+        activation, residual, in_place,
     )  # fmt: skip
 
 
@@ -231,6 +233,8 @@ class _Addition(NamedTuple):
 
 
 _IDENTITY: Resolved = NAMES["identity"]
+# Activations whose backward reads their result in PyTorch, too.
+_KEPT_BY_TORCH = ("identity", "relu", "sigmoid", "tanh")
 
 
 def _argument(resolved: Resolved) -> Any:
@@ -351,7 +355,8 @@ class _Rewriter:
         after = self._only_user(tail)
         activation = self.activation(after) if after is not None else None
         resolved = _IDENTITY
-        if activation is not None and activation.input is tail:
+        follows = activation is not None and activation.input is tail
+        if follows and not self._is_changed_later(after, activation.resolved):
             resolved = activation.resolved
             nodes.append(after)
         function = normalize
@@ -375,13 +380,20 @@ class _Rewriter:
             arguments["inplace"] = True
         self._put([activation.node], row.function, getattr(FF, row.function), arguments)
 
+    def _is_changed_later(self, node: Node, resolved: Resolved) -> bool:
+        """Whether a result is changed in place that a fused layer may keep for backward, and PyTorch does not."""
+        if resolved[0] in _KEPT_BY_TORCH:
+            return False
+        return any(user.args and user.args[0] is node and self._may_change_something(user) for user in node.users)
+
     def _activated(self, layer: _Layer) -> tuple[Node, Resolved, list[Node]]:
         """The layer with its activation: the last node, the activation, the nodes."""
         if layer.activation != _IDENTITY:
             return layer.node, layer.activation, [layer.node]
         after = self._only_user(layer.node)
         activation = self.activation(after) if after is not None else None
-        if activation is None or activation.input is not layer.node:
+        follows = activation is not None and activation.input is layer.node
+        if not follows or self._is_changed_later(after, activation.resolved):
             return layer.node, _IDENTITY, [layer.node]
         return after, activation.resolved, [layer.node, after]
 
@@ -475,8 +487,10 @@ class _Rewriter:
         return None
 
     def norm(self, node: Node) -> _Norm | None:
-        if self._plain(node, _NORM_CLASSES):
-            return _Norm(node, node.args[0], {}, self._label(node))
+        if module := self._plain(node, _NORM_CLASSES):
+            buffers = {"running_mean", "running_var", "num_batches_tracked"} <= module._buffers.keys()
+            known = buffers and {"weight", "bias"} <= module._parameters.keys()
+            return _Norm(node, node.args[0], {}, self._label(node)) if known else None
         if node.op == "call_function" and node.target is F.batch_norm:
             arguments = self._bound(node, F.batch_norm)
             return arguments and _Norm(node, arguments["input"], arguments, "batch_norm")

@@ -77,6 +77,7 @@ void bind_optim(py::module_& m);
 void bind_record(py::module_& m);
 void bind_memory(py::module_& m);
 void bind_info(py::module_& m);
+void bind_guard(py::module_& m);
 
 // All but composites of torch's own ops have CUDA kernels as well.
 void implement(torch::Library& m, bool meta) {
@@ -102,6 +103,7 @@ PYBIND11_MODULE(_C, m) {
   bind_record(m);
   bind_memory(m);
   bind_info(m);
+  bind_guard(m);
 }
 
 }  // namespace fastops

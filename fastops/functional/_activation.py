@@ -39,6 +39,8 @@ for _kind in ACTIVATIONS.values():
 def resolve_activation(activation: Activation) -> tuple[str, float, float]:
     """(kind, a, b) of an `activation=` argument: None, a name, or an activation module of torch.nn or fastops.nn.
 
+    What comes out may go in again: fastops.fuse writes activations with parameters of their own in that way.
+
     Raises ValueError for an unknown name or a module that cannot be fused (PReLU and GLU: parameters or a shape of
     their own), TypeError for anything else.
     """
@@ -51,6 +53,8 @@ def resolve_activation(activation: Activation) -> tuple[str, float, float]:
             f"activation must be one of {', '.join(NAMES)}, an activation module or None, got {activation!r}"
         )
     cls = type(activation)
+    if cls is tuple and len(activation) == 3 and activation[0] in ACTIVATIONS:
+        return activation
     if cls.__module__.startswith("fastops.nn."):
         cls = next((c for c in cls.__mro__ if c.__module__.startswith("torch.nn.")), cls)
     for kind in _MODULES.get(cls, ()):

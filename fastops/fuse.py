@@ -1,0 +1,568 @@
+"""fastops.fuse: a model whose layers, activations, norms and pools are computed together, with the same parameters.
+
+The model is copied, but its parameters and buffers are not. torch.fx follows the copy's forward, fastops._fusion puts
+calls of fastops where several nodes are one, and a program is written from the graph. It is in the place of the copy's
+forward for as long as the modules it stands for are what they were (fastops._C.unchanged, csrc/torch/guard.cpp).
+"""
+
+import copy
+import inspect
+import keyword
+import math
+import operator
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.compiler import is_dynamo_compiling as _is_compiling
+from torch.fx import Graph, GraphModule, Node
+
+from fastops import _C
+from fastops._fusion import HOOKS, Finding, rewrite
+from fastops._tracing import reason, trace, training_of
+from fastops.replace import Report, Row, _check, _listed, _name, _replace
+
+__all__ = ["FusionReport", "fuse"]
+
+# A program is written again where a module has changed, but not for a model that changes all the time.
+_MOST_PROGRAMS = 8
+
+
+@dataclass
+class FusionReport(Report):
+    """What fuse did. str() is a table: a line for all groups that fared alike.
+
+    Attributes:
+        fused: a Row for every group of layers that is one call now; its name is those of the modules in it.
+        apart: a Row for what looks like a group and is none, and why.
+        untraced: a Row for every module whose forward could not be followed, and why. It is called as it was; what it
+            consists of is fused on its own.
+        replaced, skipped, left: as in Report, for the modules that are in no group.
+    """
+
+    fused: list[Row] = field(default_factory=list)
+    apart: list[Row] = field(default_factory=list)
+    untraced: list[Row] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for arrow, rows in (("->", self.fused), ("apart:", self.apart), ("untraced:", self.untraced)):
+            for row in rows:
+                groups.setdefault((row.module, arrow, row.result), []).append(row.name or "(root)")
+        table = [(_listed(names), *key) for key, names in groups.items()]
+        widths = [max((len(line[i]) for line in table), default=0) for i in range(3)]
+        lines = ["  ".join([*(c.ljust(w) for c, w in zip(line[:3], widths, strict=True)), line[3]]) for line in table]
+        counts = f"{len(self.fused)} fused, {len(self.apart)} apart, {len(self.untraced)} untraced; "
+        *rest, last = super().__str__().splitlines()
+        return "\n".join([*lines, *rest, counts + last])
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """A model that computes what `model` does, with the same parameters, in fewer and faster calls.
+
+    Layers with the activation, the max pool or the addition that follows them become one call each, and so do chains of
+    linear layers; it does not matter whether they are modules, functions or methods. All other layers are replaced as
+    by replace_.
+
+    Args:
+        model: any module. It stays what it is and may be used beside the fused one.
+
+    Returns:
+        A module like a copy.deepcopy of the model that shares its parameters and buffers: the same class with another
+        forward, names, state_dict, hooks and mode. It trains, and can be copied, pickled, moved and compiled.
+        Optimizers of either model train both. `fastops_report`, a FusionReport, says what became of each layer. A hook
+        on a layer that is fused, another layer or attribute in its place, or one that is parametrized
+        are noticed at the next call, and such layers are called one by one.
+
+    What cannot be traced, such as a forward that decides by the values of an input, stays as it is; the modules that
+    it calls are fused on their own. Arguments of forward that have a default are fused for that: a call that gives
+    another value runs the model's own forward. An attribute that is a list or a dict must not be changed in place
+    after fuse.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+
+    Source: fastops' own, with torch.fx.
+
+    >>> class Net(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.fc1, self.fc2 = nn.Linear(10, 20), nn.Linear(20, 5)
+    ...     def forward(self, x):
+    ...         return self.fc2(torch.relu(self.fc1(x)))
+    >>> fused = fastops.fuse(Net())
+    >>> print(fused.fastops_report)
+    fc1 + fc2  Linear + relu + Linear  ->  mlp(2 layers, activation='relu')
+    1 fused, 0 apart, 0 untraced; 0 replaced, 0 skipped, 0 left alone
+    """
+    _check(model, "fuse")
+    result = _sharing_copy(model)
+    for module in result.modules():
+        if isinstance(module, _Fused):
+            _unfuse(module)
+    swapped, _ = _replace(result, None)
+    report = FusionReport()
+    if _is_layer(result):
+        report.replaced, report.skipped, report.left = swapped.replaced, swapped.skipped, swapped.left
+        vars(result)["fastops_report"] = report
+        return result
+    _become(result)
+    vars(result)["fastops_report"] = report
+    _fuse(result, "", report)
+    together = {name for row in report.fused for name in row.name.split(" + ")}
+    for name in ("replaced", "skipped", "left"):
+        getattr(report, name).extend(row for row in getattr(swapped, name) if row.name not in together)
+    return result
+
+
+# ---- the copy --------------------------------------------------------------------------------------------------------
+
+
+def _sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy.deepcopy that shares parameters, buffers and whatever else is a tensor."""
+    shared: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            shared[id(module)] = module
+        buffers = module._buffers
+        shared[id(buffers)] = buffers  # the dict itself: a move of either model gives both the moved buffers
+        for place in (module._parameters, buffers, vars(module)):
+            shared.update((id(value), value) for value in place.values() if isinstance(value, torch.Tensor))
+    try:
+        result = copy.deepcopy(model, dict(shared))
+        names = [name for name, _ in model.named_parameters()]
+        if names == [name for name, _ in result.named_parameters()] and all(
+            a is b for a, b in zip(model.parameters(), result.parameters(), strict=True)
+        ):
+            return result
+    except Exception:  # something that cannot be copied, which a model may hold
+        pass
+    return _copy_of_modules(model, {})
+
+
+def _copy_of_modules(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
+    """New modules with the same attributes; only what nn.Module keeps is copied."""
+    if id(module) in copies:
+        return copies[id(module)]
+    if isinstance(module, torch.jit.ScriptModule):
+        return module
+    result = type(module).__new__(type(module))
+    copies[id(module)] = result
+    state = dict(vars(module))
+    for key in ("_parameters", "_non_persistent_buffers_set", *HOOKS):
+        if key in state:
+            state[key] = state[key].copy()
+    state["_modules"] = {name: child and _copy_of_modules(child, copies) for name, child in state["_modules"].items()}
+    vars(result).update(state)
+    return result
+
+
+# ---- a fused module --------------------------------------------------------------------------------------------------
+
+
+class _Fused(nn.Module):
+    """What the classes of fused modules have besides the class they are made from. They are made by `_become`."""
+
+    _fastops_program: "_Program | None"
+    fastops_report: FusionReport
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As the model's own class, fused again by whoever reads it: programs know this very model."""
+        function, arguments, state, *rest = super().__reduce_ex__(protocol)
+        if arguments and arguments[0] is type(self) and isinstance(state, dict):
+            state = {key: value for key, value in state.items() if not key.startswith("_fastops_")}
+            return _revive, (_plain_class(self), *arguments[1:]), state, *rest
+        return function, arguments, state, *rest
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        vars(self)["_fastops_program"], vars(self)["_fastops_count"] = None, 0
+        _write(self, None)
+
+
+def _plain_class(module: nn.Module) -> type:
+    return type(module)._fastops_plain
+
+
+def _unfuse(module: nn.Module) -> None:
+    module.__class__ = _plain_class(module)
+    for key in ("_fastops_program", "_fastops_count", "fastops_report"):
+        vars(module).pop(key, None)
+
+
+def _revive(cls: type, *arguments: Any) -> nn.Module:
+    module = cls.__new__(cls, *arguments)
+    object.__setattr__(module, "__class__", _fused_class(cls))
+    return module
+
+
+def _become(module: nn.Module) -> None:
+    module.__class__ = _fused_class(type(module))
+    vars(module).update({"_fastops_program": None, "_fastops_count": 0})
+
+
+def _fused_class(cls: type) -> type:
+    """The class of a fused module that was one of cls."""
+    for known in cls.__subclasses__():
+        if vars(known).get("_fastops_plain") is cls:
+            return known
+    attributes = {"_fastops_plain": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    forward = _forward_of(cls)
+    if forward is not None:
+        attributes["forward"] = forward
+    return type(f"Fused{cls.__name__}", (_Fused, cls), attributes)
+
+
+class _Signature:
+    """The arguments of a forward.
+
+    inputs, named_inputs: those that have to be given, the latter by keyword.
+    options: those that have a default; a program is written for that.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        kinds = inspect.Parameter
+        self.parameters = list(inspect.signature(forward).parameters.values())[1:]
+        required = [p for p in self.parameters if p.default is kinds.empty and p.kind not in _REST]
+        self.inputs = [p.name for p in required if p.kind is not kinds.KEYWORD_ONLY]
+        self.named_inputs = [p.name for p in required if p.kind is kinds.KEYWORD_ONLY]
+        self.options = [p for p in self.parameters if p.default is not kinds.empty]
+        self.rest = [p.name for p in self.parameters if p.kind in _REST]
+
+
+_REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _forward_of(cls: type) -> Callable[..., Any] | None:
+    """forward with cls' signature: the program where it holds, else cls' own forward."""
+    plain = cls.forward
+    if not inspect.isfunction(plain) or plain is nn.Module.forward:
+        return None
+    signature = _Signature(plain)
+    names = {f"fastops_default_{i}": p.default for i, p in enumerate(signature.options)}
+    defaults = dict(zip((p.name for p in signature.options), names, strict=True))
+    parts, passed, bare = [], [], False
+    for p in signature.parameters:
+        stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(p.kind, "")
+        by_name = p.kind is inspect.Parameter.KEYWORD_ONLY
+        if by_name and not bare and not any(part.startswith("*") for part in parts):
+            parts.append("*")
+        bare = bare or by_name
+        parts.append(f"{stars}{p.name}" + (f"={defaults[p.name]}" if p.name in defaults else ""))
+        passed.append(f"{p.name}={p.name}" if by_name else f"{stars}{p.name}")
+    tests = [f"{name} is {default}" for name, default in defaults.items()]
+    tests += [f"not {name}" for name in signature.rest]
+    inputs = ", ".join(["self", *signature.inputs, *signature.named_inputs])
+    source = f"""\
+def forward({", ".join(["self", *parts])}):
+    program = self.__dict__["_fastops_program"]
+    if {" and ".join(["program is not None", *tests])}:
+        if is_compiling():
+            return program.portable({inputs})
+        if unchanged(program.watched, self):
+            return program.run({inputs})
+        program = again(self)
+        if program is not None:
+            return program.run({inputs})
+    return plain({", ".join(["self", *passed])})
+"""
+    space = {**names, "is_compiling": _is_compiling, "unchanged": _C.unchanged, "again": _again, "plain": plain}
+    return _compiled(source, space, plain)
+
+
+def _compiled(source: str, space: dict[str, Any], like: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    exec(compile(source, "<fastops.fuse>", "exec"), space)
+    # The function must not hold itself: parameters that it holds would wait for the garbage collector.
+    forward = space.pop("forward")
+    if like is not None:
+        forward.__doc__, forward.__qualname__ = like.__doc__, f"Fused{like.__qualname__}"
+    return forward
+
+
+# ---- programs --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Program:
+    """A fused forward.
+
+    run: the function of the module and its inputs, with the dicts of all other modules at hand: a look-up for a
+        parameter. Nothing in a program holds its own module.
+    portable: the same, but it finds everything by attributes, for torch.compile and torch.export.
+    inlined: the names of the modules that it stands for. children: of those that it calls.
+    """
+
+    run: Callable[..., Any]
+    portable: Callable[..., Any]
+    inlined: list[str]
+    children: list[str]
+    parameters: list[str]
+    watched: tuple[Any, ...] = (0, (), (), ())
+
+    def watch(self, root: nn.Module) -> None:
+        """Notes what the program relies on, as csrc/torch/guard.cpp reads it."""
+        modules = tuple(_watched(root.get_submodule(name), name == "") for name in self.inlined)
+        entries: dict[tuple[int, str], tuple[Any, ...]] = {}
+        for name in (*self.inlined, *self.children):
+            while name:
+                name, _, child = name.rpartition(".")
+                place = root.get_submodule(name)._modules
+                entries[id(place), child] = (place, child, place[child])
+        for name in self.parameters:
+            name, _, key = name.rpartition(".")
+            place = root.get_submodule(name)._parameters
+            if key in place:
+                entries[id(place), key] = (place, key, None if place[key] is None else ...)
+        hooks = [value for key, value in vars(torch.nn.modules.module).items() if key.startswith("_global_")]
+        empty = tuple(one for one in hooks if isinstance(one, dict))
+        self.watched = id(root), modules, tuple(entries.values()), empty
+
+
+def _watched(module: nn.Module, is_root: bool) -> tuple[Any, ...]:
+    state = vars(module)
+    ignored = _INTERNAL | _NOT_READ if _is_layer(module) else _INTERNAL
+    attributes = [item for key, value in state.items() if key not in ignored for item in (key, value)]
+    return None if is_root else module, type(module), None if is_root else state, len(state), *attributes
+
+
+_INTERNAL = frozenset([*vars(nn.Module()), "_fastops_program", "_fastops_count", "fastops_report"])
+
+# Attributes of torch.nn's layers that no program is made from; batch norms are asked for theirs at every call.
+_NOT_READ = frozenset(
+    {
+        "in_features",
+        "out_features",
+        "in_channels",
+        "out_channels",
+        "transposed",
+        "_reversed_padding_repeated_twice",
+        "num_features",
+        "eps",
+        "momentum",
+        "affine",
+        "track_running_stats",
+    }
+)
+
+
+def _fuse(module: nn.Module, name: str, report: FusionReport) -> None:
+    """Fuses a module, and on their own those below it that its program calls or, where it has none, its children."""
+    if isinstance(module, torch.jit.ScriptModule) or _is_layer(module):
+        return
+    leaves = _write(module, report, name)
+    if leaves is None:
+        leaves = {child: ("", False) for child, _ in module.named_children()}
+    for child, (why, tried) in leaves.items():
+        below, full_name = module.get_submodule(child), f"{name}.{child}" if name else child
+        if why:
+            report.untraced.append(Row(full_name, _name(type(below)), why))
+        if tried:
+            for grandchild, one in below.named_children():
+                _fuse(one, f"{full_name}.{grandchild}", report)
+        elif not isinstance(below, _Fused):  # shared, and done already
+            _fuse(below, full_name, report)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """What torch.fx calls, and does not look into."""
+    return torch.fx.Tracer().is_leaf_module(module, "") and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+
+
+def _write(module: nn.Module, report: FusionReport | None, name: str = "") -> dict[str, tuple[str, bool]] | None:
+    """Gives the module a program. Returns what was not traced through (Traced.leaves), or None where there is none."""
+    cls = _plain_class(module) if isinstance(module, _Fused) else type(module)
+    current = module.__class__
+    try:
+        if cls.forward is nn.Module.forward:  # a list of modules
+            return None
+        if not inspect.isfunction(cls.forward) or "forward" in vars(module):
+            raise _NotTraced("its forward has been overridden")
+        object.__setattr__(module, "__class__", cls)
+        signature = _Signature(cls.forward)
+        traced = trace(module, signature.inputs, signature.named_inputs)
+        findings, program = _program(module, traced.graph, signature.named_inputs)
+    except Exception as error:
+        object.__setattr__(module, "__class__", current)
+        if report is not None:
+            why = str(error) if isinstance(error, _NotTraced) else reason(error)
+            report.untraced.append(Row(name, _name(cls), why))
+        return None
+    program.inlined = [*traced.entered, *program.inlined]
+    count = vars(module).get("_fastops_count", 0)
+    object.__setattr__(module, "__class__", current)
+    if not isinstance(module, _Fused):
+        _become(module)
+    vars(module).update({"_fastops_program": program, "_fastops_count": count + 1})
+    program.watch(module)
+    if report is not None:
+        _tell(report, name, findings)
+    return traced.leaves
+
+
+class _NotTraced(Exception):
+    pass
+
+
+def _tell(report: FusionReport, name: str, findings: list[Finding]) -> None:
+    prefix = f"{name}." if name else ""
+    for finding in findings:
+        row = Row(" + ".join(f"{prefix}{one}" for one in finding.modules), finding.pattern, finding.result)
+        if finding.what == "fused":
+            report.fused.append(row)
+        elif finding.what == "apart":
+            report.apart.append(row)
+
+
+def _again(module: nn.Module) -> _Program | None:
+    """A new program for a module that has changed. None: the module's own forward has to do it."""
+    watched = vars(module)["_fastops_program"].watched
+    hooks_on_all_modules = any(watched[3])
+    if watched[0] != id(module) or hooks_on_all_modules or vars(module)["_fastops_count"] >= _MOST_PROGRAMS:
+        return None
+    if _write(module, None) is None:
+        vars(module)["_fastops_program"] = None
+        return None
+    return vars(module)["_fastops_program"]
+
+
+# ---- writing a program -----------------------------------------------------------------------------------------------
+
+
+def _program(module: nn.Module, graph: Graph, named_inputs: list[str]) -> tuple[list[Finding], _Program]:
+    graph_module = GraphModule(module, graph)
+    findings = rewrite(graph_module)
+    vars(graph_module).clear()  # the graph and it hold each other, and parameters
+    inlined = [name for one in findings if one.what in ("fused", "called") for name in one.modules]
+    nodes = tuple(graph.nodes)
+    children = [node.target for node in nodes if node.op == "call_module"]
+    parameters = [node.target for node in nodes if node.op == "get_attr"]
+    missing = [f"{name.rpartition('.')[0]}.bias" for name in parameters if name.endswith(".weight")]
+    parameters += [name for name in missing if name not in parameters]
+    program = _Program(_Writer(module, graph, named_inputs).function(), None, inlined, children, parameters)
+    owner = weakref.ref(module)
+
+    def holds() -> bool:
+        alive = owner()
+        now = alive and vars(alive).get("_fastops_program")
+        return now is not None and _C.unchanged(now.watched, alive)
+
+    holds._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does: hooks are not guarded either
+    program.portable = _Writer(module, graph, named_inputs, holds).function()
+    return findings, program
+
+
+class _Writer:
+    """Python source of a graph."""
+
+    def __init__(
+        self, module: nn.Module, graph: Graph, named_inputs: list[str], holds: Callable[[], bool] | None = None
+    ) -> None:
+        """holds: for a portable one."""
+        self.module, self.graph, self.named_inputs, self.holds = module, graph, named_inputs, holds
+        self.portable = holds is not None
+        self.space: dict[str, Any] = {}
+        self.names: dict[int, str] = {}
+
+    def function(self) -> Callable[..., Any]:
+        nodes = list(self.graph.nodes)
+        placeholders = [node.name for node in nodes if node.op == "placeholder"]
+        last: dict[Node, Node] = {}
+        for node in nodes:
+            for used in node.all_input_nodes:
+                last[used] = node
+        lines = []
+        if self.portable:
+            plain = self.bind(type(self.module).forward)
+            count = len(placeholders) - len(self.named_inputs)
+            named = [f"{name}={given}" for name, given in zip(self.named_inputs, placeholders[count:], strict=True)]
+            passed = ", ".join(["self", *placeholders[:count], *named])
+            lines += [f"if not {self.bind(self.holds)}():", f"    return {plain}({passed})"]
+        for node in nodes:
+            if node.op in ("placeholder", "get_attr"):
+                continue
+            if node.op == "output":
+                lines.append(f"return {self.show(node.args[0])}")
+                continue
+            value = self.value(node)
+            if node.users:
+                lines.append(f"{node.name} = {value}")
+            else:
+                lines.append(value)
+            # As in a forward that gives a name another value, results are not kept for longer than needed.
+            done = [used.name for used in node.all_input_nodes if last[used] is node and used.op != "get_attr"]
+            if done:
+                lines.append(f"del {', '.join(done)}")
+        body = "\n    ".join(lines)
+        return _compiled(f"def forward({', '.join(['self', *placeholders])}):\n    {body}\n", self.space)
+
+    def bind(self, value: Any) -> str:
+        name = self.names.get(id(value))
+        if name is None:
+            name = f"fastops_{len(self.names)}_{getattr(value, '__name__', '')}".replace("<", "").replace(">", "")
+            self.names[id(value)] = name if name.isidentifier() else f"fastops_{len(self.names)}"
+            self.space[self.names[id(value)]] = value
+        return self.names[id(value)]
+
+    def value(self, node: Node) -> str:
+        if node.op == "call_method":
+            first, *rest = node.args
+            return f"{self.show(first)}.{node.target}({self.arguments(rest, node.kwargs)})"
+        if node.op == "call_module":
+            called = _path(node.target) if self.portable else self.bind(self.module.get_submodule(node.target))
+            return f"{called}({self.arguments(node.args, node.kwargs)})"
+        if node.target is training_of:
+            (name,) = node.args
+            if self.portable or not name:
+                return f"{_path(name)}.training"
+            return f"{self.bind(vars(self.module.get_submodule(name)))}['training']"
+        sign = _OPERATORS.get(node.target)
+        if sign and len(node.args) == 2 and not node.kwargs:
+            return f"{self.show(node.args[0])} {sign} {self.show(node.args[1])}"
+        if node.target is operator.getitem and not node.kwargs:
+            return f"{self.show(node.args[0])}[{self.show(node.args[1])}]"
+        return f"{self.bind(node.target)}({self.arguments(node.args, node.kwargs)})"
+
+    def arguments(self, args: Any, kwargs: dict[str, Any]) -> str:
+        return ", ".join([*map(self.show, args), *(f"{key}={self.show(value)}" for key, value in kwargs.items())])
+
+    def show(self, value: Any) -> str:
+        if isinstance(value, Node):
+            return self.attribute(value.target) if value.op == "get_attr" else value.name
+        if type(value) in (bool, int, str, type(None), type(...)):
+            return repr(value)
+        if type(value) is float and math.isfinite(value):
+            return repr(value)
+        if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+            inside = "".join(f"{self.show(one)}, " for one in value)
+            return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{self.show(key)}: {self.show(one)}" for key, one in value.items()) + "}"
+        if isinstance(value, slice):
+            return f"slice({self.show(value.start)}, {self.show(value.stop)}, {self.show(value.step)})"
+        return self.bind(value)
+
+    def attribute(self, target: str) -> str:
+        """A parameter, buffer, module or whatever else the model has."""
+        parent, _, key = target.rpartition(".")
+        owner = self.module.get_submodule(parent)
+        if self.portable or (not parent and key in vars(owner)):
+            return _path(target)
+        for place in (owner._parameters, owner._buffers, vars(owner)):
+            if key in place:
+                return f"{self.bind(place)}[{key!r}]"
+        return self.bind(self.module.get_submodule(target))
+
+
+_OPERATORS = {operator.add: "+", operator.sub: "-", operator.mul: "*", operator.truediv: "/", operator.matmul: "@"}
+
+
+def _path(target: str) -> str:
+    """An attribute of self as source has it; children of a Sequential are numbers."""
+    path = "self"
+    for name in target.split(".") if target else ():
+        good = name.isidentifier() and not keyword.iskeyword(name)
+        path = f"{path}.{name}" if good else f"getattr({path}, {name!r})"
+    return path

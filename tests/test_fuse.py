@@ -1,0 +1,712 @@
+"""fastops.fuse: what the model computes, with the same parameters, whatever the model does."""
+
+import copy
+import gc
+import io
+import pickle
+import random
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import close_rms
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import fastops
+import fastops.nn as fnn
+from fastops.benchmarks import models
+from fastops.demo import MLP, ConvNet, LinearRegression, SimpleNet
+
+# ---- the comparison --------------------------------------------------------------------------------------------------
+
+
+def run(model, *inputs):
+    """The output, the gradients of inputs and parameters, and the buffers after one step; the same random numbers."""
+    torch.manual_seed(1)
+    inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    output = model(*inputs)
+    weights = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).view(output.shape)
+    model.zero_grad()
+    (output * weights).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    grads |= {f"input {i}": x.grad for i, x in enumerate(inputs)}
+    return output.detach(), {k: g and g.clone() if g is None else g.clone() for k, g in grads.items()}
+
+
+def same(fused, plain, *inputs):
+    """Float64: the same but for roundings, and the same statistics after it. Neither model keeps anything."""
+    ours, theirs = copy.deepcopy(fused).double(), copy.deepcopy(plain).double()
+    inputs = [x.double() if x.is_floating_point() else x for x in inputs]
+    for mode in (True, False):
+        ours.train(mode)
+        theirs.train(mode)
+        (y, dy), (z, dz) = run(ours, *inputs), run(theirs, *inputs)
+        torch.testing.assert_close(y, z, rtol=1e-8, atol=1e-10)
+        assert dy.keys() == dz.keys()
+        scale = max([float(g.abs().max()) for g in dz.values() if g is not None and g.numel()], default=0.0)
+        for name in dz:
+            # What cancels, as the gradient before a batch norm does, has the roundings of its terms.
+            torch.testing.assert_close(dy[name], dz[name], rtol=1e-6, atol=1e-10 + 1e-9 * scale, msg=name)
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-8, atol=1e-10)
+
+
+def same_in_float32(fused, plain, *inputs):
+    with torch.no_grad():
+        exact = copy.deepcopy(plain).double().eval()(*[x.double() for x in inputs])
+        close_rms(copy.deepcopy(fused).eval()(*inputs), exact, copy.deepcopy(plain).eval()(*inputs), roundings=4)
+
+
+def check(plain, *inputs):
+    """Everything that holds for any model. Returns the fused one."""
+    before = [(name, type(m), dict(vars(m))) for name, m in plain.named_modules()]
+    fused = fastops.fuse(plain)
+    after = [(name, type(m), dict(vars(m))) for name, m in plain.named_modules()]
+    assert [(n, t, v.keys()) for n, t, v in before] == [(n, t, v.keys()) for n, t, v in after]
+    assert all(v[k] is w[k] for (_, _, v), (_, _, w) in zip(before, after, strict=True) for k in v)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    assert all(a is b for a, b in zip(fused.parameters(), plain.parameters(), strict=True))
+    assert all(a is b for a, b in zip(fused.buffers(), plain.buffers(), strict=True))
+    assert [name for name, _ in fused.named_modules()] == [name for name, _ in plain.named_modules()]
+    assert str(fused.fastops_report).splitlines()
+    same(fused, plain, *inputs)
+    return fused
+
+
+def fused_rows(model):
+    return [(row.module, row.result) for row in model.fastops_report.fused]
+
+
+# ---- models that people have -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (LinearRegression, (5, 1)), (SimpleNet, (100, 10)), (lambda: MLP(784), (16, 784)), (ConvNet, (4, 1, 28, 28)),
+        (lambda: models.resnet18((3, 64, 64)), (3, 3, 64, 64)),
+        (lambda: models.mobilenet_v2((3, 64, 64)), (3, 3, 64, 64)),
+        (lambda: models.VisionTransformer((3, 32, 32), 32, 2, 2), (2, 3, 32, 32)),
+    ],
+    ids=["regression", "simple", "mlp", "convnet", "resnet18", "mobilenet_v2", "vit"],
+)  # fmt: skip
+def test_models_of_the_repository(build, shape):
+    plain, x = build(), torch.randn(shape)
+    same_in_float32(check(plain, x), plain, x)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg11", "convnext_tiny", "vit_b_16"])
+def test_models_of_torchvision(name):
+    torchvision = pytest.importorskip("torchvision")
+    size = 224 if name == "vit_b_16" else 64
+    plain = getattr(torchvision.models, name)(weights=None, **({"dropout": 0.0} if name == "vgg11" else {}))
+    x = torch.randn(2, 3, size, size)
+    fused = check(plain, x)
+    same_in_float32(fused, plain, x)
+    assert not fused.fastops_report.untraced
+    assert (
+        "batch_norm" in vars(fastops.functional) or name in ("resnet18", "mobilenet_v2") or fused.fastops_report.fused
+    )
+
+
+def test_the_report():
+    fused = fastops.fuse(ConvNet())
+    assert fused_rows(fused) == [
+        ("Conv2d + ReLU + MaxPool2d", "conv_max_pool2d, activation='relu'"),
+        ("Conv2d + ReLU + MaxPool2d", "conv_max_pool2d, activation='relu'"),
+        ("Linear + ReLU + Linear", "mlp(2 layers, activation='relu')"),
+    ]
+    assert fused.fastops_report.fused[0].name == "conv1 + relu + pool"
+    assert (
+        str(fused.fastops_report).splitlines()[-1]
+        == "3 fused, 0 apart, 0 untraced; 0 replaced, 0 skipped, 0 left alone"
+    )
+    with fastops.record() as rows, torch.no_grad():
+        fused(torch.randn(2, 1, 28, 28))
+    assert "aten" not in [row.kernel for row in rows]
+
+
+# ---- random models ---------------------------------------------------------------------------------------------------
+
+ELEMENTWISE = {
+    "relu": [nn.ReLU(), F.relu, torch.relu, lambda x: x.relu(), nn.ReLU(inplace=True),
+             lambda x: F.relu(x, inplace=True), torch.relu_, lambda x: x.relu_()],
+    "sigmoid": [nn.Sigmoid(), F.sigmoid, torch.sigmoid, lambda x: x.sigmoid(), lambda x: x.sigmoid_()],
+    "tanh": [nn.Tanh(), F.tanh, torch.tanh, lambda x: x.tanh(), lambda x: x.tanh_(), torch.tanh_],
+    "gelu": [nn.GELU(), F.gelu, nn.GELU("tanh"), lambda x: F.gelu(x, approximate="tanh")],
+    "leaky_relu": [nn.LeakyReLU(0.2), lambda x: F.leaky_relu(x, 0.3),
+                   lambda x: F.leaky_relu(x, negative_slope=0.1, inplace=True)],
+    "hardtanh": [nn.ReLU6(), nn.Hardtanh(-0.5, 0.7), F.relu6, lambda x: F.hardtanh(x, -2, 2), lambda x: x.clamp(0, 6)],
+    "elu": [nn.ELU(0.7), F.elu, nn.CELU(), nn.SELU(), nn.SiLU(), F.silu, F.mish, nn.Softplus(2.0), F.softplus],
+    "other": [nn.Hardswish(), F.hardswish, nn.Softsign(), nn.Tanhshrink(), nn.Identity(), nn.Dropout(0.3), nn.PReLU(),
+              lambda x: F.logsigmoid(x), lambda x: F.dropout(x, 0.2, training=False)],
+}  # fmt: skip
+
+
+class Gate(nn.Module):
+    """Decides by its input's values: no trace of it is right."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) if x.sum() > 0 else self.inner(-x) * 0.5
+
+
+class Counter(nn.Module):
+    """Changes itself at every call."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.inner(x) * (1 + 0.1 * (self.calls % 2))
+
+
+class FunctionalDropout(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.25, self.training)
+
+
+class ByTraining(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) if self.training else torch.tanh(self.inner(x))
+
+
+class NoGradInside(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        with torch.no_grad():
+            scale = self.inner(x).mean()
+        return x * scale
+
+
+def hook(module, args, output):
+    return output * 1.5
+
+
+class Random(nn.Module):
+    """A program of steps over the values computed so far: layers, activations of all forms, sums, pools, branches."""
+
+    def __init__(self, seed):
+        super().__init__()
+        rng = self.rng = random.Random(seed)
+        torch.manual_seed(seed)
+        self.dims = rng.choice([0, 0, 1, 2, 2, 2, 3])
+        self.channels = rng.choice([3, 4, 8])
+        self.size = 9
+        self.layers, self.steps, self.functions = nn.ModuleList(), [], []
+        for _ in range(rng.randint(3, 9)):
+            self.add_step(rng)
+        if self.dims:
+            self.head = nn.Linear(self.channels, 5)
+        del self.rng
+
+    def layer(self, rng):
+        c = self.channels
+        if self.dims == 0:
+            return rng.choice([lambda: nn.Linear(c, c), lambda: nn.Linear(c, c, bias=False)])()
+        kind = rng.choice(["Conv", "Conv", "Conv", "ConvTranspose"])
+        options = {"bias": rng.random() < 0.5, "groups": rng.choice([1, 1, c])}
+        if kind == "Conv":
+            options["padding_mode"] = rng.choice(["zeros", "zeros", "zeros", "reflect"])
+        return getattr(nn, f"{kind}{self.dims}d")(c, c, 3, padding=1, **options)
+
+    def norm(self, rng):
+        options = rng.choice(
+            [{}, {}, {"momentum": 0.3}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}]
+        )
+        return getattr(nn, f"BatchNorm{max(self.dims, 1)}d")(self.channels, **options)
+
+    def activation(self, rng):
+        return rng.choice(ELEMENTWISE[rng.choice(list(ELEMENTWISE))])
+
+    def add_step(self, rng):
+        kind = rng.choice(
+            [
+                "layer",
+                "layer",
+                "block",
+                "block",
+                "residual",
+                "activation",
+                "again",
+                "add",
+                "iadd",
+                "branch",
+                "odd",
+                "pool",
+            ]
+        )
+        if kind in ("layer", "odd"):
+            layer = self.layer(rng)
+            if kind == "odd":
+                wrap = rng.choice([Gate, Counter, ByTraining, NoGradInside, "hook", "pre", "weight_norm", "training"])
+                if wrap == "hook":
+                    layer.register_forward_hook(hook)
+                elif wrap == "pre":
+                    layer.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+                elif wrap == "weight_norm":
+                    layer = parametrizations.weight_norm(layer)
+                elif wrap == "training":
+                    layer = nn.Sequential(layer, FunctionalDropout())
+                else:
+                    layer = wrap(nn.Sequential(layer, nn.ReLU()))
+            self.step("call", layer)
+        elif kind in ("block", "residual"):
+            self.step("keep")
+            self.step("call", self.layer(rng))
+            if rng.random() < 0.7:
+                self.step("call", self.norm(rng))
+            if kind == "residual":
+                self.step(rng.choice(["add kept", "iadd kept"]))
+            self.step("call", self.activation(rng))
+        elif kind == "activation":
+            self.step("call", self.activation(rng))
+            if rng.random() < 0.3:
+                self.step("change")
+        elif kind == "again" and len(self.layers):
+            self.steps.append(("call", rng.randrange(len(self.layers))))
+        elif kind in ("add", "iadd"):
+            self.step("keep")
+            self.step("call", self.layer(rng))
+            self.step(f"{kind} kept")
+        elif kind == "pool" and self.dims and self.size >= 6:
+            self.size //= 2
+            pool = rng.choice(
+                [
+                    getattr(nn, f"MaxPool{self.dims}d"),
+                    lambda size: lambda x: getattr(F, f"max_pool{self.dims}d")(x, size),
+                ]
+            )
+            steps = [self.layer(rng), self.activation(rng), pool(2)]
+            for one in steps if rng.random() < 0.6 else [steps[0], steps[2], F.relu]:
+                self.step("call", one)
+        elif kind == "branch":
+            self.step("fork", self.layer(rng))
+
+    def step(self, kind, what=None):
+        index = len(self.layers)
+        if isinstance(what, nn.Module):
+            self.layers.append(copy.deepcopy(what) if not list(what.parameters()) else what)
+        elif what is not None:
+            kind, index = "function", len(self.functions)
+            self.functions.append(what)
+        self.steps.append((kind, index))
+
+    def forward(self, x):
+        x = x * 1.0  # steps may work in place
+        kept = x
+        for kind, index in self.steps:
+            if kind == "call":
+                x = self.layers[index](x)
+            elif kind == "function":
+                x = self.functions[index](x)
+            elif kind == "keep":
+                kept = x = x + 0.0
+                kept = kept * 1.0
+            elif kind == "change":
+                x += 0.5
+            elif kind == "add kept":
+                x = x + kept
+            elif kind == "iadd kept":
+                x = x.clone() if x is kept else x
+                x += kept
+            elif kind == "fork":
+                y = self.layers[index](x)
+                x = torch.relu(y) + y.tanh()
+        if self.dims:
+            x = x.flatten(2).mean(2)
+            x = self.head(x)
+        return x
+
+    def input(self):
+        return torch.randn(4, self.channels, *[9] * self.dims)
+
+
+@pytest.mark.parametrize("block", range(12))
+def test_random_models(block):
+    """120 of them."""
+    for seed in range(10 * block, 10 * block + 10):
+        plain = Random(seed)
+        x = plain.input()
+        try:
+            run(copy.deepcopy(plain), x)
+        except RuntimeError:  # an in-place step on what backward needs: PyTorch refuses it, and so do we
+            with pytest.raises(RuntimeError):
+                run(fastops.fuse(plain), x)
+            continue
+        try:
+            check(plain, x)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}") from error
+
+
+# ---- what a fused model goes through ---------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()
+        self.scale = 1.0
+
+    def forward(self, x):
+        return self.act(self.norm(self.conv(x))) * self.scale
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block, self.drop = Block(), nn.Dropout(0.5)
+        self.fc1, self.fc2, self.act = nn.Linear(48, 8), nn.Linear(8, 4), nn.Tanh()
+
+    def forward(self, x, flag=False):
+        x = self.drop(self.block(x)).flatten(1)
+        x = self.fc2(self.act(self.fc1(x)))
+        return -x if flag else x
+
+
+X = torch.randn(2, 3, 4, 4)
+
+
+def test_net_is_fused():
+    fused = check(Net(), X)
+    assert ("Linear + Tanh + Linear", "mlp(2 layers, activation='tanh')") in fused_rows(fused)
+    same_with_flag = fused(X, True), fused(X, flag=True)
+    assert all(y.shape == (2, 4) for y in same_with_flag)
+
+
+@pytest.mark.parametrize("value", [None, False, True])
+def test_arguments_with_a_default(value):
+    plain = Net().eval()
+    fused = fastops.fuse(plain)
+    arguments = {} if value is None else {"flag": value}
+    torch.testing.assert_close(fused(X, **arguments), plain(X, **arguments))
+    torch.testing.assert_close(fused(x=X, **arguments), plain(x=X, **arguments))
+
+
+@pytest.mark.parametrize("name", ["", "fc1", "act", "block", "block.conv", "block.norm", "block.act"])
+@pytest.mark.parametrize("kind", ["forward", "pre", "backward"])
+def test_hooks_before_and_after(name, kind):
+    def add(model, seen):
+        module = model.get_submodule(name)
+        if kind == "forward":
+            return module.register_forward_hook(lambda m, a, y: seen.append(name) or y * 2)
+        if kind == "pre":
+            return module.register_forward_pre_hook(lambda m, a: seen.append(name))
+        return module.register_full_backward_hook(lambda m, g, h: seen.append(name))
+
+    for early in (True, False):
+        plain = Net().eval()
+        theirs, ours = [], []
+        if early:
+            add(plain, theirs)
+        fused = fastops.fuse(plain)
+        before = fused(X)
+        if not early:
+            torch.testing.assert_close(before, plain(X))
+            add(plain, theirs)
+            handle = add(fused, ours)
+        x, y = X.clone().requires_grad_(), X.clone().requires_grad_()
+        theirs.clear()
+        expected = plain(x)
+        expected.sum().backward()
+        count = len(theirs)
+        theirs.clear()
+        result = fused(y)
+        result.sum().backward()
+        assert len(theirs if early else ours) == count > 0
+        torch.testing.assert_close(result, expected)
+        torch.testing.assert_close(y.grad, x.grad)
+        if not early:
+            handle.remove()
+            torch.testing.assert_close(fused(X), before)
+
+
+def test_hooks_on_all_modules():
+    fused, seen = fastops.fuse(Net()), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, a, y: seen.append(type(m).__name__))
+    try:
+        fused(X)
+    finally:
+        handle.remove()
+    assert {"Linear", "Tanh", "Conv2d", "Dropout"} <= set(seen)
+
+
+CHANGES = {
+    "another layer": lambda m: setattr(m, "fc2", nn.Linear(8, 7)),
+    "another activation": lambda m: setattr(m, "act", nn.Sigmoid()),
+    "an attribute": lambda m: setattr(m.block, "scale", 3.0),
+    "an option": lambda m: setattr(m.block.conv, "padding", (2, 2)) or setattr(m, "fc1", nn.Linear(108, 8)),
+    "a class": lambda m: setattr(m.act, "__class__", nn.Softsign),
+    "a forward": lambda m: setattr(m.fc1, "forward", lambda x: torch.zeros(2, 8)),
+    "parametrized": lambda m: parametrizations.weight_norm(m.fc1),
+    "pruned": lambda m: prune.l1_unstructured(m.fc1, "weight", 0.5),
+    "another parameter": lambda m: setattr(m.fc1, "weight", nn.Parameter(torch.ones(8, 48))),
+    "no bias": lambda m: setattr(m.fc1, "bias", None),
+    "momentum": lambda m: setattr(m.block.norm, "momentum", 0.9),
+    "frozen": lambda m: m.requires_grad_(False),
+    "bfloat16": lambda m: m.bfloat16(),
+    "half the model": lambda m: m.block.eval(),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_changes_are_noticed(what):
+    torch.manual_seed(0)
+    plain = Net()
+    fused = fastops.fuse(copy.deepcopy(plain))
+    fused(X)
+    plain(X)
+    for model in (plain, fused):
+        torch.manual_seed(1)
+        CHANGES[what](model)
+    x = X.bfloat16() if what == "bfloat16" else X
+    for mode in ("as it is", True, False):
+        if mode != "as it is":
+            plain.train(mode), fused.train(mode)
+        torch.manual_seed(2)
+        y = plain(x)
+        torch.manual_seed(2)
+        torch.testing.assert_close(
+            fused(x), y, rtol=3e-2 if what == "bfloat16" else 1e-5, atol=1e-2 if what == "bfloat16" else 1e-6
+        )
+    torch.testing.assert_close(fused.state_dict(), plain.state_dict(), rtol=1e-2, atol=1e-4)
+
+
+def test_a_model_that_changes_all_the_time():
+    plain = Net().eval()
+    fused = fastops.fuse(copy.deepcopy(plain))
+    for step in range(20):
+        plain.block.scale = fused.block.scale = float(step)
+        torch.testing.assert_close(fused(X), plain(X))
+
+
+@pytest.mark.parametrize("way", ["pickle", "deepcopy", "save", "copy of a copy"])
+def test_copies(way):
+    fused = fastops.fuse(Net()).eval()
+    if way == "pickle":
+        other = pickle.loads(pickle.dumps(fused))
+    elif way == "save":
+        file = io.BytesIO()
+        torch.save(fused, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    else:
+        other = copy.deepcopy(fused)
+        other = copy.deepcopy(other) if way == "copy of a copy" else other
+    assert torch.equal(other(X), fused(X))
+    assert type(other) is type(fused)
+    assert other._fastops_program is not None
+    assert str(other.fastops_report) == str(fused.fastops_report)
+    with torch.no_grad():
+        other.fc2.weight.add_(1.0)
+    assert not torch.equal(other(X), fused(X))
+    assert list(other.state_dict()) == list(fused.state_dict())
+    assert isinstance(fastops.fuse(other), Net)
+
+
+def test_state_dicts_both_ways():
+    plain, other = Net(), Net()
+    fused = fastops.fuse(other)
+    fused.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(fused.eval()(X), plain.eval()(X))
+    torch.testing.assert_close(other.eval()(X), plain(X))
+    third = Net()
+    third.load_state_dict(fused.state_dict())
+    torch.testing.assert_close(third.eval()(X), plain(X))
+    assert fused.load_state_dict(copy.deepcopy(plain.state_dict()), assign=True).missing_keys == []
+    torch.testing.assert_close(fused(X), plain(X))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_training_with_one_optimizer(when):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    reference = copy.deepcopy(plain)
+    if when == "before":
+        optimizer = torch.optim.Adam(plain.parameters(), lr=0.01)
+    fused = fastops.fuse(plain)
+    if when == "after":
+        optimizer = torch.optim.Adam(fused.parameters(), lr=0.01)
+    theirs = torch.optim.Adam(reference.parameters(), lr=0.01)
+    x, target = torch.randn(16, 4), torch.randint(2, (16,))
+    for _ in range(10):
+        for model, one in ((fused, optimizer), (reference, theirs)):
+            one.zero_grad()
+            F.cross_entropy(model(x), target).backward()
+            one.step()
+    torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain(x), reference(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_mode_is_its_own():
+    plain = Net()
+    fused = fastops.fuse(plain).eval()
+    assert plain.training
+    assert plain.block.norm.training
+    assert not fused.block.norm.training
+    assert torch.equal(fused(X), fused(X))
+    fused.train()
+    assert not torch.equal(fused(X), fused(X))
+    assert int(plain.block.norm.num_batches_tracked) == 2
+
+
+def test_a_move_of_either_moves_both():
+    plain = Net().eval()
+    fused = fastops.fuse(plain)
+    fused.double()
+    torch.testing.assert_close(fused(X.double()), plain(X.double()))
+    plain.float()
+    torch.testing.assert_close(fused(X), plain(X))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused(X).dtype == plain(X).dtype == torch.bfloat16
+
+
+def test_nothing_is_kept_alive():
+    for build in (Net, ConvNet, lambda: Random(3)):
+        gc.collect()
+        gc.disable()
+        try:
+            model = build()
+            fused = fastops.fuse(model)
+            parameter = weakref.ref(next(fused.parameters()))
+            fused_before = weakref.ref(fused)
+            del model, fused
+            assert fused_before() is None
+            assert parameter() is None
+        finally:
+            gc.enable()
+
+
+class Hidden(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.fc, self.act = nn.Linear(4, 4), act
+
+    def forward(self, x):
+        h = self.fc(x)
+        return self.act(h) + h
+
+
+def test_a_result_that_is_used_twice_is_made():
+    fused = check(Hidden(nn.ReLU()), torch.randn(3, 4))
+    assert fused.fastops_report.fused == []
+    assert fused.fastops_report.apart[0].result == "the result in between is used by 2 others"
+    assert "apart:" in str(fused.fastops_report)
+    check(Hidden(nn.ReLU(inplace=True)), torch.randn(3, 4))
+
+
+FORWARDS = {
+    "decides": lambda self, x: self.fc(x).relu() if x.sum() > 0 else self.fc(x),
+    "asks for a type": lambda self, x: self.fc(x).relu() if isinstance(x, torch.Tensor) else x,
+    "loops": lambda self, x: torch.stack([self.fc(row).relu() for row in x]),
+    "random": lambda self, x: self.fc(x).relu() + torch.rand(4, dtype=x.dtype) * 0,
+    "no grad": lambda self, x: torch.no_grad()(lambda: self.fc(x).relu())() + self.fc(x),
+    "makes a tensor": lambda self, x: self.fc(x).relu() * torch.arange(4),
+    "item assignment": lambda self, x: self.assign(self.fc(x)),
+    "changes a list": lambda self, x: self.log.append(1) or self.fc(x).relu(),
+    "changes a buffer": lambda self, x: self.fc(x).relu() + self.count.add_(1),
+    "checkpoint": lambda self, x: torch.utils.checkpoint.checkpoint(self.fc, x, use_reentrant=False).relu(),
+    "in place": lambda self, x: torch.relu_(self.fc(x)).add_(1),
+    "in place, name kept": lambda self, x: self.keeps(self.fc(x)),
+    "keyword": lambda self, x: self.fc(input=x).relu(),
+}
+
+
+@pytest.mark.parametrize("what", FORWARDS)
+def test_odd_forwards(what):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.log = nn.Linear(4, 4), []
+            self.register_buffer("count", torch.zeros(()))
+
+        def assign(self, y):
+            y = y.relu()
+            y[:, 0] = 0
+            return y
+
+        def keeps(self, y):
+            y.relu_()
+            return y * 2
+
+        forward = FORWARDS[what]
+
+    plain = Odd()
+    fused = fastops.fuse(plain)
+    other = copy.deepcopy(plain)
+    x = torch.randn(3, 4)
+    for value in (x, x.abs(), -x.abs()):
+        torch.testing.assert_close(fused(value), other(value))
+    assert len(fused.log) == len(other.log)
+    assert fused.fastops_report.untraced or what in ("changes a buffer", "in place", "in place, name kept", "keyword")
+
+
+def test_what_torch_compile_and_export_get():
+    fused = fastops.fuse(Net()).eval()
+    expected = fused(X)
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), expected)
+    torch.testing.assert_close(compiled(X, True), -expected)
+    for strict in (True, False):
+        program = torch.export.export(fused, (X,), strict=strict)
+        torch.testing.assert_close(program.module()(X), expected)
+        assert set(program.state_dict) == set(fused.state_dict())
+        assert "fastops" not in program.graph_module.code
+    with fastops.export_kernels():
+        program = torch.export.export(fused, (X,))
+    assert "torch.ops.fastops" in program.graph_module.code
+    fused.train()
+    compiled = torch.compile(fused, backend="aot_eager")
+    compiled(X).sum().backward()
+
+
+def test_functional_call_and_vmap():
+    plain = MLP(12)
+    fused = fastops.fuse(plain)
+    x, parameters = torch.randn(5, 12), {k: torch.randn_like(v) for k, v in plain.named_parameters()}
+    call = torch.func.functional_call
+    torch.testing.assert_close(call(fused, parameters, (x,)), call(plain, parameters, (x,)))
+    torch.testing.assert_close(torch.vmap(lambda row: fused(row[None])[0])(x), plain(x))
+
+
+def test_a_single_layer_and_nothing():
+    layer = nn.Linear(3, 2)
+    fused = fastops.fuse(layer)
+    assert type(fused) is fnn.Linear
+    assert type(layer) is nn.Linear
+    assert fused.weight is layer.weight
+    assert len(fused.fastops_report.replaced) == 1
+    with pytest.raises(TypeError, match=r"fuse: model must be a torch\.nn\.Module, got int"):
+        fastops.fuse(3)
+
+
+def test_what_cannot_be_copied():
+    plain = Net().eval()
+    plain.lock = __import__("threading").Lock()
+    fused = fastops.fuse(plain)
+    assert fused.lock is plain.lock
+    torch.testing.assert_close(fused(X), plain(X))
+    assert type(plain.fc1) is nn.Linear
+
+
+def test_signature_and_repr():
+    import inspect
+
+    fused = fastops.fuse(Net())
+    assert list(inspect.signature(fused.forward).parameters) == ["x", "flag"]
+    assert isinstance(fused, Net)
+    assert repr(fused).splitlines()[1:] == repr(Net()).splitlines()[1:]
