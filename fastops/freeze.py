@@ -23,7 +23,7 @@ import fastops.functional as FF
 import fastops.nn as fnn
 from fastops import _C
 from fastops._activations import ACTIVATIONS, KIND, valid
-from fastops._fusion import in_the_way, rewrite
+from fastops._fusion import activate, in_the_way, rewrite
 from fastops._tracing import reason, trace, training_of
 from fastops.functional._activation import resolve_activation
 from fastops.replace import Row, _check, _listed, _name, replace_
@@ -291,15 +291,6 @@ _NO_GRADIENT = (
 )
 
 
-def activate(input: Tensor, activation: Any) -> Tensor:
-    """An activation= on its own."""
-    kind, a, b = resolve_activation(activation)
-    if kind == "identity":
-        return input
-    row = ACTIVATIONS[kind]
-    return getattr(FF, row.function)(input, *(a, b)[: len(row.parameters)], **row.options)
-
-
 # ---- freezing --------------------------------------------------------------------------------------------------------
 
 _CONVOLUTIONS = {f"conv{n}d": getattr(FF, f"conv{n}d") for n in (1, 2, 3)}
@@ -543,8 +534,11 @@ class _Freezer:
     def _take_children(self) -> None:
         """Modules that are called as they are: copies in eval mode, themselves frozen where they can be."""
         for node in self.graph.nodes:
-            module = self.module._modules.get(node.target) if node.op == "call_module" else None
+            module = self.module._modules.get(node.target) if node.op in ("call_module", "get_attr") else None
             if module is None or isinstance(module, FrozenLayer | FrozenMlp | _Child):
+                continue
+            if node.op == "get_attr":  # a batch norm that is called by its function
+                self.module._modules[node.target] = _copy(module).train(False)
                 continue
             name = self.names[node.target]
             if type(module).__module__.startswith(("torch.nn.", "fastops.nn.")):

@@ -348,6 +348,21 @@ def test_shared_modules_and_results_in_between():
     assert len(frozen.fastops_report.folded) == 2
 
 
+def test_a_batch_norm_that_stays_one_uses_its_statistics():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Tanh(), nn.BatchNorm2d(4))
+    prepared(model)
+    x = torch.randn(2, 4, 9, 9)
+    for training in (False, True):
+        model.train(training)
+        frozen = fastops.freeze(model)
+        before = copy.deepcopy(model.state_dict())
+        agrees(copy.deepcopy(model).eval(), x, frozen=frozen)
+        model.train()
+        agrees(copy.deepcopy(model).eval(), x, frozen=frozen)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert model.training
+
+
 def random_model(seed: int) -> tuple[nn.Module, torch.Tensor]:
     rng = random.Random(seed)
 
