@@ -199,6 +199,8 @@ def replace_(optimizer: _Optimizer) -> _Optimizer:
         TypeError: optimizer is anything else, also of a derived class. ValueError: its step has been overridden on the
         instance, by other than a scheduler.
 
+    Source: fastops.replace_, for optimizers.
+
     >>> optimizer = torch.optim.Adam(nn.Linear(2, 2).parameters())
     >>> fastops.optim.replace_(optimizer) is optimizer
     True
@@ -219,6 +221,8 @@ def restore_(optimizer: _Optimizer) -> _Optimizer:
 
     Raises:
         TypeError, ValueError: as replace_.
+
+    Source: fastops.restore_, for optimizers.
 
     >>> optimizer = fastops.optim.SGD(nn.Linear(2, 2).parameters())
     >>> type(fastops.optim.restore_(optimizer)).__module__
