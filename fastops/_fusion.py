@@ -638,7 +638,7 @@ class _Rewriter:
         if node.target in _LAYER_FUNCTIONS or node.target in _POOL_FUNCTIONS:
             return _LAYER_FUNCTIONS.get(node.target) or _POOL_FUNCTIONS[node.target]
         if node.target in _ADDITIONS or node.target in ("add", "add_"):
-            return "+"
+            return "add"
         return node.target if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
 
     def _modules_of(self, nodes: list[Node]) -> tuple[str, ...]:
