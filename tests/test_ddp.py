@@ -1,4 +1,4 @@
-"""DistributedDataParallel over two gloo processes: the weights of plain PyTorch, and of one process with all data."""
+"""DDP and FSDP2 over two gloo processes: the weights of PyTorch, and of one process with all data."""
 
 import subprocess
 import sys
@@ -33,6 +33,6 @@ def outcomes(tmp_path_factory):
     return dict(line.split(": ", 1) for line in results[0][0].splitlines())
 
 
-@pytest.mark.parametrize("configuration", ddp.CONFIGURATIONS)
+@pytest.mark.parametrize("configuration", [*ddp.CONFIGURATIONS, *ddp.SHARDED])
 def test_same_weights(outcomes, configuration):
     assert outcomes.get(configuration, "did not run") == "ok"
