@@ -613,7 +613,7 @@ FORWARDS = {
     "decides": lambda self, x: self.fc(x).relu() if x.sum() > 0 else self.fc(x),
     "asks for a type": lambda self, x: self.fc(x).relu() if isinstance(x, torch.Tensor) else x,
     "loops": lambda self, x: torch.stack([self.fc(row).relu() for row in x]),
-    "random": lambda self, x: self.fc(x).relu() + torch.rand(4, dtype=x.dtype) * 0,
+    "random": lambda self, x: self.fc(x).relu() + torch.rand(4) * 0,
     "no grad": lambda self, x: torch.no_grad()(lambda: self.fc(x).relu())() + self.fc(x),
     "makes a tensor": lambda self, x: self.fc(x).relu() * torch.arange(4),
     "item assignment": lambda self, x: self.assign(self.fc(x)),
