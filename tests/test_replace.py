@@ -99,7 +99,7 @@ class Only(nn.Module):
         nn.Softmax(-1), nn.LogSoftmax(-1), nn.Softmin(-1), nn.Softmax2d(), nn.RReLU(), nn.MaxUnpool1d(2),
         nn.MaxUnpool2d(2), nn.MaxUnpool3d(2), nn.LPPool1d(2, 2), nn.LPPool2d(2, 2), nn.LPPool3d(2, 2),
         nn.FractionalMaxPool2d(2, 3), nn.FractionalMaxPool3d(2, 3), nn.Dropout(), nn.Upsample(2), nn.ZeroPad2d(1),
-        nn.PixelShuffle(2), nn.CrossEntropyLoss(), nn.CosineSimilarity(),
+        nn.PixelShuffle(2), nn.L1Loss(), nn.CosineSimilarity(),
     ],
     ids=lambda layer: type(layer).__name__,
 )  # fmt: skip
