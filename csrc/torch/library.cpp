@@ -56,6 +56,16 @@ TORCH_LIBRARY(fastops, m) {
   m.def(
       "avg_pool_backward(Tensor grad_output, SymInt[] input_size, int[] kernel_size, int[] stride, int[] padding, "
       "bool ceil_mode, bool count_include_pad, int divisor_override, int dims, bool channels_last) -> Tensor");
+  m.def(
+      "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, str reduction, int ignore_index, "
+      "float label_smoothing) -> (Tensor output, Tensor statistics)");
+  m.def(
+      "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor statistics, "
+      "str reduction, int ignore_index, float label_smoothing) -> Tensor");
+  m.def("mse_loss_forward(Tensor input, Tensor target, str reduction) -> Tensor");
+  m.def(
+      "mse_loss_backward(Tensor grad_output, Tensor input, Tensor target, str reduction, bool[2] output_mask) -> "
+      "(Tensor grad_input, Tensor grad_target)");
 }
 
 // What each op's file gives torch.ops.fastops, kernels for a device or Meta kernels, and what each file gives
@@ -65,6 +75,7 @@ void implement_conv(torch::Library& m, bool meta);
 void implement_activation(torch::Library& m, bool meta);
 void implement_pool(torch::Library& m, bool meta);
 void implement_batch_norm(torch::Library& m, bool meta);
+void implement_loss(torch::Library& m, bool meta);
 void bind_linear(py::module_& m);
 void bind_mlp(py::module_& m);
 void bind_conv(py::module_& m);
@@ -73,6 +84,7 @@ void bind_frozen(py::module_& m);
 void bind_activation(py::module_& m);
 void bind_pool(py::module_& m);
 void bind_batch_norm(py::module_& m);
+void bind_loss(py::module_& m);
 void bind_optim(py::module_& m);
 void bind_record(py::module_& m);
 void bind_memory(py::module_& m);
@@ -82,7 +94,7 @@ void bind_guard(py::module_& m);
 // All but composites of torch's own ops have CUDA kernels as well.
 void implement(torch::Library& m, bool meta) {
   for (const auto function :
-       {implement_linear, implement_conv, implement_activation, implement_pool, implement_batch_norm})
+       {implement_linear, implement_conv, implement_activation, implement_pool, implement_batch_norm, implement_loss})
     function(m, meta);
 }
 
@@ -99,6 +111,7 @@ PYBIND11_MODULE(_C, m) {
   bind_activation(m);
   bind_pool(m);
   bind_batch_norm(m);
+  bind_loss(m);
   bind_optim(m);
   bind_record(m);
   bind_memory(m);

@@ -6,6 +6,7 @@
 #include "../conv/conv.h"
 #include "../conv_pool/conv_pool.h"
 #include "../linear/linear.h"
+#include "../loss/loss.h"
 #include "../mlp/mlp.h"
 #include "../optim/optim.h"
 #include "../pool/pool.h"
@@ -22,6 +23,7 @@ namespace fastops {
   FASTOPS_CALLS_conv_pool(X) \
   FASTOPS_CALLS_pool(X) \
   FASTOPS_CALLS_batch_norm(X) \
+  FASTOPS_CALLS_loss(X) \
   FASTOPS_CALLS_optim(X)
 // clang-format on
 
