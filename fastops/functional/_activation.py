@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function
 
 from fastops import _C
 from fastops._activations import ACTIVATIONS, Kind, by_torch, two, valid
-from fastops.functional._general import general, overrides, show, torch_op
+from fastops.functional._general import fused_better_by_compilers, general, overrides, show, torch_op
 from fastops.ops import activation as _activation_ops
 from fastops.ops import autocast, supported
 
@@ -101,7 +101,8 @@ def _general(public: Callable[..., Tensor], kind: str, input: Any, a: Any, b: An
         args = (*args, inplace)
     if not _is_compiling() and overrides(input):
         return handle_torch_function(public, (input,), input, *args, **row.options)
-    if general(input) and supported(input, on_gpu=True) and valid(kind, a, b):
+    ours = not fused_better_by_compilers() and general(input)
+    if ours and supported(input, on_gpu=True) and valid(kind, a, b):
         if not inplace:
             return _activation_ops.activation(input, kind, float(a), float(b))
         # PyTorch's threshold_ is the one in-place activation that takes expanded tensors.
@@ -552,7 +553,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
             return result
         if overrides(input, weight):
             return handle_torch_function(prelu, (input, weight), input, weight)
-    if general(input, weight):
+    if not fused_better_by_compilers() and general(input, weight):
         cast = autocast(input, weight)  # prelu is on autocast's lower-precision list, as in PyTorch
         if _activation_ops.prelu_supports(*cast):
             return _activation_ops.prelu(*cast)
@@ -597,7 +598,8 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
             return result
         if overrides(input):
             return handle_torch_function(glu, (input,), input, dim)
-    if general(input) and isinstance(dim, int) and _activation_ops.glu_supports(input, dim):
+    ours = not fused_better_by_compilers() and general(input)
+    if ours and isinstance(dim, int) and _activation_ops.glu_supports(input, dim):
         return _activation_ops.glu(input, dim)
     return torch_op("glu", _explain_glu, F.glu, input, dim)
 

@@ -10,7 +10,14 @@ from torch.overrides import handle_torch_function
 from fastops import _C
 from fastops._activations import KIND, valid
 from fastops.functional._activation import Activation, resolve_activation, torch_activate
-from fastops.functional._general import explain_kinds, explain_types, general, overrides, torch_op
+from fastops.functional._general import (
+    explain_kinds,
+    explain_types,
+    general,
+    multiplied_better_by_torch,
+    overrides,
+    torch_op,
+)
 from fastops.ops import linear as _linear_ops
 
 __all__ = ["linear"]
@@ -62,7 +69,7 @@ def _general_linear(input: Any, weight: Any, bias: Any, activation: Activation) 
     tensors = (input, weight) if bias is None else (input, weight, bias)
     if not _is_compiling() and overrides(*tensors):
         return handle_torch_function(linear, tensors, input, weight, bias, activation=activation)
-    if general(*tensors):
+    if general(*tensors) and not multiplied_better_by_torch(input, weight):
         cast = _linear_ops.cast(input, weight, bias)
         if _linear_ops.supports(*cast) and valid(kind, a, b):
             return _linear_ops.linear(*cast, kind, float(a), float(b))
