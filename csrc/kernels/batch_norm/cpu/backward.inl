@@ -9,15 +9,15 @@
 // g of a vector: grad_y, times the derivative where there is a direct one.
 template <class D, class S, class C = Compute<S>>
 inline Vec<C> gradient_of_z(Vec<C> grad, Vec<C> deviation, const Channel<C>& channel, const Parameters<S>& p) {
-  if constexpr (same_type<D, Identity>)
-    return grad;
-  else
-    return D::backward(grad, fma(deviation, channel.scale, channel.beta), p);
+  if constexpr (same_type<D, Identity>) return grad;
+  // Otherwise GCC selects by a masked load, which waits for the mask.
+  keep_loaded(grad);
+  return D::backward(grad, fma(deviation, channel.scale, channel.beta), p);
 }
 
 // Adds a row of one channel to the sums of g and of g (x - mean).
 template <class D, class S, class G>
-inline void add_plane(const G* grad, const S* x, int64_t n, const Channel<Compute<S>>& channel, const Parameters<S>& p,
+inline void add_plane(const G* grad, const S* x, int64_t n, Channel<Compute<S>> channel, Parameters<S> p,
                       PlaneSums<Compute<S>>& sums) {
   using C = Compute<S>;
   for_vectors<C>(n, [&](int64_t i, auto lanes, int k) {
@@ -30,8 +30,7 @@ inline void add_plane(const G* grad, const S* x, int64_t n, const Channel<Comput
 // Adds `size` rows of n channels to sums.
 template <class D, int size, class S, class G>
 inline void add_rows(const G* grad, int64_t grad_stride, const S* x, int64_t stride, int64_t n,
-                     const Numbers<Compute<S>>& numbers, const Parameters<S>& p, Compute<S>* first,
-                     Compute<S>* second) {
+                     Numbers<Compute<S>> numbers, Parameters<S> p, Compute<S>* first, Compute<S>* second) {
   using C = Compute<S>;
   using V = Vec<C>;
   for_vectors<C>(n, [&](int64_t i, auto lanes, int) {
@@ -62,20 +61,23 @@ inline Vec<Compute<S>> gradient_of_x(Vec<Compute<S>> grad, const S* x, auto lane
   }
 }
 template <class D, bool training, class S>
-void gradient_plane(const S* grad, const S* x, S* grad_x, int64_t n, const Channel<Compute<S>>& channel,
-                    const Activation& activation) {
+void gradient_plane(const S* grad, const S* x, S* grad_x, int64_t n, int64_t planes, int64_t stride,
+                    const Channel<Compute<S>>& numbers, const Activation& activation) {
   using C = Compute<S>;
   const auto p = parameters<S>(activation);
-  for_vectors<C>(n, [&](int64_t i, auto lanes, int) {
-    const Vec<C> g = load_vector<C>(grad + i, lanes);
-    store_vector(gradient_of_x<D, training>(g, x + i, lanes, channel, p), grad_x + i, lanes);
-  });
+  const Channel<C> channel = numbers;  // a copy, which no store can change
+  for (; planes > 0; --planes, grad += stride, x += stride, grad_x += stride)
+    for_vectors<C>(n, [&](int64_t i, auto lanes, int) {
+      const Vec<C> g = load_vector<C>(grad + i, lanes);
+      store_vector(gradient_of_x<D, training>(g, x + i, lanes, channel, p), grad_x + i, lanes);
+    });
 }
 template <class D, bool training, class S>
 void gradient_rows(const S* grad, const S* x, S* grad_x, int64_t n, int64_t begin, int64_t end,
-                   const Numbers<Compute<S>>& numbers, const Activation& activation) {
+                   const Numbers<Compute<S>>& given, const Activation& activation) {
   using C = Compute<S>;
   const auto p = parameters<S>(activation);
+  const Numbers<C> numbers = given;  // a copy, which no store can change
   for_rows(begin, end, [&](int64_t row, auto size) {
     for_vectors<C>(n, [&](int64_t i, auto lanes, int) {
       const Channel<C> channel = channels_of(numbers, i);
@@ -118,11 +120,13 @@ struct BackwardKernels {
   using C = Compute<S>;
   Walk walk;
   bool direct;  // both passes form the derivative, or there is none
-  // Adds to the sums a run of a plane; rows [begin, end).
-  void (*sum_plane)(const S* grad, const S* x, int64_t n, const Channel<C>&, const Activation&, PlaneSums<C>&);
+  // Adds to the sums n elements of each of some planes, `stride` apart; rows [begin, end).
+  void (*sum_plane)(const S* grad, const S* x, int64_t n, int64_t planes, int64_t stride, const Channel<C>&,
+                    const Activation&, PlaneSums<C>&);
   void (*sum_rows)(const S* grad, const S* x, int64_t n, int64_t begin, int64_t end, const Numbers<C>&,
                    const Activation&, C* first, C* second);
-  void (*plane)(const S* grad, const S* x, S* grad_x, int64_t n, const Channel<C>&, const Activation&);
+  void (*plane)(const S* grad, const S* x, S* grad_x, int64_t n, int64_t planes, int64_t stride, const Channel<C>&,
+                const Activation&);
   void (*rows)(const S* grad, const S* x, S* grad_x, int64_t n, int64_t begin, int64_t end, const Numbers<C>&,
                const Activation&);
   // g where it is not direct: from y, or from z in its place.
@@ -131,9 +135,13 @@ struct BackwardKernels {
 };
 
 template <class D, class S>
-void backward_sum_plane(const S* grad, const S* x, int64_t n, const Channel<Compute<S>>& channel,
-                        const Activation& activation, PlaneSums<Compute<S>>& sums) {
-  add_plane<D>(grad, x, n, channel, parameters<S>(activation), sums);
+void backward_sum_plane(const S* grad, const S* x, int64_t n, int64_t planes, int64_t stride,
+                        const Channel<Compute<S>>& channel, const Activation& activation,
+                        PlaneSums<Compute<S>>& result) {
+  const auto p = parameters<S>(activation);
+  PlaneSums<Compute<S>> sums = result;  // a copy, which stays in registers
+  for (; planes > 0; --planes, grad += stride, x += stride) add_plane<D>(grad, x, n, channel, p, sums);
+  result = sums;
 }
 template <class D, class S>
 void backward_sum_rows(const S* grad, const S* x, int64_t n, int64_t begin, int64_t end,
@@ -190,25 +198,28 @@ struct Backward {
     const Channel<C> channel = channel_of(numbers, c);
     for (int64_t from = begin; from < end; from += kBlock) {
       PlaneSums<C> sums;
-      for_planes(walk.inner, from, smaller(from + kBlock, end), [&](int64_t plane, int64_t first, int64_t count) {
-        const int64_t at = (plane * walk.channels + c) * walk.inner + first;
-        if (kernels.direct) {
-          kernels.sum_plane(grad + at, x + at, count, channel, args.activation, sums);
-          return;
-        }
-        alignas(64) C buffer[kPiece];
-        for (int64_t i = 0; i < count; i += kPiece) {
-          const int64_t n = smaller(kPiece, count - i);
-          form_g(at + i, n, buffer, [&](C* z) {
-            const Parameters<S> none{};
-            if (args.with_residual)
-              normalize_plane<Identity, true>(x + at + i, saved + at + i, z, n, channel, none);
-            else
-              normalize_plane<Identity, false>(x + at + i, x, z, n, channel, none);
-          });
-          add_plane<Identity>(buffer, x + at + i, n, channel, Parameters<S>{}, sums);
-        }
-      });
+      for_planes(walk.inner, from, smaller(from + kBlock, end),
+                 [&](int64_t plane, int64_t first, int64_t count, int64_t planes) {
+                   const int64_t stride = walk.channels * walk.inner;
+                   int64_t at = (plane * walk.channels + c) * walk.inner + first;
+                   if (kernels.direct) {
+                     kernels.sum_plane(grad + at, x + at, count, planes, stride, channel, args.activation, sums);
+                     return;
+                   }
+                   alignas(64) C buffer[kPiece];
+                   for (; planes > 0; --planes, at += stride)
+                     for (int64_t i = 0; i < count; i += kPiece) {
+                       const int64_t n = smaller(kPiece, count - i);
+                       form_g(at + i, n, buffer, [&](C* z) {
+                         const Parameters<S> none{};
+                         if (args.with_residual)
+                           normalize_plane<Identity, true>(x + at + i, saved + at + i, z, n, channel, none);
+                         else
+                           normalize_plane<Identity, false>(x + at + i, x, z, n, channel, none);
+                       });
+                       add_plane<Identity>(buffer, x + at + i, n, channel, Parameters<S>{}, sums);
+                     }
+                 });
       a += sums.first();
       b += sums.second();
     }
@@ -248,10 +259,11 @@ struct Backward {
     add_rows<Identity, 1>(buffer, 0, x + at, 0, n, here, none, first, second);
   }
 
-  void gradient(int64_t c, int64_t plane, int64_t first, int64_t count) const {
+  void gradient(int64_t c, int64_t plane, int64_t first, int64_t count, int64_t planes) const {
     const int64_t at = (plane * walk.channels + c) * walk.inner + first;
     const S* const from = g != nullptr ? g : grad;
-    kernels.plane(from + at, x + at, grad_x + at, count, channel_of(numbers, c), args.activation);
+    kernels.plane(from + at, x + at, grad_x + at, count, planes, walk.channels * walk.inner, channel_of(numbers, c),
+                  args.activation);
   }
 };
 
@@ -281,14 +293,14 @@ void batch_norm_backward(const Bound<BatchNormBackward>& args, const BackwardKer
   const bool first_pass = sums || !kernels.direct;
   const int64_t channels = walk.channels, inner = walk.inner, elements = walk.elements();
   const auto finish_all = [&] {
-    for (int64_t c = 0; c < channels; ++c) {
-      double a = 0, b = 0;
-      for (int64_t part = 0; part < walk.parts; ++part) {
-        a += workspace.first[part * walk.padded + c];
-        b += workspace.second[part * walk.padded + c];
+    for (int64_t part = 1; part < walk.parts; ++part) {
+      const int64_t at = part * walk.padded;
+      for (int64_t c = 0; c < channels; ++c) {
+        workspace.first[c] += workspace.first[at + c];
+        workspace.second[c] += workspace.second[at + c];
       }
-      backward.finish(c, a, b);
     }
+    for (int64_t c = 0; c < channels; ++c) backward.finish(c, workspace.first[c], workspace.second[c]);
   };
   for (int64_t c = 0; c < channels; ++c) backward.read(c);
 
@@ -315,7 +327,7 @@ void batch_norm_backward(const Bound<BatchNormBackward>& args, const BackwardKer
       backward.sum_channel(c, 0, walk.size(), a, b);
       backward.finish(c, a, b);
       if (!args.with_grad_x) return;
-      for (int64_t plane = walk.outer - 1; plane >= 0; --plane) backward.gradient(c, plane, 0, inner);
+      backward.gradient(c, 0, 0, inner, walk.outer);
     });
     return;
   }
@@ -333,7 +345,7 @@ void batch_norm_backward(const Bound<BatchNormBackward>& args, const BackwardKer
   const int64_t step = 8 * kBlock, steps = ceil_div(inner, step);
   for_units(team, elements, walk.outer * channels * steps, [&](int64_t unit, int) {
     const int64_t plane = unit / steps, first = unit % steps * step;
-    backward.gradient(plane % channels, plane / channels, first, smaller(step, inner - first));
+    backward.gradient(plane % channels, plane / channels, first, smaller(step, inner - first), 1);
   });
 }
 

@@ -5,8 +5,8 @@
 
 // y[i] = f((x[i] - mean) scale + beta + residual[i]) for a row of one channel.
 template <class Kind, bool residual, class S, class Out>
-inline void normalize_plane(const S* x, const S* more, Out* y, int64_t n, const Channel<Compute<S>>& channel,
-                            const Parameters<S>& p) {
+inline void normalize_plane(const S* x, const S* more, Out* y, int64_t n, Channel<Compute<S>> channel,
+                            Parameters<S> p) {
   using C = Compute<S>;
   for_vectors<C>(n, [&](int64_t i, auto lanes, int) {
     Vec<C> z = fma(load_vector<C>(x + i, lanes) - channel.mean, channel.scale, channel.beta);
@@ -18,7 +18,7 @@ inline void normalize_plane(const S* x, const S* more, Out* y, int64_t n, const 
 // The same for `size` rows of n channels, `stride` apart in x and residual.
 template <class Kind, bool residual, int size, class S, class Out>
 inline void normalize_rows(const S* x, const S* more, int64_t stride, Out* y, int64_t y_stride, int64_t n,
-                           const Numbers<Compute<S>>& numbers, const Parameters<S>& p) {
+                           Numbers<Compute<S>> numbers, Parameters<S> p) {
   using C = Compute<S>;
   for_vectors<C>(n, [&](int64_t i, auto lanes, int) {
     const Channel<C> channel = channels_of(numbers, i);
@@ -34,28 +34,36 @@ template <class S>
 struct ForwardKernels {
   using C = Compute<S>;
   Walk walk;
-  // A run of a plane of channel c; rows [begin, end). `row` is the activation, where these have none.
-  void (*plane)(const ForwardKernels&, const S* x, const S* more, S* y, int64_t n, const Numbers<C>&, int64_t c,
-                const Activation&);
+  // n elements of each of `planes` planes of channel c; rows [begin, end). `row` is the activation, where these have
+  // none.
+  void (*plane)(const ForwardKernels&, const S* x, const S* more, S* y, int64_t n, int64_t planes, const Numbers<C>&,
+                int64_t c, const Activation&);
   void (*rows)(const ForwardKernels&, const S* x, const S* more, S* y, int64_t begin, int64_t end, const Numbers<C>&,
                const Activation&);
   ForwardRow<C, S> row;
 };
 
 template <class Kind, bool residual, class S>
-void forward_plane(const ForwardKernels<S>&, const S* x, const S* more, S* y, int64_t n,
+void forward_plane(const ForwardKernels<S>& kernels, const S* x, const S* more, S* y, int64_t n, int64_t planes,
                    const Numbers<Compute<S>>& numbers, int64_t c, const Activation& activation) {
-  normalize_plane<Kind, residual>(x, more, y, n, channel_of(numbers, c), parameters<S>(activation));
+  const int64_t stride = kernels.walk.channels * kernels.walk.inner;
+  const auto channel = channel_of(numbers, c);
+  const auto p = parameters<S>(activation);
+  for (int64_t at = 0; planes > 0; --planes, at += stride)
+    normalize_plane<Kind, residual>(x + at, more + at, y + at, n, channel, p);
 }
 template <bool residual, class S>
-void forward_plane_through(const ForwardKernels<S>& kernels, const S* x, const S* more, S* y, int64_t n,
+void forward_plane_through(const ForwardKernels<S>& kernels, const S* x, const S* more, S* y, int64_t n, int64_t planes,
                            const Numbers<Compute<S>>& numbers, int64_t c, const Activation& activation) {
   alignas(64) Compute<S> z[kPiece];
+  const int64_t stride = kernels.walk.channels * kernels.walk.inner;
   const auto channel = channel_of(numbers, c);
-  for (int64_t i = 0; i < n; i += kPiece) {
-    const int64_t count = smaller(kPiece, n - i);
-    normalize_plane<Identity, residual>(x + i, more + i, z, count, channel, Parameters<S>{});
-    kernels.row(z, y + i, count, activation);
+  for (int64_t plane = 0; plane < planes; ++plane) {
+    for (int64_t i = 0; i < n; i += kPiece) {
+      const int64_t count = smaller(kPiece, n - i), at = plane * stride + i;
+      normalize_plane<Identity, residual>(x + at, more + at, z, count, channel, Parameters<S>{});
+      kernels.row(z, y + at, count, activation);
+    }
   }
 }
 
@@ -122,9 +130,9 @@ struct Forward {
     numbers.beta[c] = beta[c];
   }
 
-  void normalize(int64_t c, int64_t plane, int64_t first, int64_t count) const {
+  void normalize(int64_t c, int64_t plane, int64_t first, int64_t count, int64_t planes) const {
     const int64_t at = (plane * walk.channels + c) * walk.inner + first;
-    kernels.plane(kernels, x + at, residual + at, y + at, count, numbers, c, args.activation);
+    kernels.plane(kernels, x + at, residual + at, y + at, count, planes, numbers, c, args.activation);
   }
 };
 
@@ -148,6 +156,11 @@ void batch_norm_forward(const Bound<BatchNormForward>& args, const ForwardKernel
                               {args.beta, single, 0},
                               single};
   const int64_t channels = walk.channels, inner = walk.inner, elements = walk.elements();
+  const auto finish_all = [&] {
+    join_parts(walk, workspace.first, workspace.second);
+    for (int64_t c = 0; c < channels; ++c)
+      forward.finish(c, {static_cast<double>(walk.size()), workspace.first[c], workspace.second[c]});
+  };
   if (!args.training)
     for (int64_t c = 0; c < channels; ++c) forward.read_running(c);
 
@@ -158,7 +171,7 @@ void batch_norm_forward(const Bound<BatchNormForward>& args, const ForwardKernel
         row_moments(x, channels, walk.padded, walk.begin(part), walk.begin(part + 1), workspace.first + sums,
                     workspace.second + sums, workspace.sums + thread * Workspace<C>::kThreadArrays * walk.padded);
       });
-      for (int64_t c = 0; c < channels; ++c) forward.finish(c, all_moments(walk, workspace.first, workspace.second, c));
+      finish_all();
     }
     for_units<false>(team, elements, walk.parts, [&](int64_t part, int) {
       kernels.rows(kernels, x, forward.residual, forward.y, walk.begin(part), walk.begin(part + 1), workspace.numbers,
@@ -173,7 +186,7 @@ void batch_norm_forward(const Bound<BatchNormForward>& args, const ForwardKernel
   if (args.training && walk.parts == 1) {
     for_units(team, elements, channels, [&](int64_t c, int) {
       forward.finish(c, moments(c, 0));
-      for (int64_t plane = walk.outer - 1; plane >= 0; --plane) forward.normalize(c, plane, 0, inner);
+      forward.normalize(c, 0, 0, inner, walk.outer);
     });
     return;
   }
@@ -184,13 +197,13 @@ void batch_norm_forward(const Bound<BatchNormForward>& args, const ForwardKernel
       workspace.first[part * walk.padded + c] = m.mean;
       workspace.second[part * walk.padded + c] = m.squares;
     });
-    for (int64_t c = 0; c < channels; ++c) forward.finish(c, all_moments(walk, workspace.first, workspace.second, c));
+    finish_all();
   }
   // In the order of memory.
   const int64_t step = 8 * kBlock, steps = ceil_div(inner, step);
   for_units(team, elements, walk.outer * channels * steps, [&](int64_t unit, int) {
     const int64_t plane = unit / steps, first = unit % steps * step;
-    forward.normalize(plane % channels, plane / channels, first, smaller(step, inner - first));
+    forward.normalize(plane % channels, plane / channels, first, smaller(step, inner - first), 1);
   });
 }
 

@@ -86,23 +86,25 @@ Moments plane_moments(const S* x, int64_t stride, int64_t inner, int64_t begin, 
   Moments result;
   PlaneSums<C> start;
   const int64_t block = smaller(kBlock, end - begin);
-  for_planes(inner, begin, begin + block, [&](int64_t plane, int64_t first, int64_t count) {
-    const S* const from = x + plane * stride + first;
-    for_vectors<C>(count,
-                   [&](int64_t i, auto lanes, int k) { start.a[k] = start.a[k] + load_vector<C>(from + i, lanes); });
+  for_planes(inner, begin, begin + block, [&](int64_t plane, int64_t first, int64_t count, int64_t planes) {
+    const S* from = x + plane * stride + first;
+    for (; planes > 0; --planes, from += stride)
+      for_vectors<C>(count,
+                     [&](int64_t i, auto lanes, int k) { start.a[k] = start.a[k] + load_vector<C>(from + i, lanes); });
   });
   C shift = static_cast<C>(start.first() / static_cast<double>(block));
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t to = smaller(at + kBlock, end);
     const V by = V::set1(shift);
     PlaneSums<C> sums;
-    for_planes(inner, at, to, [&](int64_t plane, int64_t first, int64_t count) {
-      const S* const from = x + plane * stride + first;
-      for_vectors<C>(count, [&](int64_t i, auto lanes, int k) {
-        const V d = first_lanes(load_vector<C>(from + i, lanes) - by, lanes);
-        sums.a[k] = sums.a[k] + d;
-        sums.b[k] = fma(d, d, sums.b[k]);
-      });
+    for_planes(inner, at, to, [&](int64_t plane, int64_t first, int64_t count, int64_t planes) {
+      const S* from = x + plane * stride + first;
+      for (; planes > 0; --planes, from += stride)
+        for_vectors<C>(count, [&](int64_t i, auto lanes, int k) {
+          const V d = first_lanes(load_vector<C>(from + i, lanes) - by, lanes);
+          sums.a[k] = sums.a[k] + d;
+          sums.b[k] = fma(d, d, sums.b[k]);
+        });
     });
     join(result, static_cast<double>(to - at), static_cast<double>(shift), sums.first(), sums.second());
     shift = static_cast<C>(result.mean);
@@ -175,12 +177,17 @@ void row_moments(const S* x, int64_t channels, int64_t padded, int64_t begin, in
   }
 }
 
-// Of all parts together: their moments are joined in order.
-inline Moments all_moments(const Walk& walk, const double* mean, const double* squares, int64_t c) {
-  Moments result;
-  for (int64_t part = 0; part < walk.parts; ++part) {
-    const double count = static_cast<double>(walk.begin(part + 1) - walk.begin(part));
-    join(result, count, mean[part * walk.padded + c], 0, squares[part * walk.padded + c]);
+// The moments of all parts, joined in order, into those of the first.
+inline void join_parts(const Walk& walk, double* mean, double* squares) {
+  double count = static_cast<double>(walk.begin(1) - walk.begin(0));
+  for (int64_t part = 1; part < walk.parts; ++part) {
+    const double more = static_cast<double>(walk.begin(part + 1) - walk.begin(part)), share = more / (count + more);
+    const double *const m = mean + part * walk.padded, *const s = squares + part * walk.padded;
+    for (int64_t c = 0; c < walk.channels; ++c) {
+      const double difference = m[c] - mean[c];
+      squares[c] += s[c] + difference * difference * (count * share);
+      mean[c] = mean[c] * (1 - share) + m[c] * share;  // infinite, where one is
+    }
+    count += more;
   }
-  return result;
 }

@@ -50,16 +50,18 @@ void for_units(const Team& team, int64_t elements, int64_t units, Body body) {
   });
 }
 
-// body(plane, first, count) for the elements [begin, end) of a channel's planes.
+// body(plane, first, count, planes) for the elements [begin, end) of a channel's planes: `count` elements from `first`
+// on of each of `planes` planes, which are whole where there are several.
 template <class Body>
 inline void for_planes(int64_t inner, int64_t begin, int64_t end, Body body) {
   int64_t plane = begin / inner, first = begin % inner;
   while (begin < end) {
-    const int64_t count = smaller(inner - first, end - begin);
-    body(plane, first, count);
-    begin += count;
+    const int64_t whole = first == 0 ? (end - begin) / inner : 0;
+    const int64_t planes = larger<int64_t>(1, whole), count = smaller(inner - first, end - begin);
+    body(plane, first, count, planes);
+    begin += planes * count;
+    plane += planes;
     first = 0;
-    ++plane;
   }
 }
 
