@@ -47,6 +47,21 @@ TORCH_LIBRARY(fastops, m) {
   m.def(
       "avg_pool_backward(Tensor grad_output, SymInt[] input_size, int[] kernel_size, int[] stride, int[] padding, "
       "bool ceil_mode, bool count_include_pad, int divisor_override, int dims, bool channels_last) -> Tensor");
+  m.def(
+      "layer_norm_forward(Tensor input, Tensor? weight, Tensor? bias, int dims, float eps, bool rms) -> (Tensor, "
+      "Tensor, "
+      "Tensor)");
+  m.def(
+      "layer_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, int dims, float "
+      "eps, bool rms, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale) -> (Tensor, "
+      "Tensor)");
+  m.def(
+      "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor output, "
+      "Tensor lse, bool causal, float scale, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def("softmax_forward(Tensor input, int dim, bool log) -> Tensor");
+  m.def("softmax_backward(Tensor grad_output, Tensor output, int dim, bool log) -> Tensor");
 }
 
 // What each op's file gives torch.ops.fastops, kernels for a device or Meta kernels, and what each file gives
@@ -55,19 +70,26 @@ void implement_linear(torch::Library& m, bool meta);
 void implement_conv(torch::Library& m, bool meta);
 void implement_activation(torch::Library& m, bool meta);
 void implement_pool(torch::Library& m, bool meta);
+void implement_layer_norm(torch::Library& m, bool meta);
+void implement_softmax(torch::Library& m, bool meta);
+void implement_attention(torch::Library& m, bool meta);
 void bind_linear(py::module_& m);
 void bind_mlp(py::module_& m);
 void bind_conv(py::module_& m);
 void bind_conv_pool(py::module_& m);
 void bind_activation(py::module_& m);
 void bind_pool(py::module_& m);
+void bind_layer_norm(py::module_& m);
+void bind_softmax(py::module_& m);
+void bind_attention(py::module_& m);
 void bind_record(py::module_& m);
 void bind_memory(py::module_& m);
 void bind_info(py::module_& m);
 
 // All but composites of torch's own ops have CUDA kernels as well.
 void implement(torch::Library& m, bool meta) {
-  for (const auto function : {implement_linear, implement_conv, implement_activation, implement_pool})
+  for (const auto function : {implement_linear, implement_conv, implement_activation, implement_pool,
+                              implement_layer_norm, implement_softmax, implement_attention})
     function(m, meta);
 }
 
@@ -82,6 +104,9 @@ PYBIND11_MODULE(_C, m) {
   bind_conv_pool(m);
   bind_activation(m);
   bind_pool(m);
+  bind_layer_norm(m);
+  bind_softmax(m);
+  bind_attention(m);
   bind_record(m);
   bind_memory(m);
   bind_info(m);

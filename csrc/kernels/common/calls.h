@@ -2,18 +2,22 @@
 #pragma once
 
 #include "../activation/activation.h"
+#include "../attention/attention.h"
 #include "../conv/conv.h"
 #include "../conv_pool/conv_pool.h"
+#include "../layer_norm/layer_norm.h"
 #include "../linear/linear.h"
 #include "../mlp/mlp.h"
 #include "../pool/pool.h"
+#include "../softmax/softmax.h"
 #include "plan.h"
 
 namespace fastops {
 
-#define FASTOPS_CALLS(X)                                                                         \
-  FASTOPS_CALLS_activation(X) FASTOPS_CALLS_linear(X) FASTOPS_CALLS_mlp(X) FASTOPS_CALLS_conv(X) \
-      FASTOPS_CALLS_conv_pool(X) FASTOPS_CALLS_pool(X)
+#define FASTOPS_CALLS(X)                                                                                    \
+  FASTOPS_CALLS_activation(X) FASTOPS_CALLS_linear(X) FASTOPS_CALLS_mlp(X) FASTOPS_CALLS_conv(X)            \
+      FASTOPS_CALLS_conv_pool(X) FASTOPS_CALLS_pool(X) FASTOPS_CALLS_layer_norm(X) FASTOPS_CALLS_softmax(X) \
+          FASTOPS_CALLS_attention(X)
 
 #define FASTOPS_LISTED(Call) , Call*
 template <class... Calls>
