@@ -88,11 +88,11 @@ def replace_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
         TypeError: model is not a torch.nn.Module.
         What filter_fn raises; the model is then what it was.
 
-    >>> model = nn.Sequential(nn.Linear(10, 10), nn.ReLU(), nn.LayerNorm(10), nn.Linear(10, 2))
+    >>> model = nn.Sequential(nn.Linear(10, 10), nn.ReLU(), nn.GroupNorm(2, 10), nn.Linear(10, 2))
     >>> print(fastops.replace_(model))
     0, 3  torch.nn.Linear  ->  fastops.nn.Linear
     1     torch.nn.ReLU    ->  fastops.nn.ReLU
-    left alone, no fastops kernel: 1 x torch.nn.LayerNorm
+    left alone, no fastops kernel: 1 x torch.nn.GroupNorm
     3 replaced, 0 skipped, 1 left alone
     """
     return _replace(model, filter_fn)[0]

@@ -46,7 +46,7 @@ USERS = {
 }
 # What an op goes without: a general door and a module where it joins others.
 _JOINS = {"fastops/ops/softclip.py", "fastops/nn/softclip.py"}
-WITHOUT = {"conv_pool": _JOINS, "mlp": _JOINS}
+WITHOUT = {"conv_pool": _JOINS, "mlp": _JOINS, "attention": {"fastops/nn/softclip.py"}}  # torch.nn has no module of it
 
 
 def listed() -> list[str]:

@@ -66,6 +66,22 @@ TORCH_LIBRARY(fastops, m) {
   m.def(
       "mse_loss_backward(Tensor grad_output, Tensor input, Tensor target, str reduction, bool[2] output_mask) -> "
       "(Tensor grad_input, Tensor grad_target)");
+      "layer_norm_forward(Tensor input, Tensor? weight, Tensor? bias, int dims, float eps, bool rms) -> (Tensor, "
+      "Tensor, "
+      "Tensor)");
+      m.def(
+          "layer_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, int dims, "
+          "float "
+          "eps, bool rms, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+      m.def(
+          "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale) -> "
+          "(Tensor, "
+          "Tensor)");
+      m.def(
+          "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor output, "
+          "Tensor lse, bool causal, float scale, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+      m.def("softmax_forward(Tensor input, int dim, bool log) -> Tensor");
+      m.def("softmax_backward(Tensor grad_output, Tensor output, int dim, bool log) -> Tensor");
 }
 
 // What each op's file gives torch.ops.fastops, kernels for a device or Meta kernels, and what each file gives
@@ -76,6 +92,9 @@ void implement_activation(torch::Library& m, bool meta);
 void implement_pool(torch::Library& m, bool meta);
 void implement_batch_norm(torch::Library& m, bool meta);
 void implement_loss(torch::Library& m, bool meta);
+void implement_layer_norm(torch::Library& m, bool meta);
+void implement_softmax(torch::Library& m, bool meta);
+void implement_attention(torch::Library& m, bool meta);
 void bind_linear(py::module_& m);
 void bind_mlp(py::module_& m);
 void bind_conv(py::module_& m);
@@ -86,6 +105,9 @@ void bind_pool(py::module_& m);
 void bind_batch_norm(py::module_& m);
 void bind_loss(py::module_& m);
 void bind_optim(py::module_& m);
+void bind_layer_norm(py::module_& m);
+void bind_softmax(py::module_& m);
+void bind_attention(py::module_& m);
 void bind_record(py::module_& m);
 void bind_memory(py::module_& m);
 void bind_info(py::module_& m);
@@ -94,7 +116,8 @@ void bind_guard(py::module_& m);
 // All but composites of torch's own ops have CUDA kernels as well.
 void implement(torch::Library& m, bool meta) {
   for (const auto function :
-       {implement_linear, implement_conv, implement_activation, implement_pool, implement_batch_norm, implement_loss})
+       {implement_linear, implement_conv, implement_activation, implement_pool, implement_batch_norm, implement_loss,
+        implement_layer_norm, implement_softmax, implement_attention})
     function(m, meta);
 }
 
@@ -113,6 +136,9 @@ PYBIND11_MODULE(_C, m) {
   bind_batch_norm(m);
   bind_loss(m);
   bind_optim(m);
+  bind_layer_norm(m);
+  bind_softmax(m);
+  bind_attention(m);
   bind_record(m);
   bind_memory(m);
   bind_info(m);

@@ -3,13 +3,16 @@
 
 #include "../activation/activation.h"
 #include "../batch_norm/batch_norm.h"
+#include "../attention/attention.h"
 #include "../conv/conv.h"
 #include "../conv_pool/conv_pool.h"
+#include "../layer_norm/layer_norm.h"
 #include "../linear/linear.h"
 #include "../loss/loss.h"
 #include "../mlp/mlp.h"
 #include "../optim/optim.h"
 #include "../pool/pool.h"
+#include "../softmax/softmax.h"
 #include "plan.h"
 
 namespace fastops {
@@ -24,7 +27,10 @@ namespace fastops {
   FASTOPS_CALLS_pool(X) \
   FASTOPS_CALLS_batch_norm(X) \
   FASTOPS_CALLS_loss(X) \
-  FASTOPS_CALLS_optim(X)
+  FASTOPS_CALLS_optim(X) \
+  FASTOPS_CALLS_layer_norm(X) \
+  FASTOPS_CALLS_softmax(X) \
+  FASTOPS_CALLS_attention(X)
 // clang-format on
 
 #define FASTOPS_LISTED(Call) , Call*

@@ -1,0 +1,326 @@
+#include <ATen/ATen.h>
+
+#include <cmath>
+
+#include "binding.h"
+#include "call.h"
+#include "node.h"
+#include "sizes.h"
+
+namespace fastops {
+namespace {
+
+// An attention besides its tensors.
+struct AttentionArgs {
+  bool causal;
+  double scale;
+};
+
+struct AttentionOutput {
+  Tensor y, lse;  // lse is undefined if not wanted
+};
+
+bool has_kernel(at::ScalarType type) { return type == at::kFloat || type == at::kDouble; }
+
+// query (batch, heads, queries, size), key (batch, heads, keys, size), value (batch, heads, keys, value_size), mask
+// broadcastable to (batch, heads, queries, keys).
+template <class Int>
+void check_attention(const Tensor& query, const Tensor& key, const Tensor& value, const optional<Tensor>& mask) {
+  constexpr const char* op = "attention";
+  check_input(query, op, "query");
+  TORCH_CHECK(has_kernel(query.scalar_type()), op, ": query must be float32 or float64, got ", query.scalar_type());
+  TORCH_CHECK(query.dim() == 4, op, ": query must have 4 dimensions, got shape ", sizes_as<Int>(query));
+  const auto q = sizes_as<Int>(query);
+  const auto check = [&](const Tensor& tensor, const char* name) {
+    check_tensor(tensor, op, name, query.device());
+    check_dtype(tensor, query.scalar_type(), op, name);
+    const auto sizes = sizes_as<Int>(tensor);
+    TORCH_CHECK(tensor.dim() == 4 && !differ(sizes[0], q[0]) && !differ(sizes[1], q[1]), op, ": ", name,
+                " must have 4 dimensions, the first two as query's shape ", q, ", got shape ", sizes);
+  };
+  check(key, "key");
+  check(value, "value");
+  const auto k = sizes_as<Int>(key), v = sizes_as<Int>(value);
+  TORCH_CHECK(!differ(k[3], q[3]), op, ": key must have query's last size ", q[3], ", got ", k[3]);
+  TORCH_CHECK(!differ(v[2], k[2]), op, ": value must have key's length ", k[2], ", got ", v[2]);
+  if (!mask) return;
+  check_tensor(*mask, op, "mask", query.device());
+  check_dtype(*mask, query.scalar_type(), op, "mask");
+  const SizeVector<Int> full{q[0], q[1], q[2], k[2]};
+  const auto m = sizes_as<Int>(*mask);
+  bool fits = m.size() <= 4;
+  for (size_t i = 0; fits && i < m.size(); ++i) fits = !differ(m[i], full[4 - m.size() + i]) || !differ(m[i], Int(1));
+  TORCH_CHECK(fits, op, ": mask must be broadcastable to ", Sizes<Int>(full), ", got shape ", m);
+}
+
+// A result with these sizes in the order of the dimensions in memory that `like` has: PyTorch's rule, which lets a
+// model merge the heads again without a copy.
+template <class Int>
+Tensor empty_like_order(Sizes<Int> sizes, const Tensor& like) {
+  const auto type = like.scalar_type();
+  // (batch, length, heads, size) in memory, or (batch, heads, length, size).
+  const auto strides = strides_as<Int>(like);
+  if (!less(strides[1], strides[2])) return new_tensor<Int>(sizes, type, like.device());
+  const SizeVector<Int> turned{sizes[1] * sizes[2] * sizes[3], sizes[3], sizes[1] * sizes[3], Int(1)};
+  return new_tensor_strided<Int>(sizes, turned, type, like.device());
+}
+
+template <class Int>
+Tensor empty_attention(const Tensor& query, const Tensor& value) {
+  const auto q = sizes_as<Int>(query);
+  const SizeVector<Int> sizes{q[0], q[1], q[2], sizes_as<Int>(value)[3]};
+  return empty_like_order<Int>(sizes, query);
+}
+
+template <class Int>
+Tensor empty_lse(const Tensor& query) {
+  return new_tensor<Int>(sizes_as<Int>(query).slice(0, 3), query.scalar_type(), query.device());
+}
+
+HeadStrides strides_of(const Tensor& tensor) {
+  return tensor.defined() ? HeadStrides{tensor.stride(0), tensor.stride(1), tensor.stride(2)} : HeadStrides{};
+}
+
+// The kernels want contiguous rows.
+Tensor with_rows(const Tensor& tensor) {
+  return tensor.stride(3) == 1 || tensor.size(3) == 1 ? tensor : tensor.contiguous();
+}
+
+// The mask with four dimensions, of which all but the last may be expanded.
+Tensor expanded(const optional<Tensor>& mask, const Tensor& query, const Tensor& key) {
+  if (!mask) return {};
+  Tensor m = *mask;
+  const int64_t keys = key.size(2);
+  if (m.dim() == 0 || m.size(-1) != keys || (keys > 1 && m.stride(-1) != 1)) {
+    std::vector<int64_t> sizes = m.sizes().vec();
+    if (sizes.empty()) sizes.push_back(1);
+    sizes.back() = keys;
+    m = m.expand(sizes).contiguous();
+  }
+  return m.expand({query.size(0), query.size(1), query.size(2), keys});
+}
+
+AttentionShape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& y, const Tensor& mask,
+                        const AttentionArgs& args) {
+  return {to_dtype(q.scalar_type()),
+          args.causal,
+          mask.defined(),
+          args.scale,
+          q.size(0),
+          q.size(1),
+          q.size(2),
+          k.size(2),
+          q.size(3),
+          v.size(3),
+          strides_of(q),
+          strides_of(k),
+          strides_of(v),
+          strides_of(y),
+          strides_of(mask)};
+}
+
+AttentionOutput attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                  const optional<Tensor>& mask, const AttentionArgs& args, bool need_lse) {
+  check_attention<int64_t>(query, key, value, mask);
+  AttentionOutput out;
+  out.y = empty_attention<int64_t>(query, value);
+  if (need_lse) out.lse = empty_lse<int64_t>(query);
+  if (query.numel() == 0 || value.numel() == 0) {
+    out.y.zero_();
+    if (need_lse) out.lse.fill_(-INFINITY);
+    return out;
+  }
+  const Tensor q = with_rows(query), k = with_rows(key), v = with_rows(value), m = expanded(mask, query, key);
+  run(AttentionForward{shape_of(q, k, v, out.y, m, args), to_dtype(q.scalar_type())},
+      {q.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), data_or_null(m), out.y.mutable_data_ptr(),
+       mutable_or_null(out.lse)},
+      q.device(), [&] {
+        return record::Row{
+            "scaled_dot_product_attention", {}, record::shapes_of({q, k, v}), dtype_name(q.scalar_type())};
+      });
+  return out;
+}
+
+// The gradients of query, key and value; those that are not wanted are undefined.
+std::array<Tensor, 3> attention_backward(const Tensor& grad_output, const Tensor& query, const Tensor& key,
+                                         const Tensor& value, const optional<Tensor>& mask, const Tensor& output,
+                                         const Tensor& lse, const AttentionArgs& args,
+                                         std::array<bool, 3> output_mask) {
+  check_attention<int64_t>(query, key, value, mask);
+  constexpr const char* op = "attention_backward";
+  for (const Tensor* tensor : {&grad_output, &output}) {
+    const char* const name = tensor == &output ? "output" : "grad_output";
+    check_tensor(*tensor, op, name, query.device());
+    check_dtype(*tensor, query.scalar_type(), op, name);
+    const std::array<int64_t, 4> sizes{query.size(0), query.size(1), query.size(2), value.size(3)};
+    TORCH_CHECK(tensor->sizes() == at::IntArrayRef(sizes), op, ": ", name, " must have shape ", at::IntArrayRef(sizes),
+                ", got ", tensor->sizes());
+  }
+  TORCH_CHECK(lse.sizes() == query.sizes().slice(0, 3) && lse.scalar_type() == query.scalar_type(), op,
+              ": lse must have shape ", query.sizes().slice(0, 3), " and query's dtype, got ", lse.sizes(), " and ",
+              lse.scalar_type());
+  std::array<Tensor, 3> out;
+  const Tensor* const operands[] = {&query, &key, &value};
+  for (size_t i = 0; i < 3; ++i)
+    if (output_mask[i]) out[i] = empty_like_order<int64_t>(operands[i]->sizes(), *operands[i]);
+  if (query.numel() == 0 || value.numel() == 0) {
+    for (Tensor& tensor : out)
+      if (tensor.defined()) tensor.zero_();
+    return out;
+  }
+  const Tensor g = with_rows(grad_output), q = with_rows(query), k = with_rows(key), v = with_rows(value),
+               y = with_rows(output), m = expanded(mask, query, key), l = lse.contiguous();
+  run(AttentionBackward{shape_of(q, k, v, y, m, args), to_dtype(q.scalar_type()), strides_of(g), strides_of(out[0]),
+                        strides_of(out[1]), strides_of(out[2])},
+      {g.const_data_ptr(), q.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), data_or_null(m),
+       y.const_data_ptr(), l.const_data_ptr(), mutable_or_null(out[0]), mutable_or_null(out[1]),
+       mutable_or_null(out[2])},
+      q.device(), [&] {
+        return record::Row{
+            "scaled_dot_product_attention_backward", {}, record::shapes_of({g, q, k, v}), dtype_name(q.scalar_type())};
+      });
+  return out;
+}
+
+// The same in torch's own differentiable ops, for a gradient that will be differentiated, or that is batched or dual.
+// Nothing is read of the forward pass but its operands.
+std::array<Tensor, 3> differentiable_attention_backward(const Tensor& grad_output, const Tensor& query,
+                                                        const Tensor& key, const Tensor& value,
+                                                        const optional<Tensor>& mask, const AttentionArgs& args,
+                                                        std::array<bool, 3> output_mask) {
+  Tensor scores = at::matmul(query, key.transpose(-2, -1)) * args.scale;
+  if (mask) scores = scores + *mask;
+  if (args.causal) {
+    const Tensor seen = at::ones_symint({query.sym_size(2), key.sym_size(2)}, query.options().dtype(at::kBool)).tril();
+    scores = scores.masked_fill(seen.logical_not(), -INFINITY);
+  }
+  // A query that sees no key has no probabilities.
+  const Tensor nothing = (scores == -INFINITY).all(-1, /*keepdim=*/true);
+  const Tensor p = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0);
+  std::array<Tensor, 3> out;
+  if (output_mask[2]) out[2] = at::matmul(p.transpose(-2, -1), grad_output);
+  if (!output_mask[0] && !output_mask[1]) return out;
+  const Tensor grad_p = at::matmul(grad_output, value.transpose(-2, -1));
+  const Tensor d = p * (grad_p - (grad_p * p).sum(-1, /*keepdim=*/true)) * args.scale;
+  if (output_mask[0]) out[0] = at::matmul(d, key);
+  if (output_mask[1]) out[1] = at::matmul(d.transpose(-2, -1), query);
+  return out;
+}
+
+struct AttentionOp {
+  struct Args : AttentionArgs {
+    bool with_mask;
+  };
+  static std::string name(const Args&) { return "scaled_dot_product_attention"; }
+  static c10::IValue pack(const Args& args) {
+    return std::vector<double>{static_cast<double>(args.causal), args.scale, static_cast<double>(args.with_mask)};
+  }
+  static Args unpack(const c10::IValue& packed) {
+    const auto values = packed.toDoubleVector();
+    return {{values[0] != 0, values[1]}, values[2] != 0};
+  }
+  // saved: query, key, value, mask, output and lse.
+  static variable_list gradients(const Args& args, at::TensorList saved, const variable_list& grads, Needs needs) {
+    if (!grads[0].defined()) return variable_list(3);
+    const optional<Tensor> mask = args.with_mask ? optional<Tensor>(saved[3]) : std::nullopt;
+    const std::array<bool, 3> wanted{needs(0), needs(1), needs(2)};
+    const bool direct = !at::GradMode::is_enabled() && fast_door::is_plain(grads[0]);
+    const auto out =
+        direct ? attention_backward(grads[0], saved[0], saved[1], saved[2], mask, saved[4], saved[5], args, wanted)
+               : differentiable_attention_backward(grads[0], saved[0], saved[1], saved[2], mask, args, wanted);
+    return {out.begin(), out.end()};
+  }
+};
+
+Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const optional<Tensor>& mask,
+                 const AttentionArgs& args) {
+  const bool records = is_recorded(needs_grad(query) || needs_grad(key) || needs_grad(value), query, key, value);
+  const AttentionOutput out = attention_forward(query, key, value, mask, args, records);
+  if (!records) return out.y;
+  const auto node = make_node<AttentionOp>({args, mask.has_value()}, query, key, value);
+  torch::autograd::set_history(out.y, node);
+  save(node, query, key, value, mask ? *mask : none, out.y, out.lse);
+  return out.y;
+}
+
+// ---- the general door
+
+template <class Int>
+std::tuple<Tensor, Tensor> attention_forward_op(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                const optional<Tensor>& mask, bool causal, double scale) {
+  if constexpr (is_symbolic<Int>) {
+    check_attention<Int>(query, key, value, mask);
+    return {empty_attention<Int>(query, value), empty_lse<Int>(query)};
+  } else {
+    const AttentionOutput out = attention_forward(query, key, value, mask, {causal, scale}, /*need_lse=*/true);
+    return {out.y, out.lse};
+  }
+}
+
+template <class Int>
+std::tuple<Tensor, Tensor, Tensor> attention_backward_op(const Tensor& grad_output, const Tensor& query,
+                                                         const Tensor& key, const Tensor& value,
+                                                         const optional<Tensor>& mask, const Tensor& output,
+                                                         const Tensor& lse, bool causal, double scale,
+                                                         std::array<bool, 3> output_mask) {
+  std::array<Tensor, 3> out;
+  if constexpr (is_symbolic<Int>) {
+    check_attention<Int>(query, key, value, mask);
+    const Tensor* const operands[] = {&query, &key, &value};
+    for (size_t i = 0; i < 3; ++i)
+      if (output_mask[i]) out[i] = empty_like_order<Int>(sizes_as<Int>(*operands[i]), *operands[i]);
+  } else {
+    out = attention_backward(grad_output, query, key, value, mask, output, lse, {causal, scale}, output_mask);
+  }
+  return or_empty(out, query);
+}
+
+template <class Int>
+void implement_attention(torch::Library& m) {
+  m.impl("attention_forward", attention_forward_op<Int>);
+  m.impl("attention_backward", attention_backward_op<Int>);
+}
+
+// ---- the fast door. Attention is on autocast's lower-precision list, which is PyTorch's.
+
+py::object attention_fast(py::handle query, py::handle key, py::handle value, py::handle mask, py::handle is_causal,
+                          py::handle scale) {
+  bool causal = false;
+  if (!read_bool(is_causal.ptr(), causal) || (causal && !mask.is_none())) return not_implemented();
+  if (!fast_door::ambient_is_plain()) return not_implemented();
+  for (const py::handle tensor : {query, key, value})
+    if (!fast_door::is_plain(tensor.ptr())) return not_implemented();
+  const Tensor &q = THPVariable_Unpack(query.ptr()), &k = THPVariable_Unpack(key.ptr()),
+               &v = THPVariable_Unpack(value.ptr());
+  if (!q.is_cpu() || at::autocast::is_autocast_enabled(at::kCPU) || !has_kernel(q.scalar_type()) || q.dim() != 4)
+    return not_implemented();
+  for (const Tensor* tensor : {&k, &v})
+    if (!tensor->is_cpu() || tensor->scalar_type() != q.scalar_type() || tensor->dim() != 4 ||
+        tensor->size(0) != q.size(0) || tensor->size(1) != q.size(1))
+      return not_implemented();
+  if (k.size(3) != q.size(3) || v.size(2) != k.size(2)) return not_implemented();
+  optional<Tensor> m;
+  if (!mask.is_none()) {
+    if (!fast_door::is_plain(mask.ptr())) return not_implemented();
+    m = THPVariable_Unpack(mask.ptr());
+    if (!m->is_cpu() || m->scalar_type() != q.scalar_type() || m->requires_grad() || m->dim() > 4)
+      return not_implemented();
+    const std::array<int64_t, 4> full{q.size(0), q.size(1), q.size(2), k.size(2)};
+    for (int64_t i = 0; i < m->dim(); ++i)
+      if (m->size(i) != full[static_cast<size_t>(4 - m->dim() + i)] && m->size(i) != 1) return not_implemented();
+  }
+  const double factor = scale.is_none() ? 1 / std::sqrt(static_cast<double>(q.size(3))) : PyFloat_AsDouble(scale.ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return wrap(without_gil([] { return "scaled_dot_product_attention"; },
+                          [&] { return fastops::attention(q, k, v, m, {causal, factor}); }, q, k, v, m));
+}
+
+}  // namespace
+
+void implement_attention(torch::Library& m, bool meta) {
+  meta ? implement_attention<c10::SymInt>(m) : implement_attention<int64_t>(m);
+}
+
+void bind_attention(py::module_& m) { fast_def<&attention_fast>(m, "scaled_dot_product_attention"); }
+
+}  // namespace fastops

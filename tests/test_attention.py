@@ -1,0 +1,317 @@
+"""scaled_dot_product_attention against a float64 reference: values and gradients, every tier, layout, mask and edge."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from calls import Call
+from compare import close, exact
+from modes import Through
+from reference import gradients
+from torch.func import hessian, jvp, vmap
+from torch.library import opcheck
+
+import fastops
+import fastops.functional as FF
+from fastops.ops import attention as attention_ops
+
+OPS = torch.ops.fastops
+DTYPES = [torch.float32, torch.float64]
+
+# (batch, heads, queries, keys, size, value_size): around the vectors and the tiles (12 x 32), the blocks of queries (48
+# and 96) and those of keys (512).
+SHAPES = [
+    (1, 1, 1, 1, 1, 1), (2, 3, 5, 7, 8, 4), (1, 2, 12, 32, 16, 32), (1, 2, 13, 33, 17, 33), (1, 1, 47, 31, 64, 64),
+    (2, 1, 49, 65, 15, 31), (1, 1, 97, 95, 32, 16), (1, 2, 197, 197, 8, 8), (1, 1, 5, 513, 9, 3),
+    (1, 1, 100, 1030, 4, 5), (1, 1, 3, 512, 4, 4),
+]  # fmt: skip
+
+MASKS = ["none", "causal", "bool", "float", "keys", "nothing"]
+
+
+def operands(shape, dtype):
+    batch, heads, queries, keys, size, value_size = shape
+    return (
+        torch.randn(batch, heads, queries, size).to(dtype),
+        torch.randn(batch, heads, keys, size).to(dtype),
+        torch.randn(batch, heads, keys, value_size).to(dtype),
+    )
+
+
+def options(mask, shape, dtype):
+    batch, heads, queries, keys = shape[:4]
+    if mask == "causal":
+        return {"is_causal": True}
+    if mask == "bool":
+        return {"attn_mask": torch.rand(batch, 1, queries, keys) < 0.7}
+    if mask == "float":
+        return {"attn_mask": torch.randn(heads, queries, keys).to(dtype)}
+    if mask == "keys":  # one row for all queries
+        return {"attn_mask": torch.rand(batch, 1, 1, keys) < 0.9}
+    if mask == "nothing":  # some queries see no key
+        seen = torch.ones(queries, keys, dtype=torch.bool)
+        seen[::2] = False
+        return {"attn_mask": seen}
+    return {}
+
+
+def wide(options):
+    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
+
+
+def run(function, tensors, grad, **options):
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    y = function(*leaves, **options)
+    return y, *gradients(y, grad, *leaves)
+
+
+def compare(tensors, grad, **options):
+    reference = run(F.scaled_dot_product_attention, [t.double() for t in tensors], grad, **wide(options))
+    ours, theirs = (run(m.scaled_dot_product_attention, tensors, grad, **options) for m in (FF, F))
+    # The gradients of scores are differences of these.
+    terms = max(1.0, float((grad.double() @ tensors[2].double().mT).abs().max())) if reference[0].numel() else 1.0
+    for name, *three in zip(("output", "query", "key", "value"), ours, reference, theirs, strict=True):
+        close(
+            *three, name, max(tensors[0].shape[2], tensors[1].shape[2]), 4.0, terms if name in ("query", "key") else 1.0
+        )
+    return ours, theirs
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_and_gradients(isa, mask, dtype):
+    for shape in SHAPES:
+        tensors = operands(shape, dtype)
+        grad = torch.randn(*shape[:3], shape[5]).to(dtype)
+        with fastops.record() as rows:
+            compare(tensors, grad, **options(mask, shape, dtype))
+        assert all("attention" in row.kernel for row in rows)
+        # With causal and a negative scale PyTorch's own result is NaN.
+        compare(tensors, grad, **options(mask, shape, dtype), scale=0.3 if mask == "causal" else -0.3)
+
+
+def layouts(shape, dtype):
+    batch, heads, queries, keys, size, value_size = shape
+    tensors = operands(shape, dtype)
+    yield tensors
+    yield [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]  # heads split from a linear layer's output
+    if queries == keys and size == value_size:
+        together = torch.randn(batch, queries, 3 * heads * size).to(dtype)
+        yield [t.view(batch, queries, heads, size).transpose(1, 2) for t in together.chunk(3, -1)]
+    yield [t.mT.contiguous().mT for t in tensors]
+    yield [t[:1].expand(batch, -1, -1, -1) for t in tensors]
+    yield [t[:, :1].expand(-1, heads, -1, -1) for t in tensors]
+    yield [torch.cat([t, t], 2)[:, :, ::2] for t in tensors]
+
+
+def test_layouts(isa):
+    shape = (2, 3, 21, 21, 16, 16)
+    for tensors in layouts(shape, torch.float32):
+        for grad in (torch.randn(2, 3, 21, 16), torch.randn(2, 21, 3, 16).transpose(1, 2), torch.ones(1, 1, 1, 1)):
+            ours, theirs = compare(tensors, grad.expand(2, 3, 21, 16), is_causal=True)
+            assert ours[0].stride() == theirs[0].stride() or tensors[0].stride(-1) != 1 or 0 in tensors[0].stride()
+
+
+def test_masks_of_any_strides(isa):
+    tensors, grad = operands((2, 3, 5, 40, 8, 8), torch.float32), torch.randn(2, 3, 5, 8)
+    for mask in (
+        torch.randn(5, 40), torch.randn(5, 1), torch.randn(2, 1, 1, 40), torch.randn(1, 3, 5, 1),
+        torch.randn(40, 5).T, torch.randn(5, 80)[:, ::2],
+    ):  # fmt: skip
+        compare(tensors, grad, attn_mask=mask)
+
+
+def test_bits_for_1_and_2_threads(isa):
+    shape = (2, 3, 101, 600, 16, 24)
+    tensors, grad = operands(shape, torch.float32), torch.randn(2, 3, 101, 24)
+    results = []
+    for count in (1, 2, 2):
+        torch.set_num_threads(count)
+        results.append(run(FF.scaled_dot_product_attention, tensors, grad))
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert torch.equal(one, two)
+
+
+def test_nan_and_infinity(isa):
+    q, k, v = operands((1, 1, 4, 20, 8, 8), torch.float32)
+    q[0, 0, 1, 3] = math.nan
+    ours, theirs = FF.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    assert torch.isnan(ours[0, 0, 1]).all()
+    q, k = 1e3 * torch.ones(1, 1, 4, 8), 1e3 * torch.randn(1, 1, 20, 8)  # scores of millions
+    torch.testing.assert_close(FF.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_empty_tensors():
+    for shape in ((0, 2, 3, 4, 5, 6), (2, 2, 0, 4, 5, 6)):
+        tensors = [t.requires_grad_() for t in operands(shape, torch.float32)]
+        y = FF.scaled_dot_product_attention(*tensors)
+        assert y.shape == (*shape[:3], shape[5])
+        y.sum().backward()
+        assert all(not t.grad.any() for t in tensors)
+
+
+@pytest.mark.parametrize("needs", [[0], [1], [2], [0, 1], [1, 2], [0, 2]])
+def test_only_the_gradients_asked_for(needs):
+    tensors, grad = operands((2, 2, 13, 17, 8, 8), torch.float32), torch.randn(2, 2, 13, 8)
+    for i in needs:
+        tensors[i].requires_grad_()
+    ours, theirs = (
+        gradients(m.scaled_dot_product_attention(*tensors), grad, *(tensors[i] for i in needs)) for m in (FF, F)
+    )
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+
+
+def test_double_backward():
+    shape = (1, 2, 3, 4, 2, 3)
+    tensors = [t.requires_grad_() for t in operands(shape, torch.float64)]
+    for mask in ("none", "causal", "float", "nothing"):
+        more = options(mask, shape, torch.float64)
+
+        def ours(*t, more=more):
+            return FF.scaled_dot_product_attention(*t, **more)
+
+        assert torch.autograd.gradcheck(ours, tensors, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(ours, tensors, check_fwd_over_rev=True)
+        with Through():
+            assert torch.autograd.gradgradcheck(ours, tensors)
+
+
+def test_func():
+    tensors = operands((1, 2, 3, 4, 2, 3), torch.float64)
+    batch = [torch.stack([t, -t]) for t in tensors]
+    every = (0, 1, 2)
+
+    def same(transform):
+        pair = [transform(lambda *t, m=m: m(*t).pow(3).sum()) for m in (FF.scaled_dot_product_attention, _by_hand)]
+        torch.testing.assert_close(*pair)
+
+    same(lambda f: torch.func.grad(f, every)(*tensors))
+    same(lambda f: jvp(f, tensors, tensors))
+    same(lambda f: hessian(f, every)(*tensors))
+    same(lambda f: vmap(torch.func.grad(f, every))(*batch))
+    same(lambda f: vmap(torch.func.grad(f, every), (0, None, None))(batch[0], *tensors[1:]))
+    same(lambda f: vmap(f, (None, 0, 0))(tensors[0], *batch[1:]))
+
+
+def _by_hand(q, k, v):
+    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+
+
+def test_opcheck():
+    q, k, v = (t.requires_grad_() for t in operands((1, 2, 3, 4, 2, 3), torch.float64))
+    for mask, causal in ((None, False), (None, True), (torch.randn(3, 4, dtype=torch.float64), False)):
+        opcheck(OPS.attention_forward, (q, k, v, mask, causal, 0.5))
+        y, lse = OPS.attention_forward(q.detach(), k.detach(), v.detach(), mask, causal, 0.5)
+        g = torch.randn_like(y).requires_grad_()
+        for wanted in ([True, True, True], [False, True, False]):
+            opcheck(OPS.attention_backward, (g, q, k, v, mask, y, lse, causal, 0.5, wanted))
+
+
+def test_second_derivatives_of_the_backward_op():
+    q, k, v = (t.requires_grad_() for t in operands((1, 1, 3, 4, 2, 3), torch.float64))
+    g = torch.randn(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    every = [True, True, True]
+
+    def through(g, q, k, v):
+        y, lse = OPS.attention_forward(q.detach(), k.detach(), v.detach(), None, False, 0.5)
+        return OPS.attention_backward(g, q, k, v, None, y, lse, False, 0.5, every)
+
+    def direct(g, q, k, v):
+        return attention_ops._gradients(g, q, k, v, None, False, 0.5, every)
+
+    cotangents = [torch.randn_like(t) for t in direct(g, q, k, v)]
+    results = [torch.autograd.grad(f(g, q, k, v), (g, q, k, v), cotangents) for f in (through, direct)]
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "bool"])
+def test_both_doors(mask):
+    shape = (2, 2, 9, 9, 8, 8)
+    tensors, grad, more = operands(shape, torch.float32), torch.randn(2, 2, 9, 8), options(mask, shape, torch.float32)
+    results = [run(FF.scaled_dot_product_attention, tensors, grad, **more)]
+    with Through():
+        results.append(run(FF.scaled_dot_product_attention, tensors, grad, **more))
+    for one, two in zip(*results, strict=True):
+        exact(one, two)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(FF.scaled_dot_product_attention, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for length in (5, 7):
+        shape = (2, 2, length, length, 8, 8)
+        tensors, grad = operands(shape, torch.float32), torch.randn(2, 2, length, 8)
+        one, two = run(compiled, tensors, grad), run(F.scaled_dot_product_attention, tensors, grad)
+        for a, b in zip(one, two, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_what_goes_to_pytorch():
+    q, k, v = operands((2, 4, 5, 5, 8, 8), torch.float32)
+    mask = torch.randn(5, 5, requires_grad=True)
+    for tensors, more in (
+        ((q.bfloat16(), k.bfloat16(), v.bfloat16()), {}),
+        ((q[0], k[0], v[0]), {}),
+        ((q, k[:1], v[:1]), {}),
+        ((q, k, v), {"attn_mask": mask}),
+        ((q, k[:, :2], v[:, :2]), {"enable_gqa": True}),
+    ):
+        with fastops.record() as rows:
+            y = FF.scaled_dot_product_attention(*tensors, **more)
+        assert [row.kernel for row in rows] == ["aten"]
+        torch.testing.assert_close(y, F.scaled_dot_product_attention(*tensors, **more))
+    with fastops.record() as rows:
+        FF.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+    assert [row.kernel for row in rows] == ["aten"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert FF.scaled_dot_product_attention(q, k, v).dtype == F.scaled_dot_product_attention(q, k, v).dtype
+
+
+def test_refuses_as_pytorch():
+    q, k, v = operands((2, 4, 5, 6, 8, 8), torch.float32)
+    for tensors, more, message in (
+        ((q, k[..., :7], v), {}, "key must have query's last size 8"),
+        ((q, k.double(), v), {}, "key must have query's dtype"),
+        ((q, 3.0, v), {}, "key must be a Tensor, got 3.0"),
+        ((q, k, v), {"attn_mask": torch.ones(4, 4)}, None),
+        ((q, k, v), {"attn_mask": torch.ones(6)}, None),
+    ):
+        try:
+            F.scaled_dot_product_attention(*tensors, **more)
+        except Exception as error:
+            refusal = error
+        with pytest.raises(type(refusal), match=message):
+            FF.scaled_dot_product_attention(*tensors, **more)
+
+
+# ---- for the tests that call every op (every_op.py) -----------------------------------------------------------------
+
+_NAME = "scaled_dot_product_attention"
+
+
+def _of(module, **more):
+    return lambda *t: module.scaled_dot_product_attention(*t, **more)
+
+
+def calls(size):
+    yield Call(_NAME, _of(FF), _of(F), [(2, 2, 9, 8), (2, 2, 13, 8), (2, 2, 13, 8)])
+
+
+def kernels(dtype, on_gpu):
+    return {} if on_gpu or dtype not in DTYPES else {"attention": 2}
+
+
+def random_attention(rng):
+    batch, heads, queries, keys, size, values = (rng.randint(1, n) for n in (2, 3, 60, 40, 20, 40))
+    more = rng.choice(({}, {"is_causal": True}))
+    shapes = [(batch, heads, queries, size), (batch, heads, keys, size), (batch, heads, keys, values)]
+    return Call(_NAME, _of(FF, **more), _of(F, **more), shapes)
+
+
+RANDOM_CALLS = [random_attention]
