@@ -639,8 +639,8 @@ def _call(x, parameters=True, training=True, kind=None, residual=False):
         return FF.batch_norm(*split(t), activation=kind, residual=t[-1] if residual else None)
 
     def theirs(*t):
-        # PyTorch 2.13 gives wrong gradients in eval mode where height is 1 and one of input and gradient lies contiguous,
-        # the other one channels_last: (3, 4, 1, 2) with strides (8, 2, 2, 1) and (8, 1, 8, 4).
+        # PyTorch 2.13 gives wrong gradients in eval mode where height is 1 and one of input and gradient lies
+        # contiguous, the other one channels_last: (3, 4, 1, 2) with strides (8, 2, 2, 1) and (8, 1, 8, 4).
         y = F.batch_norm(t[0].contiguous(), *split(t)[1:])
         if y.requires_grad:
             y.register_hook(lambda g: g.contiguous())
