@@ -66,22 +66,23 @@ TORCH_LIBRARY(fastops, m) {
   m.def(
       "mse_loss_backward(Tensor grad_output, Tensor input, Tensor target, str reduction, bool[2] output_mask) -> "
       "(Tensor grad_input, Tensor grad_target)");
+  m.def(
       "layer_norm_forward(Tensor input, Tensor? weight, Tensor? bias, int dims, float eps, bool rms) -> (Tensor, "
       "Tensor, "
       "Tensor)");
-      m.def(
-          "layer_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, int dims, "
-          "float "
-          "eps, bool rms, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
-      m.def(
-          "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale) -> "
-          "(Tensor, "
-          "Tensor)");
-      m.def(
-          "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor output, "
-          "Tensor lse, bool causal, float scale, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
-      m.def("softmax_forward(Tensor input, int dim, bool log) -> Tensor");
-      m.def("softmax_backward(Tensor grad_output, Tensor output, int dim, bool log) -> Tensor");
+  m.def(
+      "layer_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, int dims, "
+      "float "
+      "eps, bool rms, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale) -> "
+      "(Tensor, "
+      "Tensor)");
+  m.def(
+      "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor output, "
+      "Tensor lse, bool causal, float scale, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def("softmax_forward(Tensor input, int dim, bool log) -> Tensor");
+  m.def("softmax_backward(Tensor grad_output, Tensor output, int dim, bool log) -> Tensor");
 }
 
 // What each op's file gives torch.ops.fastops, kernels for a device or Meta kernels, and what each file gives
