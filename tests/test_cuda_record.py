@@ -9,4 +9,4 @@ from test_record import algorithms, expected_kernels, run_calls
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_names_of_kernels(dtype):
     expected = expected_kernels(dtype, on_gpu=True)
-    assert algorithms(run_calls(dtype, put, size=5, most_dims=2), "cuda", expected) == set(expected)
+    assert algorithms(run_calls(dtype, put, size=5, most_dims=2, on_gpu=True), "cuda", expected) == set(expected)

@@ -122,8 +122,8 @@ def algorithms(rows, tier, tiles):
     return found
 
 
-def run_calls(dtype, place=lambda t: t, size=8, most_dims=3):
-    """Runs every op's calls forward and backward, images in both layouts. Returns the rows."""
+def run_calls(dtype, place=lambda t: t, size=8, most_dims=3, on_gpu=False):
+    """Runs the calls of every op that has kernels, forward and backward, images in both layouts. Returns the rows."""
 
     def run(call, tensors):
         needs = range(len(tensors)) if call.needs is None else call.needs
@@ -132,9 +132,9 @@ def run_calls(dtype, place=lambda t: t, size=8, most_dims=3):
 
     called = set()
     with fastops.record() as rows:
-        for call in (call for op in OPS for call in op.calls(size)):
+        for kernels, call in ((op.kernels(dtype, on_gpu), call) for op in OPS for call in op.calls(size)):
             called.add(call.name)
-            if spatial(call.name) > most_dims:
+            if spatial(call.name) > most_dims or not kernels:
                 continue
             tensors = [torch.randn(shape) for shape in call.shapes]
             run(call, tensors)

@@ -251,7 +251,7 @@ struct NormOp {
     const auto values = packed.toDoubleVector();
     return {{static_cast<int64_t>(values[0]), values[1], values[2] != 0}, values[3] != 0};
   }
-  // saved: input, weight, mean and rstd.
+  // saved: input, weight, mean, rstd and, unread, bias.
   static variable_list gradients(const Args& args, at::TensorList saved, const variable_list& grads, Needs needs) {
     if (!grads[0].defined()) return variable_list(3);
     const optional<Tensor> weight = args.with_weight ? optional<Tensor>(saved[1]) : std::nullopt;
@@ -270,9 +270,14 @@ Tensor layer_norm(const Tensor& input, const optional<Tensor>& weight, const opt
   NormOutput out = layer_norm_forward(input, weight, bias, args, records);
   if (!records) return out.y;
   const Tensor &w = weight ? *weight : none, &b = bias ? *bias : none;
-  const auto node = make_node<NormOp>({args, weight.has_value()}, input, w, b);
+  // As in PyTorch, what was made in inference mode cannot be saved: a bias, either, but an rms_norm's weight where only
+  // its own gradient is wanted.
+  const bool keeps_weight = weight && (!args.rms || input.requires_grad());
+  const auto node = make_node<NormOp>({args, keeps_weight}, input, w, b);
   torch::autograd::set_history(out.y, node);
-  save(node, input, w, out.mean, out.rstd);
+  // What PyTorch's rms_norm keeps of its input is the product of a cast.
+  const Tensor kept = args.rms && input.is_inference() ? input.clone() : input;
+  save(node, kept, keeps_weight ? w : none, out.mean, out.rstd, b);
   return out.y;
 }
 

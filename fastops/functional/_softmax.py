@@ -22,6 +22,7 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     Args:
         input: any shape; float32, float64, bfloat16 or float16.
         dim: the dimension whose elements add up to 1. None is deprecated, as in PyTorch.
+        _stacklevel: where the warning of that points to.
         dtype: what input is cast to before, or None.
 
     Returns:
@@ -46,6 +47,7 @@ def log_softmax(
     Args:
         input: any shape; float32, float64, bfloat16 or float16.
         dim: the dimension whose exponentials add up to 1. None is deprecated, as in PyTorch.
+        _stacklevel: where the warning of that points to.
         dtype: what input is cast to before, or None.
 
     Returns:
