@@ -33,6 +33,7 @@ USERS = {
     "fastops/record.py": "an example",
     "tests/test_adding_an_op.py": "NAMES",
     "tests/test_bench.py": "measured as an example",
+    "tests/test_compile_backend.py": "what layers become",
     "tests/test_doors.py": "both doors, op by op: a new op's are in its own file",
     "tests/test_fuse.py": "what layers become",
     "tests/test_guard_pages.py": "layouts of their own; test_layouts.py has those of every op",

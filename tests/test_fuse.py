@@ -483,7 +483,9 @@ def test_changes_are_noticed(what):
         torch.testing.assert_close(
             fused(x), y, rtol=3e-2 if what == "bfloat16" else 1e-5, atol=1e-2 if what == "bfloat16" else 1e-6
         )
-    torch.testing.assert_close(fused.state_dict(), plain.state_dict(), rtol=1e-2, atol=1e-4)
+    # In bfloat16 a running statistic may be rounded the other way.
+    rtol = 2**-6 if what == "bfloat16" else 1e-2
+    torch.testing.assert_close(fused.state_dict(), plain.state_dict(), rtol=rtol, atol=1e-4)
 
 
 def test_a_model_that_changes_all_the_time():

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.proxy import Proxy
 from torch.jit import is_scripting as _is_scripting
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -39,6 +40,9 @@ def _scripted(self, input: Tensor) -> Tensor:
 # A function, and not a method: a forward that was bound before `restore_` must find it after it.
 def _call(layer: Any, input: Tensor, activation: Activation) -> Tensor:
     """What torch.nn's forward does, with each buffer and parameter looked up once."""
+    if isinstance(input, Proxy):  # torch.fx does not look into torch.nn's either
+        path = input.tracer.path_of_module(layer)
+        return input.tracer.create_proxy("call_module", path, (input,), {})
     layer._check_input_dim(input)
     momentum, training = layer.momentum, layer.training
     # Module.__getattr__ costs as much as a small op; what a tool has put elsewhere is found by it still.
@@ -64,7 +68,7 @@ def _call(layer: Any, input: Tensor, activation: Activation) -> Tensor:
 
 
 class _BatchNorm(Fusable):
-    """The arguments, and the forward, of all three."""
+    """The arguments of all three."""
 
     def __init__(
         self,
@@ -83,11 +87,6 @@ class _BatchNorm(Fusable):
             self.activation = activation
 
     _scripted = _scripted
-
-    def forward(self, input: Tensor) -> Tensor:
-        if _is_scripting():
-            return self._scripted(input)
-        return _call(self, input, self.__dict__.get("activation"))
 
 
 class _FusedBatchNorm(Fused):
@@ -125,8 +124,9 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
         device, dtype: of the parameters and buffers.
         activation: f, see Linear; with one the layer is a FusedBatchNorm1d. Default: None.
 
-    Shape: x (N, C) or (N, C, length), y the same. Dtypes: float32, float64, bfloat16, float16, the parameters of a
-    16-bit input also float32; others go to PyTorch's kernels.
+    Shape: x (N, C) or (N, C, length), y the same.
+    Dtypes: float32, float64, bfloat16, float16, the parameters of a 16-bit input also float32; others go to PyTorch's
+        kernels.
     Raises: ValueError: another number of dimensions, one value of each channel in training, or an activation that does
     not exist or cannot be fused. When called, see functional.batch_norm.
     Source: torch.nn.BatchNorm1d.
@@ -138,6 +138,11 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
     ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
     """
 
+    def forward(self, input: Tensor) -> Tensor:
+        if _is_scripting():
+            return self._scripted(input)
+        return _call(self, input, self.__dict__.get("activation"))
+
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
     """BatchNorm1d in two dimensions: y = f((x - mean) / sqrt(var + eps) * weight + bias), of every channel.
@@ -146,13 +151,19 @@ class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as in BatchNorm1d.
         activation: f, see Linear; with one the layer is a FusedBatchNorm2d. Default: None.
 
-    Shape: x (N, C, height, width), y the same; channels_last in, channels_last out. Dtypes: as in BatchNorm1d.
+    Shape: x (N, C, height, width), y the same; channels_last in, channels_last out.
+    Dtypes: as in BatchNorm1d.
     Raises: ValueError: as BatchNorm1d. When called, see functional.batch_norm.
     Source: torch.nn.BatchNorm2d.
 
     >>> fnn.BatchNorm2d(3)(torch.randn(2, 3, 4, 4)).shape
     torch.Size([2, 3, 4, 4])
     """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _is_scripting():
+            return self._scripted(input)
+        return _call(self, input, self.__dict__.get("activation"))
 
 
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
@@ -162,14 +173,19 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as in BatchNorm1d.
         activation: f, see Linear; with one the layer is a FusedBatchNorm3d. Default: None.
 
-    Shape: x (N, C, depth, height, width), y the same; channels_last_3d in, channels_last_3d out. Dtypes: as in
-    BatchNorm1d.
+    Shape: x (N, C, depth, height, width), y the same; channels_last_3d in, channels_last_3d out.
+    Dtypes: as in BatchNorm1d.
     Raises: ValueError: as BatchNorm1d. When called, see functional.batch_norm.
     Source: torch.nn.BatchNorm3d.
 
     >>> fnn.BatchNorm3d(3)(torch.randn(2, 3, 4, 4, 4)).shape
     torch.Size([2, 3, 4, 4, 4])
     """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _is_scripting():
+            return self._scripted(input)
+        return _call(self, input, self.__dict__.get("activation"))
 
 
 class FusedBatchNorm1d(_FusedBatchNorm):
