@@ -273,12 +273,20 @@ struct BatchNormOp {
             v[7] != 0};
   }
 
-  // saved: input, weight, bias (if z is formed again), residual or y, and the statistics.
+  // saved: input (unless only the residual is recorded and y is all that f' needs), weight, bias (if z is formed
+  // again), residual or y, and the statistics.
   static variable_list gradients(const Args& args, at::TensorList saved, const variable_list& grads, Needs needs) {
     variable_list result(4);
     const Tensor& grad = grads[0];
     if (!grad.defined()) return result;
-    if (at::GradMode::is_enabled() || !fast_door::is_plain(grad)) return differentiable(args, saved, grad, needs);
+    const bool plain = !at::GradMode::is_enabled() && fast_door::is_plain(grad);
+    if (!saved[0].defined()) {  // only the residual is recorded
+      result[3] = args.kind != Saved::output ? grad
+                  : plain ? activation_backward(grad, saved[3], args.activation, Saved::output)
+                          : differentiable_activation_backward(grad, saved[3], args.activation, Saved::output);
+      return result;
+    }
+    if (!plain) return differentiable(args, saved, grad, needs);
     const bool identity = args.activation.kind == ActivationKind::identity;
     auto gradients = backward(grad, saved[0], saved[1], saved[2], saved[3], saved[4], args.training, args.activation,
                               args.kind, args.parameters, {needs(0), needs(1), needs(2), needs(3) && !identity});
@@ -344,7 +352,8 @@ Tensor batch_norm(const Operands& o, const Options& options) {
       o.bias, o.residual);
   torch::autograd::set_history(y, node);
   const bool again = kind == Saved::input;
-  save(node, o.input, o.weight.value_or(none), again ? o.bias.value_or(none) : none,
+  const bool reads_input = again || needs_grad(o.input) || needs_grad(o.weight) || needs_grad(o.bias);
+  save(node, reads_input ? o.input : none, o.weight.value_or(none), again ? o.bias.value_or(none) : none,
        again                   ? o.residual.value_or(none)
        : kind == Saved::output ? y
                                : none,

@@ -119,7 +119,8 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
         num_features: the channels C.
         eps: is added to var. Default: 1e-5.
         momentum: how much of the running statistics one batch replaces; None: they are the average over all batches.
-        affine: whether there are weight and bias. bias=False: a weight only, where torch.nn's has this argument.
+        affine: whether there are weight and bias.
+        bias: False: a weight only, where torch.nn's layer has this argument.
         track_running_stats: whether there are running statistics, which take the batch's place in eval mode.
         device, dtype: of the parameters and buffers.
         activation: f, see Linear; with one the layer is a FusedBatchNorm1d. Default: None.

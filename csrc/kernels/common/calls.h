@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../activation/activation.h"
-#include "../batch_norm/batch_norm.h"
 #include "../attention/attention.h"
+#include "../batch_norm/batch_norm.h"
 #include "../conv/conv.h"
 #include "../conv_pool/conv_pool.h"
 #include "../layer_norm/layer_norm.h"
