@@ -6,6 +6,7 @@
 
 replace_, restore_, replaced   swap the classes of a model's modules, in place and back
 fuse                           a model that computes its layers together, with the same parameters
+enable, disable, enabled       fastops' kernels under PyTorch's own operators, for code that is not to be changed
 nn, functional                 torch.nn's layers and functions on fastops' kernels
 optim                          torch.optim's SGD, Adam and AdamW, whose step is one call
 record                         which kernels ran, and for how long
@@ -24,6 +25,7 @@ _load()
 
 from fastops import functional, memory, nn, optim  # noqa: E402
 from fastops._version import __version__  # noqa: E402
+from fastops.enable import disable, enable, enabled  # noqa: E402
 from fastops.export import decompositions, export_kernels  # noqa: E402
 from fastops.freeze import freeze  # noqa: E402
 from fastops.fuse import fuse  # noqa: E402
@@ -35,6 +37,9 @@ from fastops.replace import replace_, replaced, restore_  # noqa: E402
 __all__ = [
     "__version__",
     "decompositions",
+    "disable",
+    "enable",
+    "enabled",
     "export_kernels",
     "freeze",
     "functional",

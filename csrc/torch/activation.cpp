@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "aten.h"
 #include "binding.h"
 #include "call.h"
 #include "node.h"
@@ -281,6 +282,8 @@ Saved saved_kind(std::string_view name) {
 
 const char* saved_name(Saved kind) { return kSavedNames[static_cast<int>(kind)]; }
 
+bool reads_in_place(const Tensor& input) { return rows_of(input).rows != 0; }
+
 ActivationOutput activation_forward(const Tensor& input, Activation activation, bool need_mask) {
   check_input(input, activation_name(activation.kind), "input");
   Tensor x = input;
@@ -359,6 +362,11 @@ Tensor activation(const Tensor& input, Activation activation) {
   torch::autograd::set_history(y, node);
   save(node, kind == Saved::mask ? mask : kind == Saved::output ? y : input);
   return y;
+}
+
+void activate_dense(const Tensor& tensor, Activation activation) {
+  Tensor x = tensor, no_mask;
+  if (x.numel() > 0) run_forward(x, rows_of(x), x, no_mask, activation);
 }
 
 Tensor activation_(const Tensor& input, Activation activation) {

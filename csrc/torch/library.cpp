@@ -113,6 +113,7 @@ void bind_record(py::module_& m);
 void bind_memory(py::module_& m);
 void bind_info(py::module_& m);
 void bind_guard(py::module_& m);
+void bind_aten(py::module_& m);
 
 // All but composites of torch's own ops have CUDA kernels as well.
 void implement(torch::Library& m, bool meta) {
@@ -144,6 +145,7 @@ PYBIND11_MODULE(_C, m) {
   bind_memory(m);
   bind_info(m);
   bind_guard(m);
+  bind_aten(m);
 }
 
 }  // namespace fastops

@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 
 #include "../kernels/linear/linear.h"
+#include "aten.h"
 #include "binding.h"
 #include "call.h"
 #include "node.h"
@@ -114,6 +115,31 @@ Tensor product(const Tensor& a, const Tensor& b) {
   return at::matmul(a, b);
 }
 
+// w_strides: from one output feature to the next, and from one input feature to the next.
+void run_forward(const char* op, const Tensor& input, const Tensor& weight, Strides w_strides, const Tensor& b,
+                 Activation activation, const LinearOutput& out) {
+  const auto type = input.scalar_type();
+  const int64_t n = out.y.size(-1);
+  Tensor x = input;
+  const Strides x_strides = as_matrix(x);
+  const void *const x_data = x.const_data_ptr(), *const w_data = weight.const_data_ptr();
+  const LinearForward call{.dtype = to_dtype(type),
+                           .m = rows_of(input.sizes()),
+                           .n = n,
+                           .k = input.size(-1),
+                           .x_strides = x_strides,
+                           .w_strides = w_strides,
+                           .y_row_stride = n,
+                           .with_bias = b.defined(),
+                           .bias_stride = b.defined() ? b.stride(0) : 1,
+                           .activation = activation,
+                           .with_z = out.z.defined(),
+                           .precision = gpu::precision(input),
+                           .alignment = alignment_of({x_data, w_data})};
+  run(call, {x_data, w_data, data_or_null(b), out.y.mutable_data_ptr(), mutable_or_null(out.z)}, input.device(),
+      [&] { return record::Row{op, "", record::shapes_of({input, weight, b}), dtype_name(type)}; });
+}
+
 struct LinearOp {
   struct Args {
     Activation activation;
@@ -167,29 +193,19 @@ LinearOutput linear_forward(const Tensor& input, const Tensor& weight, const opt
                             Activation activation, bool need_saved) {
   LinearOutput out = forward_outputs<int64_t>(input, weight, bias, activation, need_saved);
   if (out.y.numel() == 0) return out;
-  const Tensor b = bias.value_or(Tensor());
-  const auto type = input.scalar_type();
-  const int64_t n = weight.size(0), k = weight.size(1);
-
-  Tensor x = input;
-  const Strides x_strides = as_matrix(x);
-  const void *const x_data = x.const_data_ptr(), *const w_data = weight.const_data_ptr();
-  const LinearForward call{.dtype = to_dtype(type),
-                           .m = rows_of(input.sizes()),
-                           .n = n,
-                           .k = k,
-                           .x_strides = x_strides,
-                           .w_strides = {weight.stride(0), weight.stride(1)},
-                           .y_row_stride = n,
-                           .with_bias = b.defined(),
-                           .bias_stride = b.defined() ? b.stride(0) : 1,
-                           .activation = activation,
-                           .with_z = out.z.defined(),
-                           .precision = gpu::precision(input),
-                           .alignment = alignment_of({x_data, w_data})};
-  run(call, {x_data, w_data, data_or_null(b), out.y.mutable_data_ptr(), mutable_or_null(out.z)}, input.device(),
-      [&] { return record::Row{"linear", "", record::shapes_of({input, weight, b}), dtype_name(type)}; });
+  run_forward("linear", input, weight, {weight.stride(0), weight.stride(1)}, bias.value_or(Tensor()), activation, out);
   return out;
+}
+
+bool linear_accepts(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias) {
+  return linear_problem<int64_t>(input, weight, bias).empty();
+}
+
+Tensor matrix_product(const Tensor& a, const Tensor& b, const optional<Tensor>& bias) {
+  const LinearOutput out{empty_output({a.size(0), b.size(1)}, a.scalar_type()), {}};
+  if (out.y.numel() > 0)
+    run_forward(bias ? "addmm" : "mm", a, b, {b.stride(1), b.stride(0)}, bias.value_or(Tensor()), {}, out);
+  return out.y;
 }
 
 std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& saved, const Tensor& input,

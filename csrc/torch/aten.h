@@ -1,0 +1,75 @@
+// fastops.enable(): kernels of ours in the place of ATen's own CPU kernels, while something holds them there.
+//
+// Most are put in below autograd, at the CPU key: PyTorch records the call, transforms, traces and casts as it always
+// does, and what arrives is plain data. A few ops that PyTorch composes of others (linear, the max pools) are taken
+// whole, at the key AutogradCPU, where one node of ours stands for several of PyTorch's. They have no kernel at the key
+// CPU: an exporter would take them for ops that are not to be decomposed.
+//
+// Every kernel is a function known at compile time, and so is the one of PyTorch's that it gives calls to which it
+// does not take (at::cpu::, at::native::). So a call that another thread is in the middle of while the table changes
+// ends in one or the other.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "call.h"
+#include "fast_door.h"
+#include "ops.h"
+
+namespace fastops {
+
+// Whether the activations read this tensor where it lies: it is dense, or has evenly spaced contiguous rows. A result
+// then has the strides that PyTorch's elementwise ops give theirs. (activation.cpp)
+bool reads_in_place(const Tensor& input);
+// Overwrites a dense tensor with f of it; no autograd. (activation.cpp)
+void activate_dense(const Tensor& tensor, Activation activation);
+// Whether the shapes of a linear layer fit. (linear.cpp)
+bool linear_accepts(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias);
+// a (m, k) times b (k, n), plus bias (n) if there is one; shapes and dtypes fit. No autograd. (linear.cpp)
+Tensor matrix_product(const Tensor& a, const Tensor& b, const optional<Tensor>& bias);
+
+namespace aten {
+
+// The registrations of one enabling; they end with it.
+struct Overrides {
+  torch::Library below_autograd{torch::Library::IMPL, "aten", c10::DispatchKey::CPU, __FILE__, __LINE__};
+  torch::Library with_autograd{torch::Library::IMPL, "aten", c10::DispatchKey::AutogradCPU, __FILE__, __LINE__};
+};
+void override_activations(Overrides& overrides);
+void override_convolutions(Overrides& overrides);
+void override_pools(Overrides& overrides);
+void override_products(Overrides& overrides);
+
+// Whether a tensor is dense data on the CPU, of a dtype that has kernels. Below autograd nothing else matters.
+inline bool takes(const Tensor& tensor) {
+  static const uint64_t cpu = fast_door::dense_keys(c10::DeviceType::CPU);
+  return (tensor.key_set().raw_repr() & ~cpu) == 0 && is_supported(tensor.scalar_type());
+}
+// The same for tensors that must have one dtype.
+template <class... Tensors>
+bool takes(const Tensor& first, const Tensors&... others) {
+  return takes(first) && ((takes(others) && others.scalar_type() == first.scalar_type()) && ...);
+}
+// The bias of a call, which PyTorch's C++ callers may also give as an undefined tensor.
+inline optional<Tensor> defined(const optional<Tensor>& bias) { return bias && bias->defined() ? bias : std::nullopt; }
+
+// Whether a call at the key AutogradCPU is recorded by a node of ours: nobody looks on, and nothing is dual.
+template <class... Tensors>
+bool takes_recorded(const Tensors&... tensors) {
+  return fast_door::ambient_is_plain() && takes(tensors...) && (!tensors._fw_grad(/*level=*/0).defined() && ...);
+}
+
+// PyTorch's own kernel, which record() shows.
+template <class Call>
+auto pytorch(const char* op, const Tensor& tensor, Call&& call) {
+  if (!record::enabled()) [[likely]]
+    return call();
+  optional<decltype(call())> result;
+  record::timed([&] { return record::Row{op, "aten", record::shapes_of({tensor}), dtype_name(tensor.scalar_type())}; },
+                [&] { result = call(); });
+  return *std::move(result);
+}
+
+}  // namespace aten
+}  // namespace fastops
