@@ -21,7 +21,7 @@ def enable() -> None:
     leaky_relu, elu, selu, celu, gelu, silu, mish, sigmoid, tanh, softplus, hardtanh, relu6, hardsigmoid, hardswish,
     hardshrink, softshrink and glu, in place too; float32, float64, bfloat16 and float16. out= stays PyTorch's.
 
-    Source: fastops' own; PyTorch's torch.library is how it is done.
+    Raises nothing. Source: fastops' own; PyTorch's torch.library is how it is done.
 
     >>> fastops.enable()
     >>> with fastops.record() as calls:
@@ -36,7 +36,7 @@ def enable() -> None:
 def disable() -> None:
     """Takes back what enable() did: PyTorch's operators run PyTorch's kernels again.
 
-    Blocks of enabled() that some thread is in keep them until they end. Source: fastops' own.
+    Blocks of enabled() that some thread is in keep them until they end. Raises nothing. Source: fastops' own.
 
     >>> fastops.disable()
     """
