@@ -435,7 +435,7 @@ def build_extension(
     }
     with_cuda = [] if cuda.why_not else ["-DFASTOPS_WITH_CUDA"]
     objects = add_kernels(build, cuda)
-    # Reading torch's headers takes 12 of the 17 s that a file of the torch layer takes.
+    # linear.cpp compiles in 9.5 s with torch's headers read ahead, and in 15.8 without (Zen 5).
     precompiled = build.precompile(TORCH_LAYER / "precompiled.h", torch_layer, into=torch_tag)
     for source in sorted(TORCH_LAYER.glob("*.cpp")):
         macros = [f'-D{name}="{value}"' for name, value in described.items()] if source.name == "info.cpp" else []
