@@ -76,7 +76,8 @@ def freeze(model: nn.Module, *, channels_last: bool | None = None) -> nn.Module:
 
     Calling it raises RuntimeError if a parameter or buffer of `model` is not what it was: freeze again. A write through
     .data that leaves out the elements that are looked at (8 of a large tensor) is not noticed. It also raises
-    RuntimeError if its input requires a gradient. Hooks that the model has are called; those that it gets later are not.
+    RuntimeError if its input requires a gradient. Hooks that the model has are called; those that it gets later are
+    not.
 
     A frozen layer keeps packed weights for up to four kinds of call (batch sizes and the like), and the model that it
     was made from has its own: it takes memory for speed. Drop the model to free its weights.
