@@ -131,7 +131,7 @@ void plan_linear_forward(Plan<Call>& plan, const Bound<Call>& call, AsLinear as_
   if (args.residual != nullptr && !same_type<T, Compute<T>>) return;
   const Gemm<T> g = forward_gemm<T>(args);
   const size_t bias = contiguous_bias<T>(args) ? 0 : aligned(args.n * static_cast<int64_t>(sizeof(Compute<T>)));
-  if (takes_dot(g))
+  if (takes_dot(g) && !(args.packed_w && g.m >= kMr))  // with little to pack, whole tiles are faster
     return decide(plan, {"dot", {kDot, kDot}}, bias,
                   [](auto& args, auto* workspace, auto& team) { linear_dot<T>(AsLinear{}(args), workspace, team); });
   with_panel<T>(args.bf16_multiply, args.m * args.n * args.k, [&](auto panel) {
