@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling as _is_compiling
 from torch.fx import Graph, GraphModule, Node
+from torch.nn.modules.utils import _pair
 
 import fastops.functional as FF
 import fastops.nn as fnn
@@ -179,7 +180,7 @@ class FrozenModel(nn.Module):
 
 def _quick(module: nn.Module) -> Any:
     """What a graph's forward reads as `self`: its modules and tensors without nn.Module's __getattr__ and __call__."""
-    if isinstance(module, FrozenLayer | FrozenMlp):
+    if isinstance(module, FrozenLayer | FrozenMlp | FrozenInvertedResidual):
         return module.call
     if not isinstance(module, GraphModule) and type(module) is not nn.Module:
         return module
@@ -286,6 +287,53 @@ class FrozenMlp(nn.Module):
         return self
 
 
+class FrozenInvertedResidual(nn.Module):
+    """A 1x1 convolution, a depthwise one and a 1x1 convolution (the first or the last may be missing) in one kernel.
+
+    Images between them do not go through memory. Where the kernel is not faster, the layers are called one by one.
+    """
+
+    def __init__(self, expand: FrozenLayer | None, depthwise: FrozenLayer, project: FrozenLayer | None) -> None:
+        super().__init__()
+        self.expand, self.depthwise, self.project = expand, depthwise, project
+        self._packed: Any = None
+
+    def pack(self) -> Any:
+        """The block of csrc/torch/frozen.cpp."""
+        layers = []
+        for layer in (self.expand, self.depthwise, self.project):
+            kind, a, b = resolve_activation(layer and layer.activation)
+            layers.append((layer and layer.weight, layer and layer.bias, KIND[kind], a, b))
+        steps = [list(_pair(self.depthwise.options[key])) for key in ("stride", "padding", "dilation")]
+        self._packed = _C.FrozenInvertedResidual(*layers, steps)
+        return self._packed
+
+    def call(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """forward, for tensors that are there."""
+        if type(input) is Tensor:
+            y = (self.__dict__["_packed"] or self.pack())(input, residual)
+            if y is not NotImplemented:
+                return y
+        return self._one_by_one(input, residual, "call")
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._one_by_one(input, residual, "forward")
+
+    def _one_by_one(self, input: Tensor, residual: Tensor | None, way: str) -> Tensor:
+        layers = [layer for layer in self._modules.values() if layer is not None]
+        for layer in layers[:-1]:
+            input = getattr(layer, way)(input)
+        return getattr(layers[-1], way)(input, residual)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_packed": None}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "FrozenInvertedResidual":
+        super()._apply(*args, **kwargs)
+        self._packed = None
+        return self
+
+
 _NO_GRADIENT = (
     "fastops.freeze: a frozen model has no gradients, but its input requires one. Call it under torch.no_grad(), or "
     "use the model that it was made from"
@@ -387,6 +435,9 @@ class _Freezer:
             node.target = _OURS.get(node.target, node.target) if node.op == "call_function" else node.target
         for node in tuple(self.graph.nodes):
             self._join_addition(node)
+        if self.channels_last:
+            for node in tuple(self.graph.nodes):
+                self._join_block(node)
         self._take_children()
         self.graph.eliminate_dead_code(lambda node: node.op not in ("get_attr", "placeholder") and node.is_impure())
         self.graph.lint()
@@ -532,11 +583,48 @@ class _Freezer:
         for one in (*reversed(nodes), call):
             self.graph.erase_node(one)
 
+    # ---- inverted residuals
+
+    def _join_block(self, node: Node) -> None:
+        """A depthwise convolution and the 1x1 convolutions around it become one call."""
+        depthwise = self._only_call(node)
+        if depthwise is None or not _is_depthwise(depthwise) or len(node.args) != 1:
+            return
+        before, after = node.args[0], next(iter(node.users)) if len(node.users) == 1 else None
+        expand = self._only_call(before)
+        if expand is None or len(before.args) != 1 or len(before.users) != 1 or not _is_pointwise(expand):
+            expand = None
+        project = self._only_call(after)
+        if project is None or after.args[0] is not node or node in after.args[1:] or not _is_pointwise(project):
+            project = None
+        if expand is None and project is None:
+            return
+        first, last = before if expand else node, after if project else node
+        order = {one: i for i, one in enumerate(self.graph.nodes)}
+        if any(order[first] < order[one] < order[last] and _changes_something(one) for one in self.graph.nodes):
+            return
+        name = f"{first.target}_block"
+        self.module.add_module(name, FrozenInvertedResidual(expand, depthwise, project))
+        with self.graph.inserting_before(last):
+            new = self.graph.call_module(name, (first.args[0], *(last.args[1:] if project else ())))
+        last.replace_all_uses_with(new)
+        for one in dict.fromkeys((last, node, first)):
+            self.graph.erase_node(one)
+            delattr(self.module, one.target)
+
+    def _only_call(self, node: Any) -> FrozenLayer | None:
+        """The convolution that a node calls, if no other node calls it."""
+        if not isinstance(node, Node) or node.op != "call_module":
+            return None
+        layer = self.module._modules.get(node.target)
+        once = sum(other.target == node.target for other in self.graph.nodes) == 1
+        return layer if once and isinstance(layer, FrozenLayer) and layer.function == "conv2d" else None
+
     def _take_children(self) -> None:
         """Modules that are called as they are: copies in eval mode, themselves frozen where they can be."""
         for node in self.graph.nodes:
             module = self.module._modules.get(node.target) if node.op in ("call_module", "get_attr") else None
-            if module is None or isinstance(module, FrozenLayer | FrozenMlp | _Child):
+            if module is None or isinstance(module, FrozenLayer | FrozenMlp | FrozenInvertedResidual | _Child):
                 continue
             if node.op == "get_attr":  # a batch norm that is called by its function
                 self.module._modules[node.target] = _copy(module).train(False)
@@ -563,6 +651,17 @@ class _Child(nn.Module):
 
 
 _NARROW = 128  # kMostMlpWidthCpu in csrc/kernels/mlp/mlp.h
+
+
+def _is_depthwise(layer: FrozenLayer) -> bool:
+    steps = (_pair(layer.options[key]) for key in ("stride", "padding", "dilation"))
+    numbers = all(isinstance(one, int) for pair in steps for one in pair)
+    return numbers and layer.options["groups"] == layer.weight.shape[0] > 1 and layer.weight.shape[1] == 1
+
+
+def _is_pointwise(layer: FrozenLayer) -> bool:
+    one = layer.weight.shape[2:] == (1, 1) and layer.options["groups"] == 1
+    return one and _pair(layer.options["stride"]) == (1, 1) and _pair(layer.options["padding"]) == (0, 0)
 
 
 def _attribute(module: nn.Module, target: str) -> Any:

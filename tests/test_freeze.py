@@ -433,3 +433,86 @@ def test_packed_once():
     assert layer._packed.packed_bytes() <= 4 * bytes_of_one
     with torch.no_grad():
         torch.testing.assert_close(layer.call(x), FF.conv2d(x, conv.weight, padding=1))
+
+
+# ---- inverted residuals
+
+
+class Inverted(nn.Module):
+    """MobileNetV2's block, with any activation, or with a layer between its depthwise and its last convolution."""
+
+    def __init__(self, narrow, wide, out, kernel=3, stride=1, f=nn.ReLU6, between=None, dilation=1) -> None:
+        super().__init__()
+        padding = dilation * (kernel // 2)
+        expand = [nn.Conv2d(narrow, wide, 1, bias=False), nn.BatchNorm2d(wide), f()] if wide != narrow else []
+        depthwise = nn.Conv2d(wide, wide, kernel, stride, padding, dilation, groups=wide, bias=False)
+        last = [nn.Conv2d(wide, out, 1, bias=False), nn.BatchNorm2d(out)]
+        self.body = nn.Sequential(*expand, depthwise, nn.BatchNorm2d(wide), f(), *([between] if between else []), *last)
+        self.adds = narrow == out and stride == 1
+
+    def forward(self, x):
+        return x + self.body(x) if self.adds else self.body(x)
+
+
+INVERTED = {
+    "residual": (Inverted(8, 40, 8), 1),
+    "stride": (Inverted(8, 40, 12, kernel=5, stride=2, f=nn.SiLU), 1),
+    "dilated": (Inverted(8, 33, 8, dilation=2, f=nn.Hardswish), 1),
+    "no_expansion": (Inverted(16, 16, 24), 1),
+    "no_projection": (Inverted(8, 40, 8, between=nn.Softmax(1)), 1),
+    "two": (nn.Sequential(Inverted(8, 40, 8), nn.ReLU(), Inverted(8, 24, 8)), 2),
+}
+
+
+@pytest.mark.parametrize("name", INVERTED)
+def test_inverted_residuals(isa, name):
+    """Any size of the image, batch and layout of the input; the wide images are not there."""
+    torch.manual_seed(3)
+    model, blocks = INVERTED[name]
+    model = prepared(copy.deepcopy(model))
+    channels = next(model.parameters()).shape[1 if "no_exp" not in name else 0]
+    frozen = agrees(model, torch.randn(2, channels, 14, 15))
+    for size in ((1, channels, 1, 7), (3, channels, 40, 3), (5, channels, 9, 33)):
+        agrees(model, torch.randn(size), frozen=frozen)
+        agrees(model, torch.randn(size).contiguous(memory_format=torch.channels_last), frozen=frozen)
+    x = torch.randn(2, channels, 20, 20)
+    with torch.no_grad():
+        with fastops.record() as calls:
+            y = frozen(x)
+        exact(copy.deepcopy(frozen)(x), y)
+        for other in (x[:, :, ::2, ::2], x.transpose(2, 3), x[:1].expand(3, -1, -1, -1)):
+            agrees(model, other, frozen=frozen)
+        assert frozen(x[:0]).shape == model(x[:0]).shape
+    assert [call.op for call in calls].count("inverted_residual") == blocks
+    exported = torch.export.export(frozen, (x,)).module()(x)
+    torch.testing.assert_close(exported, y)
+
+
+def test_inverted_residuals_that_are_none():
+    """A layer that is called twice is two. None where an image in between is used, or where the input changes."""
+
+    class Odd(nn.Module):
+        def __init__(self, way: str) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(8, 24, 1), nn.Conv2d(24, 24, 3, padding=1, groups=24)
+            self.c, self.way = nn.Conv2d(24, 8, 1), way
+
+        def forward(self, x):
+            wide = self.a(x)
+            deep = self.b(wide)
+            if self.way == "twice":
+                deep = self.b(deep)
+            if self.way == "in_between":
+                return self.c(deep), wide, deep
+            if self.way == "changed":
+                x.add_(1)
+            return self.c(deep)
+
+    for way, blocks in (("twice", 2), ("in_between", 0), ("changed", 0)):
+        model = Odd(way).eval()
+        x = torch.randn(2, 8, 10, 10)
+        with torch.no_grad(), fastops.record() as calls:
+            found = fastops.freeze(model)(x.clone())
+        with torch.no_grad():
+            torch.testing.assert_close(found, model(x.clone()))
+        assert [call.op for call in calls].count("inverted_residual") == blocks

@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "../kernels/conv/conv.h"
+#include "../kernels/inverted_residual/inverted_residual.h"
 #include "../kernels/linear/linear.h"
 #include "binding.h"
 #include "call.h"
@@ -180,6 +181,97 @@ class FrozenLinear {
   PackedPlans<LinearForward> plans_;
 };
 
+// A 1x1 convolution, a depthwise one and another 1x1 convolution of channels_last images; the first or the last may be
+// missing.
+class FrozenInvertedResidual {
+ public:
+  struct Layer {
+    optional<Tensor> weight, bias;
+    Activation f;
+  };
+
+  FrozenInvertedResidual(const Layer& expand, const Layer& depthwise, const Layer& project,
+                         const std::array<std::array<int64_t, 2>, 3>& steps)
+      : layers_{dense(expand), dense(depthwise), dense(project)} {
+    const Tensor& w = *layers_[1].weight;
+    call_.dtype = to_dtype(w.scalar_type());
+    call_.wide_channels = call_.in_channels = call_.out_channels = w.size(0);
+    call_.with_expand = layers_[0].weight.has_value();
+    call_.with_project = layers_[2].weight.has_value();
+    if (call_.with_expand) call_.in_channels = layers_[0].weight->size(1);
+    if (call_.with_project) call_.out_channels = layers_[2].weight->size(0);
+    for (size_t i = 0; i < 2; ++i) {
+      call_.kernel[i] = w.size(static_cast<int64_t>(i) + 2);
+      call_.stride[i] = steps[0][i];
+      call_.padding[i] = steps[1][i];
+      call_.dilation[i] = steps[2][i];
+    }
+    call_.expand = expand.f;
+    call_.depthwise = depthwise.f;
+    call_.project = project.f;
+  }
+
+  // Undefined where the layers are faster one by one, and for images that they refuse.
+  Tensor forward(const Tensor& input, const Tensor& residual) {
+    const auto type = layers_[1].weight->scalar_type();
+    if (input.dim() != 4 || input.size(1) != call_.in_channels || input.scalar_type() != type) return {};
+    InvertedResidualForward call = call_;
+    call.batch = input.size(0);
+    call.with_residual = residual.defined();
+    for (int i = 0; i < 2; ++i) {
+      call.in[i] = input.size(i + 2);
+      const int64_t reach = call.dilation[i] * (call.kernel[i] - 1) + 1;
+      if (call.in[i] < 1 || call.in[i] + 2 * call.padding[i] < reach) return {};
+      call.out[i] = (call.in[i] + 2 * call.padding[i] - reach) / call.stride[i] + 1;
+    }
+    const std::array<int64_t, 4> sizes{call.batch, call.out_channels, call.out[0], call.out[1]};
+    if (call.batch == 0 || (residual.defined() && (residual.sizes() != sizes || residual.scalar_type() != type)))
+      return {};
+    const auto address = [](const Layer& layer, bool bias) {
+      const optional<Tensor>& tensor = bias ? layer.bias : layer.weight;
+      return tensor ? tensor->const_data_ptr() : nullptr;
+    };
+    const InvertedResidualForward::Weights weights{address(layers_[0], false), address(layers_[0], true),
+                                                   address(layers_[1], false), address(layers_[1], true),
+                                                   address(layers_[2], false), address(layers_[2], true)};
+    const Team team = torch_team();
+    const auto entry = plans_.find(call, &weights, team.threads);
+    if (entry->plan.runner == nullptr) return {};
+    const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
+    const Tensor added = residual.defined() ? residual.contiguous(at::MemoryFormat::ChannelsLast) : Tensor();
+    const int64_t c = sizes[1], w = c * sizes[3];
+    const Tensor y = empty_output_strided(sizes, {w * sizes[2], 1, w, c}, type);
+    const Workspace workspace(entry->plan.workspace);
+    record::timed(
+        [&] {
+          return record::Row{"inverted_residual", record::kernel_text(entry->plan.name, entry->plan.tier),
+                             record::shapes_of({input, layers_[0].weight.value_or(Tensor()), *layers_[1].weight,
+                                                layers_[2].weight.value_or(Tensor())}),
+                             dtype_name(type)};
+        },
+        [&] {
+          entry->plan.run({x.const_data_ptr(), entry->packed.const_data_ptr(), y.mutable_data_ptr(),
+                           added.defined() ? added.const_data_ptr() : nullptr},
+                          workspace.get(), team);
+        });
+    return y;
+  }
+
+  int64_t packed_bytes() { return plans_.packed_bytes(); }
+
+ private:
+  static Layer dense(const Layer& layer) {
+    const auto contiguous = [](const optional<Tensor>& tensor) {
+      return tensor ? optional<Tensor>(tensor->contiguous()) : std::nullopt;
+    };
+    return {contiguous(layer.weight), contiguous(layer.bias), layer.f};
+  }
+
+  const std::array<Layer, 3> layers_;  // expand, depthwise, project
+  InvertedResidualForward call_{};
+  PackedPlans<InvertedResidualForward> plans_;
+};
+
 // NotImplemented for what is not plain: compiled, traced, on another device. Then the caller computes the layer by its
 // op.
 template <class Layer>
@@ -194,7 +286,8 @@ py::object call_frozen(Layer& layer, py::handle input, py::handle residual) {
               "fastops.freeze: a frozen model has no gradients, but its input requires one. Call it under ",
               "torch.no_grad(), or use the model that it was made from");
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return wrap(without_gil([] { return "frozen"; }, [&] { return layer.forward(x, added); }, x));
+  const Tensor y = without_gil([] { return "frozen"; }, [&] { return layer.forward(x, added); }, x);
+  return y.defined() ? wrap(y) : not_implemented();
 }
 
 // What changes with a tensor: its memory, its version, and some of its elements, for writes through .data, of which
@@ -237,6 +330,18 @@ void bind_frozen(py::module_& m) {
       }))
       .def("__call__", call_frozen<FrozenLinear>, py::arg("input"), py::arg("residual") = py::none())
       .def("packed_bytes", &FrozenLinear::packed_bytes);
+  using Layer = std::tuple<optional<Tensor>, optional<Tensor>, int, double, double>;
+  py::class_<FrozenInvertedResidual>(m, "FrozenInvertedResidual")
+      .def(py::init([](const Layer& expand, const Layer& depthwise, const Layer& project,
+                       const std::array<std::array<int64_t, 2>, 3>& steps) {
+        const auto layer = [](const Layer& one) {
+          const auto& [weight, bias, kind, a, b] = one;
+          return FrozenInvertedResidual::Layer{weight, bias, make_activation(kind, a, b)};
+        };
+        return std::make_unique<FrozenInvertedResidual>(layer(expand), layer(depthwise), layer(project), steps);
+      }))
+      .def("__call__", call_frozen<FrozenInvertedResidual>, py::arg("input"), py::arg("residual") = py::none())
+      .def("packed_bytes", &FrozenInvertedResidual::packed_bytes);
   m.def("fingerprint", fingerprint);
 }
 

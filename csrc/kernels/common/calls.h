@@ -6,6 +6,7 @@
 #include "../batch_norm/batch_norm.h"
 #include "../conv/conv.h"
 #include "../conv_pool/conv_pool.h"
+#include "../inverted_residual/inverted_residual.h"
 #include "../layer_norm/layer_norm.h"
 #include "../linear/linear.h"
 #include "../loss/loss.h"
@@ -24,6 +25,7 @@ namespace fastops {
   FASTOPS_CALLS_mlp(X) \
   FASTOPS_CALLS_conv(X) \
   FASTOPS_CALLS_conv_pool(X) \
+  FASTOPS_CALLS_inverted_residual(X) \
   FASTOPS_CALLS_pool(X) \
   FASTOPS_CALLS_batch_norm(X) \
   FASTOPS_CALLS_loss(X) \
