@@ -6,6 +6,7 @@ take their activation and the residual that is added to them, and images stay in
 
 import copy
 import inspect
+import math
 import operator
 import types
 import weakref
@@ -208,13 +209,15 @@ class FrozenLayer(nn.Module):
         """The layer of csrc/torch/frozen.cpp; it packs at its first call of each kind."""
         kind, a, b = resolve_activation(self.activation)
         f = (KIND[kind], a, b)
+        o = self.options
         if self.function == "linear":
             self._packed = _C.FrozenLinear(self.weight, self.bias, *f)
+            return self._packed
+        convolution = (self.weight, self.bias, o["stride"], o["padding"], o["dilation"], o["groups"])
+        if "pool_size" in o:
+            self._packed = _C.FrozenConvPool(*convolution, _each(o["pool_size"], self.weight.dim() - 2), *f)
         else:
-            o = self.options
-            self._packed = _C.FrozenConv(
-                self.weight, self.bias, o["stride"], o["padding"], o["dilation"], o["groups"], *f
-            )
+            self._packed = _C.FrozenConv(*convolution, *f)
         return self._packed
 
     def call(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -342,7 +345,7 @@ _NO_GRADIENT = (
 
 # ---- freezing --------------------------------------------------------------------------------------------------------
 
-_CONVOLUTIONS = {f"conv{n}d": getattr(FF, f"conv{n}d") for n in (1, 2, 3)}
+_CONVOLUTIONS = {f"{name}{n}d": getattr(FF, f"{name}{n}d") for name in ("conv", "conv_max_pool") for n in (1, 2, 3)}
 _FOLDS = {cls: layer for name in ("Linear", "Conv1d", "Conv2d", "Conv3d") for cls, layer in (
     (getattr(nn, name), getattr(nn, name)), (getattr(fnn, name), getattr(nn, name)))}  # fmt: skip
 _NORMS = {
@@ -486,6 +489,8 @@ class _Freezer:
         arguments = inspect.signature(node.target).bind(*node.args, **node.kwargs)
         arguments.apply_defaults()
         arguments = dict(arguments.arguments)
+        if "pool_size" in arguments and not _pools_in_the_kernel(arguments, int(names[node.target][-2])):
+            return
         input, weight, bias = (arguments.pop(key) for key in ("input", "weight", "bias"))
         activation = arguments.pop("activation")
         tensors = [one for one in (weight, bias) if one is not None]
@@ -554,7 +559,7 @@ class _Freezer:
         if not isinstance(node, Node) or node.op != "call_module" or len(node.args) != 1 or len(node.users) != 1:
             return None
         layer = self.module._modules.get(node.target)
-        alone = isinstance(layer, FrozenLayer) and layer.activation is None
+        alone = isinstance(layer, FrozenLayer) and layer.activation is None and "pool_size" not in layer.options
         return layer if alone and sum(other.target == node.target for other in self.graph.nodes) == 1 else None
 
     def _join_addition(self, node: Node) -> None:
@@ -651,6 +656,19 @@ class _Child(nn.Module):
 
 
 _NARROW = 128  # kMostMlpWidthCpu in csrc/kernels/mlp/mlp.h
+
+
+def _each(size: Any, dims: int) -> list[int]:
+    """A size for each dimension."""
+    return [size] * dims if isinstance(size, int) else list(size)
+
+
+def _pools_in_the_kernel(arguments: dict[str, Any], dims: int) -> bool:
+    """Whether a single kernel computes convolution, activation and max pool (conv_pool.h)."""
+    sizes = _each(arguments["pool_size"], dims)
+    numbers = len(sizes) == dims and all(isinstance(size, int) and size > 0 for size in sizes)
+    kinds = (resolve_activation(None)[0], resolve_activation("relu")[0])
+    return numbers and math.prod(sizes) <= 255 and resolve_activation(arguments["activation"])[0] in kinds
 
 
 def _is_depthwise(layer: FrozenLayer) -> bool:

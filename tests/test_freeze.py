@@ -435,6 +435,28 @@ def test_packed_once():
         torch.testing.assert_close(layer.call(x), FF.conv2d(x, conv.weight, padding=1))
 
 
+@pytest.mark.parametrize("channels", [3, 16])
+def test_max_pool_of_a_convolution(isa, channels):
+    """For any batch: whole blocks of images and the last one may be packed in different ways."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(channels, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(24, 8, 3)
+    )
+    model.append(nn.MaxPool2d((3, 2)))
+    frozen = agrees(prepared(model), torch.randn(2, channels, 28, 28))
+    for batch in (1, 3, 17):
+        for size in ((28, 28), (13, 17), (30, 31)):
+            x = torch.randn(batch, channels, *size)
+            agrees(model, x, frozen=frozen)
+            agrees(model, x.contiguous(memory_format=torch.channels_last), frozen=frozen)
+    with torch.no_grad(), fastops.record() as calls:
+        frozen(torch.randn(1, channels, 28, 28))
+    assert [call.op for call in calls] == ["conv_max_pool2d", "conv_max_pool2d"]
+    assert frozen(torch.randn(0, channels, 28, 28)).shape == model(torch.randn(0, channels, 28, 28)).shape
+    with pytest.raises(RuntimeError, match="output size is too small|too small"):
+        frozen(torch.randn(1, channels, 8, 8))
+
+
 # ---- inverted residuals
 
 

@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "../kernels/conv/conv.h"
+#include "../kernels/conv_pool/conv_pool.h"
 #include "../kernels/inverted_residual/inverted_residual.h"
 #include "../kernels/linear/linear.h"
 #include "binding.h"
@@ -133,6 +134,72 @@ class FrozenConv {
   const Activation f_;
   ConvParams params_{};
   PackedPlans<ConvForward> plans_;
+};
+
+// With a max pool of windows that do not overlap; the activation is identity or relu.
+class FrozenConvPool {
+ public:
+  FrozenConvPool(const Tensor& weight, const optional<Tensor>& bias, const ConvArguments& arguments,
+                 const std::vector<int64_t>& pool, Activation f)
+      : weight_(weight), bias_(bias), f_(f) {
+    params_ = {static_cast<int>(weight.dim()) - 2, false, 1, {1, 1, 1}, {}, {}, {1, 1, 1}};
+    TORCH_CHECK(read_params(arguments, weight, params_),
+                "FrozenConvPool: stride, padding, dilation or groups are not those of a convolution");
+    TORCH_CHECK(pool.size() == static_cast<size_t>(params_.dims), "FrozenConvPool: pool must have ", params_.dims,
+                " sizes, got ", pool.size());
+    std::copy(pool.begin(), pool.end(), pool_.end() - params_.dims);
+  }
+
+  // Undefined for images that are smaller than a window.
+  Tensor forward(const Tensor& input, const Tensor&) {
+    ConvPlan conv;
+    const std::string problem = plan_conv(input, weight_, bias_, params_, conv);
+    TORCH_CHECK(problem.empty(), "conv: ", problem);
+    const auto type = weight_.scalar_type();
+    check_operand(input, type, in_sizes(conv), "input");
+    int64_t pooled[3];
+    for (size_t i = 0; i < 3; ++i) {
+      pooled[i] = conv.geometry.out[i] / pool_[i];
+      if (pooled[i] == 0) return {};
+    }
+    const Tensor x = in_layout(input, conv), w = weight_in_layout(weight_, conv);
+    const Tensor y =
+        empty_in(conv_sizes(conv.geometry.batch, conv.geometry.out_channels, pooled, conv.dims), conv.layout, type);
+    if (y.numel() == 0) return y;
+    ConvPoolForward call{.dtype = to_dtype(type),
+                         .layout = conv.layout,
+                         .w_layout = conv.w_layout,
+                         .geometry = conv.geometry,
+                         .pool = {pool_[0], pool_[1], pool_[2]},
+                         .with_bias = bias_.has_value(),
+                         .activation = f_,
+                         .precision = conv_precision(),
+                         .packed_w = true};
+    const Team team = torch_team();
+    const auto entry = plans_.find(call, w.const_data_ptr(), team.threads);
+    const void* const read = entry->packed.defined() ? entry->packed.const_data_ptr() : w.const_data_ptr();
+    const Workspace workspace(entry->plan.workspace);
+    record::timed(
+        [&] {
+          return record::Row{conv_pool_name(conv), record::kernel_text(entry->plan.name, entry->plan.tier),
+                             record::shapes_of({input, weight_}), dtype_name(type)};
+        },
+        [&] {
+          entry->plan.run({x.const_data_ptr(), read, data_or_null(bias_.value_or(Tensor())), y.mutable_data_ptr()},
+                          workspace.get(), team);
+        });
+    return y;
+  }
+
+  int64_t packed_bytes() { return plans_.packed_bytes(); }
+
+ private:
+  const Tensor weight_;
+  const optional<Tensor> bias_;
+  const Activation f_;
+  ConvParams params_{};
+  std::array<int64_t, 3> pool_{1, 1, 1};
+  PackedPlans<ConvPoolForward> plans_;
 };
 
 class FrozenLinear {
@@ -324,6 +391,15 @@ void bind_frozen(py::module_& m) {
       }))
       .def("__call__", call_frozen<FrozenConv>, py::arg("input"), py::arg("residual") = py::none())
       .def("packed_bytes", &FrozenConv::packed_bytes);
+  py::class_<FrozenConvPool>(m, "FrozenConvPool")
+      .def(py::init([](const Tensor& weight, const optional<Tensor>& bias, py::handle stride, py::handle padding,
+                       py::handle dilation, py::handle groups, const std::vector<int64_t>& pool, int kind, double a,
+                       double b) {
+        const ConvArguments arguments{static_cast<int>(weight.dim()) - 2, false, stride, padding, dilation, {}, groups};
+        return std::make_unique<FrozenConvPool>(weight, bias, arguments, pool, make_activation(kind, a, b));
+      }))
+      .def("__call__", call_frozen<FrozenConvPool>, py::arg("input"), py::arg("residual") = py::none())
+      .def("packed_bytes", &FrozenConvPool::packed_bytes);
   py::class_<FrozenLinear>(m, "FrozenLinear")
       .def(py::init([](const Tensor& weight, const optional<Tensor>& bias, int kind, double a, double b) {
         return std::make_unique<FrozenLinear>(weight, bias, make_activation(kind, a, b));

@@ -65,6 +65,10 @@ class PoolTest {
         }
         if (!same_bits(y.values(), first_y) || (indexed && indices.values() != first_indices))
           fail(c, kDType<T>, "pooled with another team", team.threads, indexed, 0);
+        if (indexed != (team.threads == 2)) continue;  // one way or the other for each team
+        run_packed(call, {x.data(), w.data(), b, y.data(), indexed ? indices.data() : nullptr}, team, c.at_end,
+                   c.multiply);
+        if (!same_bits(y.values(), first_y)) fail(c, kDType<T>, "pooled with packed weights", team.threads, indexed, 0);
       }
     for (int64_t i = 0; i < y_size; ++i) {
       const size_t at = static_cast<size_t>(i);

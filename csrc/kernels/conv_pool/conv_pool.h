@@ -29,6 +29,7 @@ struct ConvPoolForward {
   Activation activation = {};
   bool with_indices = false;
   Precision precision = Precision::highest;
+  bool packed_w = false;  // as in ConvForward
 
   struct Pointers {
     const void* x;

@@ -55,7 +55,8 @@ struct ConvPoolSteps {
                      .geometry = g,
                      .with_bias = args.with_bias,
                      .activation = args.activation,
-                     .precision = args.precision};
+                     .precision = args.precision,
+                     .packed_w = args.packed_w};
     call.geometry.batch = images;
     conv = plan_of(call, threads, args.bf16_multiply);
     MaxPoolForward windows{};
@@ -74,7 +75,27 @@ struct ConvPoolSteps {
   }
 };
 
+template <class T>
+inline int64_t weight_bytes(const ConvGeometry& g) {
+  const int64_t elements = g.out_channels * (g.in_channels / g.groups) * spatial_elements(g.kernel);
+  return elements * static_cast<int64_t>(sizeof(T));
+}
+
+// Packed weights are those of whole blocks, then those of the last one, each as its plan of the convolution reads them.
+template <class T>
+inline size_t packed_bytes(const Bound<ConvPoolForward>& args, const Plan<ConvForward>& conv) {
+  return aligned(conv.packed > 0 ? static_cast<int64_t>(conv.packed) : weight_bytes<T>(args.geometry));
+}
+template <class T>
+void pack_convolution(const Bound<ConvPoolForward>& args, const Plan<ConvForward>& conv, const void* w, void* to) {
+  if (conv.packed > 0)
+    conv.pack(w, to);
+  else
+    __builtin_memcpy(to, w, static_cast<size_t>(weight_bytes<T>(args.geometry)));
+}
+
 struct ConvPoolPlan {
+  bool packed;                   // weights come packed
   int64_t images, blocks, rest;  // of a block, their number, and of the last block
   int workers;                   // 1: every thread computes its own blocks; else the team one block after the other
   size_t conv_bytes, block_bytes;
@@ -88,8 +109,9 @@ ConvPoolPlan plan_conv_pool(const Bound<ConvPoolForward>& args, int threads) {
   plan.blocks = ceil_div(g.batch, plan.images);
   plan.rest = g.batch - (plan.blocks - 1) * plan.images;
   plan.workers = plan.blocks >= threads ? 1 : threads;
-  plan.conv_bytes = larger(ConvPoolSteps(args, plan.images, plan.workers).conv.workspace,
-                           ConvPoolSteps(args, plan.rest, plan.workers).conv.workspace);
+  const ConvPoolSteps whole(args, plan.images, plan.workers), last(args, plan.rest, plan.workers);
+  plan.packed = whole.conv.packed + last.conv.packed > 0;
+  plan.conv_bytes = larger(whole.conv.workspace, last.conv.workspace);
   plan.conv_bytes = aligned(static_cast<int64_t>(plan.conv_bytes));
   plan.block_bytes = aligned(plan.images * g.out_channels * spatial_elements(g.out) * static_cast<int64_t>(sizeof(T)));
   return plan;
@@ -109,10 +131,10 @@ void mark_no_gradient(const T* y, int64_t n, uint8_t* indices) {
 
 template <class T>
 void conv_pool_block(const Bound<ConvPoolForward>& args, const ConvPoolSteps& steps, int64_t first, void* block,
-                     void* workspace, const Team& team) {
+                     const void* w, void* workspace, const Team& team) {
   const ConvGeometry& g = args.geometry;
   const T* const x = static_cast<const T*>(args.x) + first * g.in_channels * spatial_elements(g.in);
-  steps.conv.run({x, args.w, args.bias, block}, workspace, team);
+  steps.conv.run({x, w, args.bias, block}, workspace, team);
   const int64_t image = g.out_channels * pooled_elements(args), at = first * image;
   T* const y = static_cast<T*>(args.y) + at;
   uint8_t* const indices = args.indices != nullptr ? args.indices + at : nullptr;
@@ -126,9 +148,13 @@ template <class T>
 void conv_pool(const Bound<ConvPoolForward>& args, const ConvPoolPlan& plan, void* workspace, const Team& team) {
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
   const ConvPoolSteps whole(args, plan.images, plan.workers), last(args, plan.rest, plan.workers);
+  const void* const w = args.w;
+  const void* const last_w =
+      static_cast<const unsigned char*>(w) + (plan.packed ? packed_bytes<T>(args, whole.conv) : 0);
   const auto block = [&](int64_t i, unsigned char* mine, const Team& workers) {
-    conv_pool_block<T>(args, i < plan.blocks - 1 ? whole : last, i * plan.images, mine + plan.conv_bytes, mine,
-                       workers);
+    const bool is_last = i == plan.blocks - 1;
+    conv_pool_block<T>(args, is_last ? last : whole, i * plan.images, mine + plan.conv_bytes, is_last ? last_w : w,
+                       mine, workers);
   };
   if (plan.workers > 1) {
     for (int64_t i = 0; i < plan.blocks; ++i) block(i, bytes, team);
@@ -328,6 +354,16 @@ void plan_call(Plan<ConvPoolForward>& plan) {
     const int apart = blocks.workers == 1 ? plan.target.threads : 1;
     decide(plan, {"conv_pool_blocks"}, (blocks.conv_bytes + blocks.block_bytes) * static_cast<size_t>(apart), blocks,
            [](auto& args, auto& blocks, auto* workspace, auto& team) { conv_pool<T>(args, blocks, workspace, team); });
+    if (!blocks.packed) return;
+    const ConvPoolSteps whole(args, blocks.images, blocks.workers), last(args, blocks.rest, blocks.workers);
+    plan.packed = packed_bytes<T>(args, whole.conv) + packed_bytes<T>(args, last.conv);
+    plan.packer = [](const Plan<ConvPoolForward>& plan, const void* w, void* to) {
+      const auto& blocks = *reinterpret_cast<const ConvPoolPlan*>(plan.decisions);
+      const auto args = bind(plan, {});
+      const ConvPoolSteps whole(args, blocks.images, blocks.workers), last(args, blocks.rest, blocks.workers);
+      pack_convolution<T>(args, whole.conv, w, to);
+      pack_convolution<T>(args, last.conv, w, static_cast<unsigned char*>(to) + packed_bytes<T>(args, whole.conv));
+    };
   });
 }
 
