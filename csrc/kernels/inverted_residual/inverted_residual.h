@@ -20,8 +20,8 @@ namespace fastops {
 // that they have in conv.h; arrays are (height, width). in_channels is wide_channels without with_expand, and
 // out_channels is without with_project; at least one of the two is there.
 //
-// float32 and float64. There is no plan where the layers are as fast one by one: where a few rows of e take more than
-// the cache, or all of e is in it anyway. Results are bitwise the same for any number of threads.
+// There is a plan for float32, if a few rows of e are less than the cache. Results are bitwise the same for any number
+// of threads.
 struct InvertedResidualForward {
   DType dtype;
   int64_t batch, in_channels, wide_channels, out_channels;

@@ -237,6 +237,7 @@ void plan_call(Plan<InvertedResidualForward>& plan) {
   const InvertedResidualForward& call = plan.call;
   void* const p = planned_address(64);
   const auto args = bind(plan, {p, p, p, call.with_residual ? p : nullptr});
-  if (call.dtype == DType::f32) plan_block<float>(plan, args);
-  if (call.dtype == DType::f64) plan_block<double>(plan, args);
+  with_dtype(call.dtype, [&](auto type) {
+    if constexpr (same_type<decltype(type), float>) plan_block<float>(plan, args);
+  });
 }
