@@ -50,6 +50,11 @@ def rewrite(graph_module: GraphModule) -> list[Finding]:
     return _Rewriter(graph_module).run()
 
 
+def may_change_something(graph_module: GraphModule) -> Callable[[Node], bool]:
+    """Whether a node of the graph may write to what others read, as far as can be told: where not, it may."""
+    return _Rewriter(graph_module).may_change_something
+
+
 def in_the_way(module: nn.Module) -> str:
     """Why a module has to be called as a module, whatever its class; "" where its forward is all that a call is."""
     state = vars(module)
@@ -321,7 +326,11 @@ class _Rewriter:
         after = self._only_user(tail)
         if after is not None and "transpose" not in function:
             pool = self.pool(after)
-            if pool is not None and (pool.input is not tail or self._function_of(after)[-2] != function[-2]):
+            if pool is not None and (
+                pool.input is not tail
+                or self._function_of(after)[-2] != function[-2]
+                or not self._may_move([*nodes, after])
+            ):
                 pool = None
         arguments = self._arguments(layer, tail)
         if pool is not None:
@@ -330,7 +339,8 @@ class _Rewriter:
                 # The maximum of max(x, 0) is max(maximum of x, 0), and the gradient goes the same way.
                 after = self._only_user(pool.node)
                 relu = self.activation(after) if after is not None else None
-                if relu is not None and relu.resolved == NAMES["relu"] and relu.input is pool.node:
+                follows = relu is not None and relu.resolved == NAMES["relu"] and relu.input is pool.node
+                if follows and self._may_move([*nodes, after]):
                     activation = relu.resolved
                     nodes.append(relu.node)
             arguments["pool_size"] = pool.size
@@ -356,7 +366,7 @@ class _Rewriter:
         activation = self.activation(after) if after is not None else None
         resolved = _IDENTITY
         follows = activation is not None and activation.input is tail
-        if follows and not self._is_changed_later(after, activation.resolved):
+        if follows and not self._is_changed_later(after, activation.resolved) and self._may_move([*nodes, after]):
             resolved = activation.resolved
             nodes.append(after)
         function = normalize
@@ -384,7 +394,7 @@ class _Rewriter:
         """Whether a result is changed in place that a fused layer may keep for backward, and PyTorch does not."""
         if resolved[0] in _KEPT_BY_TORCH:
             return False
-        return any(user.args and user.args[0] is node and self._may_change_something(user) for user in node.users)
+        return any(user.args and user.args[0] is node and self.may_change_something(user) for user in node.users)
 
     def _activated(self, layer: _Layer) -> tuple[Node, Resolved, list[Node]]:
         """The layer with its activation: the last node, the activation, the nodes."""
@@ -393,7 +403,7 @@ class _Rewriter:
         after = self._only_user(layer.node)
         activation = self.activation(after) if after is not None else None
         follows = activation is not None and activation.input is layer.node
-        if not follows or self._is_changed_later(after, activation.resolved):
+        if not follows or self._is_changed_later(after, activation.resolved) or not self._may_move([layer.node, after]):
             return layer.node, _IDENTITY, [layer.node]
         return after, activation.resolved, [layer.node, after]
 
@@ -591,14 +601,13 @@ class _Rewriter:
         """Whether all may be done where the last one is: nothing in between may change what they read."""
         first, last = self.order[nodes[0]], self.order[nodes[-1]]
         return not any(
-            first < i < last and node not in nodes and self._may_change_something(node)
-            for node, i in self.order.items()
+            first < i < last and node not in nodes and self.may_change_something(node) for node, i in self.order.items()
         )
 
-    def _may_change_something(self, node: Node) -> bool:
+    def may_change_something(self, node: Node) -> bool:
         if node.op == "call_module":
             module = self.modules[node.target]
-            known = type(module).__module__.startswith(("torch.nn.", "fastops.nn."))
+            known = type(module).__module__.startswith(("torch.nn.", "fastops.nn.", "fastops.freeze"))
             return not known or bool(in_the_way(module)) or getattr(module, "inplace", False) is not False
         if node.op == "call_method":
             return node.target.endswith("_") and not node.target.endswith("__")
@@ -661,6 +670,10 @@ class _Rewriter:
         if users and len(node.users) > 1:
             pattern = f"{self._label(node)} + {self._label(users[0])}"
             why = f"the result in between is used by {len(node.users)} others"
+            self.findings.append(Finding("apart", self._modules_of([node, users[0]]), pattern, why))
+        elif users and not self._may_move([node, users[0]]):
+            pattern = f"{self._label(node)} + {self._label(users[0])}"
+            why = "what is called in between may change what they read"
             self.findings.append(Finding("apart", self._modules_of([node, users[0]]), pattern, why))
         elif clamps:
             why = "clamp passes the gradient on at its bounds, which no fused activation does"

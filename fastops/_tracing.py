@@ -6,6 +6,7 @@ tracing, an attribute that forward changes, no_grad, autocast or a checkpoint in
 type. A submodule in which that happens is called as a module; the rest is traced.
 """
 
+import inspect
 import operator
 import random
 import sys
@@ -32,6 +33,44 @@ class Traced:
         self, graph: torch.fx.Graph, entered: dict[str, nn.Module], leaves: dict[str, tuple[str, bool]]
     ) -> None:
         self.graph, self.entered, self.leaves = graph, entered, leaves
+
+
+class Signature:
+    """The arguments of a forward, and the source of a function that takes the same ones.
+
+    inputs, named_inputs: those that have to be given, the latter by keyword.
+    options: those that have a default; a program is written for that.
+    declared, passed: the arguments as they stand in such a function's head, and in a call of forward.
+    tests: what holds in a call that a program is for. defaults: what the names in them are.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        kinds = inspect.Parameter
+        several = {kinds.VAR_POSITIONAL: "*", kinds.VAR_KEYWORD: "**"}
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+        required = [p for p in parameters if p.default is kinds.empty and p.kind not in several]
+        self.inputs = [p.name for p in required if p.kind is not kinds.KEYWORD_ONLY]
+        self.named_inputs = [p.name for p in required if p.kind is kinds.KEYWORD_ONLY]
+        options = [p for p in parameters if p.default is not kinds.empty]
+        names = {p.name: f"fastops_default_{i}" for i, p in enumerate(options)}
+        self.defaults = {names[p.name]: p.default for p in options}
+        self.declared, self.passed = [], []
+        for p in parameters:
+            by_name = p.kind is kinds.KEYWORD_ONLY
+            if by_name and not any(part.startswith("*") for part in self.declared):
+                self.declared.append("*")
+            stars = several.get(p.kind, "")
+            self.declared.append(f"{stars}{p.name}" + (f"={names[p.name]}" if p.name in names else ""))
+            self.passed.append(f"{p.name}={p.name}" if by_name else f"{stars}{p.name}")
+        self.tests = [f"{name} is {default}" for name, default in names.items()]
+        self.tests += [f"not {p.name}" for p in parameters if p.kind in several]
+        # An input in a trace is never None, and "if mask is None" goes the other way.
+        self.tests += [f"{name} is not None" for name in (*self.inputs, *self.named_inputs)]
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether fastops.freeze has made it: it is called as it is."""
+    return getattr(type(module), "_fastops_frozen", False)
 
 
 def training_of(name: str) -> bool:
@@ -85,7 +124,9 @@ class _Tracer(torch.fx.Tracer):
         return call, [self.root, *proxies]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return super().is_leaf_module(m, module_qualified_name) or isinstance(m, torch.jit.ScriptModule)
+        if isinstance(m, torch.jit.ScriptModule) or is_frozen(m):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         name = self.path_of_module(m)

@@ -5,6 +5,7 @@ take their activation and the residual that is added to them, and images stay in
 """
 
 import copy
+import functools
 import inspect
 import math
 import operator
@@ -25,8 +26,8 @@ import fastops.functional as FF
 import fastops.nn as fnn
 from fastops import _C
 from fastops._activations import ACTIVATIONS, KIND, valid
-from fastops._fusion import activate, in_the_way, rewrite
-from fastops._tracing import reason, trace, training_of
+from fastops._fusion import activate, in_the_way, may_change_something, rewrite
+from fastops._tracing import Signature, is_frozen, reason, trace, training_of
 from fastops.functional._activation import resolve_activation
 from fastops.replace import Row, _check, _listed, _name, replace_
 
@@ -68,18 +69,20 @@ def freeze(model: nn.Module, *, channels_last: bool | None = None) -> nn.Module:
 
     Args:
         model: any module. It stays as it is. Its frozen form is that of model.eval(), with the weights of this moment.
+            A frozen model is returned as it is.
         channels_last: the layout in which images go from convolution to convolution. None: channels_last where the
             model has convolutions in two dimensions and is in float32 or a 16-bit dtype.
 
     Returns:
-        A module that is called as the model is. It has no parameters and cannot be trained; it can be copied, pickled,
+        A module that is called as the model is. It needs no gradients and cannot be trained; it can be copied, pickled,
         moved, exported (torch.export) and compiled. `fastops_report` is a FreezeReport. Results are those of
-        model.eval() but for roundings: a folded batch norm changes the weights before they are rounded.
+        model.eval() but for roundings: a folded batch norm changes the weights before they are rounded. Buffers that
+        the model's forward changes are the frozen model's own.
 
-    Calling it raises RuntimeError if a parameter or buffer of `model` is not what it was: freeze again. A write through
-    .data that leaves out the elements that are looked at (8 of a large tensor) is not noticed. It also raises
-    RuntimeError if its input requires a gradient. Hooks that the model has are called; those that it gets later are
-    not.
+    Calling it raises RuntimeError if a parameter or buffer of `model` is not what it was, or another: freeze again. A
+    write through .data that leaves out the elements that are looked at (8 of a large tensor) is not noticed. It also
+    raises RuntimeError if its input requires a gradient. Hooks that the model has are called; those that it gets later
+    are not.
 
     A frozen layer keeps packed weights for up to four kinds of call (batch sizes and the like), and the model that it
     was made from has its own: it takes memory for speed. Drop the model to free its weights.
@@ -97,66 +100,71 @@ def freeze(model: nn.Module, *, channels_last: bool | None = None) -> nn.Module:
     1 frozen, 1 folded, 0 left, 0 untraced
     """
     _check(model, "freeze")
+    if is_frozen(model):
+        return model
     if channels_last is None:
         channels_last = any(isinstance(m, nn.Conv2d) and m.weight.dtype != torch.float64 for m in model.modules())
     report = FreezeReport()
     frozen = _freeze(model, "", report, channels_last)
-    return FrozenModel(frozen, [*model.named_parameters(), *model.named_buffers()], report)
+    return FrozenModel(frozen, model, report)
 
 
 # ---- the frozen model ------------------------------------------------------------------------------------------------
 
 
 class FrozenModel(nn.Module):
-    """What freeze returns. `model` is a torch.fx.GraphModule, or a copy of the model with frozen children."""
+    """What freeze returns. `model` is a torch.fx.GraphModule, a copy of the model with frozen children, or both."""
 
-    def __init__(self, model: nn.Module, sources: list[tuple[str, Tensor]], report: FreezeReport) -> None:
+    _fastops_frozen = True
+
+    def __init__(self, model: nn.Module, source: nn.Module, report: FreezeReport) -> None:
         super().__init__()
         self.model = model
         self.fastops_report = report
-        self._watch(sources)
+        self._root = weakref.ref(source)
+        self._watch(
+            [
+                (f"{prefix}.{name}" if prefix else name, weakref.ref(module), place, name)
+                for prefix, module in source.named_modules()
+                for place in ("_parameters", "_buffers")
+                if not isinstance(module, torch.jit.ScriptModule)
+                for name in vars(module)[place]
+            ]
+        )
+        self._run: Callable[..., Any] | None = None
         self.train(False)
 
-    def _watch(self, sources: list[tuple[str, Tensor]]) -> None:
-        self._sources = [(name, weakref.ref(tensor), _C.fingerprint([tensor])) for name, tensor in sources]
-        self._tensors = [ref for _, ref, _ in self._sources]
-        self._fingerprint = _C.fingerprint([tensor for _, tensor in sources])
-        self._run: Callable[..., Any] | None = None
+    def _watch(self, sources: list[tuple[str, Any, str, str]]) -> None:
+        """sources: for each tensor of the model its name, and where it is: a reference to the module, dict, key."""
+        self._sources = [(*source, _C.fingerprint([source[1:]])) for source in sources]
+        self._places = [source[1:] for source in sources]
+        self._fingerprint = _C.fingerprint(self._places)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if _is_compiling():
             return self.model(*args, **kwargs)
         state = self.__dict__
-        tensors = [tensor for ref in state["_tensors"] if (tensor := ref()) is not None]
-        if _C.fingerprint(tensors) != state["_fingerprint"]:
+        if _C.fingerprint(state["_places"]) != state["_fingerprint"]:
             self._look_closer()
         run = state["_run"] or self._make_run()
         return run(*args, **kwargs)
 
     def _make_run(self) -> Callable[..., Any]:
-        model = self.model
-        if isinstance(model, GraphModule):
-            forward, quick = type(model).forward, _quick(model)
-            self._run = lambda *args, **kwargs: forward(quick, *args, **kwargs)
-        else:
-            self._run = model.forward
+        self._run = _quick_call(self.model)
         return self._run
 
     def _look_closer(self) -> None:
-        """Raises if a tensor has changed. Otherwise some are gone, and with them the danger."""
+        """Raises if a tensor has changed. Otherwise the model is gone, or what is left of it has not changed."""
         alive = []
-        for name, ref, fingerprint in self._sources:
-            tensor = ref()
-            if tensor is None:
+        for name, module, place, key, fingerprint in self._sources:
+            if module() is None and self._root() is None:
                 continue
-            if _C.fingerprint([tensor]) != fingerprint:
+            if _C.fingerprint([(module, place, key)]) != fingerprint:
                 raise RuntimeError(
                     f"fastops.freeze: '{name}' of the model has changed since it was frozen; call fastops.freeze again"
                 )
-            alive.append((name, tensor))
-        self._sources = [(name, weakref.ref(tensor), _C.fingerprint([tensor])) for name, tensor in alive]
-        self._tensors = [ref for _, ref, _ in self._sources]
-        self._fingerprint = _C.fingerprint([tensor for _, tensor in alive])
+            alive.append((name, module, place, key))
+        self._watch(alive)
 
     def train(self, mode: bool = True) -> "FrozenModel":
         if mode:
@@ -167,8 +175,9 @@ class FrozenModel(nn.Module):
         """Copies and pickles do not know the model that it was made from."""
         return {
             **super().__getstate__(),
+            "_root": _nothing,
             "_sources": [],
-            "_tensors": [],
+            "_places": [],
             "_fingerprint": _C.fingerprint([]),
             "_run": None,
         }
@@ -177,6 +186,19 @@ class FrozenModel(nn.Module):
         super()._apply(*args, **kwargs)
         self._run = None
         return self
+
+
+def _quick_call(model: nn.Module) -> Callable[..., Any]:
+    if isinstance(model, Either):
+        return functools.partial(model.choose, _quick_call(model.graph), model.general)
+    if isinstance(model, GraphModule):
+        forward, quick = type(model).forward, _quick(model)
+        return lambda *args, **kwargs: forward(quick, *args, **kwargs)
+    return model.forward
+
+
+def _nothing() -> None:
+    """A reference to a model that is gone."""
 
 
 def _quick(module: nn.Module) -> Any:
@@ -193,13 +215,122 @@ def _quick(module: nn.Module) -> Any:
     return space
 
 
+class FrozenGraph(GraphModule):
+    """A GraphModule that is pickled as its graph: a trace of its source, as torch.fx does it, may give another one."""
+
+    def __reduce__(self) -> Any:
+        nodes = [
+            (node.op, node.target, *torch.fx.node.map_arg((node.args, node.kwargs), _Reference), node.name)
+            for node in self.graph.nodes
+        ]
+        tensors = {**self._parameters, **self._buffers}
+        return _read_graph, (type(self).__name__, dict(self._modules), tensors, nodes)
+
+
+class _Reference:
+    """A node of a pickled graph."""
+
+    def __init__(self, node: Node) -> None:
+        self.name = node.name
+
+
+def _read_graph(name: str, modules: dict[str, nn.Module], tensors: dict[str, Any], nodes: list[Any]) -> FrozenGraph:
+    root, graph, made = nn.Module(), Graph(), {}
+    root._modules.update(modules)
+    for key, tensor in tensors.items():
+        root.register_buffer(key, tensor)
+    for op, target, args, kwargs, name_of_node in nodes:
+        args, kwargs = torch.fx.node.map_aggregate(
+            (args, kwargs), lambda one: made[one.name] if isinstance(one, _Reference) else one
+        )
+        made[name_of_node] = graph.create_node(op, target, args, kwargs, name_of_node)
+    root.train(False)
+    return FrozenGraph(root, graph, name)
+
+
+class Either(nn.Module):
+    """A model whose forward has options: a graph for their defaults, and for other calls a copy with frozen children.
+
+    The copy is not among the modules: an exported program has no use for its tensors.
+    """
+
+    def __init__(self, graph: GraphModule, general: nn.Module) -> None:
+        super().__init__()
+        self.graph = graph
+        vars(self)["general"] = general
+        self._choose()
+
+    def _choose(self) -> None:
+        signature = Signature(type(self.general).forward)
+        source = f"""\
+def choose({", ".join(["fastops_graph", "fastops_general", *signature.declared])}):
+    if {" and ".join(signature.tests) or "True"}:
+        return fastops_graph({", ".join([*signature.inputs, *signature.named_inputs])})
+    return fastops_general({", ".join(signature.passed)})
+"""
+        space = dict(signature.defaults)
+        exec(compile(source, "<fastops.freeze>", "exec"), space)
+        vars(self)["choose"] = space["choose"]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.choose(self.graph, self.general, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "choose"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._choose()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Either":
+        self.general._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
+
+
+class Apart(nn.Module):
+    """A layer and the batch norm that was folded into it, for the inputs for which that is something else.
+
+    A norm's channels are dimension 1. They are a layer's only if its output has `dims` dimensions; of another one the
+    norm takes those of another dimension, or raises an error.
+    """
+
+    def __init__(self, layer: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        linear = isinstance(layer, nn.Linear)
+        self.dims = 2 if linear else layer.weight.dim()
+        self.others = linear  # whether more dimensions, too, are for the norm
+        self.eps, self.check = norm.eps, type(norm)._check_input_dim
+        # The others' weights are not kept: of an image without a batch the norm raises an error.
+        tensors = {"weight": layer.weight, "bias": layer.bias} if linear or isinstance(layer, nn.Conv1d) else {}
+        tensors |= {"scale": norm.weight, "shift": norm.bias, "mean": norm.running_mean, "var": norm.running_var}
+        for name, tensor in tensors.items():
+            self.register_buffer(name, None if tensor is None else tensor.detach())
+
+    def takes(self, input: Tensor) -> bool:
+        return input.dim() != self.dims and (self.others or input.dim() == self.dims - 1)
+
+    def forward(self, input: Tensor, function: Callable[..., Tensor], options: dict[str, Any]) -> Tensor:
+        if "weight" in self._buffers:
+            input = function(input, self.weight, self.bias, **options)
+        self.check(self, input)
+        return F.batch_norm(input, self.mean, self.var, self.scale, self.shift, False, 0.0, self.eps)
+
+
 class FrozenLayer(nn.Module):
     """One layer: f(layer(input) + residual)."""
 
     def __init__(
-        self, function: str, weight: Tensor, bias: Tensor | None, options: dict[str, Any], activation: Any
+        self,
+        function: str,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: dict[str, Any],
+        activation: Any,
+        apart: Apart | None = None,
     ) -> None:
         super().__init__()
+        self.addition: Callable[[Tensor, Any], Tensor] = operator.add  # of the layer's result and the residual
+        self.register_module("apart", apart)
         self.function, self.options, self.activation = function, options, activation
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach().contiguous())
@@ -226,6 +357,9 @@ class FrozenLayer(nn.Module):
             packed = self.__dict__["_packed"] or self.pack()
             if self.function != "linear" and input.dim() != self.weight.dim():
                 return self.forward(input, residual)
+            apart = self.__dict__["_modules"]["apart"]
+            if apart is not None and apart.takes(input):
+                return self.forward(input, residual)
             y = packed(input, residual)
             if y is not NotImplemented:
                 return y
@@ -233,9 +367,15 @@ class FrozenLayer(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         function = getattr(FF, self.function)
-        if residual is None:
+        apart = self.apart is not None and self.apart.takes(input)
+        if residual is None and not apart:
             return function(input, self.weight, self.bias, **self.options, activation=self.activation)
-        return activate(function(input, self.weight, self.bias, **self.options) + residual, self.activation)
+        y = (
+            self.apart(input, function, self.options)
+            if apart
+            else function(input, self.weight, self.bias, **self.options)
+        )
+        return activate(y if residual is None else self.addition(y, residual), self.activation)
 
     def extra_repr(self) -> str:
         return f"{self.function}, {tuple(self.weight.shape)}, activation={self.activation!r}"
@@ -248,6 +388,15 @@ class FrozenLayer(nn.Module):
         self._packed = None
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._packed = None
+
+
+def _add_to(y: Tensor, residual: Tensor) -> Tensor:
+    residual += y
+    return residual
+
 
 class FrozenMlp(nn.Module):
     """A narrow chain of linear layers, which is one kernel that reads the weights as they are."""
@@ -255,6 +404,7 @@ class FrozenMlp(nn.Module):
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], hidden: Any, output: Any) -> None:
         super().__init__()
         self.hidden, self.output = hidden, output
+        self.layers: nn.ModuleList | tuple[()] = ()  # one by one, where a batch norm has been folded into any
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             self.register_buffer(f"weight{i}", weight.detach().contiguous())
             self.register_buffer(f"bias{i}", None if bias is None else bias.detach().contiguous())
@@ -266,6 +416,8 @@ class FrozenMlp(nn.Module):
 
     def call(self, input: Tensor) -> Tensor:
         """forward, for tensors that are there."""
+        if "layers" in self.__dict__["_modules"] and input.dim() != 2:
+            return self.forward(input)
         if type(input) is Tensor and not (input.requires_grad and torch.is_grad_enabled()):
             arguments = self.__dict__["_arguments"]
             if not arguments:
@@ -279,6 +431,10 @@ class FrozenMlp(nn.Module):
         return self.forward(input)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.layers and input.dim() != 2:
+            for layer in self.layers:
+                input = layer.forward(input)
+            return input
         return FF.mlp(input, *self._tensors(), self.hidden, self.output)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -288,6 +444,10 @@ class FrozenMlp(nn.Module):
         super()._apply(*args, **kwargs)
         self._arguments = ()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._arguments = ()
 
 
 class FrozenInvertedResidual(nn.Module):
@@ -336,6 +496,10 @@ class FrozenInvertedResidual(nn.Module):
         self._packed = None
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._packed = None
+
 
 _NO_GRADIENT = (
     "fastops.freeze: a frozen model has no gradients, but its input requires one. Call it under torch.no_grad(), or "
@@ -346,10 +510,13 @@ _NO_GRADIENT = (
 # ---- freezing --------------------------------------------------------------------------------------------------------
 
 _CONVOLUTIONS = {f"{name}{n}d": getattr(FF, f"{name}{n}d") for name in ("conv", "conv_max_pool") for n in (1, 2, 3)}
-_FOLDS = {cls: layer for name in ("Linear", "Conv1d", "Conv2d", "Conv3d") for cls, layer in (
-    (getattr(nn, name), getattr(nn, name)), (getattr(fnn, name), getattr(nn, name)))}  # fmt: skip
+# The norms that take what a layer gives, where that is a batch.
 _NORMS = {
-    getattr(package, f"BatchNorm{n}d") for package in (nn, fnn) for n in (1, 2, 3) if hasattr(package, f"BatchNorm{n}d")
+    getattr(package, f"BatchNorm{n}d"): {getattr(nn, f"Conv{n}d"), getattr(fnn, f"Conv{n}d")}
+    | ({nn.Linear, fnn.Linear} if n == 1 else set())
+    for package in (nn, fnn)
+    for n in (1, 2, 3)
+    if hasattr(package, f"BatchNorm{n}d")
 }
 _OURS = {getattr(F, name): getattr(FF, name) for name in FF.__all__ if hasattr(F, name)}
 _ADDITIONS = {operator.add, operator.iadd, torch.add}
@@ -358,6 +525,8 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 def _freeze(model: nn.Module, name: str, report: FreezeReport, channels_last: bool) -> nn.Module:
     """A module for inference: a graph, or where none can be traced, a copy with frozen children."""
+    if is_frozen(model):
+        return model
     why = "" if isinstance(model, torch.jit.ScriptModule) else in_the_way(model)
     if not why:
         try:
@@ -365,27 +534,32 @@ def _freeze(model: nn.Module, name: str, report: FreezeReport, channels_last: bo
         except Exception as error:  # whatever a forward raises that is given proxies
             why = reason(error)
         else:
-            return _Freezer(model, graph, name, report, channels_last).run()
-    result = _copy(model)
-    own = not type(model).__module__.startswith(("torch.nn.", "fastops.nn.")) or type(model) in _CONTAINERS
+            frozen = _Freezer(model, graph, name, report, channels_last).run()
+            signature = Signature(type(model).forward)
+            if signature.declared == signature.inputs[:1]:
+                return frozen
+            return Either(frozen, _with_frozen_children(model, name, FreezeReport(), channels_last))
     if type(model) not in _CONTAINERS:
         report.untraced.append(Row(name, _name(type(model)), why))
+    return _with_frozen_children(model, name, report, channels_last)
+
+
+def _with_frozen_children(model: nn.Module, name: str, report: FreezeReport, channels_last: bool) -> nn.Module:
+    result = _copy(model)
+    own = not type(model).__module__.startswith(("torch.nn.", "fastops.nn.")) or type(model) in _CONTAINERS
     if own and not isinstance(model, torch.jit.ScriptModule):
         for child_name, child in model.named_children():
             below = f"{name}.{child_name}" if name else child_name
             result._modules[child_name] = _freeze(child, below, report, channels_last)
+        for key, buffer in result._buffers.items():  # its forward may change them
+            result._buffers[key] = buffer if buffer is None else buffer.clone()
     return result.train(False)
 
 
 def _trace(model: nn.Module) -> Graph:
     """model.forward with the defaults of its options, in eval mode."""
-    kinds = inspect.Parameter
-    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
-    required = [
-        p for p in parameters if p.default is kinds.empty and p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
-    ]
-    inputs = [p.name for p in required if p.kind is not kinds.KEYWORD_ONLY]
-    graph = trace(model, inputs, [p.name for p in required if p.kind is kinds.KEYWORD_ONLY]).graph
+    signature = Signature(type(model).forward)
+    graph = trace(model, signature.inputs, signature.named_inputs).graph
     for node in tuple(graph.nodes):
         if node.target is training_of:
             for user in tuple(node.users):
@@ -396,9 +570,11 @@ def _trace(model: nn.Module) -> Graph:
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """A copy that shares its tensors."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    """A copy that shares the memory of its tensors, needs no gradient, and moves alone."""
+    memo: dict[int, Any] = {id(one): one.detach() for one in module.buffers()}
+    memo |= {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in module.parameters()}
+    memo |= {id(one): one for one in module.modules() if isinstance(one, torch.jit.ScriptModule) or is_frozen(one)}
+    return copy.deepcopy(module, memo)
 
 
 class _Freezer:
@@ -407,6 +583,8 @@ class _Freezer:
         self.prefix = f"{name}." if name else ""
         # A flat module with what the graph names, to which new modules can be added; and what the model calls them.
         self.names: dict[str, str] = {}
+        self.apart: dict[str, Apart] = {}  # by the name of the folded layer
+        self.relaid: set[str] = set()  # the convolutions that give channels_last where the model's do not
         self.module = nn.Module()
         self.module.train(False)
         for node in graph.nodes:
@@ -429,22 +607,28 @@ class _Freezer:
         return name
 
     def run(self) -> GraphModule:
-        self.graph._tracer_cls = None  # a copy of a GraphModule is traced again, by torch.fx's own tracer
         self._fold()
         rewrite(graph_module := GraphModule(self.module, self.graph))
         self.module, self.graph = graph_module, graph_module.graph
         for node in tuple(self.graph.nodes):
             self._freeze_call(node)
             node.target = _OURS.get(node.target, node.target) if node.op == "call_function" else node.target
+        changes = may_change_something(graph_module)
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and any(user.args[:1] == (node,) and changes(user) for user in node.users):
+                self.module._buffers[node.target] = self.module._buffers[node.target].clone()
         for node in tuple(self.graph.nodes):
-            self._join_addition(node)
+            self._join_addition(node, changes)
         if self.channels_last:
             for node in tuple(self.graph.nodes):
-                self._join_block(node)
+                self._join_block(node, changes)
+        for node in tuple(self.graph.nodes):
+            if node.op == "get_attr" and not node.users:
+                self.graph.erase_node(node)
+        self._restore_layouts()
         self._take_children()
-        self.graph.eliminate_dead_code(lambda node: node.op not in ("get_attr", "placeholder") and node.is_impure())
         self.graph.lint()
-        result = GraphModule(self.module, self.graph, type(self.source).__name__)
+        result = FrozenGraph(self.module, self.graph, type(self.source).__name__)
         result.train(False)
         return result
 
@@ -460,7 +644,8 @@ class _Freezer:
             before = node.args[0]
             layer = modules.get(before.target) if isinstance(before, Node) and before.op == "call_module" else None
             if (
-                type(layer) not in _FOLDS
+                type(layer) not in _NORMS[type(norm)]
+                or len(layer.weight) != len(norm.running_mean)
                 or len(before.users) != 1
                 or in_the_way(layer)
                 or getattr(layer, "activation", None)
@@ -468,6 +653,7 @@ class _Freezer:
                 continue
             target = f"{before.target}_{node.name}"
             self.module.add_module(target, _folded(layer, norm))
+            self.apart[target] = Apart(layer, norm)
             self.names[target] = self.names[before.target]
             self.report.folded.append(Row(self.names[node.target], _name(type(norm)), self.names[before.target]))
             before.target = target
@@ -502,14 +688,18 @@ class _Freezer:
         self, node: Node, function: str, input: Node, weight: Node, bias: Node | None, options: dict[str, Any], f: Any
     ) -> Node:
         w = _attribute(self.module, weight.target)
+        relaid = function == "conv2d" and self.channels_last and w.is_contiguous()
         if function == "conv2d" and self.channels_last:
             w = w.contiguous(memory_format=torch.channels_last)
-        layer = FrozenLayer(function, w, None if bias is None else _attribute(self.module, bias.target), options, f)
+        b = None if bias is None else _attribute(self.module, bias.target)
+        layer = FrozenLayer(function, w, b, options, f, self._apart_of(weight))
         told = self._name_of(weight)
         name = told.removeprefix(self.prefix).replace(".", "_")
         while hasattr(self.module, name):
             name += "_frozen"
         self.module.add_module(name, layer)
+        if relaid:
+            self.relaid.add(name)
         with self.graph.inserting_before(node):
             new = self.graph.call_module(name, (input,))
         node.replace_all_uses_with(new)
@@ -517,6 +707,9 @@ class _Freezer:
         result = function + (f", activation={f!r}" if f is not None else "")
         self.report.frozen.append(Row(told, function, result))
         return new
+
+    def _apart_of(self, weight: Node) -> Apart | None:
+        return self.apart.get(weight.target.rpartition(".")[0])
 
     def _name_of(self, weight: Node) -> str:
         """What the model calls the layer with this weight."""
@@ -535,7 +728,15 @@ class _Freezer:
         dtype = _attribute(self.module, weights[0].target).dtype
         if max(max(shape) for shape in shapes) <= _NARROW and dtype in (torch.float32, torch.float64):
             tensors = [[one and _attribute(self.module, one.target) for one in ones] for ones in (weights, biases)]
-            self.module.add_module(f"{name}_mlp", FrozenMlp(*tensors, hidden, output))
+            mlp = FrozenMlp(*tensors, hidden, output)
+            if any(self._apart_of(weight) for weight in weights):
+                fs = [hidden] * (len(weights) - 1) + [output]
+                del mlp.layers
+                mlp.layers = nn.ModuleList(
+                    FrozenLayer("linear", w, b, {}, f, self._apart_of(weight))
+                    for w, b, f, weight in zip(*tensors, fs, weights, strict=True)
+                )
+            self.module.add_module(f"{name}_mlp", mlp)
             with self.graph.inserting_before(node):
                 new = self.graph.call_module(f"{name}_mlp", (input,))
             node.replace_all_uses_with(new)
@@ -562,7 +763,7 @@ class _Freezer:
         alone = isinstance(layer, FrozenLayer) and layer.activation is None and "pool_size" not in layer.options
         return layer if alone and sum(other.target == node.target for other in self.graph.nodes) == 1 else None
 
-    def _join_addition(self, node: Node) -> None:
+    def _join_addition(self, node: Node, changes: Callable[[Node], bool]) -> None:
         """layer(x) + y, and an activation of that, become one call of the layer."""
         if node.op != "call_function" or node.target not in _ADDITIONS or node.kwargs or len(node.args) != 2:
             return
@@ -571,15 +772,19 @@ class _Freezer:
         if not found or not all(isinstance(operand, Node) for operand in node.args):
             return
         _, call, other = max(found, key=lambda entry: entry[0])  # the later one, when the other is there
-        if other is call or any(
-            order[call] < order[one] < order[node] and _changes_something(one) for one in self.graph.nodes
-        ):
+        addition = operator.add
+        if node.target is operator.iadd:
+            addition = operator.iadd if call is node.args[0] else _add_to
+        if other is call or (addition is _add_to and not self._frozen(other)):  # others may see that it changes
+            return
+        if any(order[call] < order[one] < order[node] and changes(one) for one in self.graph.nodes):
             return
         layer = self._frozen(call)
+        layer.addition = addition
         nodes = [node]
         user = next(iter(node.users)) if len(node.users) == 1 else None
         f = _activation_of(user)
-        if f is not None:
+        if f is not None and not any(order[node] < order[one] < order[user] and changes(one) for one in order):
             layer.activation = f
             nodes.append(user)
         with self.graph.inserting_before(node):
@@ -590,7 +795,7 @@ class _Freezer:
 
     # ---- inverted residuals
 
-    def _join_block(self, node: Node) -> None:
+    def _join_block(self, node: Node, changes: Callable[[Node], bool]) -> None:
         """A depthwise convolution and the 1x1 convolutions around it become one call."""
         depthwise = self._only_call(node)
         if depthwise is None or not _is_depthwise(depthwise) or len(node.args) != 1:
@@ -606,10 +811,12 @@ class _Freezer:
             return
         first, last = before if expand else node, after if project else node
         order = {one: i for i, one in enumerate(self.graph.nodes)}
-        if any(order[first] < order[one] < order[last] and _changes_something(one) for one in self.graph.nodes):
+        if any(order[first] < order[one] < order[last] and changes(one) for one in self.graph.nodes):
             return
         name = f"{first.target}_block"
         self.module.add_module(name, FrozenInvertedResidual(expand, depthwise, project))
+        if last.target in self.relaid:
+            self.relaid.add(name)
         with self.graph.inserting_before(last):
             new = self.graph.call_module(name, (first.args[0], *(last.args[1:] if project else ())))
         last.replace_all_uses_with(new)
@@ -625,11 +832,39 @@ class _Freezer:
         once = sum(other.target == node.target for other in self.graph.nodes) == 1
         return layer if once and isinstance(layer, FrozenLayer) and layer.function == "conv2d" else None
 
+    # ---- layouts
+
+    def _restore_layouts(self) -> None:
+        """What is channels_last here and is not in the model gets the model's layout where somebody can see it."""
+        placeholders = tuple(node for node in self.graph.nodes if node.op == "placeholder")
+        other: set[Node] = set()  # what may be in another layout
+        seen: set[Node] = set()
+        for node in tuple(self.graph.nodes):
+            seen.add(node)
+            module = self.module._modules.get(node.target) if node.op == "call_module" else None
+            if isinstance(module, FrozenLayer | FrozenMlp | FrozenInvertedResidual):
+                if node.target in self.relaid:
+                    other.add(node)
+                continue
+            inputs = [one for one in node.all_input_nodes if one in other]
+            if not _sees_layout(node, module):
+                if inputs and not _is_size(node):
+                    other.add(node)
+                continue
+            for one in inputs:
+                later = [user for user in one.users if user is node or user not in seen]
+                with self.graph.inserting_before(node):
+                    restored = self.graph.call_function(_in_the_layout_of, (one, *placeholders))
+                for user in later:
+                    user.replace_input_with(one, restored)
+
     def _take_children(self) -> None:
         """Modules that are called as they are: copies in eval mode, themselves frozen where they can be."""
         for node in self.graph.nodes:
             module = self.module._modules.get(node.target) if node.op in ("call_module", "get_attr") else None
             if module is None or isinstance(module, FrozenLayer | FrozenMlp | FrozenInvertedResidual | _Child):
+                continue
+            if is_frozen(module):
                 continue
             if node.op == "get_attr":  # a batch norm that is called by its function
                 self.module._modules[node.target] = _copy(module).train(False)
@@ -642,6 +877,47 @@ class _Freezer:
             else:
                 frozen = _freeze(module, name, self.report, self.channels_last)
                 self.module._modules[node.target] = _Child(frozen)
+
+
+def _sees_layout(node: Node, module: nn.Module | None) -> bool:
+    """Whether strides matter to what a node calls, or may."""
+    if node.op == "call_module":
+        return not type(module).__module__.startswith(("torch.nn.", "fastops.nn."))
+    if node.op == "call_method":
+        return node.target in _LAYOUT_METHODS
+    if node.op == "call_function":
+        if node.target is getattr:
+            return node.args[1] not in _SIZES
+        package = getattr(node.target, "__module__", "") or "torch"
+        return node.target in _LAYOUT_FUNCTIONS or not package.startswith(("torch", "_operator", "fastops"))
+    return node.op == "output"
+
+
+_LAYOUT_FUNCTIONS = {torch.as_strided, torch.view_copy, torch.as_strided_copy}
+_LAYOUT_METHODS = {
+    "view", "view_as", "as_strided", "as_strided_", "stride", "is_contiguous", "data_ptr", "numpy", "storage",
+    "untyped_storage", "resize_", "set_", "dim_order", "__dlpack__",
+}  # fmt: skip
+_SIZES = {"shape", "dtype", "device", "ndim"}
+
+
+def _is_size(node: Node) -> bool:
+    """What a node gives is no tensor."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    return node.op == "call_function" and node.target is getattr
+
+
+def _in_the_layout_of(value: Any, *inputs: Any) -> Any:
+    """value as it is in the model: contiguous, but if an input of the model is channels_last."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_in_the_layout_of(one, *inputs) for one in value)
+    if not isinstance(value, Tensor) or value.is_contiguous():
+        return value
+    for one in inputs:  # vmap knows no is_contiguous(memory_format=torch.channels_last)
+        if isinstance(one, Tensor) and one.dim() == 4 and one.stride(1) == 1 and not one.is_contiguous():
+            return value
+    return value.contiguous()
 
 
 class _Child(nn.Module):
@@ -719,12 +995,3 @@ def _activation_of(node: Node | None) -> Any:
     name = node.target.__name__
     plain = node.kwargs.keys() <= {"inplace"} and all(type(one) is bool for one in node.args[1:])
     return name if plain and name in names and valid(*resolve_activation(name)) else None
-
-
-def _changes_something(node: Node) -> bool:
-    name = getattr(node.target, "__name__", str(node.target))
-    return (
-        name.endswith("_")
-        or bool(node.kwargs.get("inplace"))
-        or name in ("iadd", "isub", "imul", "itruediv", "setitem")
-    )

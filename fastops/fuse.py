@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fastops import _C
 from fastops._fusion import HOOKS, Finding, rewrite
-from fastops._tracing import reason, trace, training_of
+from fastops._tracing import Signature, is_frozen, reason, trace, training_of
 from fastops.replace import Report, Row, _check, _listed, _name, _replace
 
 __all__ = ["FusionReport", "fuse"]
@@ -125,7 +125,7 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
     """A copy.deepcopy that shares parameters, buffers and whatever else is a tensor."""
     shared: dict[int, Any] = {}
     for module in model.modules():
-        if isinstance(module, torch.jit.ScriptModule):
+        if isinstance(module, torch.jit.ScriptModule) or is_frozen(module):
             shared[id(module)] = module
         buffers = module._buffers
         shared[id(buffers)] = buffers  # the dict itself: a move of either model gives both the moved buffers
@@ -147,7 +147,7 @@ def _copy_of_modules(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Modu
     """New modules with the same attributes; only what nn.Module keeps is copied."""
     if id(module) in copies:
         return copies[id(module)]
-    if isinstance(module, torch.jit.ScriptModule):
+    if isinstance(module, torch.jit.ScriptModule) or is_frozen(module):
         return module
     result = type(module).__new__(type(module))
     copies[id(module)] = result
@@ -216,50 +216,17 @@ def _fused_class(cls: type) -> type:
     return type(f"Fused{cls.__name__}", (_Fused, cls), attributes)
 
 
-class _Signature:
-    """The arguments of a forward.
-
-    inputs, named_inputs: those that have to be given, the latter by keyword.
-    options: those that have a default; a program is written for that.
-    """
-
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        kinds = inspect.Parameter
-        self.parameters = list(inspect.signature(forward).parameters.values())[1:]
-        required = [p for p in self.parameters if p.default is kinds.empty and p.kind not in _REST]
-        self.inputs = [p.name for p in required if p.kind is not kinds.KEYWORD_ONLY]
-        self.named_inputs = [p.name for p in required if p.kind is kinds.KEYWORD_ONLY]
-        self.options = [p for p in self.parameters if p.default is not kinds.empty]
-        self.rest = [p.name for p in self.parameters if p.kind in _REST]
-
-
-_REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
-
 def _forward_of(cls: type) -> Callable[..., Any] | None:
     """forward with cls' signature: the program where it holds, else cls' own forward."""
     plain = cls.forward
     if not inspect.isfunction(plain) or plain is nn.Module.forward:
         return None
-    signature = _Signature(plain)
-    names = {f"fastops_default_{i}": p.default for i, p in enumerate(signature.options)}
-    defaults = dict(zip((p.name for p in signature.options), names, strict=True))
-    parts, passed, bare = [], [], False
-    for p in signature.parameters:
-        stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(p.kind, "")
-        by_name = p.kind is inspect.Parameter.KEYWORD_ONLY
-        if by_name and not bare and not any(part.startswith("*") for part in parts):
-            parts.append("*")
-        bare = bare or by_name
-        parts.append(f"{stars}{p.name}" + (f"={defaults[p.name]}" if p.name in defaults else ""))
-        passed.append(f"{p.name}={p.name}" if by_name else f"{stars}{p.name}")
-    tests = [f"{name} is {default}" for name, default in defaults.items()]
-    tests += [f"not {name}" for name in signature.rest]
+    signature = Signature(plain)
     inputs = ", ".join(["self", *signature.inputs, *signature.named_inputs])
     source = f"""\
-def forward({", ".join(["self", *parts])}):
+def forward({", ".join(["self", *signature.declared])}):
     program = self.__dict__["_fastops_program"]
-    if {" and ".join(["program is not None", *tests])}:
+    if {" and ".join(["program is not None", *signature.tests])}:
         if is_compiling():
             return program.portable({inputs})
         if unchanged(program.watched, self):
@@ -267,9 +234,15 @@ def forward({", ".join(["self", *parts])}):
         program = again(self)
         if program is not None:
             return program.run({inputs})
-    return plain({", ".join(["self", *passed])})
+    return plain({", ".join(["self", *signature.passed])})
 """
-    space = {**names, "is_compiling": _is_compiling, "unchanged": _C.unchanged, "again": _again, "plain": plain}
+    space = {
+        **signature.defaults,
+        "is_compiling": _is_compiling,
+        "unchanged": _C.unchanged,
+        "again": _again,
+        "plain": plain,
+    }
     return _compiled(source, space, plain)
 
 
@@ -368,6 +341,8 @@ def _fuse(module: nn.Module, name: str, report: FusionReport) -> None:
 
 def _is_layer(module: nn.Module) -> bool:
     """What torch.fx calls, and does not look into."""
+    if is_frozen(module):
+        return True
     return torch.fx.Tracer().is_leaf_module(module, "") and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
 
@@ -381,7 +356,7 @@ def _write(module: nn.Module, report: FusionReport | None, name: str = "") -> di
         if not inspect.isfunction(cls.forward) or "forward" in vars(module):
             raise _NotTraced("its forward has been overridden")
         object.__setattr__(module, "__class__", cls)
-        signature = _Signature(cls.forward)
+        signature = Signature(cls.forward)
         traced = trace(module, signature.inputs, signature.named_inputs)
         findings, program = _program(module, traced.graph, signature.named_inputs)
     except Exception as error:

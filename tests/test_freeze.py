@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import itertools
+import operator
 import pickle
 import random
 
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from compare import exact
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import fastops
 import fastops.functional as FF
@@ -177,6 +180,239 @@ def test_bits_for_1_and_2_threads():
     exact(*results)
 
 
+class Does(nn.Module):
+    """forward is a function of the module and its input."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        self.forward_of = forward
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.forward_of(self, x)
+
+
+def changed(x, *_):
+    return x
+
+
+WRITES = {
+    "x += layer(x)": lambda m, x: changed(operator.iadd(x, m.layer(x))) * 2,
+    "x += layer(x), relu": lambda m, x: F.relu(operator.iadd(x, m.layer(x))),
+    "y += layer(x), and y": lambda m, x: (y := x * 1) + operator.iadd(y, m.layer(x)),
+    "layer(x), mul_": lambda m, x: changed(y := m.layer(x), y.mul_(2)),
+    "layer(x), +=": lambda m, x: changed(y := m.layer(x), operator.iadd(y, 1)),
+    "layer(x), a view's relu_": lambda m, x: changed(y := m.layer(x), y[:2].relu_()),
+    "layer(x), a view's leaky_relu": lambda m, x: changed(y := m.layer(x), F.leaky_relu(y[:2], 0.1, True)),
+    "layer(x), a view's module": lambda m, x: changed(y := m.layer(x), m.relu(y[:2])),
+    "layer(x), a view, relu_": lambda m, x: changed((y := m.layer(x)).flatten(2), y.relu_()) + 0,
+    "layer(x), x.mul_, relu": lambda m, x: F.relu(changed(m.layer(x), x.mul_(3))),
+    "layer(x), x.mul_, + x": lambda m, x: changed(m.layer(x), x.mul_(3)) + x,
+    "layer(x), relu_ of x, relu": lambda m, x: F.relu(changed(m.layer(x), F.relu(x, True))),
+    "layer(x), z.mul_, + z": lambda m, x: changed(m.layer(x), (z := x * 2).mul_(3)) + z,
+    "layer(x), x.zero_, max_pool": lambda m, x: F.max_pool2d(changed(m.layer(x), x.zero_()), 2),
+    "layer(x), max_pool, x.zero_, relu": lambda m, x: F.relu(changed(F.max_pool2d(m.layer(x), 2), x.zero_())),
+    "norm(x), x.zero_, relu": lambda m, x: F.relu(changed(m.norm(x), x.zero_())),
+    "norm(x) + x, x.zero_, relu": lambda m, x: F.relu(changed(m.norm(x) + x, x.zero_())),
+    "layer twice, x.zero_ in between": lambda m, x: m.layer(changed(F.relu(m.layer(x)), x.zero_())),
+    "layer(x) + a row": lambda m, x: F.relu(m.layer(x) + x[..., :1, :]),
+    "layer(x) + more": lambda m, x: F.relu(m.layer(x) + x.unsqueeze(0)),
+    "layer(x) + float64": lambda m, x: F.relu(m.layer(x) + x.double()),
+    "layer(x) += float64": lambda m, x: F.relu(operator.iadd(m.layer(x), x.double())),
+    "layer(x) + integers": lambda m, x: F.relu(m.layer(x) + x.long()),
+    "layer(x) + a size": lambda m, x: F.relu(m.layer(x) + x.shape[0]),
+    "layer(x) += layer(x) of more rows": lambda m, x: F.relu(operator.iadd(m.layer(x), m.layer(x[:1]))),
+}
+
+
+@pytest.mark.parametrize("way", ["fuse", "freeze", "both"])
+def test_what_is_written_to_in_between(way):
+    make = {"fuse": fastops.fuse, "freeze": fastops.freeze, "both": lambda m: fastops.freeze(fastops.fuse(m))}[way]
+    layers = [(nn.Linear(6, 6), (2, 4, 6, 6)), (nn.Conv2d(4, 4, 3, padding=1), (2, 4, 6, 6))]
+    for (layer, size), (name, forward) in itertools.product(layers, WRITES.items()):
+        model = prepared(Does(forward, layer=layer, norm=nn.BatchNorm2d(4), relu=nn.ReLU(inplace=True)))
+        x, same_x = (torch.randn(size) for _ in range(2))
+        same_x.copy_(x)
+        with torch.no_grad():
+            expected, y = model(x), make(model)(same_x)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(same_x, x, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_batch_norms_of_other_dimensions():
+    """A norm's channels are dimension 1, those of a linear layer the last one."""
+    linear, narrow = nn.Linear(8, 16), nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16))
+    wide = nn.Sequential(nn.Linear(8, 160), nn.BatchNorm1d(160), nn.ReLU(), nn.Linear(160, 16))
+    conv = nn.Sequential(nn.Conv1d(8, 16, 3, padding=1, padding_mode="circular"), nn.BatchNorm1d(16))
+    for model, sizes, refused in (
+        (nn.Sequential(linear, nn.BatchNorm1d(16)), [(4, 8), (4, 16, 8)], [(8,), (4, 5, 8), (2, 4, 16, 8)]),
+        (nn.Sequential(linear, nn.BatchNorm1d(5)), [(4, 5, 8)], [(4, 8)]),
+        (narrow, [(4, 8), (4, 16, 8)], [(8,), (4, 5, 8)]),
+        (wide, [(4, 8), (4, 160, 8)], [(8,), (4, 5, 8)]),
+        (conv, [(4, 8, 16), (8, 16), (4, 8, 5)], [(8, 5)]),
+    ):
+        prepared(model)
+        frozen = fastops.freeze(model)
+        copies = [frozen, pickle.loads(pickle.dumps(frozen)), copy.deepcopy(frozen)]
+        for one, size in itertools.product(copies, sizes):
+            agrees(model, torch.randn(size), frozen=one)
+        for size in refused:
+            x = torch.randn(size)
+            with torch.no_grad(), pytest.raises((ValueError, RuntimeError)) as theirs:
+                model(x)
+            with torch.no_grad(), pytest.raises(theirs.type):
+                frozen(x)
+        assert not any(parameter.requires_grad for parameter in frozen.parameters())
+        moved = copies[1].double()(x := torch.randn(sizes[-1]).double())
+        torch.testing.assert_close(moved, copy.deepcopy(model).double()(x), rtol=1e-5, atol=1e-5)
+
+
+class Options(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x, mask, scale=1.0, *rest, flag=False, **more):
+        y = torch.relu(self.layer(x))
+        if mask is not None:
+            y = y * mask
+        if flag:
+            y = self.norm(y)
+        for one in (*rest, *more.values()):
+            y = y + one
+        return y * scale
+
+
+@pytest.mark.parametrize("make", [fastops.freeze, fastops.fuse])
+def test_it_is_called_as_the_model_is(make):
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Options()
+
+        def forward(self, x):
+            return self.inner(x, None) + self.inner(x, x, flag=True, other=x)
+
+    x, plain = torch.randn(4, 8), Options().eval()
+    for model in (make(plain), copy.deepcopy(make(plain)), pickle.loads(pickle.dumps(make(plain)))):
+        with torch.no_grad():
+            for args, options in (
+                ((x, None), {}), ((x, x), {}), ((x, x, 2.0), {}), ((x, x, 2.0, x), {}), ((x,), {"mask": x}),
+                ((), {"x": x, "mask": None, "scale": 3}), ((x, x), {"flag": True}), ((x, x), {"other": x}),
+            ):  # fmt: skip
+                torch.testing.assert_close(model(*args, **options), plain(*args, **options))
+            for wrong in ((), (x,)):
+                with pytest.raises(TypeError):
+                    model(*wrong)
+            if make is fastops.freeze:
+                assert model.double()(x.double(), x.double(), flag=True).dtype == torch.float64
+    agrees(Outer().eval(), x) if make is fastops.freeze else None
+
+
+def test_models_with_a_frozen_part():
+    part, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.LayerNorm(8)).eval(), torch.randn(4, 8)
+    frozen = fastops.freeze(part)
+    assert fastops.freeze(frozen) is frozen
+    model = nn.Sequential(frozen, nn.Linear(8, 3), nn.ReLU())
+    with torch.no_grad():
+        expected = nn.Sequential(part, *model[1:])(x)
+        for way in (fastops.freeze, fastops.fuse, lambda m: fastops.freeze(fastops.fuse(m))):
+            torch.testing.assert_close((way(model))(x), expected)
+        ways = [fastops.freeze(model), fastops.fuse(model)]
+        part[0].weight.add_(1)
+        for one in ways:
+            with pytest.raises(RuntimeError, match="has changed since it was frozen"):
+                one(x)
+
+
+def test_it_shares_nothing_that_changes():
+    """A frozen model has its own counters, its own dtype, and no gradients."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+            self.register_buffer("count", torch.zeros(1))
+            self.register_buffer("table", torch.eye(8).to_sparse())
+
+        def forward(self, x):
+            if self.decides and x.sum() > 1e9:
+                return x
+            self.count.add_(1)
+            return self.norm(self.layer(x)) * self.count
+
+    for decides in (False, True):
+        Counts.decides = decides
+        model, x = Counts().eval(), torch.randn(4, 8)
+        frozen = fastops.freeze(model)
+        assert not frozen(x).requires_grad
+        ours = [frozen(x) for _ in range(3)]
+        theirs = [model(x) for _ in range(4)][1:]
+        torch.testing.assert_close(ours, theirs)
+        fastops.freeze(model).double()
+        assert model.norm.weight.dtype is torch.float32
+        assert model.norm.weight.requires_grad
+
+
+SEES = {
+    "view": lambda m, x: m.conv(x).view(x.size(0), -1),
+    "view of an activation": lambda m, x: F.relu(m.norm(m.conv(x))).view(x.size(0), -1),
+    "view as": lambda m, x: m.conv(x).view_as(x),
+    "a view that is written to": lambda m, x: changed(y := m.conv(x), y.view(-1).relu_()),
+    "as_strided": lambda m, x: m.conv(x).as_strided((3, 4), (4, 1)),
+    "torch.as_strided": lambda m, x: torch.as_strided(m.conv(x), (3, 4), (4, 1)),
+    "is_contiguous": lambda m, x: x * m.conv(x).is_contiguous(),
+    "data": lambda m, x: m.conv(x).data.view(-1),
+    "a module": lambda m, x: m.views(m.conv(x)),
+    "outputs": lambda m, x: torch.stack([one.view(-1) for one in m.several(m.conv(x))]),
+}
+
+
+class Several(nn.Module):
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        return [x, (x, x)][1]
+
+
+class Views(nn.Module):
+    def forward(self, x):
+        return x.view(-1) if x.sum() < 1e9 else x
+
+
+def test_what_sees_the_layout():
+    for name, forward in SEES.items():
+        model = prepared(Does(forward, conv=nn.Conv2d(4, 4, 3, padding=1), norm=nn.BatchNorm2d(4)))
+        model.views, model.several = Views(), Several()
+        for x in (torch.randn(2, 4, 5, 6), torch.randn(2, 4, 5, 6).contiguous(memory_format=torch.channels_last)):
+            try:
+                with torch.no_grad():
+                    expected = model(x)
+            except RuntimeError:  # of a view of what is channels_last in the model, too
+                continue
+            frozen = agrees(model, x)
+            with torch.no_grad():
+                assert frozen(x).stride() == expected.stride(), name
+            agrees(model, x, frozen=copy.deepcopy(frozen))
+
+
+def test_files_hold_the_graph():
+    """Not its source: a trace of that goes through functions that decide by their input."""
+    model = prepared(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Softplus(2.0), nn.MaxPool2d(2)))
+    read = pickle.loads(pickle.dumps(fastops.freeze(model)))
+    agrees(model, torch.randn(2, 4, 9, 9), frozen=pickle.loads(pickle.dumps(read)))
+
+
+def test_its_own_state():
+    frozen, other = (fastops.freeze(prepared(Net())) for _ in range(2))
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        other(x)
+        other.load_state_dict(frozen.state_dict())
+        exact(other(x), frozen(x))
+
+
 # ---- a model that changes --------------------------------------------------------------------------------------------
 
 
@@ -186,12 +422,19 @@ def changes():
     yield "data in place", lambda m: m.head.weight.data.mul_(2)
     yield "data", lambda m: setattr(m.head.weight, "data", m.head.weight.data.clone())
     yield "running mean", lambda m: m.block.bn1.running_mean.add_(1)
+    yield "assigned state", lambda m: m.load_state_dict(prepared(Net()).state_dict(), assign=True)
+    yield "another parameter", lambda m: setattr(m.head, "weight", nn.Parameter(torch.zeros(10, 32)))
+    yield "no bias", lambda m: setattr(m.head, "bias", None)
+    yield "another layer", lambda m: setattr(m, "head", nn.Linear(32, 10))
+    yield "parametrized", lambda m: parametrizations.weight_norm(m.head)
     yield "one step of training", lambda m: m.train()(torch.randn(4, 3, 16, 16))
 
 
 @pytest.mark.parametrize("change", [one for _, one in changes()], ids=[name for name, _ in changes()])
-def test_a_changed_model_is_noticed(change):
+@pytest.mark.parametrize("held", [False, True], ids=["", "its tensors are held"])
+def test_a_changed_model_is_noticed(change, held):
     model = prepared(Net())
+    kept = [*model.parameters()] if held else []
     frozen = fastops.freeze(model)
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
@@ -199,6 +442,7 @@ def test_a_changed_model_is_noticed(change):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     change(model)
+    del kept
     with torch.no_grad():
         with pytest.raises(RuntimeError, match="has changed since it was frozen"):
             frozen(x)
@@ -275,7 +519,9 @@ def test_no_batch_and_other_first_calls():
     with torch.inference_mode():
         y = frozen(torch.randn(1, 3, 9, 9))
     with torch.no_grad():
-        assert frozen(torch.randn(3, 9, 9)).shape == (8, 7, 7)
+        with pytest.raises(ValueError, match="expected 4D input"):
+            frozen(torch.randn(3, 9, 9))
+        agrees(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.randn(3, 9, 9))
         assert frozen(torch.randn(0, 3, 9, 9)).shape == (0, 8, 7, 7)
         with torch.autocast("cpu", torch.bfloat16):
             assert frozen(torch.randn(1, 3, 9, 9)).dtype == torch.bfloat16

@@ -91,6 +91,11 @@ Tensor run_packed(PackedPlans<Call>& plans, Call call, const Pointers& pointers,
   return f.kind == ActivationKind::identity ? y : activation_forward(y, f, false).y;
 }
 
+// Whether there is no residual, or one that a kernel can add.
+bool is_like_output(const Tensor& residual, at::IntArrayRef sizes, at::ScalarType type) {
+  return !residual.defined() || (residual.sizes() == sizes && residual.scalar_type() == type && residual.is_cpu());
+}
+
 class FrozenConv {
  public:
   FrozenConv(const Tensor& weight, const optional<Tensor>& bias, const ConvArguments& arguments, Activation f)
@@ -107,7 +112,7 @@ class FrozenConv {
     const auto type = weight_.scalar_type();
     const ConvSizes sizes = out_sizes(conv);
     check_operand(input, type, in_sizes(conv), "input");
-    if (residual.defined()) check_operand(residual, type, sizes, "residual");
+    if (!is_like_output(residual, sizes, type)) return {};
     const Tensor x = in_layout(input, conv), w = weight_in_layout(weight_, conv);
     const Tensor added = residual.defined() ? in_layout(residual, conv) : Tensor();
     const Tensor y = empty_in(sizes, conv.layout, type);
@@ -216,8 +221,7 @@ class FrozenLinear {
                 input.sizes());
     c10::DimVector sizes(input.sizes());
     sizes.back() = n;
-    TORCH_CHECK(!residual.defined() || (residual.sizes() == sizes && residual.scalar_type() == type),
-                "linear: residual must have the output's shape ", sizes, " and dtype");
+    if (!is_like_output(residual, sizes, type)) return {};
     const Tensor y = empty_output(sizes, type);
     if (y.numel() == 0) return y;
     const int64_t m = y.numel() / n;
@@ -339,8 +343,8 @@ class FrozenInvertedResidual {
   PackedPlans<InvertedResidualForward> plans_;
 };
 
-// NotImplemented for what is not plain: compiled, traced, on another device. Then the caller computes the layer by its
-// op.
+// NotImplemented for what is not plain: compiled, traced, on another device, a residual that is broadcast. Then the
+// caller computes the layer by its op.
 template <class Layer>
 py::object call_frozen(Layer& layer, py::handle input, py::handle residual) {
   if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr()) ||
@@ -353,22 +357,26 @@ py::object call_frozen(Layer& layer, py::handle input, py::handle residual) {
               "fastops.freeze: a frozen model has no gradients, but its input requires one. Call it under ",
               "torch.no_grad(), or use the model that it was made from");
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const Tensor y = without_gil([] { return "frozen"; }, [&] { return layer.forward(x, added); }, x);
-  return y.defined() ? wrap(y) : not_implemented();
+  Tensor y = without_gil([] { return "frozen"; }, [&] { return layer.forward(x, added); }, x);
+  return y.defined() ? wrap(std::move(y)) : not_implemented();
 }
 
-// What changes with a tensor: its memory, its version, and some of its elements, for writes through .data, of which
-// the version knows nothing.
-uint64_t fingerprint(const std::vector<Tensor>& tensors) {
-  constexpr int64_t kElements = 8;
+// What changes with a tensor: which it is, its memory, its version, and some of its elements, for writes through .data,
+// of which the version knows nothing.
+struct Fingerprint {
   uint64_t value = 0;
-  const auto mix = [&](uint64_t next) { value = (value ^ next) * 0x9e3779b97f4a7c15u + (value >> 29); };
-  for (const Tensor& tensor : tensors) {
-    mix(reinterpret_cast<uint64_t>(tensor.const_data_ptr()));
+
+  void mix(uint64_t next) { value = (value ^ next) * 0x9e3779b97f4a7c15u + (value >> 29); }
+
+  void mix(const Tensor& tensor) {
+    constexpr int64_t kElements = 8;
+    mix(reinterpret_cast<uint64_t>(tensor.unsafeGetTensorImpl()));
     if (!tensor.is_inference()) mix(static_cast<uint64_t>(tensor._version()));
-    const int64_t size = static_cast<int64_t>(tensor.element_size());
-    const int64_t elements = static_cast<int64_t>(tensor.nbytes()) / size;
-    if (!tensor.is_cpu() || !tensor.is_non_overlapping_and_dense() || elements == 0) continue;
+    if (!tensor.has_storage()) return;
+    mix(reinterpret_cast<uint64_t>(tensor.storage().unsafeGetStorageImpl()->data()));
+    mix(static_cast<uint64_t>(tensor.storage_offset()));
+    const int64_t size = static_cast<int64_t>(tensor.element_size()), elements = tensor.numel();
+    if (!tensor.is_cpu() || !tensor.is_non_overlapping_and_dense() || elements == 0) return;
     const auto* const bytes = static_cast<const unsigned char*>(tensor.const_data_ptr());
     for (int64_t i = 0; i < kElements; ++i) {
       uint64_t element = 0;
@@ -377,7 +385,25 @@ uint64_t fingerprint(const std::vector<Tensor>& tensors) {
       mix(element);
     }
   }
-  return value;
+};
+
+// places: for each tensor a tuple (reference to a module, "_parameters" or "_buffers", key).
+uint64_t fingerprint(const py::list& places) {
+  Fingerprint result;
+  for (const py::handle place : places) {
+    const auto module = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(PyTuple_GET_ITEM(place.ptr(), 0)));
+    if (!module) throw py::error_already_set();
+    if (module.is_none()) {
+      result.mix(1);
+      continue;
+    }
+    const auto state = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module.ptr(), nullptr));
+    if (!state) throw py::error_already_set();
+    PyObject* const tensors = PyDict_GetItemWithError(state.ptr(), PyTuple_GET_ITEM(place.ptr(), 1));
+    PyObject* const tensor = tensors ? PyDict_GetItemWithError(tensors, PyTuple_GET_ITEM(place.ptr(), 2)) : nullptr;
+    tensor&& THPVariable_Check(tensor) ? result.mix(THPVariable_Unpack(tensor)) : result.mix(2);
+  }
+  return result.value;
 }
 
 }  // namespace
