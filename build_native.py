@@ -33,6 +33,8 @@ SAVED = KERNELS / "activation" / "cpu" / "saved.cpp"  # what each activation sav
 TORCH_LAYER = ROOT / "csrc" / "torch"
 EMULATOR = ROOT / "tests" / "emulator"
 EXTENSION = ROOT / "build" / "extension"
+# What lies beside the extension: the kernels, and the ops of torch.ops.fastops for programs without Python.
+KERNEL_LIBRARY, OP_LIBRARY = LIBRARIES = ("libfastops_kernels.so", "libfastops_torch.so")
 
 COMMON = ["-std=c++20", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden"]
 OPTIMIZE = ["-O3"]
@@ -114,7 +116,8 @@ class Kernels(NamedTuple):
     @property
     def flags(self) -> list[str]:
         # A tier's source includes other rooms' bodies too, and uses a part of them.
-        tier = ["-Wno-unused-function", *TIERS[self.source.name]] if self.tier else []
+        # The others' functions are what the torch layer calls, in another library.
+        tier = ["-Wno-unused-function", *TIERS[self.source.name]] if self.tier else ["-fvisibility=default"]
         return [*KERNEL_FLAGS, *tier, *([f"-DFASTOPS_ROOM={self.room}"] if self.room else [])]
 
 
@@ -407,11 +410,14 @@ def build_kernels() -> None:
 def build_extension(
     result: Path, torch: Path, torch_tag: str, python_include: str, version: str, torch_version: str
 ) -> None:
-    """Compiles the kernels and the torch layer and links them into `result`, the module fastops._C.
+    """Compiles the kernels and the torch layer and links them into `result`, the module fastops._C, and LIBRARIES.
 
     torch: the package's folder, with include/ and lib/. torch_tag: a name for it and the Python that it is for. Nothing
     is linked to an OpenMP of its own: the symbols resolve to the libgomp that torch brings, of which there must be only
     one in a process.
+
+    OP_LIBRARY has the objects of the extension without what only Python reaches: it exports nothing, so all that stays
+    is what the registration of the ops leads to, and that needs no symbol of Python's.
     """
     cxx = compiler()
     cxx_version = compiler_version(cxx)
@@ -420,6 +426,8 @@ def build_extension(
     include = [torch / "include", torch / "include" / "torch" / "csrc" / "api" / "include", Path(python_include)]
     torch_layer = [
         *common,
+        "-ffunction-sections",
+        "-fdata-sections",
         "-fopenmp",
         f"-I{ROOT / 'csrc'}",
         *(f"-isystem{folder}" for folder in include),
@@ -436,19 +444,24 @@ def build_extension(
         "FASTOPS_CUDA_BUILD": str(cuda),
     }
     with_cuda = [] if cuda.why_not else ["-DFASTOPS_WITH_CUDA"]
-    objects = add_kernels(build, cuda)
+    kernels, ops = (result.parent / name for name in LIBRARIES)
+    # The CUDA runtime's symbols stay inside: torch may bring another one.
+    runtime = [] if cuda.why_not else [*cuda.library_flags, "-Wl,--exclude-libs,libcudart_static.a"]
+    build.link(add_kernels(build, cuda), kernels, ["-shared", f"-Wl,-soname,{kernels.name}", *runtime])
     # linear.cpp compiles in 9.5 s with torch's headers read ahead, and in 15.8 without (Zen 5).
     precompiled = build.precompile(TORCH_LAYER / "precompiled.h", torch_layer, into=torch_tag)
+    objects = []
     for source in sorted(TORCH_LAYER.glob("*.cpp")):
         macros = [f'-D{name}="{value}"' for name, value in described.items()] if source.name == "info.cpp" else []
         if source.name == "gpu.cpp":
             macros = with_cuda
         objects.append(build.compile_with(precompiled, source, [*torch_layer, *macros], into=torch_tag))
-    libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"]
-    if not cuda.why_not:
-        # The runtime's symbols stay inside: torch may bring another one.
-        libraries += [*cuda.library_flags, "-Wl,--exclude-libs,libcudart_static.a"]
-    build.link(objects, result, ["-shared", *libraries])
+    libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,-rpath,$ORIGIN"]
+    build.link([*objects, kernels], result, ["-shared", "-ltorch_python", *libraries])
+    nothing = TORCH_LAYER / "exports_nothing.map"
+    build.link(
+        [*objects, kernels], ops, ["-shared", "-Wl,--gc-sections", f"-Wl,--version-script={nothing}", *libraries]
+    )
     build.describe(ROOT / "compile_commands.json")
     with locked(EXTENSION):
         build.run()

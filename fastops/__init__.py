@@ -6,6 +6,7 @@
 
 replace_, restore_, replaced   swap the classes of a model's modules, in place and back
 fuse                           a model that computes its layers together, with the same parameters
+freeze                         a model for inference: batch norms folded, weights packed once
 enable, disable, enabled       fastops' kernels under PyTorch's own operators, for code that is not to be changed
 nn, functional                 torch.nn's layers and functions on fastops' kernels
 optim                          torch.optim's SGD, Adam and AdamW, whose step is one call
@@ -14,6 +15,7 @@ info                           what is running, and why
 memory                         the pool that large outputs come from
 set_conv_precision             what convolutions may trade for speed
 export_kernels, decompositions whether torch.export keeps fastops' ops, and how to turn them into PyTorch's
+op_library                     the ops as a library for C++ programs
 
 Examples in docstrings assume `import torch`, `from torch import nn`, `import fastops`, `import fastops.nn as fnn` and
 `import fastops.functional as FF`.
@@ -26,7 +28,7 @@ _load()
 from fastops import functional, memory, nn, optim  # noqa: E402
 from fastops._version import __version__  # noqa: E402
 from fastops.enable import disable, enable, enabled  # noqa: E402
-from fastops.export import decompositions, export_kernels  # noqa: E402
+from fastops.export import decompositions, export_kernels, op_library  # noqa: E402
 from fastops.freeze import freeze  # noqa: E402
 from fastops.fuse import fuse  # noqa: E402
 from fastops.info import info  # noqa: E402
@@ -48,6 +50,7 @@ __all__ = [
     "info",
     "memory",
     "nn",
+    "op_library",
     "optim",
     "record",
     "replace_",

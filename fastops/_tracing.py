@@ -1,9 +1,10 @@
 """torch.fx's tracer, for modules that nobody has prepared for it.
 
 A trace is only good if it does what the module does at every later call. So `training` is read when the program runs,
-x += y stays in place, and what a trace would get wrong in silence is an error: a random number or a tensor made while
-tracing, an attribute that forward changes, no_grad, autocast or a checkpoint inside of it, a question for an input's
-type. A submodule in which that happens is called as a module; the rest is traced.
+and where forward decides by it, the trace is that of one mode and says so. x += y stays in place. What a trace would
+get wrong in silence is an error: a random number or a tensor made while tracing, an attribute that forward changes,
+no_grad, autocast or a checkpoint inside of it, a question for an input's type. A submodule in which that happens is
+called as a module; the rest is traced.
 """
 
 import inspect
@@ -26,13 +27,13 @@ class Traced:
 
     graph: its call_function nodes with the target `training_of` have a module's name as their argument.
     entered: the modules that were traced through, by name; "" is the root.
+    decided: those of them whose forward decides by `training`, with the value that it has in the graph.
     leaves: why a module that is not one of torch.nn's was not, by name, and whether that was tried.
     """
 
-    def __init__(
-        self, graph: torch.fx.Graph, entered: dict[str, nn.Module], leaves: dict[str, tuple[str, bool]]
-    ) -> None:
-        self.graph, self.entered, self.leaves = graph, entered, leaves
+    def __init__(self, tracer: "_Tracer", graph: torch.fx.Graph) -> None:
+        self.graph, self.entered, self.leaves = graph, tracer.entered, tracer.leaves
+        self.decided = {name: value for name, value in tracer.decided.items() if name in tracer.entered}
 
 
 class Signature:
@@ -78,12 +79,14 @@ def training_of(name: str) -> bool:
     raise NotImplementedError(name)
 
 
-def trace(root: nn.Module, inputs: list[str], named_inputs: list[str]) -> Traced:
+def trace(root: nn.Module, inputs: list[str], named_inputs: list[str], training: bool | None = None) -> Traced:
     """Traces root.forward with these arguments, the named ones by keyword, and defaults for all others.
+
+    training: the mode that a forward which decides by it is traced in; None: the module's own.
 
     Raises whatever a forward raises that cannot be traced; the modules are then what they were.
     """
-    tracer = _Tracer(inputs, named_inputs)
+    tracer = _Tracer(inputs, named_inputs, training)
     states = [(module, _State(module)) for module in root.modules()]
     try:
         graph = tracer.trace(root)
@@ -97,7 +100,7 @@ def trace(root: nn.Module, inputs: list[str], named_inputs: list[str]) -> Traced
     for node in reversed(graph.nodes):
         if not node.users and (node.op == "get_attr" or node.target is training_of):
             graph.erase_node(node)
-    traced = Traced(graph, tracer.entered, tracer.leaves)
+    traced = Traced(tracer, graph)
     vars(tracer).clear()  # it is in a cycle with fx's wrappers, and would keep the modules alive for a while
     return traced
 
@@ -105,9 +108,11 @@ def trace(root: nn.Module, inputs: list[str], named_inputs: list[str]) -> Traced
 class _Tracer(torch.fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, inputs: list[str], named_inputs: list[str]) -> None:
+    def __init__(self, inputs: list[str], named_inputs: list[str], training: bool | None) -> None:
         super().__init__()
-        self.inputs, self.named_inputs = inputs, named_inputs
+        self.inputs, self.named_inputs, self.training = inputs, named_inputs, training
+        self.modes: dict[str, bool] = {}
+        self.decided: dict[str, bool] = {}
         self.entered: dict[str, nn.Module] = {}
         self.leaves: dict[str, tuple[str, bool]] = {}
         self.ambient = _ambient()
@@ -147,6 +152,7 @@ class _Tracer(torch.fx.Tracer):
         state, numbers = _State(module), _random_state()
         training = vars(module)["training"]
         proxy = self.create_proxy("call_function", training_of, (name,), {})
+        self.modes[name] = training if self.training is None else self.training
         vars(module)["training"] = proxy
         try:
             result = call()
@@ -162,6 +168,14 @@ class _Tracer(torch.fx.Tracer):
             raise
         self.entered[name] = module
         return result
+
+    def to_bool(self, obj: Proxy) -> bool:
+        """What `if self.training` asks for."""
+        if obj.node.target is not training_of:
+            return super().to_bool(obj)
+        (name,) = obj.node.args
+        self.decided[name] = self.modes[name]
+        return self.decided[name]
 
     def _forget(self, last: torch.fx.Node) -> None:
         """Takes the nodes after this one back."""
@@ -202,8 +216,8 @@ def reason(error: Exception) -> str:
     """What a report says about a forward that could not be traced: one line."""
     text = str(error).partition("\n")[0]
     for sign, meaning in (
-        ("control flow", "its forward decides by an input or by training"),
-        ("bool()", "its forward decides by an input or by training"),
+        ("control flow", "its forward decides by an input"),
+        ("bool()", "its forward decides by an input"),
         ("cannot be iterated", "its forward goes through the elements of an input"),
         ("'len' is not supported", "its forward asks for the length of an input"),
         ("does not support item assignment", "its forward assigns to elements of a tensor"),

@@ -1,7 +1,8 @@
-"""What torch.export makes of fastops' ops: fastops.export_kernels() and decompositions()."""
+"""What torch.export makes of fastops' ops: fastops.export_kernels(), decompositions() and op_library()."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ def export_kernels() -> Iterator[None]:
     """Inside the block, torch.export keeps fastops' ops in the program.
 
     Outside of it an exported program holds PyTorch's own ops, so that it runs where fastops is not installed, and tools
-    that take such programs know its ops. A program with fastops' ops, and an AOTInductor package made of one,
-    runs fastops' kernels; what loads it must `import fastops` first. `run_decompositions(fastops.decompositions())`
-    makes it one of PyTorch's ops again. torch.onnx.export of a model always writes PyTorch's ops.
+    that take such programs know its ops. A program with fastops' ops, and an AOTInductor package made of one, runs
+    fastops' kernels; what loads it must `import fastops` first, or in C++ load `fastops.op_library()`.
+    `run_decompositions(fastops.decompositions())` makes it one of PyTorch's ops again. torch.onnx.export of a model
+    always writes PyTorch's ops.
 
     Raises: what the block raises. Source: fastops' own.
 
@@ -55,6 +57,25 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     (True, False)
     """
     return dict(DECOMPOSITIONS)
+
+
+def op_library() -> str:
+    """The path of the shared library with the ops of `torch.ops.fastops`, for programs without Python.
+
+    A C++ program loads it by dlopen before it loads an AOTInductor package that was exported inside
+    `fastops.export_kernels()`. It needs torch's libraries and nothing of Python; examples/aotinductor has such a
+    program. A process that has imported fastops has the ops already and must not load it.
+
+    Returns:
+        The path of libfastops_torch.so, which needs libfastops_kernels.so beside it.
+
+    Raises nothing. Source: fastops' own.
+
+    >>> from pathlib import Path
+    >>> Path(fastops.op_library()).name
+    'libfastops_torch.so'
+    """
+    return str(Path(__file__).resolve().parent / "libfastops_torch.so")
 
 
 def exports_aten() -> bool:

@@ -29,7 +29,7 @@ from fastops._activations import ACTIVATIONS, KIND, valid
 from fastops._fusion import activate, in_the_way, may_change_something, rewrite
 from fastops._tracing import Signature, is_frozen, reason, trace, training_of
 from fastops.functional._activation import resolve_activation
-from fastops.replace import Row, _check, _listed, _name, replace_
+from fastops.replace import Row, _check, _name, _table, replace_
 
 __all__ = ["FreezeReport", "freeze"]
 
@@ -52,16 +52,9 @@ class FreezeReport:
     untraced: list[Row] = field(default_factory=list)
 
     def __str__(self) -> str:
-        groups: dict[tuple[str, str, str], list[str]] = {}
         kinds = (("->", self.frozen), ("into", self.folded), ("left:", self.left), ("untraced:", self.untraced))
-        for arrow, rows in kinds:
-            for row in rows:
-                groups.setdefault((row.module, arrow, row.result), []).append(row.name or "(root)")
-        table = [(_listed(names), *key) for key, names in groups.items()]
-        widths = [max((len(line[i]) for line in table), default=0) for i in range(3)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(line[:3], widths, strict=True)), line[3]]) for line in table]
         counts = [f"{len(rows)} {name}" for name, rows in vars(self).items()]
-        return "\n".join([*lines, ", ".join(counts)])
+        return "\n".join([*_table(*kinds), ", ".join(counts)])
 
 
 def freeze(model: nn.Module, *, channels_last: bool | None = None) -> nn.Module:
@@ -559,7 +552,7 @@ def _with_frozen_children(model: nn.Module, name: str, report: FreezeReport, cha
 def _trace(model: nn.Module) -> Graph:
     """model.forward with the defaults of its options, in eval mode."""
     signature = Signature(type(model).forward)
-    graph = trace(model, signature.inputs, signature.named_inputs).graph
+    graph = trace(model, signature.inputs, signature.named_inputs, False).graph
     for node in tuple(graph.nodes):
         if node.target is training_of:
             for user in tuple(node.users):

@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from fastops import _C
 from fastops._fusion import HOOKS, Finding, rewrite
 from fastops._tracing import Signature, is_frozen, reason, trace, training_of
-from fastops.replace import Report, Row, _check, _listed, _name, _replace
+from fastops.replace import Report, Row, _check, _name, _replace, _table
 
 __all__ = ["FusionReport", "fuse"]
 
@@ -48,13 +48,7 @@ class FusionReport(Report):
     untraced: list[Row] = field(default_factory=list)
 
     def __str__(self) -> str:
-        groups: dict[tuple[str, str, str], list[str]] = {}
-        for arrow, rows in (("->", self.fused), ("apart:", self.apart), ("untraced:", self.untraced)):
-            for row in rows:
-                groups.setdefault((row.module, arrow, row.result), []).append(row.name or "(root)")
-        table = [(_listed(names), *key) for key, names in groups.items()]
-        widths = [max((len(line[i]) for line in table), default=0) for i in range(3)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(line[:3], widths, strict=True)), line[3]]) for line in table]
+        lines = _table(("->", self.fused), ("apart:", self.apart), ("untraced:", self.untraced))
         counts = f"{len(self.fused)} fused, {len(self.apart)} apart, {len(self.untraced)} untraced; "
         *rest, last = super().__str__().splitlines()
         return "\n".join([*lines, *rest, counts + last])
@@ -77,10 +71,11 @@ def fuse(model: nn.Module) -> nn.Module:
         on a layer that is fused, another layer or attribute in its place, or one that is parametrized
         are noticed at the next call, and such layers are called one by one.
 
-    What cannot be traced, such as a forward that decides by the values of an input, stays as it is; the modules that
-    it calls are fused on their own. Arguments of forward that have a default are fused for that: a call that gives
-    another value runs the model's own forward. An attribute that is a list or a dict must not be changed in place
-    after fuse.
+    A forward that decides by `training` has a program for each mode, which is written when it is first called in that;
+    the report is that of the mode that the model is in. What cannot be traced, such as a forward that decides by the
+    values or the shape of an input, stays as it is; the modules that it calls are fused on their own. Arguments of
+    forward that have a default are fused for that: a call that gives another value runs the model's own forward. An
+    attribute that is a list or a dict must not be changed in place after fuse.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -179,7 +174,7 @@ class _Fused(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        vars(self)["_fastops_program"], vars(self)["_fastops_count"] = None, 0
+        vars(self).update(_state())
         _write(self, None)
 
 
@@ -189,7 +184,7 @@ def _plain_class(module: nn.Module) -> type:
 
 def _unfuse(module: nn.Module) -> None:
     module.__class__ = _plain_class(module)
-    for key in ("_fastops_program", "_fastops_count", "fastops_report"):
+    for key in (*_state(), "fastops_report"):
         vars(module).pop(key, None)
 
 
@@ -201,7 +196,12 @@ def _revive(cls: type, *arguments: Any) -> nn.Module:
 
 def _become(module: nn.Module) -> None:
     module.__class__ = _fused_class(type(module))
-    vars(module).update({"_fastops_program": None, "_fastops_count": 0})
+    vars(module).update(_state())
+
+
+def _state() -> dict[str, Any]:
+    """A fused module's own: its program, those of other modes, and how many were written."""
+    return {"_fastops_program": None, "_fastops_kept": [], "_fastops_count": 0}
 
 
 def _fused_class(cls: type) -> type:
@@ -266,6 +266,7 @@ class _Program:
         parameter. Nothing in a program holds its own module.
     portable: the same, but it finds everything by attributes, for torch.compile and torch.export.
     inlined: the names of the modules that it stands for. children: of those that it calls.
+    modes: the modules whose forward decides by `training`, and the value for which the program is.
     """
 
     run: Callable[..., Any]
@@ -273,11 +274,12 @@ class _Program:
     inlined: list[str]
     children: list[str]
     parameters: list[str]
+    modes: dict[str, bool]
     watched: tuple[Any, ...] = (0, (), (), ())
 
     def watch(self, root: nn.Module) -> None:
         """Notes what the program relies on, as csrc/torch/guard.cpp reads it."""
-        modules = tuple(_watched(root.get_submodule(name), name == "") for name in self.inlined)
+        modules = tuple(_watched(root.get_submodule(name), name == "", name in self.modes) for name in self.inlined)
         entries: dict[tuple[int, str], tuple[Any, ...]] = {}
         for name in (*self.inlined, *self.children):
             while name:
@@ -293,15 +295,22 @@ class _Program:
         empty = tuple(one for one in hooks if isinstance(one, dict))
         self.watched = id(root), modules, tuple(entries.values()), empty
 
+    def is_for(self, root: nn.Module) -> bool:
+        """Whether the modules that decide by their mode are in that of this program."""
+        found = dict(root.named_modules())
+        return all(name in found and found[name].training is mode for name, mode in self.modes.items())
 
-def _watched(module: nn.Module, is_root: bool) -> tuple[Any, ...]:
+
+def _watched(module: nn.Module, is_root: bool, decides: bool) -> tuple[Any, ...]:
     state = vars(module)
     ignored = _INTERNAL | _NOT_READ if _is_layer(module) else _INTERNAL
+    if decides:
+        ignored = ignored - {"training"}
     attributes = [item for key, value in state.items() if key not in ignored for item in (key, value)]
     return None if is_root else module, type(module), None if is_root else state, len(state), *attributes
 
 
-_INTERNAL = frozenset([*vars(nn.Module()), "_fastops_program", "_fastops_count", "fastops_report"])
+_INTERNAL = frozenset([*vars(nn.Module()), *_state(), "fastops_report"])
 
 # Attributes of torch.nn's layers that no program is made from; batch norms are asked for theirs at every call.
 _NOT_READ = frozenset(
@@ -328,6 +337,10 @@ def _fuse(module: nn.Module, name: str, report: FusionReport) -> None:
     leaves = _write(module, report, name)
     if leaves is None:
         leaves = {child: ("", False) for child, _ in module.named_children()}
+    _fuse_leaves(module, name, leaves, report)
+
+
+def _fuse_leaves(module: nn.Module, name: str, leaves: dict[str, tuple[str, bool]], report: FusionReport) -> None:
     for child, (why, tried) in leaves.items():
         below, full_name = module.get_submodule(child), f"{name}.{child}" if name else child
         if why:
@@ -358,7 +371,7 @@ def _write(module: nn.Module, report: FusionReport | None, name: str = "") -> di
         object.__setattr__(module, "__class__", cls)
         signature = Signature(cls.forward)
         traced = trace(module, signature.inputs, signature.named_inputs)
-        findings, program = _program(module, traced.graph, signature.named_inputs)
+        findings, program = _program(module, traced.graph, signature.named_inputs, traced.decided)
     except Exception as error:
         object.__setattr__(module, "__class__", current)
         if report is not None:
@@ -371,6 +384,8 @@ def _write(module: nn.Module, report: FusionReport | None, name: str = "") -> di
     if not isinstance(module, _Fused):
         _become(module)
     vars(module).update({"_fastops_program": program, "_fastops_count": count + 1})
+    if program.modes:
+        vars(module)["_fastops_kept"].append(program)
     program.watch(module)
     if report is not None:
         _tell(report, name, findings)
@@ -392,21 +407,36 @@ def _tell(report: FusionReport, name: str, findings: list[Finding]) -> None:
 
 
 def _again(module: nn.Module) -> _Program | None:
-    """A new program for a module that has changed. None: the module's own forward has to do it."""
-    watched = vars(module)["_fastops_program"].watched
-    hooks_on_all_modules = any(watched[3])
-    if watched[0] != id(module) or hooks_on_all_modules or vars(module)["_fastops_count"] >= _MOST_PROGRAMS:
+    """Another program for a module that has changed. None: the module's own forward has to do it."""
+    state = vars(module)
+    before = state["_fastops_program"]
+    hooks_on_all_modules = any(before.watched[3])
+    if before.watched[0] != id(module) or hooks_on_all_modules:
         return None
-    if _write(module, None) is None:
-        vars(module)["_fastops_program"] = None
+    for program in state["_fastops_kept"]:  # written for the mode that it is in now
+        if _C.unchanged(program.watched, module):
+            state["_fastops_program"] = program
+            return program
+    if state["_fastops_count"] >= _MOST_PROGRAMS:
         return None
-    return vars(module)["_fastops_program"]
+    # Those that do not hold in their own mode never will again; here, all but those of other modes.
+    state["_fastops_kept"] = [one for one in state["_fastops_kept"] if not one.is_for(module)]
+    leaves = _write(module, None)
+    if leaves is None:
+        state["_fastops_count"] += 1
+        if not before.modes:  # else it is good for another mode
+            state["_fastops_program"] = None
+        return None
+    _fuse_leaves(module, "", leaves, FusionReport())  # what only this mode calls
+    return state["_fastops_program"]
 
 
 # ---- writing a program -----------------------------------------------------------------------------------------------
 
 
-def _program(module: nn.Module, graph: Graph, named_inputs: list[str]) -> tuple[list[Finding], _Program]:
+def _program(
+    module: nn.Module, graph: Graph, named_inputs: list[str], modes: dict[str, bool]
+) -> tuple[list[Finding], _Program]:
     graph_module = GraphModule(module, graph)
     findings = rewrite(graph_module)
     vars(graph_module).clear()  # the graph and it hold each other, and parameters
@@ -416,7 +446,7 @@ def _program(module: nn.Module, graph: Graph, named_inputs: list[str]) -> tuple[
     parameters = [node.target for node in nodes if node.op == "get_attr"]
     missing = [f"{name.rpartition('.')[0]}.bias" for name in parameters if name.endswith(".weight")]
     parameters += [name for name in missing if name not in parameters]
-    program = _Program(_Writer(module, graph, named_inputs).function(), None, inlined, children, parameters)
+    program = _Program(_Writer(module, graph, named_inputs).function(), None, inlined, children, parameters, modes)
     owner = weakref.ref(module)
 
     def holds() -> bool:
@@ -425,7 +455,7 @@ def _program(module: nn.Module, graph: Graph, named_inputs: list[str]) -> tuple[
         return now is not None and _C.unchanged(now.watched, alive)
 
     holds._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does: hooks are not guarded either
-    program.portable = _Writer(module, graph, named_inputs, holds).function()
+    program.portable = _Writer(module, graph, named_inputs, holds, modes).function()
     return findings, program
 
 
@@ -433,10 +463,15 @@ class _Writer:
     """Python source of a graph."""
 
     def __init__(
-        self, module: nn.Module, graph: Graph, named_inputs: list[str], holds: Callable[[], bool] | None = None
+        self,
+        module: nn.Module,
+        graph: Graph,
+        named_inputs: list[str],
+        holds: Callable[[], bool] | None = None,
+        modes: dict[str, bool] | None = None,
     ) -> None:
-        """holds: for a portable one."""
-        self.module, self.graph, self.named_inputs, self.holds = module, graph, named_inputs, holds
+        """holds, modes: for a portable one."""
+        self.module, self.graph, self.named_inputs, self.holds, self.modes = module, graph, named_inputs, holds, modes
         self.portable = holds is not None
         self.space: dict[str, Any] = {}
         self.names: dict[int, str] = {}
@@ -454,7 +489,9 @@ class _Writer:
             count = len(placeholders) - len(self.named_inputs)
             named = [f"{name}={given}" for name, given in zip(self.named_inputs, placeholders[count:], strict=True)]
             passed = ", ".join(["self", *placeholders[:count], *named])
-            lines += [f"if not {self.bind(self.holds)}():", f"    return {plain}({passed})"]
+            tests = [f"{self.bind(self.holds)}()"]  # the modes as well where torch.compile guards them
+            tests += [f"{_path(name)}.training is {mode}" for name, mode in self.modes.items()]
+            lines += [f"if not ({' and '.join(tests)}):", f"    return {plain}({passed})"]
         for node in nodes:
             if node.op in ("placeholder", "get_attr"):
                 continue

@@ -23,7 +23,7 @@ from fastops.ops import DTYPES, supported
 
 __all__ = ["Report", "Row", "replace_", "replaced", "restore_"]
 
-_TO_FASTOPS: dict[type, type] = {getattr(nn, name): getattr(fnn, name) for name in fnn.__all__}
+_TO_FASTOPS: dict[type, type] = {getattr(nn, name): getattr(fnn, name) for name in fnn.LAYERS}
 _TO_TORCH = {ours: theirs for theirs, ours in _TO_FASTOPS.items()}
 
 # Leaves of torch.nn that compute nothing.
@@ -54,18 +54,23 @@ class Report:
     left: list[Row] = field(default_factory=list)
 
     def __str__(self) -> str:
-        groups: dict[tuple[str, str, str], list[str]] = {}
-        for arrow, rows in (("->", self.replaced), ("skipped:", self.skipped)):
-            for row in rows:
-                groups.setdefault((row.module, arrow, row.result), []).append(row.name or "(root)")
-        table = [(_listed(names), *key) for key, names in groups.items()]
-        widths = [max((len(line[i]) for line in table), default=0) for i in range(3)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(line[:3], widths, strict=True)), line[3]]) for line in table]
+        lines = _table(("->", self.replaced), ("skipped:", self.skipped))
         for reason in dict.fromkeys(row.result for row in self.left):
             kinds = Counter(row.module for row in self.left if row.result == reason)
             lines.append(f"left alone, {reason}: {', '.join(f'{count} x {kind}' for kind, count in kinds.items())}")
         counts = f"{len(self.replaced)} replaced, {len(self.skipped)} skipped, {len(self.left)} left alone"
         return "\n".join([*lines, counts])
+
+
+def _table(*kinds: tuple[str, list[Row]]) -> list[str]:
+    """Lines "names  module  arrow  result": one for all rows of a kind that have the same module and result."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for arrow, rows in kinds:
+        for row in rows:
+            groups.setdefault((row.module, arrow, row.result), []).append(row.name or "(root)")
+    table = [(_listed(names), *key) for key, names in groups.items()]
+    widths = [max((len(line[i]) for line in table), default=0) for i in range(3)]
+    return ["  ".join([*(c.ljust(w) for c, w in zip(line[:3], widths, strict=True)), line[3]]) for line in table]
 
 
 def _listed(names: list[str]) -> str:

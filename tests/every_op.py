@@ -28,7 +28,7 @@ def declared(name: str) -> list[Any]:
 
 
 # The classes that LAYERS has.
-LAYER_NAMES = [name for name in fnn.__all__ if name not in declared("LOSSES")]
+LAYER_NAMES = [name for name in fnn.LAYERS if name not in declared("LOSSES")]
 
 
 def layer_input(name: str) -> torch.Tensor:

@@ -35,6 +35,7 @@ USERS = {
     "fastops/record.py": "an example",
     "tests/test_adding_an_op.py": "NAMES",
     "tests/test_bench.py": "measured as an example",
+    "tests/test_blocks.py": "modules of several ops",
     "tests/test_compile_backend.py": "what layers become",
     "tests/test_doors.py": "both doors, op by op: a new op's are in its own file",
     "tests/test_enable.py": "ATen's operators, which are a list of their own",
@@ -48,8 +49,8 @@ USERS = {
     "tests/test_tools.py": "FLOPs of products; an op that joins others",
     "tests/test_transforms.py": "PyTorch has no second derivative of it",
 }
-# What an op goes without: a general door and a module where it joins others.
-_JOINS = {"fastops/ops/softclip.py", "fastops/nn/softclip.py"}
+# What an op goes without: a general door where it joins others.
+_JOINS = {"fastops/ops/softclip.py"}
 WITHOUT = {"conv_pool": _JOINS, "mlp": _JOINS, "attention": {"fastops/nn/softclip.py"}}  # torch.nn has no module of it
 
 

@@ -43,7 +43,7 @@ def last(x):
 
 def modules(case):
     names = {"gelu_tanh": "gelu"}
-    found = {name.lower(): getattr(nn, name) for name in fnn.__all__}
+    found = {name.lower(): getattr(nn, name) for name in fnn.LAYERS}
     return found[names.get(case.kind, case.kind).replace("_", "")](**case.kwargs)
 
 

@@ -85,7 +85,7 @@ def roundings(conv, dtype):
 
 def as_module(case):
     """torch.nn's module of this activation."""
-    modules = {name.lower(): getattr(torch.nn, name) for name in fnn.__all__}
+    modules = {name.lower(): getattr(torch.nn, name) for name in fnn.LAYERS}
     return modules[{"gelu_tanh": "gelu"}.get(case.kind, case.kind).replace("_", "")](**case.kwargs)
 
 

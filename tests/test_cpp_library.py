@@ -1,40 +1,47 @@
-"""The C++ library: examples/cpp, built against what `make library` installs, and each op's kernels compiled alone."""
+"""What C++ programs load: examples/cpp, built against what `make library` installs; examples/aotinductor, which runs a
+frozen model on the ops' library; and each op's kernels compiled alone.
+"""
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import build_native
+import fastops
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = build_native.rooms()
 
 
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="there is no cmake")
-def test_example_builds_and_runs(tmp_path):
-    """find_package finds the library; headers and library need nothing of torch or of this checkout."""
-    prefix = tmp_path / "prefix"
-    build_native.build_library(prefix)
-    example = shutil.copytree(ROOT / "examples" / "cpp", tmp_path / "example")
+needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="there is no cmake")
+
+
+def build_example(name, prefix, tmp_path, flags):
+    """Builds a copy of examples/<name> in tmp_path/build."""
+    example = shutil.copytree(ROOT / "examples" / name, tmp_path / "example")
     build = tmp_path / "build"
     environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "CXXFLAGS")}
     for command in (
-        [
-            "cmake",
-            "-S",
-            example,
-            "-B",
-            build,
-            f"-DCMAKE_PREFIX_PATH={prefix}",
-            "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror",
-        ],
+        ["cmake", "-S", example, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}", f"-DCMAKE_CXX_FLAGS={flags}"],
         ["cmake", "--build", build],
     ):
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert result.returncode == 0, result.stdout + result.stderr
+    return build
+
+
+@needs_cmake
+def test_example_builds_and_runs(tmp_path):
+    """find_package finds the library; headers and library need nothing of torch or of this checkout."""
+    prefix = tmp_path / "prefix"
+    build_native.build_library(prefix)
+    build = build_example("cpp", prefix, tmp_path, "-Wall -Wextra -Werror")
     result = subprocess.run([build / "example"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "WRONG" not in result.stdout
@@ -42,6 +49,41 @@ def test_example_builds_and_runs(tmp_path):
     headers = "".join(path.read_text() for path in (prefix / "include").rglob("*.h"))
     assert "#include <torch" not in headers
     assert "#include <ATen" not in headers
+
+
+@needs_cmake
+@pytest.mark.filterwarnings("ignore")
+def test_frozen_model_runs_without_python(tmp_path):
+    """examples/aotinductor: freeze, torch.export and AOTInductor, and a C++ program with the same outputs."""
+    example = runpy.run_path(str(ROOT / "examples" / "aotinductor" / "export.py"))
+    model, x = example["make_model"](), torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
+    package = tmp_path / "model.pt2"
+    example["export"](model, (x,), package)
+    build = build_example("aotinductor", torch.utils.cmake_prefix_path, tmp_path, "-O0")
+    # Nothing but the two libraries of fastops, where no package is.
+    libraries = [shutil.copy(Path(fastops.op_library()).with_name(name), tmp_path) for name in build_native.LIBRARIES]
+    result = subprocess.run([build / "example", libraries[1], package], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    with torch.no_grad():
+        expected = model(x)
+    outputs = torch.tensor([float(number) for number in result.stdout.split()]).view(expected.shape)
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=2e-4)  # four digits are printed
+    # Without the ops the package says what it lacks: it does run fastops' kernels.
+    result = subprocess.run([build / "example", "libc.so.6", package], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "fastops::" in result.stderr
+
+
+def test_the_ops_need_no_python():
+    library = Path(fastops.op_library())
+    needed = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+    ).stdout
+    assert not re.findall(r" U (_?Py\w*|\w*THPVariable\w*)", needed)
+    assert "fastops" in needed  # the kernels'
+    linked = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    assert "libfastops_kernels.so" in linked
+    assert "python" not in linked
 
 
 @pytest.mark.parametrize("body", [*(f"{room}/cpu/{room}.inl" for room in ROOMS), "gemm/cpu/gemm.inl"])

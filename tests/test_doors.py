@@ -381,9 +381,9 @@ def test_opcheck_prelu_and_glu():
 def test_opcheck_pool(dims, last, adaptive):
     x = torch.randn(2, 3, *[7] * dims, dtype=torch.float64)
     x = (x if last is None else x.contiguous(memory_format=last)).requires_grad_()
-    windows = pool_ops.Windows((3,) * dims)
+    windows = pool_ops.adaptive((3,) * dims)
     if not adaptive:
-        windows = pool_ops.Windows((), (3,) * dims, (2,) * dims, (1,) * dims, (1,) * dims, True)
+        windows = pool_ops.windows_of((3,) * dims, (2,) * dims, (1,) * dims, (1,) * dims, True)
     for kind in ("none", "compact", "plane"):
         opcheck(OPS.max_pool_forward, (x.detach() if kind == "none" else x, *windows, kind))
     rest = (x.shape, *windows[1:])

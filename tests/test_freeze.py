@@ -563,7 +563,7 @@ def test_control_flow():
     frozen = agrees(model, torch.randn(2, 3, 16, 16))
     report = frozen.fastops_report
     assert report.untraced[0].name == ""
-    assert report.untraced[0].result == "its forward decides by an input or by training"
+    assert report.untraced[0].result == "its forward decides by an input"
     assert len(report.folded) == 6
     assert any(isinstance(module, FrozenLayer) for module in frozen.modules())
     assert "frozen" in str(report)

@@ -661,6 +661,78 @@ def test_odd_forwards(what):
     assert fused.fastops_report.untraced or what in _FOLLOWED
 
 
+class DropPath(nn.Module):
+    """As timm's."""
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * x.new_empty(len(x.shape) * [1]).fill_(0.5)
+
+
+class ByMode(nn.Module):
+    """Decides by training, itself and in a part, as GoogLeNet and timm's models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.aux, self.drop = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3), DropPath()
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        if self.training:
+            x = torch.relu(self.b(x))
+        return self.aux(self.drop(x) + x if not self.training else x)
+
+
+def test_a_program_for_each_mode():
+    x = torch.randn(3, 4)
+    for mode in (True, False):
+        plain = ByMode().train(mode)
+        fused = check(plain, x)
+        assert not fused.fastops_report.untraced
+        first = fused._fastops_program
+        for _ in range(12):  # more often than programs are written
+            for now in (True, False):
+                plain.train(now), fused.train(now)
+                torch.testing.assert_close(fused(x), plain(x))
+                assert (fused._fastops_program is first) is (now is mode)
+        assert fused._fastops_count == 2
+        # Only a part changes its mode, or a layer is another one.
+        plain.drop.train(), fused.drop.train()
+        torch.testing.assert_close(fused(x), plain(x))
+        plain.aux = fused.aux = nn.Linear(4, 2)
+        for now in (True, False, True):
+            plain.train(now), fused.train(now)
+            torch.testing.assert_close(fused(x), plain(x))
+            assert fused._fastops_program is not first
+        torch.testing.assert_close(fastops.freeze(plain)(x), plain.eval()(x))
+        compiled = torch.compile(fused, backend="eager")
+        for now in (True, False, True):
+            plain.train(now), fused.train(now)
+            torch.testing.assert_close(compiled(x), plain(x))
+
+
+class ByShape(nn.Module):
+    def __init__(self, decide):
+        super().__init__()
+        self.net, self.other, self.decide = MLP(4), nn.Linear(4, 10), decide
+
+    def forward(self, x):
+        return self.net(x) if self.decide(x) else torch.relu(self.other(x))
+
+
+@pytest.mark.parametrize(
+    "decide", [lambda x: len(x) > 2, lambda x: x.shape[0] > 2, lambda x: x.size(0) > 2, lambda x: x.sum() > 0]
+)
+def test_a_forward_that_decides_by_its_input(decide):
+    plain = ByShape(decide)
+    fused = fastops.fuse(plain)
+    assert [row.name for row in fused.fastops_report.untraced] == [""]
+    assert fused_rows(fused)  # its parts
+    for x in (torch.ones(2, 4), torch.ones(3, 4), -torch.ones(2, 4), -torch.ones(3, 4)):
+        torch.testing.assert_close(fused(x), plain(x))
+
+
 def test_what_torch_compile_and_export_get():
     fused = fastops.fuse(Net()).eval()
     expected = fused(X)

@@ -47,7 +47,7 @@ def compare_all(x, w, b, grad, case=None):
 def as_module(case):
     """torch.nn's module of this activation."""
     names = {"gelu_tanh": "gelu"}
-    modules = {name.lower(): getattr(torch.nn, name) for name in fnn.__all__}
+    modules = {name.lower(): getattr(torch.nn, name) for name in fnn.LAYERS}
     return modules[names.get(case.kind, case.kind).replace("_", "")](**case.kwargs)
 
 

@@ -449,10 +449,11 @@ PoolParams pool_params(int dims, bool adaptive) {
   return {dims, adaptive, false, false, {1, 1, 1}, {1, 1, 1}, {}, {1, 1, 1}, {1, 1, 1}};
 }
 
-// Of windows, or, where there are none, of an adaptive pool in `dims` dimensions.
+// Of windows, or, where they are zeros or there are none, of an adaptive pool in `dims` dimensions. (AOTInductor's
+// packages cannot pass an empty list: it arrives as None.)
 PoolParams make_params(size_t dims, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                        at::IntArrayRef dilation, bool ceil_mode, bool average) {
-  const bool adaptive = kernel.empty();
+  const bool adaptive = kernel.empty() || kernel[0] == 0;
   if (!adaptive) dims = kernel.size();
   TORCH_CHECK(dims >= 1 && dims <= 3 &&
                   (adaptive ||

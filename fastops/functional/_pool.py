@@ -417,7 +417,7 @@ def _general_adaptive(ours: Callable[..., Any], input: Any, output_size: Any, *r
     if takes and input.dim() in (dims + 1, dims + 2) and all(type(b) is bool for b in return_indices):
         output = _output_sizes(input, dims, output_size)
         if output is not None and (_is_compiling() or not _C.adaptive_pool_problem(input, dims, output)):
-            windows = _pool_ops.Windows(output)
+            windows = _pool_ops.adaptive(output)
             if return_indices:
                 return _maxima(input, dims, windows, return_indices[0])
             return _pool_ops.avg_pool(_cast(input, dims), windows, False, 0)
@@ -462,7 +462,7 @@ def _windows(
         return None
     if not _is_compiling() and _C.pool_problem(input, dims, *numbers, ceil_mode, average) != "":
         return None
-    return _pool_ops.Windows((), *numbers, ceil_mode)
+    return _pool_ops.windows_of(*numbers, ceil_mode)
 
 
 def _output_sizes(input: Tensor, dims: int, output_size: Any) -> tuple[int | torch.SymInt, ...] | None:

@@ -1,4 +1,6 @@
-"""torch.nn's modules on fastops' kernels: torch.nn's names and signatures; Linear and convolutions plus activation=."""
+"""torch.nn's modules on fastops' kernels: torch.nn's names and signatures; Linear, convolutions and norms plus
+activation=. Besides, blocks of several of them that are one call: MLP, ConvMaxPool2d, Conv2dNormActivation ...
+"""
 
 import functools
 
@@ -11,14 +13,16 @@ from fastops.nn._fused import Fused, made_by_a_tool
 _public = public(__name__)
 globals().update(_public)
 __all__ = list(_public)
+# Those that torch.nn has too; the others are blocks.
+LAYERS = [name for name in __all__ if hasattr(torch.nn, name)]
 
 
 def _are_leaves_of_fx() -> None:
-    """torch.fx calls a module of torch.nn and traces through any other: ours are called, with their hooks, as well.
+    """torch.fx calls a module of torch.nn and traces through any other: our layers are called, with hooks, as well.
 
     A tracer that overrides is_leaf_module has the last word.
     """
-    ours = (*_public.values(), Fused)
+    ours = (*(_public[name] for name in LAYERS), Fused)
     theirs = torch.fx.Tracer.is_leaf_module
 
     @functools.wraps(theirs)

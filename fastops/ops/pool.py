@@ -21,14 +21,27 @@ _ops = torch.ops.fastops
 
 
 class Windows(NamedTuple):
-    """What a pool is besides its input: the output's spatial sizes of an adaptive one, or its windows."""
+    """What a pool is besides its input: the output's spatial sizes of an adaptive one, or its windows.
 
-    output: tuple[int, ...] = ()
-    kernel: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    ceil_mode: bool = False
+    The other ones are zeros, and not empty: AOTInductor's packages cannot pass an empty list.
+    """
+
+    output: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    ceil_mode: bool
+
+
+def windows_of(kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Windows:
+    """Windows of a pool that is not adaptive."""
+    return Windows((0,) * len(kernel), kernel, stride, padding, dilation, ceil_mode)
+
+
+def adaptive(output: tuple[int, ...]) -> Windows:
+    """Those of one that is."""
+    return Windows(output, *((0,) * len(output),) * 4, False)
 
 
 def max_pool(input: Tensor, windows: Windows, return_indices: bool) -> tuple[Tensor, Tensor]:
@@ -91,7 +104,7 @@ class _MaxPool(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(indices)
         ctx.save_for_forward(indices)
-        dims = len(output_size) or len(geometry[0])
+        dims = len(output_size)
         ctx.args = input.shape, *geometry, dims, _C.pool_is_channels_last(input, dims)
 
     @staticmethod
@@ -107,7 +120,7 @@ class _MaxPool(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, input, output_size, kernel, *rest):
-        input, dims = input.movedim(in_dims[0], 0), len(output_size) or len(kernel)
+        input, dims = input.movedim(in_dims[0], 0), len(output_size)
         return _run_batched(lambda x: _max_forward(x, output_size, kernel, *rest), [input], dims), (0, 0)
 
 
@@ -153,7 +166,7 @@ class _AvgPool(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, *ctx.args = inputs
-        dims = len(ctx.args[0]) or len(ctx.args[1])
+        dims = len(ctx.args[0])
         ctx.input = input.shape, dims, _C.pool_is_channels_last(input, dims)
 
     @staticmethod
@@ -168,7 +181,7 @@ class _AvgPool(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, input, output_size, kernel, *rest):
-        input, dims = input.movedim(in_dims[0], 0), len(output_size) or len(kernel)
+        input, dims = input.movedim(in_dims[0], 0), len(output_size)
         return _run_batched(lambda x: _avg_forward(x, output_size, kernel, *rest), [input], dims), 0
 
 
@@ -216,7 +229,7 @@ def _max_decomposed(
     input: Tensor, output_size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], ceil_mode: bool, indices: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if kernel:
+    if any(kernel):
         function = getattr(F, f"max_pool{len(kernel)}d")
         y, positions = function(input, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
     else:
@@ -230,7 +243,7 @@ def _avg_decomposed(
     input: Tensor, output_size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     ceil_mode: bool, count_include_pad: bool, divisor_override: int,
 ) -> Tensor:  # fmt: skip
-    if not kernel:
+    if not any(kernel):
         return getattr(F, f"adaptive_avg_pool{len(output_size)}d")(input, output_size)
     divisor = [divisor_override or None] if len(kernel) > 1 else []  # of one dimension there is none
     function = getattr(F, f"avg_pool{len(kernel)}d")

@@ -70,6 +70,7 @@ constexpr KernelTable kTable{runtime, use_device, device_problem, describe_devic
 
 }  // namespace
 
-const KernelTable& kernels() { return kTable; }
+// The torch layer, another library, calls it.
+__attribute__((visibility("default"))) const KernelTable& kernels() { return kTable; }
 
 }  // namespace fastops::cuda
