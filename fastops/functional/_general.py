@@ -61,12 +61,6 @@ def fused_better_by_compilers() -> bool:
     return _is_compiling() and not torch.compiler._is_exporting_flag
 
 
-# The weight's elements from which on a linear layer in a compiled function is ours: calling an op costs a compiled
-# function some microseconds more than calling PyTorch's addmm. Inductor, two threads, Zen 5, against PyTorch's: 64x64
-# with a batch of 32 0.93; 256x256 with 64 1.26; 784x128 and 128x10 with 64 1.30.
-_COMPILED_LINEAR_FROM = 1 << 15
-
-
 def _is_amd() -> bool:
     try:
         with open("/proc/cpuinfo") as file:
@@ -75,15 +69,18 @@ def _is_amd() -> bool:
         return False
 
 
-# MKL, which multiplies float32 for PyTorch, reaches half of what AMD's processors can do, and what Intel's can.
-_MKL_IS_SLOW = _is_amd()
+# The weight's elements from which on a linear layer in a compiled function is ours. MKL, which multiplies float32 for
+# PyTorch, reaches half of what AMD's processors can do, and what Intel's can: there it is none. And calling an op costs
+# a compiled function some microseconds more than calling PyTorch's addmm. Inductor, two threads, Zen 5, against
+# PyTorch's: 64x64 with a batch of 32 0.93; 256x256 with 64 1.26; 784x128 and 128x10 with 64 1.30.
+COMPILED_LINEAR_FROM = 1 << 15 if _is_amd() else 1 << 62
 
 
 def multiplied_better_by_torch(input: Tensor, weight: Tensor) -> bool:
     """Whether a linear layer is PyTorch's because torch.compile compiles this call, and ours would not be faster."""
     if not _is_compiling() or torch.compiler._is_exporting_flag or input.device.type != "cpu":
         return False
-    return not _MKL_IS_SLOW or weight.numel() < _COMPILED_LINEAR_FROM
+    return weight.numel() < COMPILED_LINEAR_FROM
 
 
 def _is_functionalizing() -> bool:
