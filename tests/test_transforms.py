@@ -363,6 +363,28 @@ def test_compiled_graph_of_pytorchs_ops_is_that_of_the_plain_model():
             assert _guards(ours, x) > _guards(plain, x) + more
 
 
+def test_compiled_graph_holds_large_norms():
+    """Those of small inputs are the compiler's."""
+    for layer, small, large in (
+        (nn.LayerNorm(64), (8, 64), (8192, 64)),
+        (nn.BatchNorm2d(64), (2, 64, 4, 4), (2, 64, 64, 64)),
+        (nn.Softmax(-1), (8, 64), (8192, 64)),
+    ):
+        fastops.replace_(layer)
+        for shape, ours in ((small, False), (large, True)):
+            torch._dynamo.reset()
+            targets = []
+
+            def backend(graph, inputs, targets=targets):
+                targets.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+                return graph
+
+            model = nn.Sequential(layer)
+            x = torch.randn(shape)
+            torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=backend)(x), model(x))
+            assert any(name.startswith("fastops.") for name in targets) == ours
+
+
 @pytest.mark.parametrize("slow", [True, False])
 def test_compiled_graph_holds_what_is_faster_than_the_compilers(slow, monkeypatch):
     """Convolutions and, where MKL is slow, large linear layers; what a compiler fuses is PyTorch's."""

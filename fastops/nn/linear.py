@@ -72,7 +72,7 @@ class Linear(Fusable, nn.Linear):
 
 
 def _in_a_graph(self: nn.Module, input: Tensor) -> Tensor:
-    """Linear.forward for Dynamo: functional.linear's policy for weights that it leaves to PyTorch, with fewer guards."""
+    """Linear.forward for Dynamo: functional.linear's policy, with fewer guards where the layer is PyTorch's."""
     weight = self.weight
     if weight.is_cpu and weight.numel() < COMPILED_LINEAR_FROM:
         return F.linear(input, weight, self.bias)
