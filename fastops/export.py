@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from fastops._traced import traced_as_written
 from fastops.ops import DECOMPOSITIONS
 
 _kept = False
@@ -33,11 +34,15 @@ def export_kernels() -> Iterator[None]:
     True
     """
     global _kept
-    before, _kept = _kept, True
-    try:
+    if _kept:
         yield
+        return
+    _kept = True
+    try:
+        with traced_as_written():
+            yield
     finally:
-        _kept = before
+        _kept = False
 
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:

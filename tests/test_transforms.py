@@ -1,6 +1,7 @@
 """Everything that has to see the op: torch.func, forward mode, torch.compile, export, fake tensors, checkpoints."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -338,10 +339,58 @@ def test_compile_every_function(case):
     torch.testing.assert_close(*(torch.autograd.grad(o.square().sum(), tensors) for o in outputs))
 
 
+def _guards(model, x):
+    """How many guards a compiled call of the model checks."""
+
+    def call(x):
+        return model(x)
+
+    torch._dynamo.reset()
+    torch.compile(call, fullgraph=True, backend="eager")(x)
+    (entry,) = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(call.__code__)
+    return str(entry.guard_manager).count("+- ")
+
+
+def test_compiled_graph_of_pytorchs_ops_is_that_of_the_plain_model():
+    """What a compiler does better costs a replaced model nothing but the guards of how large a linear layer is."""
+    x = torch.randn(4, 10)
+    for layers, more in (([nn.GELU(), nn.ReLU(), nn.PReLU()], 0), ([nn.Linear(10, 10), nn.SiLU()], 2)):
+        plain = nn.Sequential(*layers)
+        ours = copy.deepcopy(plain)
+        fastops.replace_(ours)
+        assert _guards(ours, x) - _guards(plain, x) == more
+        with fastops.export_kernels():  # which wants our ops
+            assert _guards(ours, x) > _guards(plain, x) + more
+
+
+def test_compiled_graph_holds_large_norms():
+    """Those of small inputs are the compiler's."""
+    for layer, small, large in (
+        (nn.LayerNorm(64), (8, 64), (8192, 64)),
+        (nn.BatchNorm2d(64), (2, 64, 4, 4), (2, 64, 64, 64)),
+        (nn.Softmax(-1), (8, 64), (8192, 64)),
+    ):
+        fastops.replace_(layer)
+        for shape, ours in ((small, False), (large, True)):
+            torch._dynamo.reset()
+            targets = []
+
+            def backend(graph, inputs, targets=targets):
+                targets.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+                return graph
+
+            model = nn.Sequential(layer)
+            x = torch.randn(shape)
+            torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=backend)(x), model(x))
+            assert any(name.startswith("fastops.") for name in targets) == ours
+
+
 @pytest.mark.parametrize("slow", [True, False])
 def test_compiled_graph_holds_what_is_faster_than_the_compilers(slow, monkeypatch):
     """Convolutions and, where MKL is slow, large linear layers; what a compiler fuses is PyTorch's."""
-    monkeypatch.setattr(fastops.functional._general, "_MKL_IS_SLOW", slow)
+    limit = 1 << 15 if slow else 1 << 62
+    for module in (fastops.functional._general, sys.modules["fastops.nn.linear"]):
+        monkeypatch.setattr(module, "COMPILED_LINEAR_FROM", limit)
     torch._dynamo.reset()
     targets = []
 

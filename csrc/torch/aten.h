@@ -42,9 +42,9 @@ void override_pools(Overrides& overrides);
 void override_products(Overrides& overrides);
 
 // Whether a tensor is dense data on the CPU, of a dtype that has kernels. Below autograd nothing else matters.
+inline const uint64_t kDenseCpuKeys = fast_door::dense_keys(c10::DeviceType::CPU);
 inline bool takes(const Tensor& tensor) {
-  static const uint64_t cpu = fast_door::dense_keys(c10::DeviceType::CPU);
-  return (tensor.key_set().raw_repr() & ~cpu) == 0 && is_supported(tensor.scalar_type());
+  return is_supported(tensor.scalar_type()) && (tensor.key_set().raw_repr() & ~kDenseCpuKeys) == 0;
 }
 // The same for tensors that must have one dtype.
 template <class... Tensors>
@@ -57,7 +57,24 @@ inline optional<Tensor> defined(const optional<Tensor>& bias) { return bias && b
 // Whether a call at the key AutogradCPU is recorded by a node of ours: nobody looks on, and nothing is dual.
 template <class... Tensors>
 bool takes_recorded(const Tensors&... tensors) {
-  return fast_door::ambient_is_plain() && takes(tensors...) && (!tensors._fw_grad(/*level=*/0).defined() && ...);
+  return takes(tensors...) && fast_door::ambient_is_plain() && (!tensors._fw_grad(/*level=*/0).defined() && ...);
+}
+
+// What is registered for an op: ours for the dtypes that have kernels, else PyTorch's own, by a jump. Ours may still
+// hand over. Most calls that are not taken differ in dtype, and they pay for nothing but the jump.
+template <auto ours, auto original>
+struct Detour;
+template <class Result, class First, class... Rest, Result (*ours)(First, Rest...), Result (*original)(First, Rest...)>
+struct Detour<ours, original> {
+  static Result call(First first, Rest... rest) {
+    if (is_supported(first.scalar_type()) || record::enabled()) [[likely]]
+      return ours(first, rest...);
+    return original(first, rest...);
+  }
+};
+template <auto ours, auto original>
+void put(torch::Library& library, const char* op) {
+  library.impl(op, TORCH_FN((Detour<ours, original>::call)));
 }
 
 // PyTorch's own kernel, which record() shows.

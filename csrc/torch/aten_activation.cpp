@@ -70,7 +70,7 @@ template <class... Parameters, Tensor (*original)(const Tensor&, Parameters...),
 struct Forward<original, activation> {
   static inline const char* name;
   static Tensor call(const Tensor& input, Parameters... parameters) {
-    if (takes(input) && reads_in_place(input) && input.numel() > 0) {
+    if (takes(input) && input.numel() > 0 && reads_in_place(input)) {
       const Activation f = activation(parameters...);
       if (is_known(f)) return activation_forward(input, f, /*need_mask=*/false).y;
     }
@@ -84,7 +84,7 @@ template <class... Parameters, Tensor& (*original)(Tensor&, Parameters...), Acti
 struct InPlace<original, activation> {
   static inline const char* name;
   static Tensor& call(Tensor& input, Parameters... parameters) {
-    if (takes(input) && input.is_non_overlapping_and_dense() && input.numel() > 0) {
+    if (takes(input) && input.numel() > 0 && input.is_non_overlapping_and_dense()) {
       const Activation f = activation(parameters...);
       if (is_known(f)) {
         activate_dense(input, f);
@@ -95,12 +95,15 @@ struct InPlace<original, activation> {
   }
 };
 
-Tensor gradient_or(const char* name, const Tensor& grad_output, const Tensor& saved, Gradient gradient,
-                   c10::function_ref<Tensor()> original) {
-  const bool direct = takes(grad_output, saved) && is_known(gradient.activation) &&
-                      grad_output.sizes() == saved.sizes() && grad_output.strides() == saved.strides() &&
-                      saved.is_non_overlapping_and_dense() && saved.numel() > 0;
-  if (direct) return activation_backward(grad_output, saved, gradient.activation, gradient.kind);
+// gradient() is only asked for tensors that are ours to take.
+template <class MakeGradient, class Original>
+Tensor gradient_or(const char* name, const Tensor& grad_output, const Tensor& saved, MakeGradient&& gradient,
+                   Original&& original) {
+  if (takes(grad_output, saved) && saved.numel() > 0 && grad_output.sizes() == saved.sizes() &&
+      grad_output.strides() == saved.strides() && saved.is_non_overlapping_and_dense()) {
+    const Gradient known = gradient();
+    if (is_known(known.activation)) return activation_backward(grad_output, saved, known.activation, known.kind);
+  }
   return pytorch(name, grad_output, original);
 }
 
@@ -111,22 +114,26 @@ template <class... Parameters, Tensor (*original)(const Tensor&, const Tensor&, 
 struct Backward<original, gradient> {
   static inline const char* name;
   static Tensor call(const Tensor& grad_output, const Tensor& saved, Parameters... parameters) {
-    return gradient_or(name, grad_output, saved, gradient(parameters...),
-                       [&] { return original(grad_output, saved, parameters...); });
+    return gradient_or(
+        name, grad_output, saved, [&] { return gradient(parameters...); },
+        [&] { return original(grad_output, saved, parameters...); });
   }
 };
 
 Tensor elu_backward(const Tensor& grad_output, const Scalar& alpha, const Scalar& scale, const Scalar& input_scale,
                     bool is_result, const Tensor& saved) {
-  const Activation f = is_result && alpha.toDouble() < 0 ? kNone : elu(alpha, scale, input_scale);
-  return gradient_or("elu_backward", grad_output, saved, {f, is_result ? Saved::output : Saved::input},
+  const auto gradient = [&]() -> Gradient {
+    const Activation f = is_result && alpha.toDouble() < 0 ? kNone : elu(alpha, scale, input_scale);
+    return {f, is_result ? Saved::output : Saved::input};
+  };
+  return gradient_or("elu_backward", grad_output, saved, gradient,
                      [&] { return at::cpu::elu_backward(grad_output, alpha, scale, input_scale, is_result, saved); });
 }
 
 template <template <auto, auto> class Override, auto original, auto parameters>
 void put(Overrides& overrides, const char* name) {
   Override<original, parameters>::name = name;
-  overrides.below_autograd.impl(name, TORCH_FN((Override<original, parameters>::call)));
+  aten::put<Override<original, parameters>::call, original>(overrides.below_autograd, name);
 }
 
 bool takes_halves(const Tensor& input, int64_t dim) {
@@ -179,9 +186,9 @@ void override_activations(Overrides& overrides) {
   FASTOPS_OVERRIDE_BACKWARD(softshrink_backward, (Reads<with_one<Kind::softshrink>, Saved::input>::of))
 #undef FASTOPS_OVERRIDE_BACKWARD
 #undef FASTOPS_OVERRIDE
-  overrides.below_autograd.impl("elu_backward", TORCH_FN(elu_backward));
-  overrides.below_autograd.impl("glu", TORCH_FN(aten::glu));
-  overrides.below_autograd.impl("glu_backward", TORCH_FN(aten::glu_backward));
+  aten::put<elu_backward, at::cpu::elu_backward>(overrides.below_autograd, "elu_backward");
+  aten::put<aten::glu, at::cpu::glu>(overrides.below_autograd, "glu");
+  aten::put<aten::glu_backward, at::cpu::glu_backward>(overrides.below_autograd, "glu_backward");
 }
 
 }  // namespace fastops::aten

@@ -23,13 +23,13 @@ bool read(IntArrayRef from, int dims, int64_t (&to)[3]) {
   return true;
 }
 
-// The plan of a call whose operands are ours to take.
+// The plan of a call whose operands are ours to take; input and weight are.
 bool plan(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, IntArrayRef stride,
           IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups,
           ConvPlan& plan) {
   const int dims = static_cast<int>(weight.dim()) - 2;
   if (dims < 1 || dims > 3 || input.dim() != weight.dim()) return false;
-  if (!takes(input, weight) || (bias && !takes(input, *bias))) return false;
+  if (bias && !takes(input, *bias)) return false;
   ConvParams params{dims, transposed, groups, {1, 1, 1}, {}, {}, {1, 1, 1}};
   int64_t more[3]{};
   if (!read(stride, dims, params.stride) || !read(padding, dims, params.before) ||
@@ -48,12 +48,13 @@ bool plan(const Tensor& input, const Tensor& weight, const optional<Tensor>& bia
 Tensor convolution(const Tensor& input, const Tensor& weight, const optional<Tensor>& given_bias, IntArrayRef stride,
                    IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
                    int64_t groups) {
-  const optional<Tensor> bias = defined(given_bias);
-  ConvPlan planned;
   // torch.jit.trace does not record this op but the one that PyTorch's own kernel calls.
-  if (!at::tracer::impl::is_dispatch_enabled() &&
-      plan(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups, planned))
-    return conv_forward(input, weight, bias, planned, {}, /*need_saved=*/false).y;
+  if (takes(input, weight) && !at::tracer::impl::is_dispatch_enabled()) {
+    const optional<Tensor> bias = defined(given_bias);
+    ConvPlan planned;
+    if (plan(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups, planned))
+      return conv_forward(input, weight, bias, planned, {}, /*need_saved=*/false).y;
+  }
   return pytorch("convolution", input, [&] {
     return at::compositeexplicitautograd::convolution(input, weight, given_bias, stride, padding, dilation, transposed,
                                                       output_padding, groups);
@@ -66,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
                                                         bool transposed, IntArrayRef output_padding, int64_t groups,
                                                         std::array<bool, 3> output_mask) {
   ConvPlan planned;
-  if (takes(grad_output, input) &&
+  if (takes(grad_output, input, weight) &&
       plan(input, weight, {}, stride, padding, dilation, transposed, output_padding, groups, planned) &&
       grad_output.sizes() == IntArrayRef(transposed ? in_sizes(planned) : out_sizes(planned))) {
     planned.w_layout = planned.layout;  // PyTorch gives the weight's gradient the layout of the images
@@ -83,8 +84,9 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
 }  // namespace
 
 void override_convolutions(Overrides& overrides) {
-  overrides.below_autograd.impl("convolution", TORCH_FN(aten::convolution));
-  overrides.below_autograd.impl("convolution_backward", TORCH_FN(aten::convolution_backward));
+  namespace original = at::compositeexplicitautograd;
+  put<aten::convolution, original::convolution>(overrides.below_autograd, "convolution");
+  put<aten::convolution_backward, original::convolution_backward>(overrides.below_autograd, "convolution_backward");
 }
 
 }  // namespace fastops::aten

@@ -173,11 +173,11 @@ Tensor adaptive_avg_pool_backward(const Tensor& grad_output, const Tensor& input
 }  // namespace
 
 void override_pools(Overrides& overrides) {
-  overrides.with_autograd.impl("max_pool1d", TORCH_FN((aten::max_pool<1, at::native::max_pool1d>)));
-  overrides.with_autograd.impl("max_pool2d", TORCH_FN((aten::max_pool<2, at::native::max_pool2d>)));
-  overrides.with_autograd.impl("max_pool3d", TORCH_FN((aten::max_pool<3, at::native::max_pool3d>)));
+  put<max_pool<1, at::native::max_pool1d>, at::native::max_pool1d>(overrides.with_autograd, "max_pool1d");
+  put<max_pool<2, at::native::max_pool2d>, at::native::max_pool2d>(overrides.with_autograd, "max_pool2d");
+  put<max_pool<3, at::native::max_pool3d>, at::native::max_pool3d>(overrides.with_autograd, "max_pool3d");
   torch::Library& m = overrides.below_autograd;
-#define FASTOPS_OVERRIDE(op, function, dims) m.impl(#op, TORCH_FN((aten::function<dims, at::cpu::op>)));
+#define FASTOPS_OVERRIDE(op, function, dims) put<aten::function<dims, at::cpu::op>, at::cpu::op>(m, #op);
   FASTOPS_OVERRIDE(max_pool2d_with_indices, max_pool_with_indices, 2)
   FASTOPS_OVERRIDE(max_pool3d_with_indices, max_pool_with_indices, 3)
   FASTOPS_OVERRIDE(max_pool2d_with_indices_backward, max_pool_with_indices_backward, 2)

@@ -18,14 +18,13 @@ bool asked_to_print() {
 }
 
 const bool verbose = asked_to_print();
-std::atomic<int> listeners{verbose ? 1 : 0};
 std::mutex mutex;
 std::vector<Row> rows;
 std::vector<size_t> starts;  // rows.size() at each start() not yet stopped
 
 }  // namespace
 
-bool enabled() { return listeners.load(std::memory_order_relaxed) != 0; }
+std::atomic<int> listeners{verbose ? 1 : 0};
 
 void start() {
   const std::lock_guard<std::mutex> lock(mutex);

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/record_function.h>
 
+#include <atomic>
 #include <chrono>
 #include <initializer_list>
 #include <optional>
@@ -21,8 +22,9 @@ struct Row {
   double microseconds = 0;
 };
 
-bool enabled();           // somebody listens; one relaxed load
-void start();             // begins a recording; recordings nest
+extern std::atomic<int> listeners;
+inline bool enabled() { return listeners.load(std::memory_order_relaxed) != 0; }  // whether somebody listens
+void start();                                                                     // begins a recording; recordings nest
 std::vector<Row> stop();  // ends the innermost one: its rows, in order of call
 void add(Row row);
 

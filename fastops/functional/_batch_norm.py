@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function
 from fastops import _C
 from fastops._activations import KIND, valid
 from fastops.functional._activation import Activation, resolve_activation, torch_activate
-from fastops.functional._general import general, overrides, show, torch_op
+from fastops.functional._general import general, overrides, show, small_for_compilers, torch_op
 from fastops.ops import batch_norm as _batch_norm_ops
 
 __all__ = ["batch_norm"]
@@ -97,6 +97,7 @@ def _general_batch_norm(
     plain = type(training) is bool and isinstance(momentum, (int, float)) and isinstance(eps, (int, float))
     if (
         general(*tensors)
+        and not small_for_compilers(input)
         and plain
         and valid(kind, a, b)
         and _batch_norm_ops.supports(input, *statistics, training, eps, residual)

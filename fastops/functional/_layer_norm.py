@@ -10,7 +10,7 @@ from torch.compiler import is_dynamo_compiling as _is_compiling
 from torch.overrides import handle_torch_function
 
 from fastops import _C
-from fastops.functional._general import general, overrides, show, torch_op
+from fastops.functional._general import general, overrides, show, small_for_compilers, torch_op
 from fastops.ops import layer_norm as _layer_norm_ops
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -57,7 +57,7 @@ def layer_norm(
             return handle_torch_function(
                 layer_norm, tensors, input, normalized_shape, weight=weight, bias=bias, eps=eps
             )
-    if general(input, weight, bias):
+    if general(input, weight, bias) and not small_for_compilers(input):
         shape = _sizes(normalized_shape)
         if shape is not None and _layer_norm_ops.supports(input, shape, weight, bias, rms=False):
             return _layer_norm_ops.layer_norm(input, weight, bias, len(shape), eps)
@@ -94,7 +94,7 @@ def rms_norm(
         tensors = (input,) if weight is None else (input, weight)
         if overrides(*tensors):
             return handle_torch_function(rms_norm, tensors, input, normalized_shape, weight=weight, eps=eps)
-    if general(input, weight):
+    if general(input, weight) and not small_for_compilers(input):
         shape = _sizes(normalized_shape)
         if shape is not None and _layer_norm_ops.supports(input, shape, weight, rms=True):
             return _layer_norm_ops.rms_norm(input, weight, len(shape), _eps(input, eps))

@@ -10,7 +10,7 @@ from torch.nn import _reduction
 from torch.overrides import handle_torch_function
 
 from fastops import _C
-from fastops.functional._general import general, overrides, show, torch_op
+from fastops.functional._general import general, overrides, show, small_for_compilers, torch_op
 from fastops.ops import loss as _loss_ops
 
 __all__ = ["cross_entropy", "mse_loss"]
@@ -117,7 +117,7 @@ def _general_cross_entropy(
     if not _is_compiling() and overrides(input, target, weight):
         tensors = (input, target, weight)
         return handle_torch_function(cross_entropy, tensors, input, target, weight=weight, **options)
-    if general(input, target, weight) and reduction in _REDUCTIONS:
+    if general(input, target, weight) and not small_for_compilers(input) and reduction in _REDUCTIONS:
         x, w = _cast(input, weight)
         if _loss_ops.cross_entropy_supports(x, target, w, label_smoothing):
             return _loss_ops.cross_entropy(x, target, w, reduction, ignore_index, float(label_smoothing))
@@ -128,7 +128,7 @@ def _general_mse(input: Any, target: Any, reduction: str, weight: Any) -> Tensor
     if not _is_compiling() and overrides(input, target, weight):
         tensors = (input, target, weight)
         return handle_torch_function(mse_loss, tensors, input, target, reduction=reduction, weight=weight)
-    if weight is None and general(input, target) and reduction in _REDUCTIONS:
+    if weight is None and general(input, target) and not small_for_compilers(input) and reduction in _REDUCTIONS:
         x, t = _cast(input, target)
         if _loss_ops.mse_supports(x, t):
             return _loss_ops.mse_loss(x, t, reduction)

@@ -10,7 +10,7 @@ from torch.compiler import is_dynamo_compiling as _is_compiling
 from torch.overrides import handle_torch_function
 
 from fastops import _C
-from fastops.functional._general import general, overrides, show, torch_op
+from fastops.functional._general import general, overrides, show, small_for_compilers, torch_op
 from fastops.ops import softmax as _softmax_ops
 
 __all__ = ["log_softmax", "softmax"]
@@ -83,7 +83,8 @@ def _apply(
             return result
         if overrides(input):
             return handle_torch_function(public, (input,), input, dim=dim, _stacklevel=stacklevel, dtype=dtype)
-    if general(x) and type(dim) is int and _softmax_ops.supports(x, dim) and dtype in (None, x.dtype):
+    ours = general(x) and not small_for_compilers(x)
+    if ours and type(dim) is int and _softmax_ops.supports(x, dim) and dtype in (None, x.dtype):
         return _softmax_ops.softmax(x, dim, log)
     return torch_op(name, _explain, getattr(F, name), input, dim, stacklevel + 3, dtype=dtype)
 

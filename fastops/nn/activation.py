@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.jit import is_scripting as _is_scripting
 
 import fastops.functional as FF
+from fastops._traced import traced_as
 
 __all__ = [
     "CELU", "ELU", "GELU", "GLU", "SELU", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyReLU",
@@ -501,3 +502,8 @@ class GLU(nn.GLU):
         if _is_scripting():
             return F.glu(input, self.dim)
         return FF.glu(input, self.dim)
+
+
+for _name in __all__:
+    _module = globals()[_name]
+    traced_as(_module.forward, _module.__base__.forward)

@@ -7,10 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.proxy import Proxy
 from torch.jit import is_scripting as _is_scripting
+from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
 from torch.nn.modules.batchnorm import _NormBase
 
 import fastops.functional as FF
+from fastops._traced import traced_as
 from fastops.functional._activation import Activation
+from fastops.functional._general import small_for_compilers
 from fastops.nn._fused import Fusable, Fused, pair, scripted_activation
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
@@ -65,6 +68,12 @@ def _call(layer: Any, input: Tensor, activation: Activation) -> Tensor:
         batch = mean is None and var is None
     factor = 0.0 if momentum is None else momentum
     return FF.batch_norm(input, mean, var, weight, bias, batch, factor, layer.eps, activation=activation)
+
+
+def _in_a_graph(self: nn.Module, input: Tensor) -> Tensor:
+    if small_for_compilers(input):
+        return _TorchBatchNorm.forward(self, input)
+    return _call(self, input, self.__dict__.get("activation"))
 
 
 class _BatchNorm(Fusable):
@@ -210,3 +219,9 @@ class FusedBatchNorm3d(_FusedBatchNorm):
 pair(BatchNorm1d, FusedBatchNorm1d)
 pair(BatchNorm2d, FusedBatchNorm2d)
 pair(BatchNorm3d, FusedBatchNorm3d)
+
+
+for _module in (BatchNorm1d, BatchNorm2d, BatchNorm3d):
+    traced_as(_module.forward, _in_a_graph)
+    # Its buffers have the guards that those of torch.nn's own modules have, which are fewer.
+    _module._dynamo_marked_static = True

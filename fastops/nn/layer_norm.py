@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from torch.jit import is_scripting as _is_scripting
 
 import fastops.functional as FF
+from fastops._traced import traced_as
+from fastops.functional._general import small_for_compilers
 
 __all__ = ["LayerNorm", "RMSNorm"]
 
@@ -35,6 +37,15 @@ class LayerNorm(nn.LayerNorm):
         return FF.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
+def _layer_norm_in_a_graph(self: nn.Module, input: Tensor) -> Tensor:
+    if small_for_compilers(input):
+        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+    return FF.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+traced_as(LayerNorm.forward, _layer_norm_in_a_graph)
+
+
 class RMSNorm(nn.RMSNorm):
     """y = x / sqrt(mean(x^2) + eps) weight, the mean over the last dimensions.
 
@@ -57,3 +68,12 @@ class RMSNorm(nn.RMSNorm):
         if _is_scripting():
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         return FF.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+def _rms_norm_in_a_graph(self: nn.Module, x: Tensor) -> Tensor:
+    if small_for_compilers(x):
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+    return FF.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+traced_as(RMSNorm.forward, _rms_norm_in_a_graph)

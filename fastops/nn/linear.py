@@ -9,7 +9,9 @@ from torch.jit import is_scripting as _is_scripting
 
 import fastops.functional as FF
 from fastops import _C
+from fastops._traced import traced_as
 from fastops.functional._activation import Activation
+from fastops.functional._general import COMPILED_LINEAR_FROM
 from fastops.nn._fused import Fusable, Fused, pair, scripted_activation, weight_and_bias
 
 __all__ = ["Linear"]
@@ -67,6 +69,17 @@ class Linear(Fusable, nn.Linear):
             if result is not NotImplemented:
                 return result
         return FF.linear(input, weight, bias, activation)
+
+
+def _in_a_graph(self: nn.Module, input: Tensor) -> Tensor:
+    """Linear.forward for Dynamo: functional.linear's policy, with fewer guards where the layer is PyTorch's."""
+    weight = self.weight
+    if weight.is_cpu and weight.numel() < COMPILED_LINEAR_FROM:
+        return F.linear(input, weight, self.bias)
+    return FF.linear(input, weight, self.bias)
+
+
+traced_as(Linear.forward, _in_a_graph)
 
 
 class FusedLinear(Fused):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.jit import is_scripting as _is_scripting
 
 import fastops.functional as FF
+from fastops._traced import traced_as
 
 __all__ = [
     "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d", "AdaptiveMaxPool1d", "AdaptiveMaxPool2d",
@@ -343,3 +344,7 @@ class AdaptiveAvgPool3d(nn.AdaptiveAvgPool3d):
         if _is_scripting():
             return F.adaptive_avg_pool3d(input, self.output_size)
         return FF.adaptive_avg_pool3d(input, self.output_size)
+
+
+for _module in (AdaptiveAvgPool1d, AdaptiveAvgPool2d, AdaptiveAvgPool3d):
+    traced_as(_module.forward, _module.__base__.forward)

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from torch.jit import is_scripting as _is_scripting
 
 import fastops.functional as FF
+from fastops._traced import traced_as
+from fastops.functional._general import small_for_compilers
 
 __all__ = ["LogSoftmax", "Softmax"]
 
@@ -30,6 +32,15 @@ class Softmax(nn.Softmax):
         return FF.softmax(input, self.dim, _stacklevel=5)
 
 
+def _softmax_in_a_graph(self: nn.Module, input: Tensor) -> Tensor:
+    if small_for_compilers(input):
+        return F.softmax(input, self.dim, _stacklevel=5)
+    return FF.softmax(input, self.dim, _stacklevel=5)
+
+
+traced_as(Softmax.forward, _softmax_in_a_graph)
+
+
 class LogSoftmax(nn.LogSoftmax):
     """y = log(exp(x) / sum(exp(x))), the sum along dim.
 
@@ -49,3 +60,12 @@ class LogSoftmax(nn.LogSoftmax):
         if _is_scripting():
             return F.log_softmax(input, self.dim, _stacklevel=5)
         return FF.log_softmax(input, self.dim, _stacklevel=5)
+
+
+def _log_softmax_in_a_graph(self: nn.Module, input: Tensor) -> Tensor:
+    if small_for_compilers(input):
+        return F.log_softmax(input, self.dim, _stacklevel=5)
+    return FF.log_softmax(input, self.dim, _stacklevel=5)
+
+
+traced_as(LogSoftmax.forward, _log_softmax_in_a_graph)
