@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastops
-from fastops.benchmarks import activation, conv, linear, mlp, pool
+from fastops.benchmarks import activation, batch_norm, conv, linear, mlp, pool
 from fastops.benchmarks.harness import BACKWARD, BOTH, DTYPES, FORWARD, Case, WrongResult, settings
 
 MEASURED, WRONG, FOREIGN = "measured", "wrong result", "not a fastops kernel"
@@ -71,6 +71,11 @@ def _mlp(op: str, dtype: str, mode: str) -> tuple[Case, ...]:
     return tuple(mlp.make(op, shape, dtype, mode, 1) for shape in ("65536x64x4", "65536x128x4"))
 
 
+def _batch_norm() -> tuple[Case, ...]:
+    shapes = ("batch_norm+relu", "64x64x56x56"), ("batch_norm+add+relu+channels_last", "64x256x14x14")
+    return tuple(batch_norm.make(op, shape, dtype, BOTH, 1) for op, shape in shapes for dtype in ("f32", "bf16"))
+
+
 AIMS = (
     Aim("linear bf16 4096^3 and 8192^3 with bias and GELU, forward", 1.0,
         _linear("linear+gelu", "bf16", "4096x4096x4096", "8192x8192x8192")),
@@ -88,6 +93,7 @@ AIMS = (
     Aim("activations on 256 MB, forward", 1.0, _activations(FORWARD)),
     Aim("activations on 256 MB, backward: share of a copy's bandwidth", 0.9, _activations(BACKWARD), "copy_share"),
     Aim("activations on 256 MB, backward", 1.0, _activations(BACKWARD)),
+    Aim("batch_norm with ReLU, in training, forward and backward", 1.5, _batch_norm()),
 )  # fmt: skip
 CASES = {name_of(case): case for aim in AIMS for case in aim.cases}
 

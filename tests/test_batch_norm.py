@@ -47,8 +47,8 @@ def modules(case):
     return found[names.get(case.kind, case.kind).replace("_", "")](**case.kwargs)
 
 
-def compare_all(x, w, b, training=True, case=None, residual=None, what="", roundings=1.0):
-    """Values, statistics and gradients of a call, against PyTorch's and the float64 reference."""
+def compare_all(x, w, b, training=True, case=None, residual=None, what="", roundings=1.0, place=lambda t: t):
+    """Values, statistics and gradients of a call, against PyTorch's and the float64 reference. place: onto a device."""
     c = x.shape[1]
     grad = torch.randn(x.shape)
     kind = w.dtype if w is not None else x.dtype
@@ -56,7 +56,9 @@ def compare_all(x, w, b, training=True, case=None, residual=None, what="", round
     f = None if case is None else modules(case)
 
     def run(tensors, stats, which):
-        leaves = [None if t is None else t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
+        put = place if which == "ours" else lambda t: t
+        leaves = [None if t is None else put(t.detach().clone(memory_format=torch.preserve_format)) for t in tensors]
+        stats = [put(t) for t in stats]
         for t in leaves:
             if t is not None:
                 t.requires_grad_()
@@ -68,11 +70,8 @@ def compare_all(x, w, b, training=True, case=None, residual=None, what="", round
             if case is not None:
                 y = activation(case, y) if which == "reference" else case.theirs(y)
         g = grad.to(y.dtype)
-        return (
-            y,
-            stats,
-            gradients(y, last(g) if x.is_contiguous() is False else g, *[t for t in leaves if t is not None]),
-        )
+        found = gradients(y, put(last(g) if x.is_contiguous() is False else g), *[t for t in leaves if t is not None])
+        return y.cpu(), [t.cpu() for t in stats], [t.cpu() for t in found]
 
     tensors = [x, w, b, residual]
     wide = [None if t is None else t.double() for t in tensors]
@@ -658,7 +657,7 @@ def calls(size):
 
 
 def kernels(dtype, on_gpu):
-    return {} if on_gpu else {"channels_first": 0, "channels_last": 0}
+    return {"channels_first": 0, "channels_last": 0}
 
 
 def random_batch_norm(rng):

@@ -17,7 +17,7 @@ from gpu import DEVICE
 
 import fastops.functional as FF
 from benchmarks import gpu as make_gpu
-from fastops.benchmarks import activation, gpu_cases, harness, linear, mlp, pool
+from fastops.benchmarks import activation, batch_norm, gpu_cases, harness, linear, mlp, pool
 
 STAMP = {"gpu": "NVIDIA Imaginary", "driver": "1.2", "torch": "2.13.0", "sources": "abc"}
 
@@ -66,6 +66,7 @@ def measured(case: harness.Case) -> dict:
         activation.make("gelu", "4096", "f32", "backward", 1),
         activation.make("relu", "8192", "bf16", "backward", 1),
         pool.make("max_pool2d", "2x3x8x8-k3-s2-p1", "f32", "both", 1),
+        batch_norm.make("batch_norm+add+relu", "3x5x6x7", "f32", "both", 1),
     ],
     ids=gpu_cases.name_of,
 )

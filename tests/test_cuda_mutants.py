@@ -29,7 +29,8 @@ class Mutant(NamedTuple):
 
 
 GEMM, ACTIVATION, FORMULAS, POOL = "gemm.cuh", "activation.cuh", "formulas.cuh", "pool.cuh"
-CONV, DEPTHWISE, MLP = "conv.cuh", "depthwise.cuh", "mlp.cuh"
+UNITS = "units.cuh"
+CONV, DEPTHWISE, MLP, NORM = "conv.cuh", "depthwise.cuh", "mlp.cuh", "batch_norm.cuh"
 MUTANTS = [
     # ---- barriers
     Mutant("no barrier before a tile is read", "gemm", GEMM, "__syncthreads();", "", back="  // this tile"),
@@ -62,7 +63,7 @@ MUTANTS = [
            "to[i] = from[i];"),
     Mutant("writes behind the last unit", "activation", FORMULAS, "if (i < count) to[i] = from[i];",
            "to[i] = from[i];"),
-    Mutant("units that do not exist", "activation", ACTIVATION, "unit < units.units", "true", front="if (", back=") {"),
+    Mutant("units that do not exist", "activation", UNITS, "unit < units.units", "true", front="if (", back=") {"),
     Mutant("bits of a mask behind the last element", "activation", ACTIVATION, "i < at.count", "true",
            back=" && Kind::inside"),
     # ---- fragments and indices
@@ -137,6 +138,25 @@ MUTANTS = [
     Mutant("rows of a fragment's pairs", "mlp", GEMM, "row + i * 16 + e * 8", "row + i * 16", front="body("),
     Mutant("a thread's rows of A", "mlp", GEMM, "from_a[A::offset(i * 16 + r, k)]", "from_a[A::offset(i * 16, k)]"),
     Mutant("columns of a thread's pairs", "mlp", GEMM, "j % 2 * 2", "0", front="j / 2 * 32 + ", back=", pair[0]"),
+    # ---- batch norms
+    Mutant("no barrier before the sums of warps are read", "batch_norm", NORM, "__syncthreads();", "",
+           back="\n    Channel<C>* const finished"),
+    *(
+        Mutant(f"no barrier where {what}", "batch_norm", NORM, "__syncthreads();", "", back=f"  // {what}")
+        for what in ("the channel is finished", "the sums of all warps are there", "nobody reads them any more")
+    ),
+    Mutant("parts with the same mean", "batch_norm", NORM, "difference * difference * (a.count * share)", "0"),
+    Mutant("a part missing from a channel", "batch_norm", NORM, "threadIdx.x % 32", "threadIdx.x % 32 + 1",
+           front="int64_t part = ", back="; part <"),
+    Mutant("a warp missing from a channel", "batch_norm", NORM, "1", "2", front="for (int warp = ",
+           back="; warp < kThreads / 32; ++warp) sums = joined(sums, warps[warp],"),
+    Mutant("elements behind the end of a plane", "batch_norm", NORM, "((1u << place.count) - 1)", "((1u << n) - 1)"),
+    Mutant("rows that do not exist", "batch_norm", NORM, "if (row >= end) continue;", ""),
+    Mutant("channels that do not exist", "batch_norm", NORM, "left < n ? static_cast<int>(left) : n", "n"),
+    Mutant("lanes of other channels in a sum", "batch_norm", NORM, "distance >= lanes", "distance > 0"),
+    Mutant("the shift is left out", "batch_norm", NORM, "static_cast<double>(r.shift) + r.first / r.count",
+           "r.first / r.count"),
+    Mutant("chunks with the same mean", "batch_norm", NORM, "(r.second - r.first * r.first / r.count)", "0"),
     # ---- convolutions
     Mutant("no barrier after a phase is opened", "conv", CONV, "__syncthreads();", "", front="(axis.taps);\n  }\n  "),
     Mutant("no barrier before the places of C are read", "conv", CONV, "__syncthreads();", "", front="}\n  ",
@@ -229,7 +249,7 @@ def run(program: Path, number: int = 0) -> subprocess.CompletedProcess:
     return subprocess.run([program], env=environment, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("check", ["gemm", "activation", "pool", "conv", "conv_depthwise", "mlp"])
+@pytest.mark.parametrize("check", ["gemm", "activation", "pool", "conv", "conv_depthwise", "mlp", "batch_norm"])
 def test_without_a_mutant_the_checks_succeed(programs, check):
     result = run(programs[check])
     assert result.returncode == 0, result.stdout

@@ -19,6 +19,7 @@ CALLS = {
     "conv2d": (partial(FF.conv2d, padding=1), [(2, 8, 9, 9), (70, 8, 3, 3), (70,)]),
     "depthwise": (partial(FF.conv2d, groups=8), [(2, 8, 9, 9), (8, 1, 3, 3), (8,)]),
     "1x1": (FF.conv2d, [(70, 33, 1, 1), (70, 33, 1, 1), (70,)]),
+    "batch_norm": (lambda x: FF.batch_norm(x, None, None, training=True), [(9, 2, 20, 20)]),
     "max_pool2d": (partial(FF.max_pool2d, kernel_size=2), [(2, 3, 8, 8)]),
     "mlp": (lambda x, v, w: FF.mlp(x, [v, w], [None, None]), [(70, 100), (128, 100), (9, 128)]),
 }

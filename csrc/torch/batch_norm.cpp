@@ -61,8 +61,6 @@ std::string batch_norm_problem(const Tensor& input, const optional<Tensor>& runn
 template <class Int>
 void check_operands(const Operands& o, bool training) {
   check_input(o.input, "batch_norm", "input");
-  TORCH_CHECK(o.input.is_cpu() || o.input.is_meta(), "batch_norm: input must be on the CPU, got one on ",
-              o.input.device());
   const auto type = o.input.scalar_type(), parameters = parameter_type(o);
   TORCH_CHECK(parameters == type || (parameters == at::kFloat && type != at::kDouble),
               "batch_norm: weight, bias and running statistics must have the input's dtype ", type,
@@ -453,13 +451,13 @@ py::object batch_norm_fast(py::handle input, py::handle running_mean, py::handle
                          mean = operand(running_mean), var = operand(running_var);
   const Operands operands{x, w, bias_tensor, more, mean, var};
   const auto type = x.scalar_type(), parameters = parameter_type(operands);
-  if (!x.is_cpu() || !is_supported(type) || x.numel() == 0) return not_implemented();
+  if (!is_supported(type) || x.numel() == 0) return not_implemented();
   if (parameters != type && (parameters != at::kFloat || type == at::kDouble)) return not_implemented();
   for (const auto* tensor : {&w, &bias_tensor, &mean, &var})
-    if (*tensor && ((*tensor)->scalar_type() != parameters || !(*tensor)->is_cpu())) return not_implemented();
+    if (*tensor && ((*tensor)->scalar_type() != parameters || !is_on(**tensor, x.device()))) return not_implemented();
   for (const auto* tensor : {&mean, &var})
     if (*tensor && ((*tensor)->requires_grad() || !(*tensor)->is_contiguous())) return not_implemented();
-  if (more && (more->scalar_type() != type || !more->is_cpu())) return not_implemented();
+  if (more && (more->scalar_type() != type || !is_on(*more, x.device()))) return not_implemented();
   if (!batch_norm_problem<int64_t>(x, mean, var, w, bias_tensor, more, options.training).empty())
     return not_implemented();
   return wrap(

@@ -57,7 +57,9 @@ def supports(
     """Whether `batch_norm` takes these: supported, on one device, fitting shapes; parameters of one dtype, input's or
     float32; what PyTorch refuses is refused."""
     parameters = [t for t in (running_mean, running_var, weight, bias) if t is not None]
-    if not supported(input) or not all(supported(t) and t.device == input.device for t in parameters):
+    if not supported(input, on_gpu=True) or not all(
+        supported(t, on_gpu=True) and t.device == input.device for t in parameters
+    ):
         return False
     if len({t.dtype for t in parameters}) > 1:
         return False
@@ -66,7 +68,7 @@ def supports(
         if not mixed:
             return False
     if residual is not None and not (
-        supported(residual) and residual.dtype == input.dtype and residual.device == input.device
+        supported(residual, on_gpu=True) and residual.dtype == input.dtype and residual.device == input.device
     ):
         return False
     if (eps <= 0 if training else eps < 0) or (not is_compiling() and input.numel() == 0):

@@ -1,29 +1,9 @@
 #include "activation.cuh"
 
-#include "../../common/cuda/launch.h"
 #include "../../common/cuda/planners.h"
 
 namespace fastops::cuda {
 namespace {
-
-template <int n>
-Units units_of(int64_t rows, int64_t cols) {
-  const int64_t per_row = quotient_up(cols, n);
-  return {rows * per_row, per_row, cols, rows};
-}
-
-// Where a run goes: a stream of a device with `chip` multiprocessors.
-struct Device {
-  int64_t chip;
-  Stream stream;
-};
-
-// Launches a grid that fills the chip, or a smaller one for less work.
-template <int n, class S, class Task>
-Status launch_units(const char* name, void (*kernel)(Task), const Task& task, const Units& units, const Device& on) {
-  const int64_t wanted = quotient_up(units.units, int64_t{kThreads} * kBatch<n, sizeof(S)>);
-  return launch({{name}, smaller(wanted, on.chip * kBlocksPerMultiprocessor), kThreads, 0, on.stream}, kernel, task);
-}
 
 template <class S>
 Status run(const ActivationForward& args, const ActivationForward::Pointers& p, char*, const Device& on) {

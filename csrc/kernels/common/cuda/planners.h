@@ -25,6 +25,8 @@ void plan_call(Plan<MaxPoolForward>&);
 void plan_call(Plan<MaxPoolBackward>&);
 void plan_call(Plan<AvgPoolForward>&);
 void plan_call(Plan<AvgPoolBackward>&);
+void plan_call(Plan<BatchNormForward>&);
+void plan_call(Plan<BatchNormBackward>&);
 
 // The gradient of a pre-activation, for ops that form it before their own kernels. chip: multiprocessors().
 Status activation_backward(const ActivationBackward&, const ActivationBackward::Pointers&, int64_t chip, Stream);
