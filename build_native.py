@@ -44,7 +44,7 @@ OPTIMIZE_SCALAR = ["-O2"]
 SANITIZE = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # AddressSanitizer sees a null pointer and the end of an object too, and the kernels have no virtual function.
 SANITIZE += ["-fno-sanitize=null,object-size,vptr"]
-# It doubles the time of compiling. The avx2 tier has the bodies of avx512, and the same guard pages around its operands.
+# It doubles the time of compiling. The avx2 tier has the bodies of avx512 and the same guard pages around its operands.
 WITHOUT_ASAN = {"avx2"}
 
 # One source a tier, compiled for every room: its flags, and nothing but its own code (isa.h and dispatch.cpp decide

@@ -211,6 +211,8 @@ def _quick(module: nn.Module) -> Any:
 class FrozenGraph(GraphModule):
     """A GraphModule that is pickled as its graph: a trace of its source, as torch.fx does it, may give another one."""
 
+    _fastops_frozen = True
+
     def __reduce__(self) -> Any:
         nodes = [
             (node.op, node.target, *torch.fx.node.map_arg((node.args, node.kwargs), _Reference), node.name)

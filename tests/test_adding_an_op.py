@@ -39,6 +39,7 @@ USERS = {
     "tests/test_compile_backend.py": "what layers become",
     "tests/test_doors.py": "both doors, op by op: a new op's are in its own file",
     "tests/test_enable.py": "ATen's operators, which are a list of their own",
+    "tests/test_freeze.py": "what layers become",
     "tests/test_fuse.py": "what layers become",
     "tests/test_guard_pages.py": "layouts of their own; test_layouts.py has those of every op",
     "tests/cpp/test_plans.cpp": "what all plans promise, on some",

@@ -699,7 +699,7 @@ def test_max_pool_of_a_convolution(isa, channels):
         frozen(torch.randn(1, channels, 28, 28))
     assert [call.op for call in calls] == ["conv_max_pool2d", "conv_max_pool2d"]
     assert frozen(torch.randn(0, channels, 28, 28)).shape == model(torch.randn(0, channels, 28, 28)).shape
-    with pytest.raises(RuntimeError, match="output size is too small|too small"):
+    with pytest.raises(RuntimeError, match="too small"):
         frozen(torch.randn(1, channels, 8, 8))
 
 
