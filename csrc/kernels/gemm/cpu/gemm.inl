@@ -64,6 +64,21 @@ inline bool reads_a_in_place(const Gemm<T>& g) {
   return Tile<P>::readable && same_type<P, T> && (along_k || (a.ls == 1 && a.ks <= kNarrow)) && !(aliased && g.m > kMr);
 }
 
+// The length of strips, near `wanted` and at most `most`, with which the last thread is done the soonest if each takes
+// the next strip when it is free. Nine strips on two threads take as long as ten.
+inline int64_t even_strip(int64_t lanes, int64_t wanted, int64_t most, int threads) {
+  const auto last_done = [&](int64_t strip) {
+    const int64_t whole = lanes / strip;
+    return whole % threads == 0 ? whole / threads * strip + lanes % strip : (whole / threads + 1) * strip;
+  };
+  int64_t best = wanted;
+  for (int64_t strip = larger<int64_t>(1, wanted * 2 / 3); strip <= smaller(most, wanted * 3 / 2); ++strip) {
+    const int64_t gain = last_done(best) - last_done(strip);
+    if (gain > 0 || (gain == 0 && strip > best)) best = strip;
+  }
+  return best;
+}
+
 template <class P, class T>
 GemmPlan plan_gemm(const Gemm<T>& g, int threads) {
   using Kind = Tile<P>;
@@ -124,6 +139,8 @@ GemmPlan plan_gemm(const Gemm<T>& g, int threads) {
   const int64_t strips =
       larger<int64_t>(ceil_div(private_block, most_strip), smaller(wanted, ceil_div(private_block, pw)));
   plan.strip = round_up(ceil_div(private_block, strips), pw);
+  if (strips >= plan.threads)
+    plan.strip = pw * even_strip(ceil_div(private_block, pw), plan.strip / pw, most_strip / pw, plan.threads);
   plan.parts = 1;
   if (strips < plan.threads)
     plan.parts = larger<int64_t>(1, smaller(ceil_div(2 * plan.threads, strips), ceil_div(shared_block, sw)));
