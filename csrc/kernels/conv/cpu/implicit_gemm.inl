@@ -73,6 +73,8 @@ ImplicitPlan plan_implicit(const ConvProduct<T>& g, int threads) {
   const int64_t kc = sums ? kBlocking.kc : plan.kc;  // fewer features, so more positions, unless sums are kept
   const int64_t most_positions = larger(kStripBytes / (kc / step * kElement) / pw * pw, pw);
   plan.strip = smaller(most_positions, round_up(ceil_div(g.positions, wanted), pw));
+  if (plan.groups_at_once == 1 && wanted > 1 && ceil_div(g.positions, plan.strip) >= plan.threads)
+    plan.strip = pw * even_strip(ceil_div(g.positions, pw), plan.strip / pw, most_positions / pw, plan.threads);
   plan.strips = ceil_div(g.positions, plan.strip);
   if (plan.rows.taken)
     plan.strips = g.positions / (g.patches.grid[1] * g.patches.grid[2]) * plan.rows.row_blocks * plan.rows.col_blocks;
