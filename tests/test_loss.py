@@ -293,7 +293,7 @@ def test_refusals(call, message):
 
 
 def test_classes_without_weight(isa):
-    """A target that counts with weight 0 is not one that does not count: a mean of nothing is NaN, also its gradient."""
+    """A target that counts with weight 0 counts: a mean without weights is NaN, and its gradient, too."""
     weights = [torch.zeros(4), torch.tensor([1.0, 0.0, 0.0, 1.0]), None]
     targets = [torch.tensor([0, 1, 2]), torch.tensor([-100, 1, 2]), torch.tensor([-100] * 3)]
     for shape, weight, target in itertools.product([(3, 4), (3, 4, 5)], weights, targets):
