@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
 
 import fastops.functional as FF
 from fastops._fusion import rewrite
@@ -57,12 +59,31 @@ def fastops(
         raise ValueError(f'backend "fastops": options must have no key but "rest", got {unknown[0]!r}')
     if rest not in _RESTS:
         raise ValueError(f'backend "fastops": option "rest" must be "eager" or "inductor", got {rest!r}')
-    rewrite(graph_module)
-    for node in graph_module.graph.nodes:
-        node.target = _POOLS.get(node.target, node.target)
-    graph_module.recompile()
+    _rewrite(graph_module, rest == "eager")
     if rest == "eager":
         return graph_module.forward
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(graph_module, inputs)
+
+
+def _rewrite(graph_module: GraphModule, eager: bool) -> None:
+    rewrite(graph_module)
+    for node in graph_module.graph.nodes:
+        node.target = _POOLS.get(node.target, node.target)
+        if eager and node.target is tag_activation_checkpoint:
+            node.target = _checkpoint
+            _rewrite(getattr(graph_module, node.args[0].target), eager)
+    graph_module.recompile()
+
+
+def _checkpoint(graph_module: GraphModule, *args: Any, **kwargs: Any) -> Any:
+    """torch.utils.checkpoint as Dynamo writes it: tag_activation_checkpoint, which only Inductor gives a random state.
+
+    In eager mode it would compute another dropout for backward than it did in forward.
+    """
+    options, inputs = tag_activation_checkpoint.divide_kwargs(kwargs)
+    options["use_reentrant"] = False
+    if "_checkpoint_context_fn" in graph_module.meta:
+        options["context_fn"] = graph_module.meta["_checkpoint_context_fn"]
+    return checkpoint(graph_module, *args, **options, **inputs)

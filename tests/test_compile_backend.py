@@ -1,6 +1,7 @@
 """torch.compile(backend="fastops"): values, gradients, what runs, and how often it compiles."""
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch._dynamo.backends.registry import list_backends, register_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fastops
 from fastops.backend import fastops as backend
@@ -158,6 +160,33 @@ def test_graph_breaks_and_what_has_no_kernel():
     complex_linear = torch.compile(F.linear, backend="fastops")
     z = torch.randn(3, 3, dtype=torch.complex64)
     torch.testing.assert_close(complex_linear(z, z), F.linear(z, z))
+
+
+def test_checkpoints_have_the_random_state_of_their_forward():
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.relu.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+    part = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.5))
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    for options in ({}, {"context_fn": contexts}):
+
+        def inner(x, y, scale=1.0, nested=not options):
+            z = checkpoint(part, x, use_reentrant=False) if nested else part(x)
+            return z * y * scale
+
+        def run(x, y, options=options, inner=inner):
+            return checkpoint(inner, x, use_reentrant=False, y=y, scale=2.0, **options) * 2
+
+        x, y = torch.randn(4, 8, requires_grad=True), torch.randn(4, 16)
+        results = []
+        for function in (run, torch.compile(run, backend=backend, fullgraph=True)):
+            torch.manual_seed(0)
+            output = function(x, y)
+            results.append([output, *torch.autograd.grad(output.sum(), [x, *part.parameters()])])
+        torch.testing.assert_close(results[1], results[0])
+    with fastops.record() as rows:
+        torch.compile(run, backend=backend, fullgraph=True)(x, y)
+    assert [row.op for row in rows] == ["linear"]  # with its activation
 
 
 def test_options():

@@ -1,5 +1,6 @@
 """cross_entropy and mse_loss against float64 and PyTorch: values, gradients, both doors, refusals."""
 
+import itertools
 import random
 from functools import partial
 
@@ -289,6 +290,22 @@ def test_refusals(call, message):
         call(F)
     with pytest.raises(theirs.type, match=message):
         call(FF)
+
+
+def test_classes_without_weight(isa):
+    """A target that counts with weight 0 counts: a mean without weights is NaN, and its gradient, too."""
+    weights = [torch.zeros(4), torch.tensor([1.0, 0.0, 0.0, 1.0]), None]
+    targets = [torch.tensor([0, 1, 2]), torch.tensor([-100, 1, 2]), torch.tensor([-100] * 3)]
+    for shape, weight, target in itertools.product([(3, 4), (3, 4, 5)], weights, targets):
+        target = target if len(shape) == 2 else target[:, None].expand(3, 5)
+        for smoothing, reduction in itertools.product([0.0, 0.1], ["mean", "sum", "none"]):
+            options = {"weight": weight, "label_smoothing": smoothing, "reduction": reduction}
+            x = torch.randn(shape, requires_grad=True)
+            results = []
+            for functions in (F, FF):
+                y = functions.cross_entropy(x, target, **options)
+                results.append((y, *torch.autograd.grad(y.sum(), x)))
+            torch.testing.assert_close(*results[::-1], equal_nan=True, msg=lambda m, o=options: f"{o}: {m}")
 
 
 @pytest.mark.parametrize("weighted", [False, True])

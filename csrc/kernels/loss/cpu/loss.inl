@@ -161,6 +161,12 @@ inline double sum_of_weights(const S* w, int64_t classes) {
   return sum;
 }
 
+// A mean without any weight is NaN, and so is its gradient, also where a smoothing's part of the sum is not 0.
+template <class C>
+inline C without_weight(bool smooth, C total) {
+  return smooth ? 0 / total : C(0);
+}
+
 template <class C>
 inline void store_one(C value, bf16_t* p) {
   Vec<float>::set1(value).store(p, 1);
@@ -235,7 +241,8 @@ void cross_entropy_forward(const Bound<CrossEntropyForward>& args, void* workspa
   *args.bad = sum.bad;
   if (statistics != nullptr) statistics[2 * positions] = static_cast<C>(sum.weight);
   if (args.reduction == Reduction::sum) store_one(static_cast<C>(sum.loss), y);
-  if (args.reduction == Reduction::mean) store_one(static_cast<C>(sum.loss / sum.weight), y);
+  if (args.reduction == Reduction::mean)
+    store_one(static_cast<C>(sum.loss / sum.weight + without_weight(smooth, sum.weight)), y);
 }
 
 template <class S>
@@ -252,19 +259,20 @@ void cross_entropy_backward(const Bound<CrossEntropyBackward>& args, const Team&
   const double share = args.smoothing / static_cast<double>(args.classes);
   const C of_target = static_cast<C>(1 - args.smoothing), of_all = static_cast<C>(share);
   const C all = static_cast<C>(smooth ? share * sum_of_weights(w, args.classes) : 0);
-  const C whole = args.reduction == Reduction::none   ? C(0)
-                  : args.reduction == Reduction::mean ? load_one(grad_y) / statistics[2 * positions]
-                                                      : load_one(grad_y);
-  // grad_x[c] = factor (slope exp(x[c] - top) - of_all w[c] - (c == t ? at_target : 0)). Where t does not count, the
-  // slope is 0.
+  C whole = args.reduction == Reduction::none ? C(0) : load_one(grad_y);
+  if (args.reduction == Reduction::mean)
+    whole = whole / statistics[2 * positions] + without_weight(smooth, statistics[2 * positions]);
+  // grad_x[c] = factor (slope exp(x[c] - top) - of_all w[c] - (c == t ? at_target : 0)), and 0 where t does not count.
   struct Position {
     C top, slope, factor, at_target;
+    bool counts;
   };
   const auto read = [&](int64_t at) {
     const int64_t t = args.target[at];
-    Position p{statistics[at], 0, 0, 0};
+    Position p{statistics[at], 0, 0, 0, false};
     if (t == args.ignore_index || t < 0 || t >= args.classes) return p;
     const C weight = w == nullptr ? C(1) : load_one(w + t);
+    p.counts = true;
     p.at_target = of_target * weight;
     p.slope = (p.at_target + all) / statistics[positions + at];
     p.factor = args.reduction == Reduction::none ? load_one(grad_y + at) : whole;
@@ -286,7 +294,7 @@ void cross_entropy_backward(const Bound<CrossEntropyBackward>& args, const Team&
       for (int i = 0; i < range.count; ++i) {
         const int64_t at = range.first + i, row = at * args.classes;
         const Position p = read(at);
-        if (p.slope == 0) {
+        if (!p.counts) {
           for (int64_t c = 0; c < args.classes; c += V::size)
             V::zero().store(grad_x + row + c, static_cast<int>(smaller(V::size, args.classes - c)));
           continue;
@@ -311,14 +319,16 @@ void cross_entropy_backward(const Bound<CrossEntropyBackward>& args, const Team&
       const int count = smaller<int>(V::size, range.count - i);
       Position each[V::size];
       C tops[V::size] = {}, slopes[V::size] = {}, factors[V::size] = {}, values[V::size] = {};
+      C counted[V::size] = {};
       for (int j = 0; j < count; ++j) {
         const Position p = each[j] = read(range.first + i + j);
         tops[j] = p.top, slopes[j] = p.slope, factors[j] = p.factor;
-        if (p.slope != 0) values[j] = load_one(x + begin + i + j + args.target[range.first + i + j] * inner);
+        counted[j] = p.counts;
+        if (p.counts) values[j] = load_one(x + begin + i + j + args.target[range.first + i + j] * inner);
       }
       const V top = V::load(tops), slope = V::load(slopes), factor = V::load(factors);
       // Where a target does not count, x may be anything, also NaN.
-      const Mask<C> counts = !eq(slope, V::zero());
+      const Mask<C> counts = !eq(V::load(counted), V::zero());
       for (int64_t c = 0; c < args.classes; ++c) {
         const int64_t from = begin + c * inner + i;
         const V v = count == V::size ? V::load(x + from) : V::load(x + from, count);
@@ -330,7 +340,7 @@ void cross_entropy_backward(const Bound<CrossEntropyBackward>& args, const Team&
           g.store(grad_x + from, count);
       }
       for (int j = 0; j < count; ++j)
-        if (each[j].slope != 0) {
+        if (each[j].counts) {
           const int64_t at = range.first + i + j;
           fix_target(at, each[j], values[j], grad_x + begin + i + j + args.target[at] * inner);
         }
