@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastops
+import fastops.functional as FF
+import fastops.optim
 from fastops.benchmarks.harness import DTYPES
 from fastops.benchmarks.scoreboard.networks import NETWORKS, Network
 
@@ -101,7 +103,7 @@ def installed(name: str) -> Any:
 
 
 class Torch(Provider):
-    """PyTorch, after `change` of the model."""
+    """PyTorch, after `change` of the model; own_step: a training step with fastops' losses and SGD, too."""
 
     def __init__(
         self,
@@ -111,9 +113,10 @@ class Torch(Provider):
         memory: bool = False,
         trains: bool = True,
         channels_last: bool = False,
+        own_step: bool = False,
     ) -> None:
         self.label, self.change, self.peer, self.memory = label, change, peer, memory
-        self.trains, self.channels_last = trains, channels_last
+        self.trains, self.channels_last, self.own_step = trains, channels_last, own_step
 
     def _prepare(self, setup: Setup, training: bool) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
         """The plain model, which owns the parameters; what runs; inputs and targets."""
@@ -140,8 +143,9 @@ class Torch(Provider):
         if not self.trains:
             raise Absent("inference only")
         model, runs, x, target = self._prepare(setup, True)
-        loss = F.mse_loss if target.is_floating_point() else F.cross_entropy
-        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        functional = FF if self.own_step else F
+        loss = functional.mse_loss if target.is_floating_point() else functional.cross_entropy
+        optimizer = (fastops.optim if self.own_step else torch.optim).SGD(model.parameters(), lr=RATE)
         begin = {name: value.clone() for name, value in model.state_dict().items()}
 
         def call() -> Tensor:
@@ -315,7 +319,7 @@ PROVIDERS: dict[str, Provider] = {
     "onnxruntime": OnnxRuntime(),
     "openvino": OpenVINO(),
     "replace": Torch("replace_", _replaced, peer=False, memory=True),
-    "fuse": Torch("fuse", lambda model: _fastops("fuse")(model), peer=False, memory=True),
+    "fuse": Torch("fuse", lambda model: _fastops("fuse")(model), peer=False, memory=True, own_step=True),
     "freeze": Torch("freeze", lambda model: _fastops("freeze")(model), peer=False, trains=False),
     "backend": Torch("backend", _backend, peer=False),
     "enable": Torch("enable", _enabled, peer=False, memory=True),
