@@ -199,10 +199,11 @@ def _quick(module: nn.Module) -> Any:
     if isinstance(module, FrozenLayer | FrozenMlp | FrozenInvertedResidual):
         return module.call
     if not isinstance(module, GraphModule) and type(module) is not nn.Module:
-        return module
+        return module if in_the_way(module) or isinstance(module, torch.jit.ScriptModule) else module.forward
+    read = {node.target for node in module.graph.nodes if node.op == "get_attr"} if hasattr(module, "graph") else set()
     space = types.SimpleNamespace()
     for name, child in module._modules.items():
-        setattr(space, name, _quick(child))
+        setattr(space, name, child if name in read else _quick(child))
     for tensors in (module._parameters, module._buffers):
         vars(space).update(tensors)
     return space
