@@ -222,6 +222,9 @@ struct WinogradMember {
           out.c_rs = m_tile;
           out.prev = first ? nullptr : out.c;
           out.prev_rs = m_tile;
+          // The weights of the next panel or point, a line for each k of the first tiles.
+          const float* const next = j + nr < k ? b + plan.u_panel : weights + (point + 1) * plan.u_plane;
+          if ((j + nr < k || point + 1 < points) && g * 16 < nr) out.ahead = next + g * depth * 16;
           micro_tile(depth, tiles_at + point * plan.v_plane + i * plan.row, plan.row, 1, b, nr, rows, cols, out);
         }
       }

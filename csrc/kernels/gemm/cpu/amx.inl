@@ -212,7 +212,8 @@ inline void store_wide(bool relu, const float* sums, int64_t rs, const float* bi
 
 inline void output_tile(bf16_amx, int64_t pairs, const PanelView<amx_a>& a, const amx_a* a_panel,
                         const PanelView<amx_b>&, const amx_b* b_panel, int64_t i, int64_t j, int rows, int cols,
-                        bool first, bool last, const Output<bf16_t>& out, float* partial, int64_t partial_rs) {
+                        bool first, bool last, const Output<bf16_t>& out, float* partial, int64_t partial_rs,
+                        const void*) {
   alignas(64) float sums[32 * 32];  // elements that multiply_tiles does not write are loaded, but never stored
   const int64_t chunks = ceil_div(pairs, kTilePairs);
   const bool in_place = a.rs != 1, few = in_place && rows < 32;

@@ -276,8 +276,12 @@ void multiply_block(const Output<T>& out, const PanelView<typename Tile<P>::A>& 
   for_each_tile<P>(i1 - i0, j1 - j0, [&](int64_t i, int64_t j, int rows, int cols) {
     Compute<T>* sums = static_cast<Compute<T>*>(partial.sums);
     if (sums != nullptr) sums += (i0 + i - partial.i0) * partial.rs + (j0 + j - partial.j0);
+    // The first tiles of a packed panel of B prefetch the next panel, a cache line for each of their k.
+    const int64_t lines = i / Tile<P>::mr * k, line = 64 / static_cast<int64_t>(sizeof *b.p);
+    const bool prefetches = b.ks == Tile<P>::nr && j + Tile<P>::nr < j1 - j0 && lines * line < Tile<P>::nr * k;
+    const void* const ahead = prefetches ? b.p + (j / Tile<P>::nr + 1) * b.panel + lines * line : nullptr;
     output_tile(P{}, k, a, a.p + i / Tile<P>::mr * a.panel, b, b.p + j / Tile<P>::nr * b.panel, i0 + i, j0 + j, rows,
-                cols, first, last, out, sums, partial.rs);
+                cols, first, last, out, sums, partial.rs, ahead);
   });
 }
 
