@@ -20,6 +20,13 @@ def test_every_function_has_its_opinfo():
     assert {op.name.removeprefix(_PREFIX) for op in OPS} == set(NAMES)
 
 
+def _samples(op, dtypes, **options):
+    """Each sample in each dtype; of more than 200, as max pools have, each in one of the dtypes."""
+    for i, dtype in enumerate(dtypes):
+        samples = list(op.sample_inputs("cpu", dtype, **options))
+        yield from ((dtype, sample) for sample in (samples if len(samples) <= 200 else samples[i :: len(dtypes)]))
+
+
 def _seeded(function):
     """The function after the seed of OpInfo's own functions: attention may drop probabilities."""
 
@@ -49,39 +56,36 @@ def _tolerance(dtype, expected=None):
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_values(op):
-    for dtype in sorted(op.supported_dtypes("cpu"), key=str):
-        for sample in op.sample_inputs("cpu", dtype):
-            expected = _seeded(op)(sample.input.clone(), *sample.args, **sample.kwargs)
-            actual = _seeded(ours(op))(sample.input.clone(), *sample.args, **sample.kwargs)
-            tolerance = _tolerance(dtype, expected if op.name.startswith(f"{_PREFIX}conv") else None)
-            torch.testing.assert_close(actual, expected, equal_nan=True, **tolerance)
-            if sample.input.is_contiguous() and sample.input.numel() > 0:
-                assert _output(actual).stride() == _output(expected).stride()
+    for dtype, sample in _samples(op, sorted(op.supported_dtypes("cpu"), key=str)):
+        expected = _seeded(op)(sample.input.clone(), *sample.args, **sample.kwargs)
+        actual = _seeded(ours(op))(sample.input.clone(), *sample.args, **sample.kwargs)
+        tolerance = _tolerance(dtype, expected if op.name.startswith(f"{_PREFIX}conv") else None)
+        torch.testing.assert_close(actual, expected, equal_nan=True, **tolerance)
+        if sample.input.is_contiguous() and sample.input.numel() > 0:
+            assert _output(actual).stride() == _output(expected).stride()
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_gradients(op):
-    for dtype in sorted(op.supported_backward_dtypes("cpu"), key=str):
-        if not dtype.is_floating_point:
-            continue
-        for sample in op.sample_inputs("cpu", dtype, requires_grad=True):
-            inputs = [t for t in _tensors(sample) if t.requires_grad]
-            results = []
-            for function in (ours(op), op):
-                # in place needs something that is not a leaf
-                output = _output(_seeded(function)(sample.input * 1, *sample.args, **sample.kwargs))
-                grad = torch.linspace(-1, 1, output.numel()).to(dtype).reshape(output.shape)
-                results.append(torch.autograd.grad(output, inputs, grad))
-            sums = op.name.startswith(f"{_PREFIX}conv")
-            tolerance = _tolerance(dtype)
-            if op.name == "nn.functional.hardsigmoid":  # PyTorch multiplies by 1 / 6 in float32, in float64 too
-                tolerance = {name: max(value, 1e-7) for name, value in tolerance.items()}
-            if op.name == "nn.functional.layer_norm":  # a row of one number is its mean, which PyTorch's is not quite
-                tolerance = {name: max(value, 1e-4) for name, value in tolerance.items()}
-            for actual, expected in zip(*results, strict=True):
-                if sums:
-                    tolerance = _tolerance(dtype, expected)
-                torch.testing.assert_close(actual, expected, equal_nan=True, **tolerance)
+    dtypes = [one for one in sorted(op.supported_backward_dtypes("cpu"), key=str) if one.is_floating_point]
+    for dtype, sample in _samples(op, dtypes, requires_grad=True):
+        inputs = [t for t in _tensors(sample) if t.requires_grad]
+        results = []
+        for function in (ours(op), op):
+            # in place needs something that is not a leaf
+            output = _output(_seeded(function)(sample.input * 1, *sample.args, **sample.kwargs))
+            grad = torch.linspace(-1, 1, output.numel()).to(dtype).reshape(output.shape)
+            results.append(torch.autograd.grad(output, inputs, grad))
+        sums = op.name.startswith(f"{_PREFIX}conv")
+        tolerance = _tolerance(dtype)
+        if op.name == "nn.functional.hardsigmoid":  # PyTorch multiplies by 1 / 6 in float32, in float64 too
+            tolerance = {name: max(value, 1e-7) for name, value in tolerance.items()}
+        if op.name == "nn.functional.layer_norm":  # a row of one number is its mean, which PyTorch's is not quite
+            tolerance = {name: max(value, 1e-4) for name, value in tolerance.items()}
+        for actual, expected in zip(*results, strict=True):
+            if sums:
+                tolerance = _tolerance(dtype, expected)
+            torch.testing.assert_close(actual, expected, equal_nan=True, **tolerance)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
