@@ -7,6 +7,7 @@ no_grad, autocast or a checkpoint inside of it, a question for an input's type. 
 called as a module; the rest is traced.
 """
 
+import functools
 import inspect
 import operator
 import random
@@ -74,6 +75,11 @@ def is_frozen(module: nn.Module) -> bool:
     return getattr(type(module), "_fastops_frozen", False)
 
 
+def plain_class(module: nn.Module) -> type:
+    """The class that fastops.fuse found: a program is no forward to be traced."""
+    return getattr(type(module), "_fastops_plain", type(module))
+
+
 def training_of(name: str) -> bool:
     """In a graph: the attribute `training` of the module of that name. Whoever makes a program of it says how."""
     raise NotImplementedError(name)
@@ -124,7 +130,8 @@ class _Tracer(torch.fx.Tracer):
 
         def call(root: nn.Module, *values: Any) -> Any:
             named = dict(zip(self.named_inputs, values[count:], strict=True))
-            return self._follow(root, "", lambda: root_fn(root, *values[:count], **named))
+            forward = plain_class(root).forward if is_module else root_fn
+            return self._follow(root, "", lambda: forward(root, *values[:count], **named))
 
         return call, [self.root, *proxies]
 
@@ -139,8 +146,10 @@ class _Tracer(torch.fx.Tracer):
             why, tried = in_the_way(m), False
             if not why:
                 last = next(iter(reversed(self.graph.nodes)))
+                cls = plain_class(m)
+                plain = forward if cls is type(m) else functools.partial(cls.forward, m)
                 try:
-                    return self._follow(m, name, lambda: forward(*args, **kwargs))
+                    return self._follow(m, name, lambda: plain(*args, **kwargs))
                 except Exception as error:
                     self._forget(last)
                     why, tried = reason(error), True

@@ -29,6 +29,7 @@ from fastops._activations import ACTIVATIONS, KIND, valid
 from fastops._fusion import activate, in_the_way, may_change_something, rewrite
 from fastops._tracing import Signature, is_frozen, reason, trace, training_of
 from fastops.functional._activation import resolve_activation
+from fastops.fuse import unfuse
 from fastops.replace import Row, _check, _name, _table, replace_
 
 __all__ = ["FreezeReport", "freeze"]
@@ -99,7 +100,7 @@ def freeze(model: nn.Module, *, channels_last: bool | None = None) -> nn.Module:
         channels_last = any(isinstance(m, nn.Conv2d) and m.weight.dtype != torch.float64 for m in model.modules())
     report = FreezeReport()
     frozen = _freeze(model, "", report, channels_last)
-    return FrozenModel(frozen, model, report)
+    return _class_for(model)(frozen, model, report)
 
 
 # ---- the frozen model ------------------------------------------------------------------------------------------------
@@ -164,6 +165,9 @@ class FrozenModel(nn.Module):
             raise RuntimeError("fastops.freeze: a frozen model cannot be trained; train the model it was made from")
         return super().train(False)
 
+    def __reduce__(self) -> Any:
+        return _read_frozen, (inspect.signature(type(self).forward),), self.__getstate__()
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles do not know the model that it was made from."""
         return {
@@ -179,6 +183,29 @@ class FrozenModel(nn.Module):
         super()._apply(*args, **kwargs)
         self._run = None
         return self
+
+
+def _class_for(model: nn.Module) -> type[FrozenModel]:
+    """FrozenModel with the signature of the model's forward, which torch.export asks for."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # of something that is no function
+        return FrozenModel
+    parameters = [one.replace(annotation=inspect.Parameter.empty) for one in signature.parameters.values()]
+    self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    return _with_signature(inspect.Signature([self, *parameters]))
+
+
+def _with_signature(signature: inspect.Signature) -> type[FrozenModel]:
+    plain = FrozenModel.forward
+    forward = types.FunctionType(plain.__code__, plain.__globals__, plain.__name__)
+    forward.__signature__ = signature
+    return type("FrozenModel", (FrozenModel,), {"forward": forward, "__module__": __name__})
+
+
+def _read_frozen(signature: inspect.Signature) -> FrozenModel:
+    cls = _with_signature(signature)
+    return cls.__new__(cls)
 
 
 def _quick_call(model: nn.Module) -> Callable[..., Any]:
@@ -570,7 +597,10 @@ def _copy(module: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(one): one.detach() for one in module.buffers()}
     memo |= {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in module.parameters()}
     memo |= {id(one): one for one in module.modules() if isinstance(one, torch.jit.ScriptModule) or is_frozen(one)}
-    return copy.deepcopy(module, memo)
+    result = copy.deepcopy(module, memo)
+    for one in result.modules():
+        unfuse(one)
+    return result
 
 
 class _Freezer:

@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fastops import _C
 from fastops._fusion import HOOKS, Finding, rewrite
-from fastops._tracing import Signature, is_frozen, reason, trace, training_of
+from fastops._tracing import Signature, is_frozen, plain_class, reason, trace, training_of
 from fastops.replace import Report, Row, _check, _name, _replace, _table
 
 __all__ = ["FusionReport", "fuse"]
@@ -96,8 +96,7 @@ def fuse(model: nn.Module) -> nn.Module:
     _check(model, "fuse")
     result = _sharing_copy(model)
     for module in result.modules():
-        if isinstance(module, _Fused):
-            _unfuse(module)
+        unfuse(module)
     swapped, _ = _replace(result, None)
     report = FusionReport()
     if _is_layer(result):
@@ -169,7 +168,7 @@ class _Fused(nn.Module):
         function, arguments, state, *rest = super().__reduce_ex__(protocol)
         if arguments and arguments[0] is type(self) and isinstance(state, dict):
             state = {key: value for key, value in state.items() if not key.startswith("_fastops_")}
-            return _revive, (_plain_class(self), *arguments[1:]), state, *rest
+            return _revive, (plain_class(self), *arguments[1:]), state, *rest
         return function, arguments, state, *rest
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -178,12 +177,11 @@ class _Fused(nn.Module):
         _write(self, None)
 
 
-def _plain_class(module: nn.Module) -> type:
-    return type(module)._fastops_plain
-
-
-def _unfuse(module: nn.Module) -> None:
-    module.__class__ = _plain_class(module)
+def unfuse(module: nn.Module) -> None:
+    """Makes a fused module one of the model's own class."""
+    if not isinstance(module, _Fused):
+        return
+    module.__class__ = plain_class(module)
     for key in (*_state(), "fastops_report"):
         vars(module).pop(key, None)
 
@@ -275,7 +273,7 @@ class _Program:
     children: list[str]
     parameters: list[str]
     modes: dict[str, bool]
-    watched: tuple[Any, ...] = (0, (), (), ())
+    watched: tuple[Any, ...] = (0, (), (), (), ())
 
     def watch(self, root: nn.Module) -> None:
         """Notes what the program relies on, as csrc/torch/guard.cpp reads it."""
@@ -293,12 +291,23 @@ class _Program:
                 entries[id(place), key] = (place, key, None if place[key] is None else ...)
         hooks = [value for key, value in vars(torch.nn.modules.module).items() if key.startswith("_global_")]
         empty = tuple(one for one in hooks if isinstance(one, dict))
-        self.watched = id(root), modules, tuple(entries.values()), empty
+        # A forward may go through its children, and so a child more is another forward.
+        owners = [root.get_submodule(name) for name in self.inlined if not _is_layer(root.get_submodule(name))]
+        sizes: dict[int, tuple[Any, int]] = {}
+        while owners:
+            owner = owners.pop()
+            sizes.update((id(place), (place, len(place))) for place in (owner._modules, owner._parameters))
+            owners += [child for child in owner._modules.values() if isinstance(child, _LISTS)]
+        self.watched = id(root), modules, tuple(entries.values()), empty, tuple(sizes.values())
 
     def is_for(self, root: nn.Module) -> bool:
         """Whether the modules that decide by their mode are in that of this program."""
         found = dict(root.named_modules())
         return all(name in found and found[name].training is mode for name, mode in self.modes.items())
+
+
+# What a forward goes through itself.
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def _watched(module: nn.Module, is_root: bool, decides: bool) -> tuple[Any, ...]:
@@ -361,7 +370,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _write(module: nn.Module, report: FusionReport | None, name: str = "") -> dict[str, tuple[str, bool]] | None:
     """Gives the module a program. Returns what was not traced through (Traced.leaves), or None where there is none."""
-    cls = _plain_class(module) if isinstance(module, _Fused) else type(module)
+    cls = plain_class(module)
     current = module.__class__
     try:
         if cls.forward is nn.Module.forward:  # a list of modules

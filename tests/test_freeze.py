@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import itertools
 import operator
 import pickle
@@ -529,6 +530,18 @@ def test_no_batch_and_other_first_calls():
         assert each.shape == (4, *y.shape)
         wide = torch.randn(2, 3, 9, 18)[..., ::2]
         exact(frozen(wide), frozen(wide.contiguous()))
+
+
+def test_its_signature_is_that_of_the_model():
+    model, x = Options().eval(), torch.randn(4, 8)
+    frozen = fastops.freeze(model)
+    batch = {0: torch.export.Dim("batch")}
+    for one in (frozen, copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        assert list(inspect.signature(one.forward).parameters) == ["x", "mask", "scale", "rest", "flag", "more"]
+        with torch.no_grad():
+            program = torch.export.export(frozen, (x, x), dynamic_shapes={"x": batch, "mask": batch})
+            torch.testing.assert_close(program.module()(x[:3], x[:3]), model(x[:3], x[:3]))
+            torch.testing.assert_close(one(mask=x, x=x), model(x, x))
 
 
 def test_export_and_compile():

@@ -488,6 +488,52 @@ def test_changes_are_noticed(what):
     torch.testing.assert_close(fused.state_dict(), plain.state_dict(), rtol=rtol, atol=1e-4)
 
 
+def test_more_children_are_noticed():
+    class Lists(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.named = nn.ModuleList([nn.Linear(8, 8)]), nn.ModuleDict({"a": nn.ModuleList()})
+            self.chain, self.weights = nn.Sequential(nn.Linear(8, 8)), nn.ParameterList([torch.eye(8)])
+
+        def forward(self, x):
+            for layer in (*self.layers, *self.named.values(), *self.named["a"]):
+                x = x if isinstance(layer, nn.ModuleList) else torch.relu(layer(x))
+            for weight in self.weights:
+                x = F.linear(x, weight)
+            return self.chain(x)
+
+    plain, x = Lists(), torch.randn(3, 8)
+    fused = fastops.fuse(plain)
+    assert fused.fastops_report.untraced == []
+    more = nn.Linear(8, 8)
+    for change in (
+        lambda m: m.layers.append(more),
+        lambda m: m.named["a"].append(more),
+        lambda m: m.named.update({"b": more}),
+        lambda m: m.chain.append(nn.Tanh()),
+        lambda m: m.weights.append(torch.full((8, 8), 0.1)),
+        lambda m: m.chain.insert(0, more),
+        lambda m: m.layers.pop(0),
+    ):
+        change(plain), change(fused)
+        torch.testing.assert_close(fused(x), plain(x))
+        torch.testing.assert_close(fused(x), plain(x))
+
+
+@pytest.mark.parametrize("make", [lambda part: part, lambda part: nn.Sequential(part, nn.Tanh())], ids=["", "a part"])
+def test_a_fused_model_is_frozen_as_the_model_is(make):
+    layers = [nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), ByTraining(nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4)]
+    for part in (nn.Sequential(*layers), nn.Sequential(Counter(nn.ReLU()), *layers)):
+        model = make(part)
+        frozen, expected = fastops.freeze(make(fastops.fuse(part))), fastops.freeze(model)
+        for name, rows in vars(frozen.fastops_report).items():
+            told = [[(row.name, row.result) for row in one] for one in (rows, vars(expected.fastops_report)[name])]
+            assert told[0] == told[1]
+        x = torch.randn(2, 4, 5, 5)
+        with torch.no_grad():
+            torch.testing.assert_close(frozen(x), expected(x))
+
+
 def test_a_model_that_changes_all_the_time():
     plain = Net().eval()
     fused = fastops.fuse(copy.deepcopy(plain))

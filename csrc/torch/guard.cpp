@@ -7,12 +7,12 @@ namespace {
 
 // A call costs one look-up for each key: none of what is looked at can be changed without these dictionaries.
 //
-// watched: (id of the module, modules, entries, empty).
+// watched: (id of the module, modules, entries, empty, sizes).
 // modules: for each module a tuple (module, its class, its __dict__, the number of entries of that, key, value, ...):
 //   the values are the same objects, and it has no hooks. None, ..., None for the module that asks: what it keeps must
 //   not keep it alive.
 // entries: for each a tuple (a dictionary, key, value): the value is the same object; Ellipsis: it is there, and not
-// None. empty: dictionaries that have nothing in them.
+// None. empty: dictionaries that have nothing in them. sizes: tuples (a dictionary, how many entries it has).
 struct Names {
   PyObject* hooks[4] = {PyUnicode_InternFromString("_forward_hooks"), PyUnicode_InternFromString("_forward_pre_hooks"),
                         PyUnicode_InternFromString("_backward_hooks"),
@@ -57,6 +57,10 @@ py::object unchanged(py::handle watched, py::handle module) {
   }
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items[3]); ++i)
     if (PyDict_GET_SIZE(PyTuple_GET_ITEM(items[3], i))) return py::bool_(false);
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items[4]); ++i) {
+    PyObject** const entry = PySequence_Fast_ITEMS(PyTuple_GET_ITEM(items[4], i));
+    if (PyDict_GET_SIZE(entry[0]) != PyLong_AsSsize_t(entry[1])) return py::bool_(false);
+  }
   return py::bool_(true);
 }
 
