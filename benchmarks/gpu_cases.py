@@ -15,7 +15,19 @@ import torch
 from torch import Tensor
 
 import fastops
-from fastops.benchmarks import activation, batch_norm, conv, linear, mlp, pool
+from fastops.benchmarks import (
+    activation,
+    attention,
+    batch_norm,
+    conv,
+    layer_norm,
+    linear,
+    loss,
+    mlp,
+    optim,
+    pool,
+    softmax,
+)
 from fastops.benchmarks.harness import BACKWARD, BOTH, DTYPES, FORWARD, Case, WrongResult, settings
 
 MEASURED, WRONG, FOREIGN = "measured", "wrong result", "not a fastops kernel"
@@ -76,6 +88,26 @@ def _batch_norm() -> tuple[Case, ...]:
     return tuple(batch_norm.make(op, shape, dtype, BOTH, 1) for op, shape in shapes for dtype in ("f32", "bf16"))
 
 
+def _rows() -> tuple[Case, ...]:
+    kinds = (
+        (layer_norm, "layer_norm", "16384x1024"),
+        (layer_norm, "rms_norm", "8192x4096"),
+        (softmax, "softmax", "384x1024x1024"),
+        (softmax, "log_softmax", "4096x50257"),
+        (loss, "cross_entropy", "4096x50257"),
+        (loss, "mse_loss", "8192x4096"),
+    )
+    return tuple(stem.make(op, shape, dtype, BOTH, 1) for stem, op, shape in kinds for dtype in ("f32", "bf16"))
+
+
+def _optim() -> tuple[Case, ...]:
+    return tuple(optim.make(f"{name} step", "resnet50", "f32", BOTH, 1) for name in optim.OPTIMIZERS)
+
+
+def _attention(mode: str) -> tuple[Case, ...]:
+    return tuple(attention.make(op, "8x12x1024x64", "f32", mode, 1) for op in attention.FUNCTIONS)
+
+
 AIMS = (
     Aim("linear bf16 4096^3 and 8192^3 with bias and GELU, forward", 1.0,
         _linear("linear+gelu", "bf16", "4096x4096x4096", "8192x8192x8192")),
@@ -94,6 +126,10 @@ AIMS = (
     Aim("activations on 256 MB, backward: share of a copy's bandwidth", 0.9, _activations(BACKWARD), "copy_share"),
     Aim("activations on 256 MB, backward", 1.0, _activations(BACKWARD)),
     Aim("batch_norm with ReLU, in training, forward and backward", 1.5, _batch_norm()),
+    Aim("norms, softmax and losses on 64 MB and more, forward and backward", 1.0, _rows()),
+    Aim("a step of each optimizer on ResNet-50's parameters", 1.0, _optim()),
+    Aim("attention float32, 1024 tokens, forward", 1.0, _attention(FORWARD)),
+    Aim("attention float32, 1024 tokens, forward and backward", 1.0, _attention(BOTH)),
 )  # fmt: skip
 CASES = {name_of(case): case for aim in AIMS for case in aim.cases}
 

@@ -20,12 +20,12 @@ SHAPE = "128x1000, 8x21x128x128"
 FUNCTIONS = ("cross_entropy", "mse_loss")
 
 
-def _loss(module: object, op: str, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+def _loss(module: object, op: str, shape: tuple[int, ...], device: str) -> Callable[[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(1)
     if op == "cross_entropy":
-        target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+        target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator).to(device)
         return lambda x: module.cross_entropy(x, target)
-    goal = torch.randn(shape, generator=generator)
+    goal = torch.randn(shape, generator=generator).to(device)
     goals = {dtype: goal.to(dtype) for dtype in DTYPES.values()}
     return lambda x: module.mse_loss(x, goals[x.dtype])
 
@@ -33,7 +33,7 @@ def _loss(module: object, op: str, shape: tuple[int, ...]) -> Callable[[Tensor],
 def prepare(case: Case) -> Sides:
     shape = tuple(map(int, case.shape.split("x")))
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DTYPES[case.dtype])
-    return functional_sides(case, _loss(F, case.op, shape), _loss(FF, case.op, shape), [x])
+    return functional_sides(case, *(_loss(module, case.op, shape, case.device) for module in (F, FF)), [x])
 
 
 def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | None = None) -> Case:

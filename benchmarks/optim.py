@@ -48,9 +48,10 @@ def shapes_of(model: str) -> list[tuple[int, ...]]:
 
 def _side(package: object, case: Case, dtype: torch.dtype, lr: float = 0.01) -> torch.optim.Optimizer:
     generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes_of(case.shape)]
+    numbers = [torch.randn(shape, generator=generator).to(case.device, dtype) for shape in shapes_of(case.shape)]
+    params = [nn.Parameter(t) for t in numbers]
     for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+        p.grad = torch.randn(p.shape, generator=generator).to(case.device, dtype)
     name = case.op.removesuffix(" step")
     optimizer = getattr(package, name.split("+")[0])(params, lr=lr, **OPTIMIZERS[name])
     optimizer.step()  # which makes the state

@@ -9,8 +9,8 @@ the square root, which is correctly rounded here, while PyTorch's, MKL's, is one
 bfloat16 and float16 parameters are updated in float32 and rounded once, where PyTorch rounds after every operation.
 
 PyTorch's own step updates what the kernel does not take: the first step of each parameter that has state, sparse or
-complex gradients, tensor subclasses (FSDP2's DTensor), parameters that are not on the CPU, gradients that lie in
-another order than their parameter, betas or weight_decay as tensors, and everything with fused, capturable or
+complex gradients, tensor subclasses (FSDP2's DTensor), parameters on a device that has no kernels, gradients that lie
+in another order than their parameter, betas or weight_decay as tensors, and everything with fused, capturable or
 differentiable.
 
 Examples assume `import torch`, `from torch import nn` and `import fastops`.

@@ -60,15 +60,19 @@ def wide(options):
     return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
 
 
-def run(function, tensors, grad, **options):
-    leaves = [t.detach().requires_grad_() for t in tensors]
+def run(function, tensors, grad, place=lambda t: t, **options):
+    leaves = [place(t.detach()).requires_grad_() for t in tensors]
+    options = {name: place(t) if isinstance(t, torch.Tensor) else t for name, t in options.items()}
     y = function(*leaves, **options)
-    return y, *gradients(y, grad, *leaves)
+    return [t.cpu() for t in (y, *gradients(y, grad.to(y.device), *leaves))]
 
 
-def compare(tensors, grad, **options):
+def compare(tensors, grad, place=lambda t: t, **options):
+    """place: onto the device of ours."""
     reference = run(F.scaled_dot_product_attention, [t.double() for t in tensors], grad, **wide(options))
-    ours, theirs = (run(m.scaled_dot_product_attention, tensors, grad, **options) for m in (FF, F))
+    ours, theirs = (
+        run(m.scaled_dot_product_attention, tensors, grad, to, **options) for m, to in ((FF, place), (F, lambda t: t))
+    )
     # The gradients of scores are differences of these.
     terms = max(1.0, float((grad.double() @ tensors[2].double().mT).abs().max())) if reference[0].numel() else 1.0
     for name, *three in zip(("output", "query", "key", "value"), ours, reference, theirs, strict=True):
@@ -304,7 +308,7 @@ def calls(size):
 
 
 def kernels(dtype, on_gpu):
-    return {} if on_gpu or dtype not in DTYPES else {"attention": 2}
+    return {"attention": 2} if dtype in DTYPES else {}
 
 
 def random_attention(rng):

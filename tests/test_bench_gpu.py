@@ -17,7 +17,20 @@ from gpu import DEVICE
 
 import fastops.functional as FF
 from benchmarks import gpu as make_gpu
-from fastops.benchmarks import activation, batch_norm, gpu_cases, harness, linear, mlp, pool
+from fastops.benchmarks import (
+    activation,
+    attention,
+    batch_norm,
+    gpu_cases,
+    harness,
+    layer_norm,
+    linear,
+    loss,
+    mlp,
+    optim,
+    pool,
+    softmax,
+)
 
 STAMP = {"gpu": "NVIDIA Imaginary", "driver": "1.2", "torch": "2.13.0", "sources": "abc"}
 
@@ -67,6 +80,12 @@ def measured(case: harness.Case) -> dict:
         activation.make("relu", "8192", "bf16", "backward", 1),
         pool.make("max_pool2d", "2x3x8x8-k3-s2-p1", "f32", "both", 1),
         batch_norm.make("batch_norm+add+relu", "3x5x6x7", "f32", "both", 1),
+        layer_norm.make("layer_norm", "5x33", "bf16", "both", 1),
+        softmax.make("log_softmax", "5x33", "f32", "both", 1),
+        loss.make("cross_entropy", "5x33", "f32", "both", 1),
+        loss.make("mse_loss", "5x33", "bf16", "both", 1),
+        optim.make("AdamW step", "10-5-5-1", "f32", "both", 1),
+        attention.make("attention+causal", "2x2x20x16", "f32", "both", 1),
     ],
     ids=gpu_cases.name_of,
 )

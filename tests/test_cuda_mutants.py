@@ -29,7 +29,8 @@ class Mutant(NamedTuple):
 
 
 GEMM, ACTIVATION, FORMULAS, POOL = "gemm.cuh", "activation.cuh", "formulas.cuh", "pool.cuh"
-UNITS = "units.cuh"
+UNITS, ROWS, LAYER, SOFTMAX, LOSS = "units.cuh", "rows.cuh", "layer_norm.cuh", "softmax.cuh", "loss.cuh"
+OPTIM, ATTENTION = "optim.cuh", "attention.cuh"
 CONV, DEPTHWISE, MLP, NORM = "conv.cuh", "depthwise.cuh", "mlp.cuh", "batch_norm.cuh"
 MUTANTS = [
     # ---- barriers
@@ -157,6 +158,67 @@ MUTANTS = [
     Mutant("the shift is left out", "batch_norm", NORM, "static_cast<double>(r.shift) + r.first / r.count",
            "r.first / r.count"),
     Mutant("chunks with the same mean", "batch_norm", NORM, "(r.second - r.first * r.first / r.count)", "0"),
+    # ---- rows: layer norms, softmax, losses
+    *(
+        Mutant(f"no barrier where {what}", "rows", file, "__syncthreads();", "", back=f"  // {what}")
+        for file, what in (
+            (ROWS, "every warp's sum is there"),
+            (ROWS, "every thread has read the sums"),
+            (ROWS, "every warp's maximum is there"),
+            (ROWS, "every thread has read the maxima"),
+            (ROWS, "every warp's values are there"),
+            (ROWS, "every thread has read the values"),
+            (LAYER, "the tile is there"),
+            (LAYER, "the sums of all warps are there"),
+            (LAYER, "nobody reads them any more"),
+            (LOSS, "the losses of the rows are there"),
+        )
+    ),
+    Mutant("a chunk that is not held is not read", "rows", ROWS, "chunk != held", "held < 0"),
+    Mutant("elements of a chunk that do not exist", "rows", ROWS, "size - col < n ? static_cast<int>(size - col) : n",
+           "n"),
+    Mutant("deviations of what does not exist", "rows", LAYER, "i < count ? to_compute(x[u][i]) - mean : C(0)",
+           "to_compute(x[u][i]) - mean"),
+    Mutant("rows of the parameters' gradients that do not exist", "rows", LAYER, "row >= end", "false",
+           front="if (", back=") continue;"),
+    Mutant("lanes of other columns in a sum", "rows", LAYER, "distance >= lanes", "distance > 0"),
+    Mutant("a part of the rows is missing", "rows", LAYER, "part < task.parts", "part < task.parts - 1"),
+    Mutant("a warp's parts are missing", "rows", LAYER, "1", "2", front="for (int warp = ",
+           back="; warp < kThreads / 32; ++warp) sum += shared[warp * 32 +"),
+    Mutant("a tile that is not transposed", "rows", LAYER, "lane * (kTransposed + 1) + i",
+           "i * (kTransposed + 1) + lane"),
+    Mutant("a sum of what does not exist", "rows", SOFTMAX, "i < count", "true", front="if (", back=") sum +="),
+    Mutant("neighbours that do not exist", "rows", SOFTMAX, "i < task.inner", "true", back=" ? outer"),
+    Mutant("positions that do not exist", "rows", LOSS, "row < task.positions", "true", front="if ("),
+    Mutant("a block's losses are missing", "rows", LOSS, "i < blocks", "i < blocks - 1"),
+    Mutant("a class that does not exist", "rows", LOSS, "i < task.inner ? task.classes : 0", "task.classes"),
+    Mutant("the target's own term is missing", "rows", LOSS, "spread += at_target;", ""),
+    # ---- optimizers
+    Mutant("another tensor's block", "optim", OPTIM, "task.first_block[middle] <= static_cast<int>(blockIdx.x)",
+           "task.first_block[middle] < static_cast<int>(blockIdx.x)"),
+    Mutant("a tensor begins where the one before did", "optim", OPTIM, "task.first_block[low]",
+           "task.first_block[0]", front="blockIdx.x) - "),
+    Mutant("elements that do not exist", "optim", OPTIM, "n - first < size ? static_cast<int>(n - first) : size",
+           "size"),
+    # ---- attention
+    *(
+        Mutant(f"no barrier where {what}", "attention", ATTENTION, "__syncthreads();", "", back=f"  // {what}")
+        for what in (
+            "both chunks are there",
+            "nobody reads the chunks any more",
+            "the scores and the rows are there",
+            "nobody reads them any more",
+        )
+    ),
+    Mutant("rows of a tile that do not exist", "attention", ATTENTION, "row < rows.count", "true"),
+    Mutant("keys that do not exist", "attention", ATTENTION, "key >= task.of.keys", "false"),
+    Mutant("what was summed before a larger score", "attention", ATTENTION, "sums[r][j] *= again;", ""),
+    Mutant("a row's total of some of its threads", "attention", ATTENTION, "8", "4", front="int distance = "),
+    Mutant("keys after the last tile of a causal query", "attention", ATTENTION, "task.of.causal && key > query",
+           "false"),
+    Mutant("every slice is the first", "attention", ATTENTION, "blockIdx.x % task.slices * kSlice", "0"),
+    Mutant("columns of a slice", "attention", ATTENTION, "j / kVector<C> * 16 * kVector<C>", "0"),
+    Mutant("a query's delta", "attention", ATTENTION, "(d[r][c] - delta[r])", "d[r][c]"),
     # ---- convolutions
     Mutant("no barrier after a phase is opened", "conv", CONV, "__syncthreads();", "", front="(axis.taps);\n  }\n  "),
     Mutant("no barrier before the places of C are read", "conv", CONV, "__syncthreads();", "", front="}\n  ",
@@ -249,7 +311,9 @@ def run(program: Path, number: int = 0) -> subprocess.CompletedProcess:
     return subprocess.run([program], env=environment, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("check", ["gemm", "activation", "pool", "conv", "conv_depthwise", "mlp", "batch_norm"])
+@pytest.mark.parametrize(
+    "check", ["gemm", "activation", "pool", "conv", "conv_depthwise", "mlp", "batch_norm", "rows", "optim", "attention"]
+)
 def test_without_a_mutant_the_checks_succeed(programs, check):
     result = run(programs[check])
     assert result.returncode == 0, result.stdout

@@ -20,6 +20,8 @@ CALLS = {
     "depthwise": (partial(FF.conv2d, groups=8), [(2, 8, 9, 9), (8, 1, 3, 3), (8,)]),
     "1x1": (FF.conv2d, [(70, 33, 1, 1), (70, 33, 1, 1), (70,)]),
     "batch_norm": (lambda x: FF.batch_norm(x, None, None, training=True), [(9, 2, 20, 20)]),
+    "layer_norm": (lambda x, w, b: FF.layer_norm(x, (33,), w, b), [(900, 33), (33,), (33,)]),
+    "mse_loss": (partial(FF.mse_loss, reduction="none"), [(900, 33), (900, 33)]),
     "max_pool2d": (partial(FF.max_pool2d, kernel_size=2), [(2, 3, 8, 8)]),
     "mlp": (lambda x, v, w: FF.mlp(x, [v, w], [None, None]), [(70, 100), (128, 100), (9, 128)]),
 }

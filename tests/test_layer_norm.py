@@ -46,14 +46,14 @@ def operands(kind, shape, dims, dtype, parameter_dtype=None):
     return torch.randn(shape).to(dtype), *(p.to(parameter_dtype or dtype) for p in parameters)
 
 
-def run(function, tensors, grad):
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+def run(function, tensors, grad, place=torch.clone):
+    leaves = [place(t.detach()).requires_grad_() for t in tensors]
     y = function(*leaves)
-    return y, *gradients(y, grad, *leaves)
+    return [t.cpu() for t in (y, *gradients(y, grad.to(y.device), *leaves))]
 
 
-def compare(kind, tensors, dims, grad, present=None, eps=1e-5):
-    """present: which parameters are given."""
+def compare(kind, tensors, dims, grad, present=None, eps=1e-5, place=torch.clone):
+    """present: which parameters are given. place: onto the device of ours."""
     shape, grad = tensors[0].shape[-dims:], grad.to(tensors[0].dtype)
     count = len(tensors) - 1
     present = present or [True] * count
@@ -66,7 +66,7 @@ def compare(kind, tensors, dims, grad, present=None, eps=1e-5):
         return call
 
     used = [tensors[0], *(t for t, on in zip(tensors[1:], present, strict=True) if on)]
-    ours, theirs = run(of(getattr(FF, kind)), used, grad), run(of(getattr(F, kind)), used, grad)
+    ours, theirs = run(of(getattr(FF, kind)), used, grad, place), run(of(getattr(F, kind)), used, grad)
     wide = run(of(lambda x, *rest, eps: reference(kind, x, *rest, eps=eps)), [t.double() for t in used], grad)
     rows = tensors[0].numel() // math.prod(shape)
     last, x = list(range(-dims, 0)), tensors[0].double()
@@ -482,7 +482,7 @@ def _image(module, kind):
 
 
 def kernels(dtype, on_gpu):
-    return {} if on_gpu else {"rows": 0, "transposed_rows": 0}
+    return {"rows": 0, "transposed_rows": 0}
 
 
 def random_layer_norm(rng):

@@ -292,10 +292,10 @@ py::object attention_fast(py::handle query, py::handle key, py::handle value, py
     if (!fast_door::is_plain(tensor.ptr())) return not_implemented();
   const Tensor &q = THPVariable_Unpack(query.ptr()), &k = THPVariable_Unpack(key.ptr()),
                &v = THPVariable_Unpack(value.ptr());
-  if (!q.is_cpu() || at::autocast::is_autocast_enabled(at::kCPU) || !has_kernel(q.scalar_type()) || q.dim() != 4)
+  if (at::autocast::is_autocast_enabled(q.device().type()) || !has_kernel(q.scalar_type()) || q.dim() != 4)
     return not_implemented();
   for (const Tensor* tensor : {&k, &v})
-    if (!tensor->is_cpu() || tensor->scalar_type() != q.scalar_type() || tensor->dim() != 4 ||
+    if (!is_on(*tensor, q.device()) || tensor->scalar_type() != q.scalar_type() || tensor->dim() != 4 ||
         tensor->size(0) != q.size(0) || tensor->size(1) != q.size(1))
       return not_implemented();
   if (k.size(3) != q.size(3) || v.size(2) != k.size(2)) return not_implemented();
@@ -303,7 +303,7 @@ py::object attention_fast(py::handle query, py::handle key, py::handle value, py
   if (!mask.is_none()) {
     if (!fast_door::is_plain(mask.ptr())) return not_implemented();
     m = THPVariable_Unpack(mask.ptr());
-    if (!m->is_cpu() || m->scalar_type() != q.scalar_type() || m->requires_grad() || m->dim() > 4)
+    if (!is_on(*m, q.device()) || m->scalar_type() != q.scalar_type() || m->requires_grad() || m->dim() > 4)
       return not_implemented();
     const std::array<int64_t, 4> full{q.size(0), q.size(1), q.size(2), k.size(2)};
     for (int64_t i = 0; i < m->dim(); ++i)

@@ -340,24 +340,30 @@ bool read_normalized_shape(PyObject* shape, const Tensor& input, int64_t& dims) 
   return true;
 }
 
-// layer_norm and rms_norm are on autocast's float32 list on a GPU, which has no kernels, and on no list on the CPU.
+// layer_norm and rms_norm are on autocast's float32 list on a GPU, and on no list on the CPU.
 py::object norm_fast(py::handle input, py::handle shape, py::handle weight, py::handle bias, double eps, bool rms) {
   const bool has_weight = !weight.is_none(), has_bias = !bias.is_none();
   if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr()) ||
       (has_weight && !fast_door::is_plain(weight.ptr())) || (has_bias && !fast_door::is_plain(bias.ptr())))
     return not_implemented();
-  const Tensor& x = THPVariable_Unpack(input.ptr());
+  Tensor x = THPVariable_Unpack(input.ptr());
   NormArgs args{0, eps, rms};
-  if (!x.is_cpu() || !is_supported(x.scalar_type()) || !read_normalized_shape(shape.ptr(), x, args.dims))
-    return not_implemented();
-  const optional<Tensor> w = has_weight ? optional<Tensor>(THPVariable_Unpack(weight.ptr())) : std::nullopt;
-  const optional<Tensor> b = has_bias ? optional<Tensor>(THPVariable_Unpack(bias.ptr())) : std::nullopt;
+  if (!is_supported(x.scalar_type()) || !read_normalized_shape(shape.ptr(), x, args.dims)) return not_implemented();
+  optional<Tensor> w = has_weight ? optional<Tensor>(THPVariable_Unpack(weight.ptr())) : std::nullopt;
+  optional<Tensor> b = has_bias ? optional<Tensor>(THPVariable_Unpack(bias.ptr())) : std::nullopt;
+  const c10::DeviceType device = x.device().type();
+  if (!x.is_cpu() && at::autocast::is_autocast_enabled(device)) {
+    x = at::autocast::cached_cast(at::kFloat, x, device);
+    w = at::autocast::cached_cast(at::kFloat, w, device);
+    b = at::autocast::cached_cast(at::kFloat, b, device);
+  }
   const auto type = parameter_type(x, w);
   // PyTorch's rms_norm gives a result of the weight's dtype.
   if (rms ? type != x.scalar_type() : !fits_input(type, x.scalar_type())) return not_implemented();
   const auto normalized = x.sizes().slice(static_cast<size_t>(x.dim() - args.dims));
   for (const auto& parameter : {w, b})
-    if (parameter && (!parameter->is_cpu() || parameter->scalar_type() != type || parameter->sizes() != normalized))
+    if (parameter &&
+        (!is_on(*parameter, x.device()) || parameter->scalar_type() != type || parameter->sizes() != normalized))
       return not_implemented();
   return wrap(
       without_gil([&] { return norm_name(args); }, [&] { return fastops::layer_norm(x, w, b, args); }, x, w, b));

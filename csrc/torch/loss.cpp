@@ -63,21 +63,20 @@ Classes classes_of(const Tensor& x) {
 // What there are kernels for. PyTorch has the rest, and says what is wrong.
 bool cross_entropy_accepts(const Tensor& input, const Tensor& target, const optional<Tensor>& weight,
                            double smoothing) {
-  if (!is_supported(input.scalar_type()) || !input.is_cpu() || input.dim() == 0 || input.numel() == 0) return false;
-  if (target.scalar_type() != at::kLong || !target.is_cpu() || target.dim() != input.dim() - 1) return false;
+  if (!is_supported(input.scalar_type()) || input.dim() == 0 || input.numel() == 0) return false;
+  if (target.scalar_type() != at::kLong || !is_on(target, input.device()) || target.dim() != input.dim() - 1)
+    return false;
   for (int64_t i = 0; i < target.dim(); ++i)
     if (target.size(i) != input.size(i == 0 ? 0 : i + 1)) return false;
-  if (weight && (weight->scalar_type() != input.scalar_type() || !weight->is_cpu() || weight->dim() != 1 ||
-                 weight->size(0) != input.size(class_dim(input)) || weight->requires_grad()))
+  if (weight && (weight->scalar_type() != input.scalar_type() || !is_on(*weight, input.device()) ||
+                 weight->dim() != 1 || weight->size(0) != input.size(class_dim(input)) || weight->requires_grad()))
     return false;
   return smoothing >= 0 && smoothing <= 1;
 }
 
 template <class Int>
 void check_cross_entropy(const Tensor& input, const Tensor& target, const optional<Tensor>& weight, double smoothing) {
-  TORCH_CHECK(input.device().is_cpu() || input.is_meta(), "cross_entropy: input must be on the CPU, got one on ",
-              input.device());
-  check_tensor(input, "cross_entropy", "input", input.device());
+  check_input(input, "cross_entropy", "input");
   TORCH_CHECK(input.dim() > 0, "cross_entropy: input must have at least one dimension, got a scalar");
   TORCH_CHECK(target.scalar_type() == at::kLong && is_on(target, input.device()),
               "cross_entropy: target must be an int64 tensor on ", input.device(), ", got one of ",
@@ -137,7 +136,7 @@ CrossEntropyOutput cross_entropy_forward(const Tensor& input, const Tensor& targ
 Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& input, const Tensor& target,
                               const optional<Tensor>& weight, const Tensor& statistics, const CrossEntropyArgs& args) {
   check_cross_entropy<int64_t>(input, target, weight, args.smoothing);
-  check_tensor(grad_output, "cross_entropy_backward", "grad_output");
+  check_tensor(grad_output, "cross_entropy_backward", "grad_output", input.device());
   check_dtype(grad_output, input.scalar_type(), "cross_entropy_backward", "grad_output");
   const int64_t positions = target.numel(), losses = args.reduction == Reduction::none ? positions : 1;
   TORCH_CHECK(grad_output.numel() == losses, "cross_entropy_backward: grad_output must have ", losses,
@@ -214,15 +213,13 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const optional<T
 // ---- mean squared error
 
 bool mse_accepts(const Tensor& input, const Tensor& target) {
-  return is_supported(input.scalar_type()) && input.is_cpu() && target.scalar_type() == input.scalar_type() &&
-         target.is_cpu() && target.sizes() == input.sizes();
+  return is_supported(input.scalar_type()) && target.scalar_type() == input.scalar_type() &&
+         is_on(target, input.device()) && target.sizes() == input.sizes();
 }
 
 template <class Int>
 void check_mse(const Tensor& input, const Tensor& target) {
-  TORCH_CHECK(input.device().is_cpu() || input.is_meta(), "mse_loss: input must be on the CPU, got one on ",
-              input.device());
-  check_tensor(input, "mse_loss", "input", input.device());
+  check_input(input, "mse_loss", "input");
   check_tensor(target, "mse_loss", "target", input.device());
   check_dtype(target, input.scalar_type(), "mse_loss", "target");
   TORCH_CHECK(!sizes_differ<Int>(sizes_as<Int>(input), sizes_as<Int>(target)),
@@ -243,7 +240,7 @@ Tensor mse_forward(const Tensor& input, const Tensor& target, Reduction reductio
 std::array<Tensor, 2> mse_backward(const Tensor& grad_output, const Tensor& input, const Tensor& target,
                                    Reduction reduction, std::array<bool, 2> output_mask) {
   check_mse<int64_t>(input, target);
-  check_tensor(grad_output, "mse_loss_backward", "grad_output");
+  check_tensor(grad_output, "mse_loss_backward", "grad_output", input.device());
   check_dtype(grad_output, input.scalar_type(), "mse_loss_backward", "grad_output");
   const int64_t losses = reduction == Reduction::none ? input.numel() : 1;
   TORCH_CHECK(grad_output.numel() == losses, "mse_loss_backward: grad_output must have ", losses, " elements, got ",

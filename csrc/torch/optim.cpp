@@ -1,7 +1,7 @@
 // The steps of fastops.optim: what a group of parameters says, the list of pieces, and the kernel's call.
 //
 // A parameter is PyTorch's where the kernel does not fit: it has no state yet (PyTorch makes that), or it, its gradient
-// or its state is not a plain tensor on the CPU with one dtype and one order of elements.
+// or its state is not a plain tensor on one device that has kernels, with one dtype and one order of elements.
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -97,7 +97,7 @@ bool is_off(PyObject* group, PyObject* name) {
 
 // Whether t's elements lie as p's do, which are dense.
 bool lies_like(const Tensor& t, const Tensor& p) {
-  if (t.scalar_type() != p.scalar_type() || !t.is_cpu() || t.sizes() != p.sizes()) return false;
+  if (t.scalar_type() != p.scalar_type() || !is_on(t, p.device()) || t.sizes() != p.sizes()) return false;
   if (t.is_contiguous() && p.is_contiguous()) return true;
   if (!p.is_non_overlapping_and_dense()) return false;
   for (int64_t i = 0; i < p.dim(); ++i)
@@ -124,13 +124,14 @@ void* changed(const Tensor& t) {
   return t.mutable_data_ptr();
 }
 
-// The pieces of one call: parameters of one group and one dtype.
+// The pieces of one call: parameters of one group, one dtype and one device.
 template <class Call>
 struct Batch {
   c10::SmallVector<typename Call::Piece, 16> pieces;
   // While the interpreter's lock is given back, nobody else keeps the gradients and the state.
   c10::SmallVector<const Tensor*, 64> used;
   at::ScalarType type = at::kFloat;
+  at::Device device = at::kCPU;
   int64_t elements = 0;
 };
 
@@ -159,7 +160,7 @@ void flush(const char* op, Call call, const typename Call::Options& options, Bat
   call.in_order =
       batch.elements >= kElementsInOrder && overlap(pieces, static_cast<int64_t>(c10::elementSize(batch.type)));
   const auto step = [&] {
-    run(call, {pieces.data(), static_cast<int64_t>(pieces.size()), &options}, at::kCPU, [&] {
+    run(call, {pieces.data(), static_cast<int64_t>(pieces.size()), &options}, batch.device, [&] {
       const std::string shapes = c10::str(pieces.size(), " tensors, ", batch.elements, " elements");
       return record::Row{op, "", shapes, dtype_name(batch.type)};
     });
@@ -176,6 +177,12 @@ void flush(const char* op, Call call, const typename Call::Options& options, Bat
   batch.pieces.clear();
   batch.used.clear();
   batch.elements = 0;
+}
+
+// Whether a CUDA graph is being made of what runs on this tensor's device. It would not count steps.
+bool is_capturing(const Tensor& tensor) {
+  if (tensor.device().type() != c10::DeviceType::CUDA) return false;
+  return py::module_::import("torch.cuda").attr("is_current_stream_capturing")().cast<bool>();
 }
 
 // The parameters that are PyTorch's, as a list of (group, parameters).
@@ -227,8 +234,10 @@ py::object step(py::handle groups, py::handle states) {
         if (!grad.defined()) continue;
         const auto type = p.scalar_type();
         if (is_supported(type) && p.is_leaf() && may_change(p) && is_ours(grad, p) && lies_like(p, p)) {
-          if (type != batch.type && !batch.pieces.empty()) flush(Method::name, method.call, method.options, batch);
+          if ((type != batch.type || !is_on(p, batch.device)) && !batch.pieces.empty())
+            flush(Method::name, method.call, method.options, batch);
           batch.type = type;
+          batch.device = p.device();
           PyObject* const state = method.has_state ? value_of(states.ptr(), param) : nullptr;
           if ((!method.has_state || (state != nullptr && PyDict_Check(state))) && method.add(p, grad, state, batch)) {
             batch.used.append({&p, &grad});
@@ -287,6 +296,7 @@ struct Adam {
   AdamStep::Options options{};
   Rate lr;
   double taken = -1, step_size = 0, correction = 0;  // of a parameter that has taken so many steps
+  optional<bool> captured;                           // PyTorch refuses that
 
   bool read(PyObject* group) {
     const Names& name = names();
@@ -337,6 +347,8 @@ struct Adam {
 
   bool add(const Tensor& p, const Tensor& grad, PyObject* state, Batch<AdamStep>& batch) {
     const Names& name = names();
+    if (!captured) captured = is_capturing(p);
+    if (*captured) return false;
     const Tensor* const m = state_tensor(state, name.exp_avg, p);
     const Tensor* const v = state_tensor(state, name.exp_avg_sq, p);
     const Tensor* const top = call.amsgrad ? state_tensor(state, name.max_exp_avg_sq, p) : nullptr;

@@ -116,7 +116,8 @@ void implement_softmax(torch::Library& m) {
   m.impl("softmax_backward", softmax_backward_op<Int>);
 }
 
-// ---- the fast door. On a GPU, which has no kernels, softmax is on autocast's float32 list; on the CPU it is on none.
+// ---- the fast door. On a GPU softmax is on autocast's float32 list, unless it is given a dtype; on the CPU it is on
+// none. What is to be cast is left to fastops/functional/_softmax.py, which knows.
 
 py::object softmax_fast(py::handle input, py::handle dimension, bool log) {
   int64_t dim = 0;
@@ -124,7 +125,9 @@ py::object softmax_fast(py::handle input, py::handle dimension, bool log) {
   if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr())) return not_implemented();
   const Tensor& x = THPVariable_Unpack(input.ptr());
   const int64_t dims = std::max<int64_t>(x.dim(), 1);
-  if (!x.is_cpu() || !is_supported(x.scalar_type()) || dim < -dims || dim >= dims) return not_implemented();
+  if (!is_supported(x.scalar_type()) || dim < -dims || dim >= dims) return not_implemented();
+  if (!x.is_cpu() && x.element_size() == 2 && at::autocast::is_autocast_enabled(x.device().type()))
+    return not_implemented();
   return wrap(without_gil([&] { return softmax_name(log); }, [&] { return fastops::softmax(x, dim, log); }, x));
 }
 

@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function
 
 from fastops import _C
 from fastops.functional._general import general, overrides, show, small_for_compilers, torch_op
+from fastops.ops import autocast_float32
 from fastops.ops import layer_norm as _layer_norm_ops
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -58,6 +59,7 @@ def layer_norm(
                 layer_norm, tensors, input, normalized_shape, weight=weight, bias=bias, eps=eps
             )
     if general(input, weight, bias) and not small_for_compilers(input):
+        input, weight, bias = autocast_float32(input, weight, bias)
         shape = _sizes(normalized_shape)
         if shape is not None and _layer_norm_ops.supports(input, shape, weight, bias, rms=False):
             return _layer_norm_ops.layer_norm(input, weight, bias, len(shape), eps)
@@ -95,6 +97,7 @@ def rms_norm(
         if overrides(*tensors):
             return handle_torch_function(rms_norm, tensors, input, normalized_shape, weight=weight, eps=eps)
     if general(input, weight) and not small_for_compilers(input):
+        input, weight = autocast_float32(input, weight)
         shape = _sizes(normalized_shape)
         if shape is not None and _layer_norm_ops.supports(input, shape, weight, rms=True):
             return _layer_norm_ops.rms_norm(input, weight, len(shape), _eps(input, eps))

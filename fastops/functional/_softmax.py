@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function
 
 from fastops import _C
 from fastops.functional._general import general, overrides, show, small_for_compilers, torch_op
+from fastops.ops import autocast_float32
 from fastops.ops import softmax as _softmax_ops
 
 __all__ = ["log_softmax", "softmax"]
@@ -83,9 +84,11 @@ def _apply(
             return result
         if overrides(input):
             return handle_torch_function(public, (input,), input, dim=dim, _stacklevel=stacklevel, dtype=dtype)
-    ours = general(x) and not small_for_compilers(x)
-    if ours and type(dim) is int and _softmax_ops.supports(x, dim) and dtype in (None, x.dtype):
-        return _softmax_ops.softmax(x, dim, log)
+    if general(x) and not small_for_compilers(x) and type(dim) is int:
+        if dtype is None:
+            (x,) = autocast_float32(x)
+        if _softmax_ops.supports(x, dim) and dtype in (None, x.dtype):
+            return _softmax_ops.softmax(x, dim, log)
     return torch_op(name, _explain, getattr(F, name), input, dim, stacklevel + 3, dtype=dtype)
 
 

@@ -78,6 +78,19 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     )
 
 
+def autocast_float32(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors as a GPU's autocast casts them for its float32 list. The CPU's list has no op of ours."""
+    device = getattr(tensors[0], "device", None)
+    if device is None or device.type == "cpu" or not gpu_takes(device.type, device.index):
+        return tensors
+    if not torch.is_autocast_enabled(device.type):
+        return tensors
+    return tuple(
+        t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) and t.device == device else t
+        for t in tensors
+    )
+
+
 def needs_function() -> bool:
     """Whether the Function is needed, not only the op: for torch.func and forward-mode differentiation."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

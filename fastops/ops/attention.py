@@ -17,10 +17,15 @@ _DTYPES = frozenset([torch.float32, torch.float64])
 
 def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether there are kernels for these operands, (batch, heads, length, size) each."""
-    if query.dtype not in _DTYPES or torch.is_autocast_enabled("cpu"):
+    if query.dtype not in _DTYPES or torch.is_autocast_enabled(query.device.type):
         return False
     for tensor in (query, key, value):
-        if not supported(tensor) or tensor.dtype != query.dtype or tensor.device != query.device or tensor.dim() != 4:
+        if (
+            not supported(tensor, on_gpu=True)
+            or tensor.dtype != query.dtype
+            or tensor.device != query.device
+            or tensor.dim() != 4
+        ):
             return False
     if key.shape[:2] != query.shape[:2] or value.shape[:3] != key.shape[:3] or key.shape[3] != query.shape[3]:
         return False
@@ -28,7 +33,7 @@ def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> 
         return True
     full = *query.shape[:3], key.shape[2]
     fits = mask.dim() <= 4 and all(n in (1, m) for n, m in zip(mask.shape[::-1], full[::-1], strict=False))
-    fits = fits and supported(mask) and mask.dtype == query.dtype and mask.device == query.device
+    fits = fits and supported(mask, on_gpu=True) and mask.dtype == query.dtype and mask.device == query.device
     return fits and not mask.requires_grad
 
 

@@ -17,14 +17,23 @@ _ops = torch.ops.fastops
 def supports(input: Tensor, normalized_shape: tuple[int, ...], *parameters: Tensor | None, rms: bool) -> bool:
     """Whether there are kernels for these arguments; parameters: weight and bias."""
     dims = len(normalized_shape)
-    if not supported(input) or not 1 <= dims <= input.dim() or tuple(input.shape[-dims:]) != normalized_shape:
+    if (
+        not supported(input, on_gpu=True)
+        or not 1 <= dims <= input.dim()
+        or tuple(input.shape[-dims:]) != normalized_shape
+    ):
         return False
     types = {input.dtype}
     if parameters[0] is not None and parameters[0].dtype == torch.float32 and input.dtype.itemsize == 2 and not rms:
         types = {torch.float32}  # 16-bit inputs may have float32 parameters
     return all(
         p is None
-        or (supported(p) and p.dtype in types and p.device == input.device and tuple(p.shape) == normalized_shape)
+        or (
+            supported(p, on_gpu=True)
+            and p.dtype in types
+            and p.device == input.device
+            and tuple(p.shape) == normalized_shape
+        )
         for p in parameters
     )
 

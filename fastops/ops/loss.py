@@ -24,7 +24,12 @@ def cross_entropy(
 
 def cross_entropy_supports(input: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float) -> bool:
     """Whether `cross_entropy` takes these arguments."""
-    if needs_function() or not supported(input) or input.dim() == 0 or type(target) not in (Tensor, type(input)):
+    if (
+        needs_function()
+        or not supported(input, on_gpu=True)
+        or input.dim() == 0
+        or type(target) not in (Tensor, type(input))
+    ):
         return False
     if target.dtype != torch.int64 or target.device != input.device or target.dim() != input.dim() - 1:
         return False
@@ -32,7 +37,7 @@ def cross_entropy_supports(input: Tensor, target: Tensor, weight: Tensor | None,
     if tuple(target.shape) != (*input.shape[:1], *input.shape[2:])[: target.dim()] or input.numel() == 0:
         return False
     if weight is not None and not (
-        supported(weight)
+        supported(weight, on_gpu=True)
         and weight.dtype == input.dtype
         and weight.device == input.device
         and weight.shape == (classes,)
@@ -49,7 +54,7 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str) -> Tensor:
 
 def mse_supports(input: Tensor, target: Tensor) -> bool:
     """Whether `mse_loss` takes these tensors."""
-    if needs_function() or not supported(input) or not supported(target):
+    if needs_function() or not supported(input, on_gpu=True) or not supported(target, on_gpu=True):
         return False
     return target.dtype == input.dtype and target.device == input.device and target.shape == input.shape
 

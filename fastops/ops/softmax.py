@@ -13,7 +13,7 @@ _ops = torch.ops.fastops
 
 def supports(input: Tensor, dim: int) -> bool:
     dims = max(input.dim(), 1)
-    return supported(input) and -dims <= dim < dims
+    return supported(input, on_gpu=True) and -dims <= dim < dims
 
 
 def softmax(input: Tensor, dim: int, log: bool) -> Tensor:

@@ -11,6 +11,8 @@ namespace fastops::cuda {
 
 inline void* shared_memory() { return simt::shared_memory(); }
 
+[[noreturn]] inline void trap(const char* what) { simt::fail(what); }
+
 inline unsigned cvt_rna_tf32(float x) {
   const unsigned bits = __builtin_bit_cast(unsigned, x);
   return x != x ? bits : (bits + 0x1000) & ~0x1fffu;

@@ -27,6 +27,18 @@ void plan_call(Plan<AvgPoolForward>&);
 void plan_call(Plan<AvgPoolBackward>&);
 void plan_call(Plan<BatchNormForward>&);
 void plan_call(Plan<BatchNormBackward>&);
+void plan_call(Plan<LayerNormForward>&);
+void plan_call(Plan<LayerNormBackward>&);
+void plan_call(Plan<SoftmaxForward>&);
+void plan_call(Plan<SoftmaxBackward>&);
+void plan_call(Plan<CrossEntropyForward>&);
+void plan_call(Plan<CrossEntropyBackward>&);
+void plan_call(Plan<MseForward>&);
+void plan_call(Plan<MseBackward>&);
+void plan_call(Plan<SgdStep>&);
+void plan_call(Plan<AdamStep>&);
+void plan_call(Plan<AttentionForward>&);
+void plan_call(Plan<AttentionBackward>&);
 
 // The gradient of a pre-activation, for ops that form it before their own kernels. chip: multiprocessors().
 Status activation_backward(const ActivationBackward&, const ActivationBackward::Pointers&, int64_t chip, Stream);
