@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling as _is_compiling
 from torch.fx import GraphModule, Node
 
 import fastops.functional as FF
-from fastops._activations import ACTIVATIONS
+from fastops import _C
+from fastops._activations import ACTIVATIONS, KIND
 from fastops._nodes import IDENTITY, Activation, Layer, Nodes, Norm, Resolved, is_clamp
 from fastops.functional._activation import NAMES, resolve_activation
 
@@ -36,13 +38,15 @@ class Finding(NamedTuple):
     result: str
 
 
-def rewrite(graph_module: GraphModule) -> list[Finding]:
+def rewrite(graph_module: GraphModule, residuals: bool = True) -> list[Finding]:
     """Fuses what can be fused in graph_module.graph, which is linted and recompiled.
+
+    residuals: whether additions become part of convolutions.
 
     The new nodes are call_function; parameters of a module are get_attr nodes. What fastops has a function for and
     stands alone is called by that: the graph does what it did, on fastops' kernels.
     """
-    return _Rewriter(graph_module).run()
+    return _Rewriter(graph_module, residuals).run()
 
 
 # ---- the calls that fastops has no function for ----------------------------------------------------------------------
@@ -93,6 +97,26 @@ def normalize(
     return output if activation is None else activate(output, activation)
 
 
+def convolve(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: Any = 1, activation: Any = None, residual: Any = None, in_place: bool = False,
+) -> Tensor:  # fmt: skip
+    """A convolution, + residual, activation. in_place: it was y += residual."""
+    args = input, weight, bias, stride, padding, dilation, groups
+    dims = weight.dim() - 2
+    if not _is_compiling():
+        kind, a, b = resolve_activation(activation)
+        result = getattr(_C, f"conv_add{dims}d")(*args, residual, KIND[kind], a, b)
+        if result is not NotImplemented:
+            return result
+    output = getattr(FF, f"conv{dims}d")(*args)
+    if in_place:
+        output += residual
+    else:
+        output = output + residual
+    return output if activation is None else activate(output, activation)
+
+
 def activate(input: Tensor, activation: Any) -> Tensor:
     """An activation= on its own."""
     kind, a, b = resolve_activation(activation)
@@ -119,8 +143,9 @@ def _told(resolved: Resolved) -> str:
 
 
 class _Rewriter(Nodes):
-    def __init__(self, graph_module: GraphModule) -> None:
+    def __init__(self, graph_module: GraphModule, residuals: bool) -> None:
         super().__init__(graph_module)
+        self.residuals = residuals
         self.findings: list[Finding] = []
 
     def run(self) -> list[Finding]:
@@ -194,6 +219,17 @@ class _Rewriter(Nodes):
                 or not self._may_move([*nodes, after])
             ):
                 pool = None
+        if pool is None and self._adds(layer) and len(nodes) == 1:
+            residual, in_place = self._take_addition(
+                nodes, lambda node: self.norm(node) or self._adds(self.layer(node))
+            )
+            if residual is not None:
+                activation = self._take_activation(nodes)
+                arguments = self._arguments(layer, nodes[-1]) | {"residual": residual}
+                more = {"activation": _argument(activation), "in_place": in_place}
+                told = f"{function}{_told(activation)}, residual"
+                self._put(nodes, function, convolve, arguments | {k: v for k, v in more.items() if v}, told=told)
+                return
         arguments = self._arguments(layer, tail)
         if pool is not None:
             nodes.append(pool.node)
@@ -274,6 +310,11 @@ class _Rewriter(Nodes):
             return None, False
         nodes.append(after)
         return other, addition.in_place
+
+    def _adds(self, layer: Layer | None) -> bool:
+        """Whether an addition may become part of it."""
+        function = layer.function if layer is not None and layer.activation == IDENTITY else ""
+        return self.residuals and function.startswith("conv") and "transpose" not in function
 
     def _arguments(self, layer: Layer, before: Node) -> dict[str, Any]:
         """Everything but the activation, by fastops' names."""

@@ -605,7 +605,7 @@ class _Freezer:
 
     def run(self) -> GraphModule:
         self._fold()
-        rewrite(graph_module := GraphModule(self.module, self.graph))
+        rewrite(graph_module := GraphModule(self.module, self.graph), residuals=False)
         self.module, self.graph = graph_module, graph_module.graph
         for node in tuple(self.graph.nodes):
             self._freeze_call(node)
