@@ -20,7 +20,7 @@ import torch.fx
 from torch import nn
 from torch.fx.proxy import Proxy, TraceError
 
-from fastops._fusion import in_the_way
+from fastops._nodes import in_the_way
 
 
 class Traced:

@@ -26,7 +26,8 @@ import fastops.functional as FF
 import fastops.nn as fnn
 from fastops import _C
 from fastops._activations import ACTIVATIONS, KIND, valid
-from fastops._fusion import activate, in_the_way, may_change_something, rewrite
+from fastops._fusion import activate, rewrite
+from fastops._nodes import Nodes, in_the_way
 from fastops._tracing import Signature, is_frozen, reason, trace, training_of
 from fastops.functional._activation import resolve_activation
 from fastops.fuse import unfuse
@@ -634,12 +635,12 @@ class _Freezer:
 
     def run(self) -> GraphModule:
         self._fold()
-        rewrite(graph_module := GraphModule(self.module, self.graph))
+        rewrite(graph_module := GraphModule(self.module, self.graph), residuals=False)
         self.module, self.graph = graph_module, graph_module.graph
         for node in tuple(self.graph.nodes):
             self._freeze_call(node)
             node.target = _OURS.get(node.target, node.target) if node.op == "call_function" else node.target
-        changes = may_change_something(graph_module)
+        changes = Nodes(graph_module).may_change_something
         for node in self.graph.nodes:
             if node.op == "get_attr" and any(user.args[:1] == (node,) and changes(user) for user in node.users):
                 self.module._buffers[node.target] = self.module._buffers[node.target].clone()

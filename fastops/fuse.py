@@ -21,7 +21,8 @@ from torch.compiler import is_dynamo_compiling as _is_compiling
 from torch.fx import Graph, GraphModule, Node
 
 from fastops import _C
-from fastops._fusion import HOOKS, Finding, rewrite
+from fastops._fusion import Finding, rewrite
+from fastops._nodes import HOOKS
 from fastops._tracing import Signature, is_frozen, plain_class, reason, trace, training_of
 from fastops.replace import Report, Row, _check, _name, _replace, _table
 

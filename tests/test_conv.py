@@ -1,5 +1,6 @@
 """Convolutions against a float64 reference: values and gradients, every dtype, tier, geometry, layout and edge."""
 
+import functools
 import math
 import mmap
 
@@ -17,6 +18,7 @@ from torch._prims_common import suggest_memory_format
 import fastops
 import fastops.functional as FF
 import fastops.nn as fnn
+from fastops._fusion import activate, convolve
 from fastops.functional._activation import NAMES
 
 FUSED = [case for case in ACTIVATIONS if case.kind != "threshold"]
@@ -741,6 +743,33 @@ def test_numbers_whose_products_overflow(name, arguments):
 
 _KINDS = [(f"{kind}{dims}d", args) for kind, args in (("Conv", (4, 6, 3, 2, 1)), ("ConvTranspose", (4, 6, 3, 2)))
           for dims in (1, 2, 3)]  # fmt: skip
+
+
+def test_gradients_of_an_added_residual():
+    """What fastops.fuse makes of f(conv(x) + residual); every operand, one alone, and second derivatives."""
+    x, w, b, r = (torch.randn(*shape, dtype=torch.float64) for shape in ((1, 2, 4), (3, 2, 3), (3,), (1, 3, 4)))
+    for f in (None, "relu", "silu", "tanh", "gelu"):
+        ours = functools.partial(convolve_1d, f)
+        tensors = leaves(x, w, b, r)
+        assert torch.autograd.gradcheck(ours, tensors, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(ours, tensors)
+        for wanted in range(4):
+            some = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(tensors)]
+            expected = activate(F.conv1d(*some[:3], padding=1) + some[3], f)
+            g = torch.randn_like(expected)
+            y = ours(*some)
+            torch.testing.assert_close(y, expected)
+            torch.testing.assert_close(
+                torch.autograd.grad(y, some[wanted], g), torch.autograd.grad(expected, some[wanted], g)
+            )
+        with torch.no_grad():
+            torch.testing.assert_close(ours(*tensors), y)
+
+
+def convolve_1d(f, x, w, b, residual):
+    return convolve(x, w, b, padding=1, activation=f, residual=residual)
+
+
 OP_LAYERS = [("Conv2d", (4, 6, 2, 1, "same"))]
 LAYERS = [*_KINDS, *OP_LAYERS, ("ConvTranspose2d", (4, 6, 3, 2, 1, 1)), ("Conv1d", (4, 8, 3, 1, 2, 2, 4))]
 

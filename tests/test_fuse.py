@@ -707,6 +707,59 @@ def test_odd_forwards(what):
     assert fused.fastops_report.untraced or what in _FOLLOWED
 
 
+class Residuals(nn.Module):
+    """Additions onto convolutions without a norm, as in EDSR."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(6))
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.one, self.shift = nn.Conv2d(16, 16, 1), nn.Parameter(torch.randn(1, 16, 1, 1))
+        self.last = nn.Conv2d(16, 4, 3, padding=1, padding_mode="reflect")
+
+    def forward(self, x):
+        x = torch.relu(x + self.convs[1](torch.relu(self.convs[0](x))))
+        y = self.convs[2](x)
+        y += x
+        y = F.gelu(self.convs[3](y) + y)
+        y = F.silu(self.depthwise(y) + y)
+        y = self.convs[4](y) + self.convs[5](x)
+        y = self.one(y) + self.shift  # is broadcast
+        return self.last(y) + x[:, :4]
+
+
+def test_additions_onto_convolutions():
+    plain, x = Residuals(), torch.randn(2, 16, 10, 12)
+    fused = check(plain, x)
+    with_residual = [pattern for pattern, result in fused_rows(fused) if result.endswith(", residual")]
+    assert with_residual == [
+        "Conv2d + add + relu", "Conv2d + add", "Conv2d + add + gelu", "Conv2d + add + silu", "Conv2d + add",
+        "Conv2d + add", "Conv2d + add",
+    ]  # fmt: skip
+    same(fused, plain, x.contiguous(memory_format=torch.channels_last))
+    same_in_float32(fused, plain, x)
+    with fastops.record() as calls:
+        fused(x)
+    assert [row.op for row in calls] == [*["conv2d"] * 4, *["conv2d", "silu"], *["conv2d"] * 4]
+    torch.testing.assert_close(torch.compile(fused, backend="aot_eager")(x), plain(x), rtol=1e-4, atol=1e-5)
+    for dtype in (torch.bfloat16, torch.float16):
+        y, expected = copy.deepcopy(fused).to(dtype)(x.to(dtype)), copy.deepcopy(plain).to(dtype)(x.to(dtype))
+        torch.testing.assert_close(y, expected, rtol=0.05, atol=0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fused(x), plain(x), rtol=0.05, atol=0.05)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        fastops.fuse(Added())(torch.randn(1, 3, 6, 6), torch.randn(1, 2, 6, 6))
+
+
+class Added(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x, y):
+        return torch.tanh(self.conv(x) + y)
+
+
 class DropPath(nn.Module):
     """As timm's."""
 

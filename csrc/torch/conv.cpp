@@ -25,8 +25,9 @@ record::Row row_of(const ConvPlan& plan, const char* suffix, std::initializer_li
   return {op_name(plan, suffix), "", record::shapes_of(operands), dtype_name(operands.begin()->scalar_type())};
 }
 
-void run_forward(const ConvPlan& plan, const Tensor& x, const Tensor& w, const Tensor& bias, Activation activation,
-                 const Tensor& y, const Tensor& z, const char* suffix) {
+// False, and nothing is done, where no kernel adds the residual.
+bool run_forward(const ConvPlan& plan, const Tensor& x, const Tensor& w, const Tensor& bias, Activation activation,
+                 const Tensor& y, const Tensor& z, const char* suffix, const Tensor& residual = {}) {
   const void *const x_data = x.const_data_ptr(), *const w_data = w.const_data_ptr();
   const ConvForward call{.dtype = to_dtype(x.scalar_type()),
                          .layout = plan.layout,
@@ -35,10 +36,13 @@ void run_forward(const ConvPlan& plan, const Tensor& x, const Tensor& w, const T
                          .with_bias = bias.defined(),
                          .activation = activation,
                          .with_z = z.defined(),
+                         .with_residual = residual.defined(),
                          .precision = precision_for(x),
                          .alignment = alignment_of({x_data, w_data})};
-  run(call, {x_data, w_data, data_or_null(bias), y.mutable_data_ptr(), mutable_or_null(z)}, x.device(),
-      [&] { return row_of(plan, suffix, {x, w, bias}); });
+  if (residual.defined() && (!x.is_cpu() || planned(call, x.device(), torch_team()).runner == nullptr)) return false;
+  run(call, {x_data, w_data, data_or_null(bias), y.mutable_data_ptr(), mutable_or_null(z), data_or_null(residual)},
+      x.device(), [&] { return row_of(plan, suffix, {x, w, bias}); });
+  return true;
 }
 
 void run_backward_input(const ConvPlan& plan, const Tensor& g, Activation activation, const Tensor& saved,
@@ -207,27 +211,30 @@ struct ConvOp {
   struct Args {
     ConvPlan plan;
     Activation activation;
+    bool with_residual;
   };
   static std::string name(const Args& args) { return op_name(args.plan); }
   static c10::IValue pack(const Args& args) {
-    std::vector<double> values{static_cast<double>(args.activation.kind), args.activation.a, args.activation.b};
+    std::vector<double> values{static_cast<double>(args.activation.kind), args.activation.a, args.activation.b,
+                               static_cast<double>(args.with_residual)};
     const std::vector<int64_t> plan = pack_plan(args.plan);
     values.insert(values.end(), plan.begin(), plan.end());
     return values;
   }
   static Args unpack(const c10::IValue& packed) {
     const auto values = packed.toDoubleVector();
-    return {unpack_plan({values.begin() + 3, values.end()}),
-            {static_cast<ActivationKind>(static_cast<int>(values[0])), values[1], values[2]}};
+    return {unpack_plan({values.begin() + 4, values.end()}),
+            {static_cast<ActivationKind>(static_cast<int>(values[0])), values[1], values[2]},
+            values[3] != 0};
   }
 
   // saved: input (if weight needs a gradient), weight (if input needs one), y or z. grads: of y, and of z if it exists.
   static variable_list gradients(const Args& args, at::TensorList saved, const variable_list& grads, Needs needs) {
-    variable_list result(3);
+    variable_list result(args.with_residual ? 4 : 3);
     const Tensor &grad_y = grads[0], grad_z = grads.size() > 1 ? grads[1] : Tensor();
     if (!grad_y.defined() && !grad_z.defined()) return result;
     const Tensor &input = saved[0], &weight = saved[1], &output = saved[2];
-    const auto& [plan, activation] = args;
+    auto [plan, activation, with_residual] = args;
 
     // The gradient will be differentiated again, or is batched or dual (is_grads_batched, forward over reverse): every
     // step is a differentiable op.
@@ -238,10 +245,19 @@ struct ConvOp {
       if (grad_z.defined()) g = g.defined() ? g + grad_z : grad_z;
       auto gradients = differentiable_conv_backward(g, input, weight, plan, {needs(0), needs(1), needs(2)});
       std::move(gradients.begin(), gradients.end(), result.begin());
+      if (with_residual && needs(3)) result[3] = g;
       return result;
     }
 
-    auto gradients = conv_backward(grad_y, output, input, weight, plan, activation, {needs(0), needs(1), needs(2)});
+    Tensor g = grad_y;
+    if (with_residual && needs(3)) {  // its gradient is that of the sum, which is formed for it
+      if (activation.kind != ActivationKind::identity)
+        g = activation_backward(in_layout(grad_y, plan), in_layout(output, plan), activation,
+                                saved_by_linear(activation));
+      activation = {};
+      result[3] = g;
+    }
+    auto gradients = conv_backward(g, output, input, weight, plan, activation, {needs(0), needs(1), needs(2)});
     std::move(gradients.begin(), gradients.end(), result.begin());
     return result;
   }
@@ -370,8 +386,11 @@ std::string plan_conv(const Tensor& input, const Tensor& weight, const optional<
   return {};
 }
 
-ConvOutput conv_forward(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvPlan& plan,
-                        Activation activation, bool need_saved) {
+namespace {
+
+// conv_forward of f(conv(input, weight) + bias + residual); residual has the output's shape and dtype, or is undefined.
+ConvOutput forward_adding(const Tensor& residual, const Tensor& input, const Tensor& weight,
+                          const optional<Tensor>& bias, const ConvPlan& plan, Activation activation, bool need_saved) {
   const auto type = input.scalar_type();
   const auto device = input.device();
   check_input(input, "conv", "input");
@@ -379,16 +398,31 @@ ConvOutput conv_forward(const Tensor& input, const Tensor& weight, const optiona
   check_operand(weight, type, weight_sizes(plan), "weight", device);
   const Tensor b = checked_bias(bias, type, device);
   const ConvSizes sizes = plan.transposed ? in_sizes(plan) : out_sizes(plan);
+  if (residual.defined()) check_operand(residual, type, sizes, "residual", device);
   ConvOutput out;
   out.y = empty_in(sizes, plan.layout, type, device);
   if (need_saved && saved_by_linear(activation) == Saved::input) out.z = empty_in(sizes, plan.layout, type, device);
   if (out.y.numel() == 0) return out;
   const Tensor x = in_layout(input, plan), w = weight_in_layout(weight, plan);
-  if (plan.transposed)
+  const Tensor added = residual.defined() ? in_layout(residual, plan) : Tensor();
+  if (plan.transposed) {
+    TORCH_CHECK(!added.defined(), "conv: residual must be undefined for a transposed convolution");
     run_backward_input(plan, x, {}, {}, w, b, activation, out.y, out.z, "");
-  else
-    run_forward(plan, x, w, b, activation, out.y, out.z, "");
+  } else if (!run_forward(plan, x, w, b, activation, out.y, out.z, "", added)) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    run_forward(plan, x, w, b, {}, out.y, {}, "");
+    out.y.add_(added);
+    if (out.z.defined()) out.z = out.y;
+    if (activation.kind != ActivationKind::identity) out.y = activation_forward(out.y, activation, false).y;
+  }
   return out;
+}
+
+}  // namespace
+
+ConvOutput conv_forward(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvPlan& plan,
+                        Activation activation, bool need_saved) {
+  return forward_adding({}, input, weight, bias, plan, activation, need_saved);
 }
 
 std::array<Tensor, 3> conv_backward(const Tensor& grad_output, const Tensor& saved, const Tensor& input,
@@ -432,20 +466,33 @@ std::array<Tensor, 3> conv_backward(const Tensor& grad_output, const Tensor& sav
   return out;
 }
 
-Tensor conv(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvPlan& plan,
-            Activation activation) {
+namespace {
+
+Tensor conv_adding(const Tensor& residual, const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                   const ConvPlan& plan, Activation activation) {
   const bool grad_x = needs_grad(input), grad_w = needs_grad(weight);
-  const bool records = is_recorded(grad_x || grad_w || needs_grad(bias), input, weight, bias);
+  const bool wanted = grad_x || grad_w || needs_grad(bias) || needs_grad(residual);
+  const bool records = residual.defined() ? is_recorded(wanted, input, weight, bias, residual)
+                                          : is_recorded(wanted, input, weight, bias);
   if (records) check_can_be_saved(input, weight);
-  auto [y, z] = conv_forward(input, weight, bias, plan, activation, /*need_saved=*/records);
+  auto [y, z] = forward_adding(residual, input, weight, bias, plan, activation, /*need_saved=*/records);
   if (!records) return y;
   // z, the pre-activation, is a hidden output of the node: second-order gradients reach the inputs through it.
-  const auto node = make_node<ConvOp>({plan, activation}, input, weight, bias);
+  const ConvOp::Args args{plan, activation, residual.defined()};
+  const auto node = residual.defined() ? make_node<ConvOp>(args, input, weight, bias, residual)
+                                       : make_node<ConvOp>(args, input, weight, bias);
   torch::autograd::set_history(y, node);
   if (z.defined()) torch::autograd::set_history(z, node);
   const bool identity = activation.kind == ActivationKind::identity;
   save(node, grad_w ? input : none, grad_x ? weight : none, identity ? none : z.defined() ? z : y);
   return y;
+}
+
+}  // namespace
+
+Tensor conv(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const ConvPlan& plan,
+            Activation activation) {
+  return conv_adding({}, input, weight, bias, plan, activation);
 }
 
 namespace {
@@ -605,6 +652,25 @@ py::object conv_fast(py::handle input, py::handle weight, py::handle bias, py::h
   return conv_fast({dims, false, stride, padding, dilation, {}, groups}, input, weight, bias, kind, a, b);
 }
 
+// The same and a residual of the output's shape, dtype and device; not under autocast.
+template <int dims>
+py::object conv_add_fast(py::handle input, py::handle weight, py::handle bias, py::handle stride, py::handle padding,
+                         py::handle dilation, py::handle groups, py::handle residual, int kind, double a, double b) {
+  if (!fast_door::is_plain(residual.ptr())) return not_implemented();
+  const Tensor& added = THPVariable_Unpack(residual.ptr());
+  if (at::autocast::is_autocast_enabled(added.device().type()) || added.dim() != dims + 2) return not_implemented();
+  return conv_call(
+      {dims, false, stride, padding, dilation, {}, groups}, input, weight, bias,
+      [&](const Tensor& x, const Tensor& w, const optional<Tensor>& bias_tensor, const ConvPlan& plan, auto&&) {
+        if (!is_on(added, x.device()) || added.scalar_type() != x.scalar_type() || added.sizes() != out_sizes(plan))
+          return not_implemented();
+        return wrap(
+            without_gil([&] { return op_name(plan); },
+                        [&] { return conv_adding(added, x, w, bias_tensor, plan, make_activation(kind, a, b)); }, x, w,
+                        bias_tensor, added));
+      });
+}
+
 template <int dims>
 py::object conv_transpose_fast(py::handle input, py::handle weight, py::handle bias, py::handle stride,
                                py::handle padding, py::handle output_padding, py::handle groups, py::handle dilation,
@@ -635,6 +701,9 @@ void bind_conv(py::module_& m) {
   fast_def<&conv_fast<1>>(m, "conv1d");
   fast_def<&conv_fast<2>>(m, "conv2d");
   fast_def<&conv_fast<3>>(m, "conv3d");
+  fast_def<&conv_add_fast<1>>(m, "conv_add1d");
+  fast_def<&conv_add_fast<2>>(m, "conv_add2d");
+  fast_def<&conv_add_fast<3>>(m, "conv_add3d");
   fast_def<&conv_transpose_fast<1>>(m, "conv_transpose1d");
   fast_def<&conv_transpose_fast<2>>(m, "conv_transpose2d");
   fast_def<&conv_transpose_fast<3>>(m, "conv_transpose3d");
