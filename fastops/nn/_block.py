@@ -15,8 +15,6 @@ import fastops.nn as fnn
 from fastops._activations import ACTIVATIONS
 from fastops.functional._activation import Activation, resolve_activation
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def in_one(block: nn.Sequential, input: Tensor) -> list[nn.Module] | None:
     """The children, if one call may stand for them and is not to be followed; else None."""
@@ -28,7 +26,9 @@ def in_one(block: nn.Sequential, input: Tensor) -> list[nn.Module] | None:
         return None
     for child, cls in zip(children, made, strict=True):
         state = child.__dict__
-        if type(child) is not cls or "forward" in state or any(state[name] for name in _HOOKS):
+        hooks = state["_forward_hooks"] or state["_forward_pre_hooks"]
+        hooks = hooks or state["_backward_hooks"] or state["_backward_pre_hooks"]
+        if type(child) is not cls or hooks or "forward" in state:
             return None
     return children
 
