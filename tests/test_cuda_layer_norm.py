@@ -89,8 +89,10 @@ def test_autocast_computes_in_float32(kind):
     x, *parameters = operands(kind, (5, 19), 1, torch.float32)
     x = x.bfloat16()
     expected = getattr(FF, kind)(x.float(), (19,), *parameters)
+    half = [put(p.bfloat16()) for p in parameters]
     with torch.autocast(DEVICE.type, torch.bfloat16), fastops.record() as rows:
         y = getattr(FF, kind)(put(x), (19,), *map(put, parameters))
+        general = torch.func.vmap(lambda t: getattr(FF, kind)(t, (19,), *half))(put(x))
     assert "aten" not in {row.kernel for row in rows}
-    assert y.dtype == torch.float32
+    assert y.dtype == general.dtype == torch.float32
     torch.testing.assert_close(y.cpu(), expected, rtol=1e-5, atol=1e-5)

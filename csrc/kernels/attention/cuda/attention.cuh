@@ -69,7 +69,7 @@ __device__ inline void multiply_rows(C (&products)[4][4], const TileRows<C>& a, 
     load_depth(from_a, a, first, size, vectors);
     load_depth(from_b, b, first, size, vectors);
     __syncthreads();  // both chunks are there
-#pragma unroll 2
+#pragma unroll 1
     for (int d = 0; d < kDepth<C>; d += n) {
       alignas(16) C p[4][n], q[4][n];
 #pragma unroll
@@ -113,7 +113,7 @@ __device__ inline void add_product(C (&sums)[4][kOwnColumns], const C* scores, c
       store_unit(shared + row * kSlice + col, unit, n, true);
     }
     __syncthreads();  // the scores and the rows are there
-#pragma unroll 2
+#pragma unroll 1
     for (int k = 0; k < kDepth<C>; k += n) {
       alignas(16) C p[4][n];
 #pragma unroll

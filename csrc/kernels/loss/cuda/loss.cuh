@@ -1,4 +1,6 @@
 // cross_entropy and mse_loss: a pass in which every block leaves its sums, which one block adds in order.
+//
+// Nobody waits for the device: *bad is not written, and a target that is no class ends the kernel, as in PyTorch.
 #pragma once
 
 #include "../../common/cuda/rows.cuh"
