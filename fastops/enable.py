@@ -17,7 +17,8 @@ def enable() -> None:
     it. Calling it again changes nothing. A graph that torch.compile or torch.export makes is the same with and without
     it.
 
-    What it takes: linear, mm, addmm (and with them matmul of a matrix), convolution, the pools, and relu, threshold,
+    What it takes: linear, mm, addmm (and with them matmul of a matrix), convolution, the pools, batch_norm and
+    layer_norm (float32 and float64), softmax, log_softmax, scaled_dot_product_attention, and relu, threshold,
     leaky_relu, elu, selu, celu, gelu, silu, mish, sigmoid, tanh, softplus, hardtanh, relu6, hardsigmoid, hardswish,
     hardshrink, softshrink and glu, in place too; float32, float64, bfloat16 and float16. out= stays PyTorch's.
 

@@ -26,6 +26,9 @@ __all__ = ["Report", "Row", "replace_", "replaced", "restore_"]
 _TO_FASTOPS: dict[type, type] = {getattr(nn, name): getattr(fnn, name) for name in fnn.LAYERS}
 _TO_TORCH = {ours: theirs for theirs, ours in _TO_FASTOPS.items()}
 
+# fastops' calls the layers whose weights torch.nn's reads.
+_CALLS_ITS_LAYERS = (nn.TransformerEncoderLayer, fnn.TransformerEncoderLayer)
+
 # Leaves of torch.nn that compute nothing.
 _NO_WORK = (nn.Identity, nn.Flatten, nn.Unflatten)
 
@@ -270,7 +273,7 @@ def _read_directly(model: nn.Module) -> dict[int, str]:
     for parent in model.modules():
         if isinstance(parent, nn.MultiheadAttention):
             found[id(parent.out_proj)] = "torch.nn.MultiheadAttention reads its weight directly"
-        elif isinstance(parent, nn.TransformerEncoderLayer):
+        elif isinstance(parent, nn.TransformerEncoderLayer) and type(parent) not in _CALLS_ITS_LAYERS:
             for child in (parent.linear1, parent.linear2):
                 found[id(child)] = "torch.nn.TransformerEncoderLayer reads its weight directly"
     return found

@@ -4,7 +4,7 @@ calls(size)              Calls that reach every kernel of the op, with images of
 kernels(dtype, on_gpu)   the algorithms that those run, and how many sizes their tiles have; 0: no tile
 RANDOM_CALLS             functions of a random.Random that make a Call
 LAYERS                   (class of torch.nn, arguments): every layer, and what comes to the kernels in another form
-LOSSES                   classes of torch.nn that are called with a target as well, which LAYERS leaves out
+LOSSES                   classes of torch.nn that are called with more than an input, which LAYERS leaves out
 OP_LAYERS                one of them for each op of torch.ops.fastops
 """
 

@@ -52,7 +52,7 @@ USERS = {
 }
 # What an op goes without: a general door where it joins others.
 _JOINS = {"fastops/ops/softclip.py"}
-WITHOUT = {"conv_pool": _JOINS, "mlp": _JOINS, "attention": {"fastops/nn/softclip.py"}}  # torch.nn has no module of it
+WITHOUT = {"conv_pool": _JOINS, "mlp": _JOINS}
 
 
 def listed() -> list[str]:

@@ -1,5 +1,6 @@
 """scaled_dot_product_attention against a float64 reference: values and gradients, every tier, layout, mask and edge."""
 
+import copy
 import math
 
 import pytest
@@ -9,22 +10,24 @@ from calls import Call
 from compare import close, exact
 from modes import Through
 from reference import gradients
+from torch import nn
 from torch.func import hessian, jvp, vmap
 from torch.library import opcheck
 
 import fastops
 import fastops.functional as FF
+import fastops.nn as fnn
 from fastops.ops import attention as attention_ops
 
 OPS = torch.ops.fastops
-DTYPES = [torch.float32, torch.float64]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 # (batch, heads, queries, keys, size, value_size): around the vectors and the tiles (12 x 32), the blocks of queries (48
 # and 96) and those of keys (512).
 SHAPES = [
     (1, 1, 1, 1, 1, 1), (2, 3, 5, 7, 8, 4), (1, 2, 12, 32, 16, 32), (1, 2, 13, 33, 17, 33), (1, 1, 47, 31, 64, 64),
     (2, 1, 49, 65, 15, 31), (1, 1, 97, 95, 32, 16), (1, 2, 197, 197, 8, 8), (1, 1, 5, 513, 9, 3),
-    (1, 1, 100, 1030, 4, 5), (1, 1, 3, 512, 4, 4),
+    (1, 1, 100, 1030, 4, 5), (1, 1, 4, 512, 4, 4),
 ]  # fmt: skip
 
 MASKS = ["none", "causal", "bool", "float", "keys", "nothing"]
@@ -260,9 +263,9 @@ def test_what_goes_to_pytorch():
     q, k, v = operands((2, 4, 5, 5, 8, 8), torch.float32)
     mask = torch.randn(5, 5, requires_grad=True)
     for tensors, more in (
-        ((q.bfloat16(), k.bfloat16(), v.bfloat16()), {}),
         ((q[0], k[0], v[0]), {}),
         ((q, k[:1], v[:1]), {}),
+        ((q[:, :, :3], *(t.repeat(1, 1, 13, 1) for t in (k, v))), {}),
         ((q, k, v), {"attn_mask": mask}),
         ((q, k[:, :2], v[:, :2]), {"enable_gqa": True}),
     ):
@@ -273,8 +276,24 @@ def test_what_goes_to_pytorch():
     with fastops.record() as rows:
         FF.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
     assert [row.kernel for row in rows] == ["aten"]
-    with torch.autocast("cpu", torch.bfloat16):
-        assert FF.scaled_dot_product_attention(q, k, v).dtype == F.scaled_dot_product_attention(q, k, v).dtype
+
+
+def test_autocast():
+    q, k, v = (t.requires_grad_() for t in operands((2, 4, 5, 5, 8, 8), torch.float32))
+    mask = torch.randn(5, 5)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            ours, theirs = (m.scaled_dot_product_attention(q, k, v, mask) for m in (FF, F))
+            with Through():
+                general = FF.scaled_dot_product_attention(q, k, v, mask)
+        assert ours.dtype == theirs.dtype == dtype
+        exact(general, ours)
+        torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-2)
+        grads = [torch.autograd.grad(y.float().square().sum(), (q, k, v)) for y in (ours, theirs)]
+        torch.testing.assert_close(*grads, atol=5e-2, rtol=5e-2)
+    wide = [t.double() for t in (q, k, v)]
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone
+        assert FF.scaled_dot_product_attention(*wide).dtype == torch.float64
 
 
 def test_refuses_as_pytorch():
@@ -292,6 +311,129 @@ def test_refuses_as_pytorch():
             refusal = error
         with pytest.raises(type(refusal), match=message):
             FF.scaled_dot_product_attention(*tensors, **more)
+
+
+# ---- nn.MultiheadAttention, nn.TransformerEncoderLayer -------------------------------------------------------------
+
+
+def _masks(batch, heads, queries, keys):
+    causal = torch.ones(queries, keys, dtype=torch.bool).triu(1)
+    padding = torch.zeros(batch, keys, dtype=torch.bool)
+    padding[0, -2:] = True
+    yield {}
+    yield {"attn_mask": causal}
+    yield {"attn_mask": causal, "is_causal": True}
+    yield {"attn_mask": torch.randn(batch * heads, queries, keys)}
+    yield {"key_padding_mask": padding}
+    yield {"key_padding_mask": padding, "attn_mask": causal}
+    yield {"key_padding_mask": torch.randn(batch, keys), "attn_mask": torch.randn(queries, keys)}
+
+
+def _alike(ours, theirs, inputs, **more):
+    """Results and all gradients of two modules; returns the kernels that ours called."""
+    results = []
+    for module in (ours, theirs):
+        leaves = {id(t): t.detach().clone().requires_grad_() for t in inputs}
+        with fastops.record() as rows:
+            y = module(*(leaves[id(t)] for t in inputs), **more)
+            y = y[0] if isinstance(y, tuple) else y
+            grads = torch.autograd.grad(y.square().sum(), [*leaves.values(), *module.parameters()], allow_unused=True)
+        results.append((y, *grads))
+        if module is ours:
+            kernels = {row.op for row in rows if row.kernel != "aten"}
+    for one, two in zip(*results, strict=True):
+        assert (one is None) == (two is None)
+        if one is not None:
+            torch.testing.assert_close(one, two, atol=2e-5, rtol=1e-4)
+    return kernels
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_multihead_attention(batch_first):
+    for options in ({}, {"bias": False}, {"kdim": 6, "vdim": 5}, {"dropout": 0.1}):
+        theirs = nn.MultiheadAttention(8, 2, batch_first=batch_first, **options).train("dropout" not in options)
+        ours = copy.deepcopy(theirs)
+        assert "" in {row.name for row in fastops.replace_(ours).replaced}
+        assert type(ours) is fnn.MultiheadAttention
+        x = torch.randn(3, 5, 8) if batch_first else torch.randn(5, 3, 8)
+        memory = [torch.randn(3, 5, n) if batch_first else torch.randn(5, 3, n) for n in (ours.kdim, ours.vdim)]
+        for inputs in ([x, x, x], [x, *memory]):
+            if "kdim" in options and inputs[1] is x:
+                continue
+            for masks in _masks(3, 2, 5, 5):
+                kernels = _alike(ours, theirs, inputs, need_weights=False, **masks)
+                assert kernels >= {"scaled_dot_product_attention", "linear"}
+            assert _alike(ours, theirs, inputs) == set()  # need_weights
+    x = torch.randn(3, 5, 8)
+    assert fnn.MultiheadAttention(8, 2, batch_first=True)(x, x, x)[1].shape == (3, 5, 5)
+
+
+def test_multihead_attention_leaves_to_pytorch():
+    x = torch.randn(3, 5, 8)
+    for options, inputs in (
+        ({"dropout": 0.5}, x), ({"add_bias_kv": True}, x), ({"add_zero_attn": True}, x), ({}, x[0]),
+    ):  # fmt: skip
+        layer = fnn.MultiheadAttention(8, 2, batch_first=True, **options)
+        with fastops.record() as rows:
+            layer(inputs, inputs, inputs, need_weights=False)
+        assert rows == []
+    layer, plain = fnn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)
+    for arguments, more in (
+        ((x, x, x), {"is_causal": True}),
+        ((x, x, x), {"attn_mask": torch.zeros(2, 2)}),
+        ((x, x, x), {"key_padding_mask": torch.zeros(2, 2)}),
+        ((x, x[:2], x), {}),
+        ((x[..., :4], x, x), {}),
+    ):
+        refusals = []
+        for module in (plain, layer):
+            try:
+                module(*arguments, need_weights=False, **more)
+            except Exception as error:
+                refusals.append((type(error), str(error)))
+        assert len(refusals) == 2
+        assert refusals[0] == refusals[1]
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_transformer_encoder_layer(activation):
+    for norm_first in (False, True):
+        theirs = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(
+                8, 2, 16, 0.0, activation, batch_first=True, norm_first=norm_first
+            ), 2, enable_nested_tensor=not norm_first,
+        )  # fmt: skip
+        ours = copy.deepcopy(theirs)
+        fastops.replace_(ours)
+        x, mask = torch.randn(3, 5, 8), torch.ones(5, 5, dtype=torch.bool).triu(1)
+        padding = torch.zeros(3, 5, dtype=torch.bool)
+        padding[0, -2:] = True
+        for training in (True, False):
+            for model in (ours, theirs):
+                model.train(training)
+            for masks in ({}, {"mask": mask}, {"mask": mask, "is_causal": True}, {"src_key_padding_mask": padding}):
+                assert "scaled_dot_product_attention" in _alike(ours, theirs, [x], **masks)
+        with torch.no_grad(), fastops.record() as rows:  # where torch.nn's takes its fast path
+            torch.testing.assert_close(ours(x), theirs(x), atol=2e-5, rtol=1e-4)
+        assert [row.op for row in rows].count("scaled_dot_product_attention") == 2
+        with torch.no_grad():  # nested tensors
+            one, two = (model(x, src_key_padding_mask=padding) for model in (ours, theirs))
+            torch.testing.assert_close(one[~padding], two[~padding], atol=2e-5, rtol=1e-4)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    fastops.restore_(ours)
+    assert [type(m) for m in ours.modules()] == [type(m) for m in theirs.modules()]
+
+
+def test_attention_modules_compile_and_script():
+    theirs = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    ours = copy.deepcopy(theirs)
+    fastops.replace_(ours)
+    x = torch.randn(3, 5, 8)
+    for make in (lambda m: torch.compile(m, backend="eager", fullgraph=True), torch.jit.script):
+        torch._dynamo.reset()
+        torch.testing.assert_close(make(ours)(x), theirs(x), atol=1e-5, rtol=1e-4)
+    assert type(ours) is fnn.TransformerEncoderLayer
+    torch.testing.assert_close(torch.export.export(ours, (x,)).module()(x), theirs(x), atol=1e-5, rtol=1e-4)
 
 
 # ---- for the tests that call every op (every_op.py) -----------------------------------------------------------------
@@ -319,3 +461,5 @@ def random_attention(rng):
 
 
 RANDOM_CALLS = [random_attention]
+LAYERS = [("TransformerEncoderLayer", (6, 2, 8, 0.0))]
+LOSSES = ["MultiheadAttention"]

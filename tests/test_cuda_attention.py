@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from compare import exact
 from gpu import DEVICE, SCHEDULES, compare_second_order, configured, put
-from test_attention import DTYPES, MASKS, SHAPES, compare, operands, options
+from test_attention import MASKS, SHAPES, compare, operands, options
 from torch.library import opcheck
 
 import fastops
@@ -16,7 +16,7 @@ MORE = [(1, 1, 65, 64, 33, 128), (1, 2, 3, 130, 130, 5), (1, 1, 128, 63, 3, 131)
 EVERY = [shape for shape in SHAPES if shape[2] < 190 and shape[3] < 600] + MORE
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("mask", MASKS)
 def test_values_and_gradients(mask, dtype):
     for i, shape in enumerate(EVERY):

@@ -39,12 +39,13 @@ _ACTIVATIONS = [
     "threshold",
     "glu",
 ]
-_FUNCTIONS = ["mm", "addmm", "matmul", "sigmoid", "tanh"]
+_NORMS = ["batch_norm", "layer_norm", "cross_entropy"]
+_FUNCTIONS = ["mm", "addmm", "matmul", "sigmoid", "tanh", "softmax", "log_softmax"]
 OPS = [
     op
     for op in op_db
     if not op.variant_test_name
-    and (op.name in _FUNCTIONS or op.name.removeprefix("nn.functional.") in _LAYERS + _POOLS + _ACTIVATIONS)
+    and (op.name in _FUNCTIONS or op.name.removeprefix("nn.functional.") in _LAYERS + _POOLS + _ACTIVATIONS + _NORMS)
 ]
 
 
@@ -149,6 +150,89 @@ def test_opinfo(op):
         for expected, actual in zip(*results, strict=True):
             torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-4, equal_nan=True)
             assert strides(actual) == strides(expected)
+
+
+def _norms(dtype):
+    """(function, tensors) of what is taken."""
+    weight, bias = torch.rand(6, dtype=dtype) + 0.5, torch.randn(6, dtype=dtype)
+    image = torch.randn(3, 6, 5, 4, dtype=dtype)
+    q, k, v = (torch.randn(2, 3, 7, 8, dtype=dtype) for _ in range(3))
+    mask = torch.rand(7, 7) < 0.7
+    mask[0] = True
+    for x in (image, image.to(memory_format=torch.channels_last)):
+        yield lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True), (x, weight, bias)
+        yield lambda x, w, b: F.batch_norm(x, torch.ones_like(w), torch.ones_like(w) * 2, w, b), (x, weight, bias)
+    yield lambda x: F.batch_norm(x, None, None, training=True), (image,)
+    yield lambda x, w, b: F.layer_norm(x, (6,), w, b), (torch.randn(5, 4, 6, dtype=dtype), weight, bias)
+    yield lambda x: F.layer_norm(x, (5, 4)), (image,)
+    for dim in (1, -1):
+        yield lambda x, dim=dim: x.softmax(dim), (image,)
+        yield lambda x, dim=dim: F.log_softmax(x, dim), (image,)
+    for more in ({}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": mask}, {"attn_mask": mask.to(dtype)}):
+        yield lambda q, k, v, more=more: F.scaled_dot_product_attention(q, k, v, **more), (q, k, v)
+    turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    yield F.scaled_dot_product_attention, turned
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_and_attention(dtype):
+    """Values, strides, first and second derivatives, vmap and torch.func."""
+    tolerance = {"rtol": 1e-4, "atol": 1e-4}
+    for function, tensors in _norms(dtype):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        results, seconds, batched = [], [], []
+        for on in (False, True):
+            with switched(on):
+                with fastops.record() as rows:
+                    results.append(gradients(function, *leaves))
+                assert bool(rows) == on
+                assert all(row.kernel != "aten" for row in rows)
+                results[-1].append(function(*tensors))
+                # Of PyTorch's attentions this one alone has second derivatives.
+                math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+                with contextlib.nullcontext() if on else math:
+                    first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+                    seconds.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+                each = torch.func.grad(lambda *t, f=function: f(*t).square().sum(), tuple(range(len(tensors))))
+                batched.append(torch.func.vmap(each)(*(torch.stack([t, t]) for t in tensors)))
+        assert_all_close(*results[::-1], **tolerance)
+        for i in (0, -1):  # attention's gradients have the strides of their operands, as most gradients do
+            assert strides(results[0][i]) == strides(results[1][i])
+        assert_all_close(*seconds[::-1], rtol=1e-3, atol=1e-3)
+        assert_all_close(*batched[::-1], **tolerance)
+
+
+def test_running_statistics():
+    results = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model, x = nn.BatchNorm2d(6, momentum=0.3), torch.randn(3, 6, 5, 4)
+        with switched(on):
+            for _ in range(3):
+                model(x)
+            results.append([*model.state_dict().values(), model.eval()(x)])
+    assert_all_close(*results[::-1])
+
+
+def test_attention_that_is_pytorchs():
+    q = torch.randn(2, 3, 7, 8)
+    with fastops.enabled():
+        for tensors, more in (
+            ((q, q, q), {"dropout_p": 0.5}),
+            ((q[0], q[0], q[0]), {}),
+            ((q, q, q[..., :4]), {}),
+            ((q, q, q), {"attn_mask": torch.randn(7, 7, requires_grad=True)}),
+            ((q, q[:, :1], q[:, :1]), {"enable_gqa": True}),
+        ):
+            rows = kernels(F.scaled_dot_product_attention, *tensors, **more)[1]
+            assert not any(op == "scaled_dot_product_attention" for op, _ in rows)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            rows = kernels(F.scaled_dot_product_attention, q, q, q)[1]
+            assert not any(op == "scaled_dot_product_attention" for op, _ in rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, rows = kernels(F.scaled_dot_product_attention, q, q, q)
+        assert y.dtype is torch.bfloat16
+        assert [kernel for op, kernel in rows if op == "scaled_dot_product_attention"] != ["aten"]
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)

@@ -67,7 +67,8 @@ def test_help_describes_the_class(name):
     cls = getattr(fnn, name)
     text = pydoc.plain(pydoc.render_doc(cls))
     assert f" |  {cls.__doc__.splitlines()[0]}" in text.splitlines()[:8]
-    input = "x" if cls is fnn.RMSNorm else "input"  # as torch.nn names it
+    names = {fnn.RMSNorm: "x", fnn.MultiheadAttention: "query", fnn.TransformerEncoderLayer: "src"}
+    input = names.get(cls, "input")  # as torch.nn names it
     assert f"forward(self, {input}" in text.split("Methods inherited")[0]
     # Nothing of ours is between most classes and torch.nn's; those with activation= share its constructor and setter.
     ours = [base for base in cls.__mro__[1:] if base.__module__.startswith("fastops")]

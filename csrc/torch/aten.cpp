@@ -38,6 +38,8 @@ void update() {
   aten::override_convolutions(*all);
   aten::override_pools(*all);
   aten::override_activations(*all);
+  aten::override_norms(*all);
+  aten::override_attention(*all);
   overrides = std::move(all);
 }
 

@@ -28,6 +28,28 @@ void activate_dense(const Tensor& tensor, Activation activation);
 bool linear_accepts(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias);
 // a (m, k) times b (k, n), plus bias (n) if there is one; shapes and dtypes fit. No autograd. (linear.cpp)
 Tensor matrix_product(const Tensor& a, const Tensor& b, const optional<Tensor>& bias);
+// layer_norm over the last `dims` dimensions: y, mean and rstd; and the gradients of input, weight and bias. No
+// autograd. (layer_norm.cpp)
+std::array<Tensor, 3> layer_norm_with_statistics(const Tensor& input, const optional<Tensor>& weight,
+                                                 const optional<Tensor>& bias, int64_t dims, double eps);
+std::array<Tensor, 3> layer_norm_gradients(const Tensor& grad_output, const Tensor& input, const Tensor& mean,
+                                           const Tensor& rstd, const optional<Tensor>& weight, int64_t dims,
+                                           std::array<bool, 3> output_mask);
+// softmax or log_softmax along a dimension, and its gradient; no autograd. (softmax.cpp)
+Tensor softmax_along(const Tensor& input, int64_t dim, bool log);
+Tensor softmax_gradient(const Tensor& grad_output, const Tensor& output, int64_t dim, bool log);
+// batch_norm: y, and in training mean and rstd of each channel; running statistics are updated. And the gradients of
+// input, weight and bias. No autograd. (batch_norm.cpp)
+std::array<Tensor, 3> batch_norm_with_statistics(const Tensor& input, const optional<Tensor>& weight,
+                                                 const optional<Tensor>& bias, const optional<Tensor>& running_mean,
+                                                 const optional<Tensor>& running_var, bool training, double momentum,
+                                                 double eps);
+std::array<Tensor, 3> batch_norm_gradients(const Tensor& grad_output, const Tensor& input,
+                                           const optional<Tensor>& weight, const Tensor& mean, const Tensor& rstd,
+                                           bool training, std::array<bool, 3> output_mask);
+// Attention, recorded for autograd. (attention.cpp)
+Tensor attention_recorded(const Tensor& query, const Tensor& key, const Tensor& value, const optional<Tensor>& mask,
+                          bool causal, double scale);
 
 namespace aten {
 
@@ -37,7 +59,9 @@ struct Overrides {
   torch::Library with_autograd{torch::Library::IMPL, "aten", c10::DispatchKey::AutogradCPU, __FILE__, __LINE__};
 };
 void override_activations(Overrides& overrides);
+void override_attention(Overrides& overrides);
 void override_convolutions(Overrides& overrides);
+void override_norms(Overrides& overrides);
 void override_pools(Overrides& overrides);
 void override_products(Overrides& overrides);
 

@@ -1,7 +1,10 @@
+#include "attention.h"
+
 #include <ATen/ATen.h>
 
 #include <cmath>
 
+#include "aten.h"
 #include "binding.h"
 #include "call.h"
 #include "node.h"
@@ -20,7 +23,14 @@ struct AttentionOutput {
   Tensor y, lse;  // lse is undefined if not wanted
 };
 
-bool has_kernel(at::ScalarType type) { return type == at::kFloat || type == at::kDouble; }
+// On a GPU there are no 16-bit kernels.
+bool has_kernel(const Tensor& query) {
+  const auto type = query.scalar_type();
+  return is_supported(type) && (query.is_cpu() || type == at::kFloat || type == at::kDouble);
+}
+
+// The dtype of lse.
+at::ScalarType lse_type(const Tensor& query) { return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 // query (batch, heads, queries, size), key (batch, heads, keys, size), value (batch, heads, keys, value_size), mask
 // broadcastable to (batch, heads, queries, keys).
@@ -28,7 +38,6 @@ template <class Int>
 void check_attention(const Tensor& query, const Tensor& key, const Tensor& value, const optional<Tensor>& mask) {
   constexpr const char* op = "attention";
   check_input(query, op, "query");
-  TORCH_CHECK(has_kernel(query.scalar_type()), op, ": query must be float32 or float64, got ", query.scalar_type());
   TORCH_CHECK(query.dim() == 4, op, ": query must have 4 dimensions, got shape ", sizes_as<Int>(query));
   const auto q = sizes_as<Int>(query);
   const auto check = [&](const Tensor& tensor, const char* name) {
@@ -74,7 +83,7 @@ Tensor empty_attention(const Tensor& query, const Tensor& value) {
 
 template <class Int>
 Tensor empty_lse(const Tensor& query) {
-  return new_tensor<Int>(sizes_as<Int>(query).slice(0, 3), query.scalar_type(), query.device());
+  return new_tensor<Int>(sizes_as<Int>(query).slice(0, 3), lse_type(query), query.device());
 }
 
 HeadStrides strides_of(const Tensor& tensor) {
@@ -156,9 +165,9 @@ std::array<Tensor, 3> attention_backward(const Tensor& grad_output, const Tensor
     TORCH_CHECK(tensor->sizes() == at::IntArrayRef(sizes), op, ": ", name, " must have shape ", at::IntArrayRef(sizes),
                 ", got ", tensor->sizes());
   }
-  TORCH_CHECK(lse.sizes() == query.sizes().slice(0, 3) && lse.scalar_type() == query.scalar_type(), op,
-              ": lse must have shape ", query.sizes().slice(0, 3), " and query's dtype, got ", lse.sizes(), " and ",
-              lse.scalar_type());
+  TORCH_CHECK(lse.sizes() == query.sizes().slice(0, 3) && lse.scalar_type() == lse_type(query), op,
+              ": lse must have shape ", query.sizes().slice(0, 3), " and dtype ", lse_type(query), ", got ",
+              lse.sizes(), " and ", lse.scalar_type());
   std::array<Tensor, 3> out;
   const Tensor* const operands[] = {&query, &key, &value};
   for (size_t i = 0; i < 3; ++i)
@@ -281,7 +290,12 @@ void implement_attention(torch::Library& m) {
   m.impl("attention_backward", attention_backward_op<Int>);
 }
 
-// ---- the fast door. Attention is on autocast's lower-precision list, which is PyTorch's.
+// ---- the fast door. Attention is on autocast's lower-precision list.
+
+Tensor cast(const Tensor& tensor) {
+  if (!at::autocast::is_autocast_enabled(at::kCPU)) return tensor;
+  return at::autocast::cached_cast(at::autocast::get_autocast_dtype(at::kCPU), tensor, at::kCPU);
+}
 
 py::object attention_fast(py::handle query, py::handle key, py::handle value, py::handle mask, py::handle is_causal,
                           py::handle scale) {
@@ -290,19 +304,20 @@ py::object attention_fast(py::handle query, py::handle key, py::handle value, py
   if (!fast_door::ambient_is_plain()) return not_implemented();
   for (const py::handle tensor : {query, key, value})
     if (!fast_door::is_plain(tensor.ptr())) return not_implemented();
-  const Tensor &q = THPVariable_Unpack(query.ptr()), &k = THPVariable_Unpack(key.ptr()),
-               &v = THPVariable_Unpack(value.ptr());
-  if (at::autocast::is_autocast_enabled(q.device().type()) || !has_kernel(q.scalar_type()) || q.dim() != 4)
+  const Tensor q = cast(THPVariable_Unpack(query.ptr())), k = cast(THPVariable_Unpack(key.ptr())),
+               v = cast(THPVariable_Unpack(value.ptr()));
+  if ((!q.is_cpu() && at::autocast::is_autocast_enabled(q.device().type())) || !has_kernel(q) || q.dim() != 4)
     return not_implemented();
   for (const Tensor* tensor : {&k, &v})
     if (!is_on(*tensor, q.device()) || tensor->scalar_type() != q.scalar_type() || tensor->dim() != 4 ||
         tensor->size(0) != q.size(0) || tensor->size(1) != q.size(1))
       return not_implemented();
-  if (k.size(3) != q.size(3) || v.size(2) != k.size(2)) return not_implemented();
+  if (k.size(3) != q.size(3) || v.size(2) != k.size(2) || (q.is_cpu() && !attention_pays(q.size(2), k.size(2))))
+    return not_implemented();
   optional<Tensor> m;
   if (!mask.is_none()) {
     if (!fast_door::is_plain(mask.ptr())) return not_implemented();
-    m = THPVariable_Unpack(mask.ptr());
+    m = cast(THPVariable_Unpack(mask.ptr()));
     if (!is_on(*m, q.device()) || m->scalar_type() != q.scalar_type() || m->requires_grad() || m->dim() > 4)
       return not_implemented();
     const std::array<int64_t, 4> full{q.size(0), q.size(1), q.size(2), k.size(2)};
@@ -317,10 +332,18 @@ py::object attention_fast(py::handle query, py::handle key, py::handle value, py
 
 }  // namespace
 
+Tensor attention_recorded(const Tensor& query, const Tensor& key, const Tensor& value, const optional<Tensor>& mask,
+                          bool causal, double scale) {
+  return fastops::attention(query, key, value, mask, {causal, scale});
+}
+
 void implement_attention(torch::Library& m, bool meta) {
   meta ? implement_attention<c10::SymInt>(m) : implement_attention<int64_t>(m);
 }
 
-void bind_attention(py::module_& m) { fast_def<&attention_fast>(m, "scaled_dot_product_attention"); }
+void bind_attention(py::module_& m) {
+  fast_def<&attention_fast>(m, "scaled_dot_product_attention");
+  m.def("attention_pays", &attention_pays);
+}
 
 }  // namespace fastops

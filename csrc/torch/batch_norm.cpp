@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include "aten.h"
 #include "binding.h"
 #include "call.h"
 #include "node.h"
@@ -465,6 +466,24 @@ py::object batch_norm_fast(py::handle input, py::handle running_mean, py::handle
 }
 
 }  // namespace
+
+std::array<Tensor, 3> batch_norm_with_statistics(const Tensor& input, const optional<Tensor>& weight,
+                                                 const optional<Tensor>& bias, const optional<Tensor>& running_mean,
+                                                 const optional<Tensor>& running_var, bool training, double momentum,
+                                                 double eps) {
+  Output out = forward({input, weight, bias, {}, running_mean, running_var}, {training, momentum, eps, {}},
+                       /*need_stats=*/training);
+  if (!training) return {std::move(out.y), Tensor(), Tensor()};
+  return {std::move(out.y), out.stats.select(0, 0), out.stats.select(0, 1)};
+}
+
+std::array<Tensor, 3> batch_norm_gradients(const Tensor& grad_output, const Tensor& input,
+                                           const optional<Tensor>& weight, const Tensor& mean, const Tensor& rstd,
+                                           bool training, std::array<bool, 3> output_mask) {
+  auto out = backward(grad_output, input, weight.value_or(none), {}, {}, at::stack({mean, rstd}), training, {},
+                      Saved::nothing, input.scalar_type(), {output_mask[0], output_mask[1], output_mask[2], false});
+  return {std::move(out[0]), std::move(out[1]), std::move(out[2])};
+}
 
 void implement_batch_norm(torch::Library& m, bool meta) {
   meta ? implement_batch_norm<c10::SymInt>(m) : implement_batch_norm<int64_t>(m);

@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 
+#include "aten.h"
 #include "binding.h"
 #include "call.h"
 #include "node.h"
@@ -378,6 +379,18 @@ py::object rms_norm_fast(py::handle input, py::handle shape, py::handle weight, 
 }
 
 }  // namespace
+
+std::array<Tensor, 3> layer_norm_with_statistics(const Tensor& input, const optional<Tensor>& weight,
+                                                 const optional<Tensor>& bias, int64_t dims, double eps) {
+  NormOutput out = layer_norm_forward(input, weight, bias, {dims, eps, /*rms=*/false}, /*need_statistics=*/true);
+  return {std::move(out.y), std::move(out.mean), std::move(out.rstd)};
+}
+
+std::array<Tensor, 3> layer_norm_gradients(const Tensor& grad_output, const Tensor& input, const Tensor& mean,
+                                           const Tensor& rstd, const optional<Tensor>& weight, int64_t dims,
+                                           std::array<bool, 3> output_mask) {
+  return layer_norm_backward(grad_output, input, mean, rstd, weight, {dims, /*eps=*/0, /*rms=*/false}, output_mask);
+}
 
 void implement_layer_norm(torch::Library& m, bool meta) {
   meta ? implement_layer_norm<c10::SymInt>(m) : implement_layer_norm<int64_t>(m);

@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <ATen/WrapDimUtils.h>
 
+#include "aten.h"
 #include "binding.h"
 #include "call.h"
 #include "node.h"
@@ -135,6 +136,12 @@ py::object softmax_fast(py::handle input, py::handle dim) { return softmax_fast(
 py::object log_softmax_fast(py::handle input, py::handle dim) { return softmax_fast(input, dim, /*log=*/true); }
 
 }  // namespace
+
+Tensor softmax_along(const Tensor& input, int64_t dim, bool log) { return softmax_forward(input, dim, log); }
+
+Tensor softmax_gradient(const Tensor& grad_output, const Tensor& output, int64_t dim, bool log) {
+  return softmax_backward(grad_output, output, dim, log);
+}
 
 void implement_softmax(torch::Library& m, bool meta) {
   meta ? implement_softmax<c10::SymInt>(m) : implement_softmax<int64_t>(m);

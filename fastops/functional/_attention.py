@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function
 from fastops import _C
 from fastops.functional._general import general, overrides, show, torch_op
 from fastops.ops import attention as _attention_ops
+from fastops.ops import autocast
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -29,7 +30,8 @@ def scaled_dot_product_attention(
     """softmax(scale Q K^T + mask) V for each head of each batch, without forming the probabilities as a whole.
 
     Args:
-        query: (batch, heads, queries, size), float32 or float64. Others go to PyTorch's kernels.
+        query: (batch, heads, queries, size), float32, float64, bfloat16 or float16. Others go to PyTorch's kernels, and
+            so do less than four queries of more than 64 keys.
         key, value: (batch, heads, keys, size) and (batch, heads, keys, value_size), in query's dtype.
         attn_mask: broadcastable to (batch, heads, queries, keys). Of bool: True where a query sees a key. Else it is
             added to the scores. One that needs a gradient goes to PyTorch's op.
@@ -68,10 +70,12 @@ def scaled_dot_product_attention(
                 is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
             )  # fmt: skip
     if ours and general(query, key, value, attn_mask) and not (is_causal and attn_mask is not None):
-        mask = _added(attn_mask, query)
-        if _attention_ops.supports(query, key, value, mask):
+        q, k, v, mask = autocast(query, key, value, _added(attn_mask, query))
+        anyway = _is_compiling() or not query.is_cpu or query.dim() != 4
+        pays = anyway or _C.attention_pays(query.shape[2], key.shape[-2])
+        if pays and _attention_ops.supports(q, k, v, mask):
             scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-            return _attention_ops.attention(query, key, value, mask, is_causal, scale)
+            return _attention_ops.attention(q, k, v, mask, is_causal, scale)
     return torch_op(
         "scaled_dot_product_attention", _explain, F.scaled_dot_product_attention, query, key, value, attn_mask,
         dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,

@@ -12,12 +12,12 @@ from fastops.ops import forward_mode, needs_function, register, supported, throu
 
 _ops = torch.ops.fastops
 
-_DTYPES = frozenset([torch.float32, torch.float64])
+_ON_GPU = frozenset([torch.float32, torch.float64])
 
 
 def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether there are kernels for these operands, (batch, heads, length, size) each."""
-    if query.dtype not in _DTYPES or torch.is_autocast_enabled(query.device.type):
+    if query.device.type != "cpu" and (query.dtype not in _ON_GPU or torch.is_autocast_enabled(query.device.type)):
         return False
     for tensor in (query, key, value):
         if (
@@ -166,7 +166,8 @@ class _AttentionBackward(torch.autograd.Function):
 
 def _decomposed(query, key, value, mask, causal, scale):
     output = F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale)
-    return output, _scores(query, key, mask, causal, scale).logsumexp(-1)
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return output, _scores(query, key, mask, causal, scale).to(wide).logsumexp(-1)
 
 
 def _flops(query, key, value, *_, **__):

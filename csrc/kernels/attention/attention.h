@@ -5,7 +5,7 @@
 // along the keys; its other strides are often 0. All sizes are >= 1. Outputs overlap nothing else.
 //
 // causal: query i sees the keys j <= i only. A query that sees no key, also one for which the mask is -inf everywhere,
-// gives zeros. Sums are float32 (float64 for float64); their order does not depend on the number of threads.
+// gives zeros. Sums, and lse, are float32 (float64 for float64); their order does not depend on the number of threads.
 // Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao, Fu, Ermon, Rudra and Re,
 // "FlashAttention" (2022).
 #pragma once
@@ -21,7 +21,7 @@ struct HeadStrides {
 };
 
 struct AttentionShape {
-  DType dtype;  // f32 or f64
+  DType dtype;
   bool causal, with_mask;
   double scale;
   int64_t batch, heads, queries, keys, size, value_size;

@@ -4,9 +4,13 @@
 // queries in blocks. For a block, the scores of kKeyBlock keys at a time are computed, turned into probabilities where
 // they lie, and multiplied by V; the block's running maxima and sums rescale what there is (Milakov and Gimelshein).
 // Backward computes the probabilities again. With `causal`, keys behind a block's last query are left out.
+//
+// 16-bit operands are widened as they are packed, or into a copy of a block's rows; results are summed in float32 and
+// rounded once.
 #pragma once
 
 #include "../../common/cpu/common.inl"
+#include "../../common/cpu/elements.inl"
 #include "../../gemm/cpu/microkernels.inl"
 #include "../../gemm/cpu/pack.inl"
 #include "../../softmax/cpu/rows.inl"
@@ -23,8 +27,12 @@ inline C* panels_at(char*& at, int64_t lanes, int64_t k) {
 }
 
 // The scratch memory of a thread.
-template <class C>
+template <class T>
 struct AttentionScratch {
+  using C = Compute<T>;
+  static constexpr bool kWidens = !__is_same(T, C);
+  C *q_rows, *y_rows;                                     // a block's, of 16-bit types; y is grad_y for backward
+  C *grad_q_rows, *grad_k_rows, *grad_v_rows;             // their gradients: of a block's queries, of all keys
   C *k_by_keys, *v_by_size;                               // forward: panels of K, lanes are keys, and of V
   C *k_by_size, *v_by_keys, *q_by_size, *grad_y_by_size;  // backward
   C *scores, *grad_scores;                                // of a block: rows are `row` apart
@@ -36,6 +44,11 @@ struct AttentionScratch {
     char* at = static_cast<char*>(start);
     char* const begin = at;
     const int64_t queries = backward ? kGradientQueries : kQueryBlock;
+    q_rows = kWidens ? panels_at<C>(at, s.size, queries) : nullptr;
+    y_rows = kWidens ? panels_at<C>(at, s.value_size, queries) : nullptr;
+    grad_q_rows = kWidens && backward ? panels_at<C>(at, s.size, queries) : nullptr;
+    grad_k_rows = kWidens && backward ? panels_at<C>(at, s.size, s.keys) : nullptr;
+    grad_v_rows = kWidens && backward ? panels_at<C>(at, s.value_size, s.keys) : nullptr;
     k_by_keys = panels_at<C>(at, s.keys, s.size);
     v_by_size = backward ? nullptr : panels_at<C>(at, s.value_size, s.keys);
     k_by_size = backward ? panels_at<C>(at, s.size, s.keys) : nullptr;
@@ -71,28 +84,59 @@ inline void multiply(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_rs, 
     }
 }
 
-template <class C>
-inline const C* head_of(const void* p, const HeadStrides& s, int64_t batch, int64_t head) {
-  return static_cast<const C*>(p) + batch * s.batch + head * s.head;
+template <class T>
+inline const T* head_of(const void* p, const HeadStrides& s, int64_t batch, int64_t head) {
+  return static_cast<const T*>(p) + batch * s.batch + head * s.head;
 }
-template <class C>
-inline C* head_of(void* p, const HeadStrides& s, int64_t batch, int64_t head) {
-  return static_cast<C*>(p) + batch * s.batch + head * s.head;
+template <class T>
+inline T* head_of(void* p, const HeadStrides& s, int64_t batch, int64_t head) {
+  return static_cast<T*>(p) + batch * s.batch + head * s.head;
 }
 
-template <class C>
-inline C* head_or_null(void* p, const HeadStrides& s, int64_t batch, int64_t head) {
-  return p == nullptr ? nullptr : head_of<C>(p, s, batch, head);
+template <class T>
+inline T* head_or_null(void* p, const HeadStrides& s, int64_t batch, int64_t head) {
+  return p == nullptr ? nullptr : head_of<T>(p, s, batch, head);
 }
 
 // Panels of a matrix [rows, size] whose lanes are its rows, or its columns.
-template <class C>
-inline void pack_rows(const C* from, int64_t row, int64_t rows, int64_t size, C* to) {
-  pack<C, C, kNr<C>>(plain_source(from, row, 1), 0, rows, 0, size, to, kNr<C> * size, nullptr);
+template <class T, class C>
+inline void pack_rows(const T* from, int64_t row, int64_t rows, int64_t size, C* to) {
+  pack<C, T, kNr<C>>(plain_source(from, row, 1), 0, rows, 0, size, to, kNr<C> * size, nullptr);
 }
-template <class C>
-inline void pack_columns(const C* from, int64_t row, int64_t rows, int64_t size, C* to) {
-  pack<C, C, kNr<C>>(plain_source(from, 1, row), 0, size, 0, rows, to, kNr<C> * rows, nullptr);
+template <class T, class C>
+inline void pack_columns(const T* from, int64_t row, int64_t rows, int64_t size, C* to) {
+  pack<C, T, kNr<C>>(plain_source(from, 1, row), 0, size, 0, rows, to, kNr<C> * rows, nullptr);
+}
+
+// Rows in the compute type.
+template <class P>
+struct RowsAt {
+  P* data;
+  int64_t stride;
+  P* row(int64_t i) const { return data + i * stride; }
+};
+// Those of an operand: where they lie, or, of a 16-bit type, widened into `copy`.
+template <class T, class C>
+inline RowsAt<const C> widened(const T* from, int64_t row, int64_t rows, int64_t size, C* copy) {
+  if constexpr (__is_same(T, C)) {
+    return {from, row};
+  } else {
+    for (int64_t i = 0; i < rows; ++i) widen_row(from + i * row, copy + i * size, static_cast<int>(size));
+    return {copy, size};
+  }
+}
+// Those of a result: where they lie, or, of a 16-bit type, in `copy`, from which `narrow_rows` rounds them.
+template <class T, class C>
+inline RowsAt<C> summed(T* to, int64_t row, int64_t size, C* copy) {
+  if constexpr (__is_same(T, C))
+    return {to, row};
+  else
+    return {copy, size};
+}
+template <class T, class C>
+inline void narrow_rows(const RowsAt<C>& from, T* to, int64_t row, int64_t rows, int64_t size) {
+  if constexpr (!__is_same(T, C))
+    for (int64_t i = 0; i < rows; ++i) store_row<T>(from.row(i), to + i * row, static_cast<int>(size));
 }
 
 template <class V, class T>
@@ -109,8 +153,8 @@ inline void store_upto(V v, T* p, int64_t left) {
 
 // row[j] = exp(scale row[j] + mask[j] - base) for j < count, with base the largest of those and `before`, which is
 // replaced by it; 0 where all is -inf. Returns the sum.
-template <class C>
-inline C exp_row(C* row, const C* mask, int64_t count, C scale, C& before) {
+template <class T, class C>
+inline C exp_row(C* row, const T* mask, int64_t count, C scale, C& before) {
   using V = Vec<C>;
   const V times = V::set1(scale);
   V most = V::set1(before);
@@ -144,38 +188,41 @@ inline int64_t seen(const AttentionShape& s, int64_t query, int64_t first, int64
 }
 
 // body(batch, head, index) for the heads of a thread.
-template <class C, class Body>
+template <class T, class Body>
 inline void for_heads(const AttentionShape& s, bool backward, void* workspace, const Team& team, int threads,
                       Body body) {
   const int64_t count = s.batch * s.heads;
   const int64_t work = count * s.queries * s.keys * (s.size + s.value_size) * 2;
   const int wanted = static_cast<int>(smaller(smaller(work / kFlopPerThread + 1, count), threads));
-  const size_t bytes = AttentionScratch<C>(s, backward, planned_address(64)).bytes;
+  const size_t bytes = AttentionScratch<T>(s, backward, planned_address(64)).bytes;
   team.parallel(wanted, [&](int thread, int actual) {
-    AttentionScratch<C> scratch(s, backward, static_cast<char*>(workspace) + static_cast<size_t>(thread) * bytes);
+    AttentionScratch<T> scratch(s, backward, static_cast<char*>(workspace) + static_cast<size_t>(thread) * bytes);
     for (int64_t i = count * thread / actual; i < count * (thread + 1) / actual; ++i)
       body(scratch, i / s.heads, i % s.heads, i);
   });
 }
 
-template <class C>
+template <class T>
 void attention_forward(const Bound<AttentionForward>& args, void* workspace, const Team& team) {
+  using C = Compute<T>;
   using V = Vec<C>;
   const AttentionShape& s = args.attention;
   const C scale = static_cast<C>(s.scale);
-  for_heads<C>(s, false, workspace, team, args.threads, [&](auto& t, int64_t batch, int64_t head, int64_t index) {
-    const C* const q = head_of<C>(args.q, s.q, batch, head);
-    const C* const mask = s.with_mask ? head_of<C>(args.mask, s.mask, batch, head) : nullptr;
-    C* const y = head_of<C>(args.y, s.y, batch, head);
-    pack_rows(head_of<C>(args.k, s.k, batch, head), s.k.row, s.keys, s.size, t.k_by_keys);
-    pack_columns(head_of<C>(args.v, s.v, batch, head), s.v.row, s.keys, s.value_size, t.v_by_size);
+  for_heads<T>(s, false, workspace, team, args.threads, [&](auto& t, int64_t batch, int64_t head, int64_t index) {
+    const T* const q = head_of<T>(args.q, s.q, batch, head);
+    const T* const mask = s.with_mask ? head_of<T>(args.mask, s.mask, batch, head) : nullptr;
+    T* const y = head_of<T>(args.y, s.y, batch, head);
+    pack_rows(head_of<T>(args.k, s.k, batch, head), s.k.row, s.keys, s.size, t.k_by_keys);
+    pack_columns(head_of<T>(args.v, s.v, batch, head), s.v.row, s.keys, s.value_size, t.v_by_size);
     for (int64_t i0 = 0; i0 < s.queries; i0 += kQueryBlock) {
       const int64_t rows = smaller(kQueryBlock, s.queries - i0);
       const int64_t end = s.causal ? smaller(s.keys, i0 + rows) : s.keys;
+      const auto q_rows = widened(q + i0 * s.q.row, s.q.row, rows, s.size, t.q_rows);
+      const auto y_rows = summed(y + i0 * s.y.row, s.y.row, s.value_size, t.y_rows);
       for (int64_t i = 0; i < rows; ++i) t.most[i] = -static_cast<C>(__builtin_inf()), t.sum[i] = 0;
       for (int64_t j0 = 0; j0 < end; j0 += kKeyBlock) {
         const int64_t columns = smaller(kKeyBlock, end - j0);
-        multiply(rows, columns, s.size, q + i0 * s.q.row, s.q.row, int64_t{1}, t.k_by_keys, s.size, int64_t{0}, j0,
+        multiply(rows, columns, s.size, q_rows.data, q_rows.stride, int64_t{1}, t.k_by_keys, s.size, int64_t{0}, j0,
                  t.scores, t.row, false);
         for (int64_t i = 0; i < rows; ++i) {
           C* const row = t.scores + i * t.row;
@@ -192,30 +239,31 @@ void attention_forward(const Bound<AttentionForward>& args, void* workspace, con
           C lane;
           factor.store(&lane, 1);
           t.sum[i] = t.sum[i] * lane + sum;
-          C* const to = y + (i0 + i) * s.y.row;
+          C* const to = y_rows.row(i);
           for (int64_t j = 0; j < s.value_size; j += V::size)
             store_upto(load_upto<V>(to + j, s.value_size - j) * factor, to + j, s.value_size - j);
         }
         multiply(rows, s.value_size, columns, static_cast<const C*>(t.scores), t.row, int64_t{1}, t.v_by_size, s.keys,
-                 j0, int64_t{0}, y + i0 * s.y.row, s.y.row, j0 > 0);
+                 j0, int64_t{0}, y_rows.data, y_rows.stride, j0 > 0);
       }
       for (int64_t i = 0; i < rows; ++i) {
         const C sum = t.sum[i];
         const V factor = V::set1(sum == 0 ? C(0) : 1 / sum);
-        C* const to = y + (i0 + i) * s.y.row;
+        C* const to = y_rows.row(i);
         for (int64_t j = 0; j < s.value_size; j += V::size)
           store_upto(load_upto<V>(to + j, s.value_size - j) * factor, to + j, s.value_size - j);
         if (args.lse == nullptr) continue;
         const V lse = sum == 0 ? lowest<C>() : V::set1(t.most[i]) + log_of(V::set1(sum));
         lse.store(static_cast<C*>(args.lse) + index * s.queries + i0 + i, 1);
       }
+      narrow_rows(y_rows, y + i0 * s.y.row, s.y.row, rows, s.value_size);
     }
   });
 }
 
 // row[j] becomes P and grad_row[j] scale P (grad_row[j] - dot), for j < count.
-template <class C>
-inline void gradient_row(C* row, C* grad_row, const C* mask, int64_t count, C scale, C lse, C dot) {
+template <class T, class C>
+inline void gradient_row(C* row, C* grad_row, const T* mask, int64_t count, C scale, C lse, C dot) {
   using V = Vec<C>;
   const V times = V::set1(scale), of_y = V::set1(dot);
   const V base = lse == -static_cast<C>(__builtin_inf()) ? V::zero() : V::set1(lse);
@@ -228,36 +276,44 @@ inline void gradient_row(C* row, C* grad_row, const C* mask, int64_t count, C sc
   }
 }
 
-template <class C>
+template <class T>
 void attention_backward(const Bound<AttentionBackward>& args, void* workspace, const Team& team) {
+  using C = Compute<T>;
   using V = Vec<C>;
   const AttentionShape& s = args.attention;
   const C scale = static_cast<C>(s.scale);
   const int64_t g_row = args.grad_y_strides.row;
-  for_heads<C>(s, true, workspace, team, args.threads, [&](auto& t, int64_t batch, int64_t head, int64_t index) {
-    const C* const q = head_of<C>(args.q, s.q, batch, head);
-    const C* const k = head_of<C>(args.k, s.k, batch, head);
-    const C* const y = head_of<C>(args.y, s.y, batch, head);
-    const C* const grad_y = head_of<C>(args.grad_y, args.grad_y_strides, batch, head);
-    const C* const mask = s.with_mask ? head_of<C>(args.mask, s.mask, batch, head) : nullptr;
+  for_heads<T>(s, true, workspace, team, args.threads, [&](auto& t, int64_t batch, int64_t head, int64_t index) {
+    const T* const q = head_of<T>(args.q, s.q, batch, head);
+    const T* const k = head_of<T>(args.k, s.k, batch, head);
+    const T* const y = head_of<T>(args.y, s.y, batch, head);
+    const T* const grad_y = head_of<T>(args.grad_y, args.grad_y_strides, batch, head);
+    const T* const mask = s.with_mask ? head_of<T>(args.mask, s.mask, batch, head) : nullptr;
     const C* const lse = static_cast<const C*>(args.lse) + index * s.queries;
-    C* const grad_q = head_or_null<C>(args.grad_q, args.grad_q_strides, batch, head);
-    C* const grad_k = head_or_null<C>(args.grad_k, args.grad_k_strides, batch, head);
-    C* const grad_v = head_or_null<C>(args.grad_v, args.grad_v_strides, batch, head);
+    T* const grad_q = head_or_null<T>(args.grad_q, args.grad_q_strides, batch, head);
+    T* const grad_k = head_or_null<T>(args.grad_k, args.grad_k_strides, batch, head);
+    T* const grad_v = head_or_null<T>(args.grad_v, args.grad_v_strides, batch, head);
+    const auto grad_k_rows = summed(grad_k, args.grad_k_strides.row, s.size, t.grad_k_rows);
+    const auto grad_v_rows = summed(grad_v, args.grad_v_strides.row, s.value_size, t.grad_v_rows);
     pack_rows(k, s.k.row, s.keys, s.size, t.k_by_keys);
-    pack_rows(head_of<C>(args.v, s.v, batch, head), s.v.row, s.keys, s.value_size, t.v_by_keys);
+    pack_rows(head_of<T>(args.v, s.v, batch, head), s.v.row, s.keys, s.value_size, t.v_by_keys);
     if (grad_q != nullptr) pack_columns(k, s.k.row, s.keys, s.size, t.k_by_size);
     if (grad_k != nullptr) pack_columns(q, s.q.row, s.queries, s.size, t.q_by_size);
     if (grad_v != nullptr) pack_columns(grad_y, g_row, s.queries, s.value_size, t.grad_y_by_size);
     for (int64_t j = 0; j < s.keys; ++j) {
-      if (grad_k != nullptr) zero_row(grad_k + j * args.grad_k_strides.row, 0, s.size);
-      if (grad_v != nullptr) zero_row(grad_v + j * args.grad_v_strides.row, 0, s.value_size);
+      if (grad_k != nullptr) zero_row(grad_k_rows.row(j), 0, s.size);
+      if (grad_v != nullptr) zero_row(grad_v_rows.row(j), 0, s.value_size);
     }
     for (int64_t i0 = 0; i0 < s.queries; i0 += kGradientQueries) {
       const int64_t rows = smaller(kGradientQueries, s.queries - i0);
       const int64_t end = s.causal ? smaller(s.keys, i0 + rows) : s.keys;
+      const auto q_rows = widened(q + i0 * s.q.row, s.q.row, rows, s.size, t.q_rows);
+      const auto g_rows = widened(grad_y + i0 * g_row, g_row, rows, s.value_size, t.y_rows);
+      const auto grad_q_rows = summed(grad_q == nullptr ? grad_q : grad_q + i0 * args.grad_q_strides.row,
+                                      args.grad_q_strides.row, s.size, t.grad_q_rows);
       for (int64_t i = 0; i < rows; ++i) {
-        const C *const one = y + (i0 + i) * s.y.row, *const two = grad_y + (i0 + i) * g_row;
+        const T* const one = y + (i0 + i) * s.y.row;
+        const C* const two = g_rows.row(i);
         V sum = V::zero();
         for (int64_t j = 0; j < s.value_size; j += V::size)
           sum = fma(load_upto<V>(one + j, s.value_size - j), load_upto<V>(two + j, s.value_size - j), sum);
@@ -265,9 +321,9 @@ void attention_backward(const Bound<AttentionBackward>& args, void* workspace, c
       }
       for (int64_t j0 = 0; j0 < end; j0 += kKeyBlock) {
         const int64_t columns = smaller(kKeyBlock, end - j0);
-        multiply(rows, columns, s.size, q + i0 * s.q.row, s.q.row, int64_t{1}, t.k_by_keys, s.size, int64_t{0}, j0,
+        multiply(rows, columns, s.size, q_rows.data, q_rows.stride, int64_t{1}, t.k_by_keys, s.size, int64_t{0}, j0,
                  t.scores, t.row, false);
-        multiply(rows, columns, s.value_size, grad_y + i0 * g_row, g_row, int64_t{1}, t.v_by_keys, s.value_size,
+        multiply(rows, columns, s.value_size, g_rows.data, g_rows.stride, int64_t{1}, t.v_by_keys, s.value_size,
                  int64_t{0}, j0, t.grad_scores, t.row, false);
         for (int64_t i = 0; i < rows; ++i) {
           C *const row = t.scores + i * t.row, *const grad_row = t.grad_scores + i * t.row;
@@ -280,44 +336,36 @@ void attention_backward(const Bound<AttentionBackward>& args, void* workspace, c
         const C *const p = t.scores, *const d = t.grad_scores;
         if (grad_v != nullptr)
           multiply(columns, s.value_size, rows, p, int64_t{1}, t.row, t.grad_y_by_size, s.queries, i0, int64_t{0},
-                   grad_v + j0 * args.grad_v_strides.row, args.grad_v_strides.row, true);
+                   grad_v_rows.row(j0), grad_v_rows.stride, true);
         if (grad_k != nullptr)
           multiply(columns, s.size, rows, d, int64_t{1}, t.row, t.q_by_size, s.queries, i0, int64_t{0},
-                   grad_k + j0 * args.grad_k_strides.row, args.grad_k_strides.row, true);
+                   grad_k_rows.row(j0), grad_k_rows.stride, true);
         if (grad_q != nullptr)
-          multiply(rows, s.size, columns, d, t.row, int64_t{1}, t.k_by_size, s.keys, j0, int64_t{0},
-                   grad_q + i0 * args.grad_q_strides.row, args.grad_q_strides.row, j0 > 0);
+          multiply(rows, s.size, columns, d, t.row, int64_t{1}, t.k_by_size, s.keys, j0, int64_t{0}, grad_q_rows.data,
+                   grad_q_rows.stride, j0 > 0);
       }
+      if (grad_q != nullptr)
+        narrow_rows(grad_q_rows, grad_q + i0 * args.grad_q_strides.row, args.grad_q_strides.row, rows, s.size);
     }
+    if (grad_k != nullptr) narrow_rows(grad_k_rows, grad_k, args.grad_k_strides.row, s.keys, s.size);
+    if (grad_v != nullptr) narrow_rows(grad_v_rows, grad_v, args.grad_v_strides.row, s.keys, s.value_size);
   });
 }
 
-// body(C{}) for the types that have kernels.
-template <class Body>
-inline void with_attention_type(DType dtype, Body body) {
-#if !defined(FASTOPS_HAS_AVX512_BF16)
-  if (dtype == DType::f32) body(float{});
-  if (dtype == DType::f64) body(double{});
-#else
-  (void)dtype;
-  (void)body;
-#endif
-}
-
 void plan_call(Plan<AttentionForward>& plan) {
-  with_attention_type(plan.call.dtype, [&](auto type) {
-    using C = decltype(type);
-    const size_t bytes = AttentionScratch<C>(plan.call.attention, false, planned_address(64)).bytes;
-    decide(plan, {"attention", {kMr, kNr<C>}}, bytes * static_cast<size_t>(plan.target.threads),
-           [](auto& args, auto* workspace, auto& team) { attention_forward<C>(args, workspace, team); });
+  with_dtype(plan.call.dtype, [&](auto type) {
+    using T = decltype(type);
+    const size_t bytes = AttentionScratch<T>(plan.call.attention, false, planned_address(64)).bytes;
+    decide(plan, {"attention", {kMr, kNr<Compute<T>>}}, bytes * static_cast<size_t>(plan.target.threads),
+           [](auto& args, auto* workspace, auto& team) { attention_forward<T>(args, workspace, team); });
   });
 }
 
 void plan_call(Plan<AttentionBackward>& plan) {
-  with_attention_type(plan.call.dtype, [&](auto type) {
-    using C = decltype(type);
-    const size_t bytes = AttentionScratch<C>(plan.call.attention, true, planned_address(64)).bytes;
-    decide(plan, {"attention", {kMr, kNr<C>}}, bytes * static_cast<size_t>(plan.target.threads),
-           [](auto& args, auto* workspace, auto& team) { attention_backward<C>(args, workspace, team); });
+  with_dtype(plan.call.dtype, [&](auto type) {
+    using T = decltype(type);
+    const size_t bytes = AttentionScratch<T>(plan.call.attention, true, planned_address(64)).bytes;
+    decide(plan, {"attention", {kMr, kNr<Compute<T>>}}, bytes * static_cast<size_t>(plan.target.threads),
+           [](auto& args, auto* workspace, auto& team) { attention_backward<T>(args, workspace, team); });
   });
 }

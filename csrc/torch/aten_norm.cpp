@@ -1,0 +1,158 @@
+#include <ATen/ATen.h>
+#include <ATen/CPUFunctions.h>
+
+#include "aten.h"
+
+namespace fastops::aten {
+namespace {
+
+using at::IntArrayRef;
+
+// PyTorch keeps the statistics of 16-bit inputs in dtypes of its own.
+bool is_wide(const Tensor& tensor) { return tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble; }
+
+bool takes_parameter(const Tensor& input, const optional<Tensor>& parameter) {
+  return !parameter || takes(input, *parameter);
+}
+
+// ---- layer_norm
+
+bool fits(const Tensor& input, IntArrayRef normalized, const optional<Tensor>& weight, const optional<Tensor>& bias) {
+  if (!is_wide(input) || !takes(input) || input.numel() == 0 || normalized.empty()) return false;
+  if (static_cast<size_t>(input.dim()) < normalized.size() ||
+      input.sizes().slice(static_cast<size_t>(input.dim()) - normalized.size()) != normalized)
+    return false;
+  for (const auto* parameter : {&weight, &bias})
+    if (!takes_parameter(input, *parameter) || (*parameter && (*parameter)->sizes() != normalized)) return false;
+  return true;
+}
+
+std::tuple<Tensor, Tensor, Tensor> native_layer_norm(const Tensor& input, IntArrayRef normalized,
+                                                     const optional<Tensor>& given_weight,
+                                                     const optional<Tensor>& given_bias, double eps) {
+  const optional<Tensor> weight = defined(given_weight), bias = defined(given_bias);
+  if (fits(input, normalized, weight, bias)) {
+    const auto dims = static_cast<int64_t>(normalized.size());
+    auto [y, mean, rstd] = layer_norm_with_statistics(input, weight, bias, dims, eps);
+    return {std::move(y), std::move(mean), std::move(rstd)};
+  }
+  return pytorch("layer_norm", input,
+                 [&] { return at::cpu::native_layer_norm(input, normalized, given_weight, given_bias, eps); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> native_layer_norm_backward(const Tensor& grad_output, const Tensor& input,
+                                                              IntArrayRef normalized, const Tensor& mean,
+                                                              const Tensor& rstd, const optional<Tensor>& given_weight,
+                                                              const optional<Tensor>& given_bias,
+                                                              std::array<bool, 3> output_mask) {
+  const optional<Tensor> weight = defined(given_weight), bias = defined(given_bias);
+  if (fits(input, normalized, weight, bias) && takes(grad_output, input, mean, rstd) &&
+      grad_output.sizes() == input.sizes()) {
+    const auto dims = static_cast<int64_t>(normalized.size());
+    auto [x, w, b] = layer_norm_gradients(grad_output, input, mean, rstd, weight, dims,
+                                          {output_mask[0], output_mask[1] && weight, output_mask[2] && bias});
+    return {std::move(x), std::move(w), std::move(b)};
+  }
+  return pytorch("layer_norm_backward", grad_output, [&] {
+    return at::cpu::native_layer_norm_backward(grad_output, input, normalized, mean, rstd, given_weight, given_bias,
+                                               output_mask);
+  });
+}
+
+// ---- softmax
+
+bool has_dimension(const Tensor& tensor, int64_t dim) {
+  const int64_t dims = std::max<int64_t>(tensor.dim(), 1);
+  return -dims <= dim && dim < dims;
+}
+
+template <bool log, auto original>
+Tensor softmax(const Tensor& input, int64_t dim, bool half_to_float) {
+  if (!half_to_float && takes(input) && input.numel() > 0 && input.is_contiguous() && has_dimension(input, dim))
+    return softmax_along(input, dim, log);
+  return pytorch(log ? "log_softmax" : "softmax", input, [&] { return original(input, dim, half_to_float); });
+}
+
+template <bool log, auto original>
+Tensor softmax_backward(const Tensor& grad_output, const Tensor& output, int64_t dim, at::ScalarType input_dtype) {
+  if (takes(grad_output, output) && input_dtype == output.scalar_type() && output.numel() > 0 &&
+      grad_output.sizes() == output.sizes() && output.is_contiguous() && has_dimension(output, dim))
+    return softmax_gradient(grad_output, output, dim, log);
+  return pytorch(log ? "log_softmax_backward" : "softmax_backward", grad_output,
+                 [&] { return original(grad_output, output, dim, input_dtype); });
+}
+
+// ---- batch_norm
+
+// Whether these are operands of ours: (batch, channels, ...) of several values for each channel.
+bool fits(const Tensor& input, const optional<Tensor>& weight, const optional<Tensor>& bias,
+          const optional<Tensor>& running_mean, const optional<Tensor>& running_var, bool training) {
+  if (!is_wide(input) || !takes(input) || input.dim() < 2 || input.numel() == 0) return false;
+  if (bool(running_mean) != bool(running_var) || (!training && !running_mean)) return false;
+  if (training && input.numel() == input.size(1)) return false;
+  for (const auto* parameter : {&weight, &bias, &running_mean, &running_var}) {
+    if (!*parameter) continue;
+    if (!takes(input, **parameter) || (*parameter)->dim() != 1 || (*parameter)->size(0) != input.size(1)) return false;
+  }
+  for (const auto* running : {&running_mean, &running_var})
+    if (*running && !(*running)->is_contiguous()) return false;
+  return input.is_contiguous(input.suggest_memory_format());
+}
+
+std::tuple<Tensor, Tensor, Tensor> native_batch_norm(const Tensor& input, const optional<Tensor>& given_weight,
+                                                     const optional<Tensor>& given_bias,
+                                                     const optional<Tensor>& given_mean,
+                                                     const optional<Tensor>& given_var, bool training, double momentum,
+                                                     double eps) {
+  const optional<Tensor> weight = defined(given_weight), bias = defined(given_bias), mean = defined(given_mean),
+                         var = defined(given_var);
+  if (eps > 0 && fits(input, weight, bias, mean, var, training)) {
+    auto [y, save_mean, save_rstd] =
+        batch_norm_with_statistics(input, weight, bias, mean, var, training, momentum, eps);
+    const auto or_none = [&](Tensor& tensor) {  // without statistics PyTorch returns tensors of no elements
+      return tensor.defined() ? std::move(tensor) : at::empty({0}, input.options());
+    };
+    return {std::move(y), or_none(save_mean), or_none(save_rstd)};
+  }
+  return pytorch("batch_norm", input, [&] {
+    return at::cpu::native_batch_norm(input, given_weight, given_bias, given_mean, given_var, training, momentum, eps);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> native_batch_norm_backward(
+    const Tensor& grad_output, const Tensor& input, const optional<Tensor>& given_weight,
+    const optional<Tensor>& given_mean, const optional<Tensor>& given_var, const optional<Tensor>& given_save_mean,
+    const optional<Tensor>& given_save_rstd, bool training, double eps, std::array<bool, 3> output_mask) {
+  const optional<Tensor> weight = defined(given_weight), mean = defined(given_mean), var = defined(given_var),
+                         save_mean = defined(given_save_mean), save_rstd = defined(given_save_rstd);
+  const bool saved = !training || (save_mean && save_rstd && takes(input, *save_mean, *save_rstd));
+  if (saved && takes(grad_output, input) && grad_output.sizes() == input.sizes() &&
+      fits(input, weight, {}, mean, var, training)) {
+    const std::array<bool, 3> wanted{output_mask[0], output_mask[1] && weight, output_mask[2]};
+    auto [x, w, b] = batch_norm_gradients(grad_output, input, weight, training ? *save_mean : *mean,
+                                          training ? *save_rstd : (*var + eps).rsqrt(), training, wanted);
+    return {std::move(x), std::move(w), std::move(b)};
+  }
+  return pytorch("batch_norm_backward", grad_output, [&] {
+    return at::cpu::native_batch_norm_backward(grad_output, input, given_weight, given_mean, given_var, given_save_mean,
+                                               given_save_rstd, training, eps, output_mask);
+  });
+}
+
+}  // namespace
+
+void override_norms(Overrides& overrides) {
+  torch::Library& m = overrides.below_autograd;
+  put<aten::native_layer_norm, at::cpu::native_layer_norm>(m, "native_layer_norm");
+  put<aten::native_layer_norm_backward, at::cpu::native_layer_norm_backward>(m, "native_layer_norm_backward");
+  put<softmax<false, at::cpu::_softmax>, at::cpu::_softmax>(m, "_softmax");
+  put<softmax<true, at::cpu::_log_softmax>, at::cpu::_log_softmax>(m, "_log_softmax");
+#define FASTOPS_OVERRIDE_BACKWARD(op, log) put<softmax_backward<log, at::cpu::op>, at::cpu::op>(m, #op);
+  FASTOPS_OVERRIDE_BACKWARD(_softmax_backward_data, false)
+  FASTOPS_OVERRIDE_BACKWARD(_log_softmax_backward_data, true)
+#undef FASTOPS_OVERRIDE_BACKWARD
+  put<aten::native_batch_norm, at::cpu::native_batch_norm>(m, "native_batch_norm");
+  put<aten::native_batch_norm_backward, at::cpu::native_batch_norm_backward>(m, "native_batch_norm_backward");
+}
+
+}  // namespace fastops::aten
