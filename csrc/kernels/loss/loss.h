@@ -22,7 +22,8 @@ enum class Reduction : int { none, mean, sum };
 // the sum of exp(x - top) for every position, then total.
 //
 // A target that is neither ignore_index nor a class is never used as an index. *bad is the first position that has one,
-// else -1; the outputs then are undefined.
+// else -1; the outputs then are undefined. A GPU's kernels do not write it: there such a target is a failure of the
+// kernel, as in PyTorch.
 struct CrossEntropyForward {
   DType dtype;
   int64_t outer, classes, inner;
