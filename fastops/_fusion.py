@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 import fastops.functional as FF
 from fastops import _C
 from fastops._activations import ACTIVATIONS, KIND
-from fastops._nodes import IDENTITY, Activation, Layer, Nodes, Norm, Resolved, is_clamp
+from fastops._nodes import IDENTITY, OURS, Activation, Layer, Nodes, Norm, Resolved, is_clamp
 from fastops.functional._activation import NAMES, resolve_activation
 
 
@@ -170,6 +170,8 @@ class _Rewriter(Nodes):
             self._norm(norm)
         elif activation := self.activation(node):
             self._lone_activation(activation)
+        elif node.op == "call_function" and node.target in OURS:
+            node.target = OURS[node.target]
 
     # ---- groups
 

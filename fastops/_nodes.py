@@ -81,6 +81,9 @@ def _functions(names: list[str]) -> dict[Callable[..., Any], str]:
     return found
 
 
+# What fastops has under the name and with the arguments that torch.nn.functional has.
+OURS = {getattr(F, name): getattr(FF, name) for name in FF.__all__ if hasattr(F, name)}
+
 _LAYER_FUNCTIONS = _functions(_LAYERS)
 _POOL_FUNCTIONS = _functions(_POOLS)
 _ACTIVATION_FUNCTIONS = _functions([kind.function for kind in ACTIVATIONS.values() if kind.name != "identity"])

@@ -542,7 +542,6 @@ _NORMS = {
     for n in (1, 2, 3)
     if hasattr(package, f"BatchNorm{n}d")
 }
-_OURS = {getattr(F, name): getattr(FF, name) for name in FF.__all__ if hasattr(F, name)}
 _ADDITIONS = {operator.add, operator.iadd, torch.add}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -639,7 +638,6 @@ class _Freezer:
         self.module, self.graph = graph_module, graph_module.graph
         for node in tuple(self.graph.nodes):
             self._freeze_call(node)
-            node.target = _OURS.get(node.target, node.target) if node.op == "call_function" else node.target
         changes = Nodes(graph_module).may_change_something
         for node in self.graph.nodes:
             if node.op == "get_attr" and any(user.args[:1] == (node,) and changes(user) for user in node.users):

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, prune
 
 import fastops
 import fastops.nn as fnn
+from fastops.backend import fastops as fastops_backend
 from fastops.benchmarks import models
 from fastops.demo import MLP, ConvNet, LinearRegression, SimpleNet
 
@@ -887,3 +888,26 @@ def test_signature_and_repr():
     assert list(inspect.signature(fused.forward).parameters) == ["x", "flag"]
     assert isinstance(fused, Net)
     assert repr(fused).splitlines()[1:] == repr(Net()).splitlines()[1:]
+
+
+@pytest.mark.parametrize("way", [fastops.fuse, lambda model: torch.compile(model, backend=fastops_backend)])
+def test_functions_that_stand_alone(way):
+    class Functions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(16, 48)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(2, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+            return F.softmax(F.layer_norm(F.max_pool2d(y + 1, 2), (8,)), dim=-1)
+
+    torch.manual_seed(0)
+    model, x = Functions(), torch.randn(2, 70, 16)
+    changed = way(copy.deepcopy(model))
+    with fastops.record() as calls:
+        y = changed(x)
+    torch.testing.assert_close(y, model(x))
+    assert [call.op for call in calls if call.kernel != "aten"] == [
+        "linear", "scaled_dot_product_attention", "max_pool2d", "layer_norm", "softmax",
+    ]  # fmt: skip
