@@ -215,7 +215,7 @@ def _quick_call(model: nn.Module) -> Callable[..., Any]:
     if isinstance(model, GraphModule):
         forward, quick = type(model).forward, _quick(model)
         return lambda *args, **kwargs: forward(quick, *args, **kwargs)
-    return model.forward
+    return model.__call__ if in_the_way(model) else model.forward
 
 
 def _nothing() -> None:
@@ -896,7 +896,8 @@ class _Freezer:
                 continue
             name = self.names[node.target]
             if type(module).__module__.startswith(("torch.nn.", "fastops.nn.")):
-                self.report.left.append(Row(name, _name(type(module)), "it has no weights to pack"))
+                why = in_the_way(module) or "it has no weights to pack"
+                self.report.left.append(Row(name, _name(type(module)), why))
                 self.module._modules[node.target] = copied = _copy(module).train(False)
                 replace_(copied)
             else:
@@ -1000,6 +1001,8 @@ def _folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
         bias = bias + norm.bias.detach().double()
     weight = layer.weight.detach()
     result = copy.copy(layer)
+    for name in ("weight", "bias"):  # tensors that are plain attributes would be found first
+        vars(result).pop(name, None)
     vars(result)["_parameters"] = {
         "weight": nn.Parameter((weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype), False),
         "bias": nn.Parameter(bias.to(weight.dtype), False),

@@ -138,6 +138,68 @@ def test_a_child_that_changes_is_noticed(case):
     assert block[0] in calls[1:]
 
 
+def _set(index, **options):
+    return lambda block: vars(block[index]).update(options)
+
+
+CHANGES = [
+    *(
+        ("mlp", _set(1, approximate="tanh")),
+        ("mlp", _set(3, approximate="tanh")),
+        ("mlp", _set(5, negative_slope=-0.5)),
+    ),
+    *(("pool", _set(2, **{name: value})) for name, value in (("padding", 1), ("stride", 1), ("dilation", 2))),
+    *(("pool", _set(2, **{name: value})) for name, value in (("ceil_mode", True), ("kernel_size", 3))),
+    ("pool", lambda block: block.__setitem__(2, fnn.MaxPool2d(3, 2, 1))),
+    *((name, _set(0, padding_mode="reflect", _reversed_padding_repeated_twice=[1] * 4)) for name in ("pool", "conv")),
+    *((name, _set(0, stride=(2, 1), padding=(0, 1))) for name in ("pool", "conv", "norm")),
+    ("norm", _set(1, eps=2.0)),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change[0])
+def test_an_option_that_changes_is_noticed(change):
+    """Also of one child among several of a class, and also by fuse and freeze."""
+    torch.manual_seed(0)
+    block, x = {
+        "mlp": lambda: (fnn.MLP(10, [7, 7, 3], "gelu", nn.LeakyReLU(0.2)), 3 * torch.randn(5, 10)),
+        "pool": lambda: (fnn.ConvMaxPool2d(3, 6, 3, padding=1, activation="relu"), torch.randn(2, 3, 9, 9)),
+        "conv": lambda: (fnn.Conv2dNormActivation(3, 6, norm_layer=None), torch.randn(2, 3, 9, 9)),
+        "norm": lambda: (fnn.Conv2dNormActivation(3, 6), torch.randn(2, 3, 9, 9)),
+    }[change[0]]()
+    block, x = block.double().eval(), x.double()
+    before = block(x)
+    change[1](block)
+    with torch.no_grad():
+        plain = copy.deepcopy(block)
+        fastops.restore_(plain)
+        expected = nn.Sequential.forward(plain, x)
+        assert expected.shape != before.shape or not torch.allclose(expected, before)
+        for made in (block, copy.deepcopy(block), fastops.fuse(block), fastops.freeze(block, channels_last=False)):
+            torch.testing.assert_close(made(x), expected, rtol=1e-10, atol=1e-12)
+    block._modules[str(len(block) - 1)].return_indices = True
+    assert isinstance(block(x), tuple) == (change[0] == "pool")
+
+
+def test_slices_and_weights_that_are_no_parameters(case):
+    """A slice is a Sequential of the same children; a weight may be any tensor under its name."""
+    block, plain, x, _ = case
+    block.eval(), plain.eval()
+    for part in (slice(0, 1), slice(None, -1), slice(1, None), slice(None)):
+        assert type(block[part]) is nn.Sequential
+        assert list(block[part]) == list(block)[part]
+        assert list(block[part].state_dict()) == list(plain[part].state_dict())
+    torch.testing.assert_close(block[:](x), plain(x), rtol=1e-10, atol=1e-12)
+    assert block[-1] is list(block)[-1]
+    weight = block[0].weight.detach().clone().requires_grad_()
+    del block[0].weight
+    block[0].weight = weight * 1
+    y = block(x)
+    torch.testing.assert_close(y, plain(x), rtol=1e-10, atol=1e-12)
+    y.sum().backward()
+    assert weight.grad is not None
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_tools(case):
     """torch.fx, torch.compile, torch.export, torch.jit, replace_ and restore_, fuse and freeze."""

@@ -592,6 +592,38 @@ def test_hooks_are_called():
     assert calls.count("bn2") == 3
 
 
+@pytest.mark.parametrize("root", [nn.Sequential, Net, Decides])
+def test_hooks_of_the_model_itself_are_called(root):
+    model = prepared(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)) if root is nn.Sequential else root())
+    x = torch.randn(2, 3, 16, 16)
+    plain = model(x)
+    model.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    model.register_forward_hook(lambda module, args, output: output * 2)
+    assert not torch.allclose(model(x), plain)
+    frozen = agrees(model, x)
+    torch.testing.assert_close(copy.deepcopy(frozen)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_reason_for_a_layer_with_hooks():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    model[0].register_forward_hook(lambda *args: None)
+    assert fastops.freeze(model).fastops_report.left[0].result == "it has hooks"
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3, bias=False), nn.Linear(3, 4)])
+def test_weights_that_are_plain_tensors_are_folded(layer):
+    """They lie in the layer's __dict__, where they are found before parameters."""
+    linear = isinstance(layer, nn.Linear)
+    model = prepared(nn.Sequential(layer, nn.BatchNorm1d(4) if linear else nn.BatchNorm2d(4)))
+    for name in tuple(layer._parameters):
+        tensor = getattr(layer, name)
+        delattr(layer, name)
+        setattr(layer, name, None if tensor is None else tensor.detach().clone())
+    frozen, x = fastops.freeze(model), torch.randn(5, 3) if linear else torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(frozen(x), model(x), rtol=1e-5, atol=1e-5)
+    assert len(frozen.fastops_report.folded) == 1
+
+
 def test_shared_modules_and_results_in_between():
     class Shares(nn.Module):
         def __init__(self) -> None:

@@ -5,7 +5,9 @@ torch.nn.Sequential. The one call stands for all children as long as each is of 
 no hooks. Otherwise, and where something follows the calls (torch.fx, Dynamo), they are called in turn.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,15 @@ from torch.nn.modules import module as _torch_module
 import fastops.nn as fnn
 from fastops._activations import ACTIVATIONS
 from fastops.functional._activation import Activation, resolve_activation
+
+
+class Block(nn.Sequential):
+    """A Sequential whose slices are plain ones: they are not what the class makes."""
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
 
 
 def in_one(block: nn.Sequential, input: Tensor) -> list[nn.Module] | None:

@@ -9,7 +9,7 @@ from torch.jit import is_scripting as _is_scripting
 import fastops.functional as FF
 import fastops.nn as fnn
 from fastops.functional._activation import resolve_activation
-from fastops.nn._block import finish, in_one, ours
+from fastops.nn._block import Block, finish, in_one, ours
 from fastops.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastops.nn.batch_norm import _call as _normalize
 
@@ -18,7 +18,7 @@ __all__ = ["Conv1dNormActivation", "Conv2dNormActivation", "Conv3dNormActivation
 _Layer = Callable[..., nn.Module] | None
 
 
-class _ConvNormActivation(nn.Sequential):
+class _ConvNormActivation(Block):
     """All three; their dimensions are given by each."""
 
     def __init__(
@@ -66,6 +66,8 @@ class _ConvNormActivation(nn.Sequential):
         activation = rest[0] if rest else None
         if norm is not None:
             return _normalize(norm, conv(input), activation)
+        if conv.padding_mode != "zeros":
+            return nn.Sequential.forward(self, input)
         function = getattr(FF, f"conv{len(conv.kernel_size)}d")
         return function(
             input, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, activation

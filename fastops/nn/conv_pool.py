@@ -8,12 +8,12 @@ from torch.jit import is_scripting as _is_scripting
 import fastops.functional as FF
 import fastops.nn as fnn
 from fastops.functional._activation import Activation
-from fastops.nn._block import activation_module, finish, in_one
+from fastops.nn._block import Block, activation_module, finish, in_one
 
 __all__ = ["ConvMaxPool1d", "ConvMaxPool2d", "ConvMaxPool3d"]
 
 
-class _ConvMaxPool(nn.Sequential):
+class _ConvMaxPool(Block):
     """All three; _dims and the rest is given by each."""
 
     def __init__(
@@ -41,6 +41,12 @@ class _ConvMaxPool(nn.Sequential):
         finish(self)
 
 
+def _plain(pool: Any) -> bool:
+    """Whether windows of this pool do not overlap, as in the op; its options may have been changed."""
+    plain = pool.padding == 0 and pool.dilation == 1 and not pool.ceil_mode and not pool.return_indices
+    return plain and pool.stride == pool.kernel_size
+
+
 def _forward(name: str) -> Any:
     function = getattr(FF, name)
 
@@ -50,7 +56,7 @@ def _forward(name: str) -> Any:
                 input = module(input)
             return input
         children = in_one(self, input)
-        if children is None or children[0].padding_mode != "zeros":
+        if children is None or children[0].padding_mode != "zeros" or not _plain(children[-1]):
             return nn.Sequential.forward(self, input)
         conv, *f, pool = children
         return function(

@@ -8,14 +8,15 @@ from torch import Tensor, nn
 from torch.jit import is_scripting as _is_scripting
 
 import fastops.functional as FF
-from fastops.functional._activation import Activation
-from fastops.nn._block import activation_module, finish, in_one
+from fastops.functional._activation import Activation, resolve_activation
+from fastops.nn._block import Block, activation_module, finish, in_one
+from fastops.nn._fused import weight_and_bias
 from fastops.nn.linear import Linear
 
 __all__ = ["MLP"]
 
 
-class MLP(nn.Sequential):
+class MLP(Block):
     """A chain of linear layers with an activation between them, in one call forward and backward (functional.mlp).
 
     Args:
@@ -71,13 +72,17 @@ class MLP(nn.Sequential):
         children = in_one(self, input)
         if children is None:
             return nn.Sequential.forward(self, input)
-        return _call(children, input)
+        return _call(self, children, input)
 
 
-def _call(children: list[nn.Module], input: Tensor) -> Tensor:
+def _call(block: MLP, children: list[nn.Module], input: Tensor) -> Tensor:
     layers = [child for child in children if type(child) is Linear]
     output = children[-1] if type(children[-1]) is not Linear else None
     hidden = children[1] if len(layers) > 1 and type(children[1]) is not Linear else None
-    # Module.__getattr__ costs as much as a small layer.
-    parameters = [layer._parameters for layer in layers]
-    return FF.mlp(input, [one["weight"] for one in parameters], [one["bias"] for one in parameters], hidden, output)
+    if len(layers) > 2 and hidden is not None:  # their options may have been changed
+        first = resolve_activation(hidden)
+        for other in children[3:-1:2]:
+            if resolve_activation(other) != first:
+                return nn.Sequential.forward(block, input)
+    weights, biases = zip(*map(weight_and_bias, layers), strict=True)
+    return FF.mlp(input, weights, biases, hidden, output)
