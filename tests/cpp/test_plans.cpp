@@ -487,13 +487,15 @@ void check_convolutions() {
   check_conv<T>(square(0, 4, 6, 1, 5, 3), first, "none", Packs::no);
 
   const auto pool = [&](const ConvGeometry& g, Layout layout) {
-    check<T>(ConvPoolForward{.dtype = kDType<T>,
-                             .layout = layout,
-                             .w_layout = layout,
-                             .geometry = g,
-                             .pool = {1, 2, 2},
-                             .activation = {ActivationKind::relu},
-                             .with_indices = true});
+    const ConvPoolForward forward{.dtype = kDType<T>,
+                                  .layout = layout,
+                                  .w_layout = layout,
+                                  .geometry = g,
+                                  .pool = {1, 2, 2},
+                                  .activation = {ActivationKind::relu},
+                                  .with_indices = true};
+    const bool blocks = std::strcmp(plan_of(forward).name.algorithm, "conv_pool_blocks") == 0;
+    check<T>(forward, nullptr, blocks ? Packs::yes : Packs::no);
     for (int outputs = 1; outputs < 8; outputs += 3)
       check<T>(ConvPoolBackward{.dtype = kDType<T>,
                                 .layout = layout,
