@@ -3,6 +3,7 @@
 Usage: ddp.py RANK FILE, FILE being where the processes meet. Rank 0 prints a line "configuration: ok" for each.
 """
 
+import os
 import sys
 from typing import Any
 
@@ -123,3 +124,6 @@ def tell(name: str, outcome: str) -> None:
 
 if __name__ == "__main__":
     main()
+    # Without the static destructors: PyTorch's gloo threads abort in them now and then, without fastops too.
+    sys.stdout.flush()
+    os._exit(0)
