@@ -66,6 +66,10 @@ KERNEL_FLAGS = ["-ffp-contract=off"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-Wall,-Wextra,-fPIC,-fvisibility=hidden"]
 ARCHITECTURES = "8.0+PTX;9.0a"
 OLDEST_NVCC = (12, 0)
+# Most of what a small file of the torch layer takes is torch's headers: the smallest compiles in 10 s, eight of them
+# together in 16, the eight with aten.cpp in 29 (seconds of the processor, Zen 4, beside other programs). So files below
+# the first size are compiled together, up to the second, in bytes of source.
+SMALL_FILE, TOGETHER = 10_500, 50_000
 # One of these is there with a driver: on Linux, in a container that was given a GPU, under WSL.
 DRIVER = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")
 
@@ -124,7 +128,7 @@ class Kernels(NamedTuple):
 def rooms() -> list[str]:
     """The ops with kernels for the CPU, slowest to compile first."""
     found = {path.stem for path in KERNELS.glob("*/cpu/*.inl") if (KERNELS / path.stem / f"{path.stem}.h").exists()}
-    slow = ["conv", "conv_pool", "linear", "activation", "pool"]
+    slow = ["conv", "pool", "batch_norm", "layer_norm", "linear", "activation", "inverted_residual", "attention"]
     return sorted(found, key=lambda room: (slow.index(room) if room in slow else len(slow), room))
 
 
@@ -244,6 +248,7 @@ class Build:
     compiler: list[str] = field(default_factory=compiler)
     compiles: list[tuple[list[str], Path, Path, list[str]]] = field(default_factory=list)
     headers: dict[Path, Path] = field(default_factory=dict)  # object -> the precompiled header that it needs
+    parts: dict[Path, list[Path]] = field(default_factory=dict)  # a source that only includes others -> those
     links: list[tuple[list[Path], Path, list[str]]] = field(default_factory=list)
 
     def compile(self, source: Path, flags: list[str], into: str = "") -> Path:
@@ -265,6 +270,22 @@ class Build:
     def compile_with(self, precompiled: Path, source: Path, flags: list[str], into: str) -> Path:
         """The same as compile, with what precompile returned, from the same flags, included first."""
         result = self.compile(source, [*flags, "-include", str(precompiled.with_suffix(""))], into)
+        self.headers[result] = precompiled
+        return result
+
+    def compile_together(self, precompiled: Path, sources: list[Path], flags: list[str], into: str) -> Path:
+        """The same for several sources, which are one for the compiler."""
+        if len(sources) == 1:
+            return self.compile_with(precompiled, sources[0], flags, into)
+        unit = self.folder / into / f"{sources[0].stem}_to_{sources[-1].stem}.cpp"
+        text = "".join(f'#include "{source}"\n' for source in sources)
+        if not unit.exists() or unit.read_text() != text:
+            unit.parent.mkdir(parents=True, exist_ok=True)
+            unit.write_text(text)
+        self.parts[unit] = sources
+        flags = [*flags, "-include", str(precompiled.with_suffix("")), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        result = unit.with_suffix(".o")
+        self.compiles.append((self.compiler, unit, result, flags))
         self.headers[result] = precompiled
         return result
 
@@ -304,10 +325,11 @@ class Build:
         steps = [
             {
                 "directory": str(self.folder),
-                "file": str(source),
-                "arguments": [*command, *flags, "-c", str(source), "-o", str(result)],
+                "file": str(part),
+                "arguments": [*command, *flags, "-c", str(part), "-o", str(result)],
             }
             for command, source, result, flags in self.compiles
+            for part in self.parts.get(source, [source])
         ]
         path.write_text(json.dumps(steps, indent=1) + "\n")
 
@@ -407,6 +429,22 @@ def build_kernels() -> None:
         build.run()
 
 
+def torch_units() -> list[list[Path]]:
+    """The files of the torch layer as they are compiled, some alone and some together, slowest first."""
+    units: list[list[Path]] = []
+    together: list[Path] = []
+    for source in sorted(TORCH_LAYER.glob("*.cpp")):
+        if source.stat().st_size >= SMALL_FILE:
+            units.append([source])
+        elif sum(path.stat().st_size for path in [*together, source]) <= TOGETHER:
+            together.append(source)
+        else:
+            units.append(together)
+            together = [source]
+    units.append(together)
+    return sorted((unit for unit in units if unit), key=lambda unit: -sum(path.stat().st_size for path in unit))
+
+
 def build_extension(
     result: Path, torch: Path, torch_tag: str, python_include: str, version: str, torch_version: str
 ) -> None:
@@ -451,11 +489,12 @@ def build_extension(
     # linear.cpp compiles in 9.5 s with torch's headers read ahead, and in 15.8 without (Zen 5).
     precompiled = build.precompile(TORCH_LAYER / "precompiled.h", torch_layer, into=torch_tag)
     objects = []
-    for source in sorted(TORCH_LAYER.glob("*.cpp")):
-        macros = [f'-D{name}="{value}"' for name, value in described.items()] if source.name == "info.cpp" else []
-        if source.name == "gpu.cpp":
-            macros = with_cuda
-        objects.append(build.compile_with(precompiled, source, [*torch_layer, *macros], into=torch_tag))
+    for sources in torch_units():
+        names = {source.name for source in sources}
+        macros = [f'-D{name}="{value}"' for name, value in described.items()] if "info.cpp" in names else []
+        if "gpu.cpp" in names:
+            macros += with_cuda
+        objects.append(build.compile_together(precompiled, sources, [*torch_layer, *macros], into=torch_tag))
     libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,-rpath,$ORIGIN"]
     build.link([*objects, kernels], result, ["-shared", "-ltorch_python", *libraries])
     nothing = TORCH_LAYER / "exports_nothing.map"

@@ -166,6 +166,22 @@ def test_editors_are_told_how_a_file_is_compiled(tmp_path):
     assert step["arguments"][-4:] == ["-c", str(source), "-o", str(result)]
 
 
+def test_every_file_of_the_torch_layer_is_compiled_once(tmp_path):
+    units = build_native.torch_units()
+    files = sorted(build_native.TORCH_LAYER.glob("*.cpp"))
+    assert sorted(source for unit in units for source in unit) == files
+    build = build_native.Build(tmp_path, ["g++"])
+    for unit in units:
+        build.compile_together(tmp_path / "precompiled.h.gch", unit, ["-O3"], "torch")
+    assert len(build.compiles) == len(units) < len(files)
+    for _, source, _, _ in build.compiles:
+        if source in build.parts:
+            assert source.read_text() == "".join(f'#include "{part}"\n' for part in build.parts[source])
+    build.describe(tmp_path / "compile_commands.json")
+    steps = json.loads((tmp_path / "compile_commands.json").read_text())
+    assert sorted(step["file"] for step in steps) == list(map(str, files))
+
+
 @pytest.mark.skipif(not COMPILED_IN, reason="no CUDA kernels were compiled in")
 def test_loads_without_a_driver(tmp_path):
     """In a process that finds a file in the driver's place that is none."""

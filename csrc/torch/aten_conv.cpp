@@ -12,7 +12,7 @@ using at::IntArrayRef;
 
 // A number for each dimension, or one for all, into the last `dims` of three. What infer_conv would not count is
 // refused.
-bool read(IntArrayRef from, int dims, int64_t (&to)[3]) {
+bool read_sizes(IntArrayRef from, int dims, int64_t (&to)[3]) {
   const auto count = static_cast<size_t>(dims);
   if (from.size() != count && from.size() != 1) return false;
   for (size_t i = 0; i < count; ++i) {
@@ -32,8 +32,8 @@ bool plan(const Tensor& input, const Tensor& weight, const optional<Tensor>& bia
   if (bias && !takes(input, *bias)) return false;
   ConvParams params{dims, transposed, groups, {1, 1, 1}, {}, {}, {1, 1, 1}};
   int64_t more[3]{};
-  if (!read(stride, dims, params.stride) || !read(padding, dims, params.before) ||
-      !read(dilation, dims, params.dilation) || !read(output_padding, dims, more))
+  if (!read_sizes(stride, dims, params.stride) || !read_sizes(padding, dims, params.before) ||
+      !read_sizes(dilation, dims, params.dilation) || !read_sizes(output_padding, dims, more))
     return false;
   for (int i = 0; i < 3; ++i) {
     if (more[i] != 0 && !transposed) return false;
