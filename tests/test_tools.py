@@ -1,6 +1,7 @@
 """Tools that look at a model see fastops' ops as they would see PyTorch's: FLOP counters, the profiler, exporters,
 selective checkpoints, tracers."""
 
+import copy
 import functools
 import subprocess
 import sys
@@ -373,6 +374,59 @@ def test_selective_checkpoint_saves_the_products():
     torch.testing.assert_close(gradient, expected)
     ran = [row.op for row in calls]
     assert [ran.count(op) for op in ("conv1d", "linear", "gelu")] == [1, 2, 2]
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.pool = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.MaxPool2d(2)
+        self.fc1, self.fc2, self.last = nn.Linear(36, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x):
+        x = self.pool(torch.relu(self.norm(self.conv(x)))).flatten(1)
+        return self.last(self.fc2(F.gelu(self.fc1(x))))
+
+
+class Checkpoints(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.conv, self.inner, self.fc, self.reentrant = nn.Conv2d(3, 3, 1), Inner(), nn.Linear(8, 8), reentrant
+
+    def forward(self, x):
+        return torch.tanh(self.fc(checkpoint(self.inner, self.conv(x), use_reentrant=self.reentrant)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("way", ["fuse", "replace_"])
+@pytest.mark.parametrize("around", ["selective", "flops", "selective, twice"])
+def test_a_checkpoint_inside_of_modes(around, way, reentrant):
+    """What is computed again after the mode has ended saves what was saved inside of it."""
+    torch.manual_seed(0)
+    plain = Checkpoints(reentrant)
+    model = copy.deepcopy(plain)
+    if way == "fuse":
+        model = fastops.fuse(model)
+    else:
+        fastops.replace_(model)
+    contexts = functools.partial(create_selective_checkpoint_contexts, _PRODUCTS)
+
+    def run(model, x):
+        if around == "flops":
+            with FlopCounterMode(display=False):
+                return model(x)
+        y = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+        if around == "selective":
+            return y
+        outer = lambda x: checkpoint(model, x * 2, use_reentrant=False, context_fn=contexts)  # noqa: E731
+        return y + checkpoint(outer, x, use_reentrant=False)
+
+    x = torch.randn(2, 3, 8, 8)
+    gradients = []
+    for one in (plain, model):
+        given = x.clone().requires_grad_()
+        run(one, given).square().sum().backward()
+        gradients.append([given.grad, *(parameter.grad for parameter in one.parameters())])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
 
 
 def test_compiled_selective_checkpoint_saves_the_products():

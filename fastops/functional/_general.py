@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling as _is_compiling
 from torch.overrides import has_torch_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastops.export import exports_aten
 from fastops.record import aten as _aten
@@ -33,10 +34,41 @@ def general(*tensors: Any) -> bool:
             return False
         # An op with a gradient registered in Python does not work under torch.func inside a compiled function.
         return not torch._C._are_functorch_transforms_active()
+    if torch._C._len_torch_dispatch_stack() and torch.is_grad_enabled():
+        _compute_again_by_this_door()
     if _is_functionalizing():
         return False
     # torch.jit.trace writes a program that must run where fastops is not installed, as exports_aten() above.
     return not torch.jit.is_tracing()
+
+
+class _GeneralDoor(TorchDispatchMode):
+    """A mode that does nothing but close the fast door."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+def _compute_again_by_this_door() -> None:
+    """Has a checkpoint around this call, if there is one, take the general door when it computes the call again.
+
+    It counts what is saved, and the doors do not save the same. A dispatch mode that is there at forward, such as that
+    of a selective checkpoint around this one, may be gone by then.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    for cell in getattr(hooks and hooks[0], "__closure__", None) or ():
+        frame = cell.cell_contents
+        if hasattr(frame, "recompute_fn") and not isinstance(frame.recompute_fn, _ByGeneralDoor):
+            frame.recompute_fn = _ByGeneralDoor(frame.recompute_fn)
+
+
+class _ByGeneralDoor:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> None:
+        with _GeneralDoor():
+            self.function(*args)
 
 
 def _is_compiling_for_fastops() -> bool:
