@@ -107,6 +107,8 @@ _INPLACE_OPERATORS = {
     for name in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 }
 
+_CHANGE_NOTHING = ("torch.nn.", "fastops.nn.", "fastops.freeze", "fastops._frozen")
+
 _POOL_OPTIONS = ("stride", "padding", "dilation", "ceil_mode", "return_indices")
 _BASES = tuple(
     cls for cls in (*_LAYER_CLASSES, *_NORM_CLASSES, *_ACTIVATION_CLASSES, *_POOL_CLASSES) if cls is not nn.Identity
@@ -293,7 +295,7 @@ class Nodes:
         """Whether a node may write to what others read, as far as can be told: where not, it may."""
         if node.op == "call_module":
             module = self.modules[node.target]
-            known = type(module).__module__.startswith(("torch.nn.", "fastops.nn.", "fastops.freeze"))
+            known = type(module).__module__.startswith(_CHANGE_NOTHING)
             return not known or bool(in_the_way(module)) or getattr(module, "inplace", False) is not False
         if node.op == "call_method":
             return node.target.endswith("_") and not node.target.endswith("__")

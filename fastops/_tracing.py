@@ -1,18 +1,21 @@
 """torch.fx's tracer, for modules that nobody has prepared for it.
 
-A trace is only good if it does what the module does at every later call. So `training` is read when the program runs,
-and where forward decides by it, the trace is that of one mode and says so. x += y stays in place. What a trace would
-get wrong in silence is an error: a random number or a tensor made while tracing, an attribute that forward changes,
-no_grad, autocast or a checkpoint inside of it, a question for an input's type. A submodule in which that happens is
-called as a module; the rest is traced.
+A trace is only good if it does what the module does at every later call. So where a forward asks for `training`, the
+trace is that of one mode and says so. x += y stays in place. What a trace would get wrong in silence is an error: a
+random number or a tensor made while tracing, an attribute that forward changes, no_grad, autocast or a checkpoint
+inside of it, a question for an input's type. A submodule in which that happens is called as a module; the rest is
+traced.
 """
 
+import dis
 import functools
 import inspect
 import operator
 import random
 import sys
-from collections.abc import Callable
+import threading
+import types
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,15 +29,14 @@ from fastops._nodes import in_the_way
 class Traced:
     """What came out of `trace`.
 
-    graph: its call_function nodes with the target `training_of` have a module's name as their argument.
+    graph: what the forward does.
     entered: the modules that were traced through, by name; "" is the root.
-    decided: those of them whose forward decides by `training`, with the value that it has in the graph.
+    decided: the modules whose `training` a forward asks for, with the value that it has in the graph.
     leaves: why a module that is not one of torch.nn's was not, by name, and whether that was tried.
     """
 
     def __init__(self, tracer: "_Tracer", graph: torch.fx.Graph) -> None:
-        self.graph, self.entered, self.leaves = graph, tracer.entered, tracer.leaves
-        self.decided = {name: value for name, value in tracer.decided.items() if name in tracer.entered}
+        self.graph, self.entered, self.leaves, self.decided = graph, tracer.entered, tracer.leaves, tracer.decided
 
 
 class Signature:
@@ -80,20 +82,25 @@ def plain_class(module: nn.Module) -> type:
     return getattr(type(module), "_fastops_plain", type(module))
 
 
-def training_of(name: str) -> bool:
-    """In a graph: the attribute `training` of the module of that name. Whoever makes a program of it says how."""
-    raise NotImplementedError(name)
-
-
 def trace(root: nn.Module, inputs: list[str], named_inputs: list[str], training: bool | None = None) -> Traced:
     """Traces root.forward with these arguments, the named ones by keyword, and defaults for all others.
 
-    training: the mode that a forward which decides by it is traced in; None: the module's own.
+    training: the mode that a forward which asks for it is traced in; None: the module's own.
 
     Raises whatever a forward raises that cannot be traced; the modules are then what they were.
     """
-    tracer = _Tracer(inputs, named_inputs, training)
+    with _ONE_AT_A_TIME:
+        return _trace(root, _Tracer(root, inputs, named_inputs, training))
+
+
+# torch.fx changes nn.Module itself for as long as it traces.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+def _trace(root: nn.Module, tracer: "_Tracer") -> Traced:
     states = [(module, _State(module)) for module in root.modules()]
+    outer = vars(nn.Module).get("training")  # of a trace during which this one is asked for
+    nn.Module.training = _Training(tracer)
     try:
         graph = tracer.trace(root)
         for module, state in states:
@@ -103,8 +110,13 @@ def trace(root: nn.Module, inputs: list[str], named_inputs: list[str], training:
             state.restore(module)
         vars(tracer).clear()
         raise
+    finally:
+        if outer is None:
+            del nn.Module.training
+        else:
+            nn.Module.training = outer
     for node in reversed(graph.nodes):
-        if not node.users and (node.op == "get_attr" or node.target is training_of):
+        if not node.users and node.op == "get_attr":
             graph.erase_node(node)
     traced = Traced(tracer, graph)
     vars(tracer).clear()  # it is in a cycle with fx's wrappers, and would keep the modules alive for a while
@@ -113,11 +125,13 @@ def trace(root: nn.Module, inputs: list[str], named_inputs: list[str], training:
 
 class _Tracer(torch.fx.Tracer):
     proxy_buffer_attributes = True
+    thread = 0  # no thread's: what other threads find of a tracer that is done
 
-    def __init__(self, inputs: list[str], named_inputs: list[str], training: bool | None) -> None:
+    def __init__(self, root: nn.Module, inputs: list[str], named_inputs: list[str], training: bool | None) -> None:
         super().__init__()
         self.inputs, self.named_inputs, self.training = inputs, named_inputs, training
-        self.modes: dict[str, bool] = {}
+        self.thread = threading.get_ident()
+        self.names = {id(module): name for name, module in root.named_modules()}
         self.decided: dict[str, bool] = {}
         self.entered: dict[str, nn.Module] = {}
         self.leaves: dict[str, tuple[str, bool]] = {}
@@ -141,53 +155,67 @@ class _Tracer(torch.fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:  # a call that is nothing of this trace
+            return forward(*args, **kwargs)
         name = self.path_of_module(m)
         if not self.is_leaf_module(m, name):
             why, tried = in_the_way(m), False
             if not why:
-                last = next(iter(reversed(self.graph.nodes)))
+                last = next(iter(reversed(self.graph.nodes)), None)
+                before = dict(self.entered), dict(self.leaves), dict(self.decided)
                 cls = plain_class(m)
                 plain = forward if cls is type(m) else functools.partial(cls.forward, m)
                 try:
-                    return self._follow(m, name, lambda: plain(*args, **kwargs))
+                    return self._follow(m, name, lambda: plain(*args, **kwargs), (args, kwargs))
                 except Exception as error:
                     self._forget(last)
+                    self.entered, self.leaves, self.decided = before
                     why, tried = reason(error), True
             self.leaves[name] = why, tried
         return self.create_proxy("call_module", name, args, kwargs)
 
-    def _follow(self, module: nn.Module, name: str, call: Callable[[], Any]) -> Any:
-        """What a call of module's forward does, with its `training` as something to be read later."""
+    def _follow(self, module: nn.Module, name: str, call: Callable[[], Any], arguments: Any = ()) -> Any:
+        """What a call of module's forward does."""
         state, numbers = _State(module), _random_state()
-        training = vars(module)["training"]
-        proxy = self.create_proxy("call_function", training_of, (name,), {})
-        self.modes[name] = training if self.training is None else self.training
-        vars(module)["training"] = proxy
         try:
             result = call()
-            if vars(module).get("training") is not proxy:
-                raise TraceError("its forward changes training")
-            vars(module)["training"] = training
             state.check(module)
             if not _same_random_state(numbers, _random_state()):
                 raise TraceError("its forward makes random numbers")
+            if any(map(self._may_give_none, self.graph.nodes)):
+                given: list[Proxy] = []
+                torch.fx.node.map_aggregate(arguments, lambda one: given.append(one) if type(one) is _Proxy else None)
+                of_arguments = any(self._may_give_none(one.node) for one in given)
+                if may_take_none([module], of_arguments, of_others=True):
+                    raise TraceError("its forward asks whether something is None that a module gives it")
         except Exception:
-            vars(module)["training"] = training
             state.restore(module)
             raise
         self.entered[name] = module
         return result
 
-    def to_bool(self, obj: Proxy) -> bool:
-        """What `if self.training` asks for."""
-        if obj.node.target is not training_of:
-            return super().to_bool(obj)
-        (name,) = obj.node.args
-        self.decided[name] = self.modes[name]
+    def _may_give_none(self, node: torch.fx.Node) -> bool:
+        while node.target is operator.getitem and isinstance(node.args[0], torch.fx.Node):
+            node = node.args[0]
+        if node.op != "call_module":
+            return False
+        module = self.root.get_submodule(node.target)
+        known = type(module).__module__.startswith(("torch.nn.", "fastops.nn."))
+        return not known or isinstance(module, nn.MultiheadAttention)
+
+    def mode_of(self, module: nn.Module) -> bool:
+        """What module.training is in the graph."""
+        training = vars(module)["training"]
+        if threading.get_ident() != self.thread:
+            return training
+        if id(module) not in self.names:
+            raise TraceError("its forward asks for the mode of a module that is not among its children")
+        name = self.names[id(module)]
+        self.decided[name] = training if self.training is None else self.training
         return self.decided[name]
 
-    def _forget(self, last: torch.fx.Node) -> None:
-        """Takes the nodes after this one back."""
+    def _forget(self, last: torch.fx.Node | None) -> None:
+        """Takes the nodes after this one back; None: all."""
         for node in reversed(self.graph.nodes):
             if node is last:
                 break
@@ -195,13 +223,10 @@ class _Tracer(torch.fx.Tracer):
         kept = set(self.graph.nodes)
         for name in [name for name, proxy in self.parameter_proxies.items() if proxy.node not in kept]:
             del self.parameter_proxies[name]
-        self.entered = {name: m for name, m in self.entered.items() if self._is_called(name, kept)}
-        self.leaves = {name: why for name, why in self.leaves.items() if any(n.target == name for n in kept)}
-
-    def _is_called(self, name: str, kept: set[torch.fx.Node]) -> bool:
-        return any(node.target is training_of and node.args == (name,) for node in kept)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
         self.parameter_proxies = parameter_proxy_cache
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -219,6 +244,65 @@ class _Tracer(torch.fx.Tracer):
 
     def proxy(self, node: torch.fx.Node) -> Proxy:
         return _Proxy(node, self)
+
+
+def may_take_none(modules: Iterable[nn.Module], of_arguments: bool = True, of_others: bool = False) -> bool:
+    """Whether a forward of these modules, or a function that it names, may ask whether a local variable is None.
+
+    A trace cannot tell: what it gives a forward is never None. of_arguments, of_others: which variables of forward;
+    of_others: those that it assigns to.
+    """
+    waiting = [(plain_class(module).forward, module, of_arguments, of_others) for module in modules]
+    seen: set[types.CodeType] = set()
+    while waiting:
+        function, module, *of = waiting.pop()
+        code = getattr(function, "__code__", None)
+        package = getattr(function, "__module__", "") or ""
+        if code is None or code in seen or package.partition(".")[0] in ("torch", "fastops"):
+            continue
+        seen.add(code)
+        if _asks_for_none(code, *of):
+            return True
+        found = list(inspect.getclosurevars(function).nonlocals.values())
+        for name in code.co_names:
+            found += [getattr(plain_class(module), name, None), vars(module).get(name), function.__globals__.get(name)]
+        waiting += [(one, module, True, of_others) for one in found if inspect.isroutine(one)]
+    return False
+
+
+def _asks_for_none(code: types.CodeType, of_arguments: bool, of_others: bool) -> bool:
+    steps = [*dis.get_instructions(code), *[None] * 2]
+    names = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) if of_arguments else set()
+    if of_others:
+        names |= {step.argval for step in steps if step and step.opname.startswith(("STORE_FAST", "STORE_DEREF"))}
+    return any(
+        step.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
+        and step.argval in names
+        and ("NONE" in after.opname or (last and last.opname == "IS_OP" and after.argval is None))
+        for step, after, last in zip(steps, steps[1:], steps[2:], strict=False)
+        if after
+    )
+
+
+class _Training:
+    """nn.Module.training while a module is traced: it tells the tracer who is asked for it.
+
+    A proxy in its place would not: it is not asked by `self.training is True`, and gives the wrong answer.
+    """
+
+    def __init__(self, tracer: _Tracer) -> None:
+        self.tracer = tracer
+
+    def __get__(self, module: nn.Module | None, cls: type) -> bool:
+        if module is None or "training" not in vars(module):
+            raise AttributeError(f"'{cls.__name__}' object has no attribute 'training'")
+        return self.tracer.mode_of(module)
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        vars(module)["training"] = value
+
+    def __delete__(self, module: nn.Module) -> None:
+        vars(module).pop("training")
 
 
 def reason(error: Exception) -> str:

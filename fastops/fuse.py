@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from fastops import _C
 from fastops._fusion import Finding, rewrite
 from fastops._nodes import HOOKS
-from fastops._tracing import Signature, is_frozen, plain_class, reason, trace, training_of
+from fastops._tracing import Signature, is_frozen, plain_class, reason, trace
 from fastops.replace import Report, Row, _check, _name, _replace, _table
 
 __all__ = ["FusionReport", "fuse"]
@@ -67,12 +67,12 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Returns:
         A module like a copy.deepcopy of the model that shares its parameters and buffers: the same class with another
-        forward, names, state_dict, hooks and mode. It trains, and can be copied, pickled, moved and compiled.
-        Optimizers of either model train both. `fastops_report`, a FusionReport, says what became of each layer. A hook
-        on a layer that is fused, another layer or attribute in its place, or one that is parametrized
-        are noticed at the next call, and such layers are called one by one.
+        forward, names, state_dict, hooks and mode. It trains, and can be copied, pickled, moved and compiled;
+        torch.jit.script compiles the model's own forward. Optimizers of either model train both. `fastops_report`, a
+        FusionReport, says what became of each layer. A hook on a layer that is fused, another layer or attribute in its
+        place, or one that is parametrized are noticed at the next call, and such layers are called one by one.
 
-    A forward that decides by `training` has a program for each mode, which is written when it is first called in that;
+    A forward that asks for `training` has a program for each mode, which is written when it is first called in that;
     the report is that of the mode that the model is in. What cannot be traced, such as a forward that decides by the
     values or the shape of an input, stays as it is; the modules that it calls are fused on their own. Arguments of
     forward that have a default are fused for that: a call that gives another value runs the model's own forward. An
@@ -100,7 +100,7 @@ def fuse(model: nn.Module) -> nn.Module:
         unfuse(module)
     swapped, _ = _replace(result, None)
     report = FusionReport()
-    if _is_layer(result):
+    if is_layer(result):
         report.replaced, report.skipped, report.left = swapped.replaced, swapped.skipped, swapped.left
         vars(result)["fastops_report"] = report
         return result
@@ -176,6 +176,13 @@ class _Fused(nn.Module):
         super().__setstate__(state)
         vars(self).update(_state())
         _write(self, None)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles: a program has no source, the model's own forward has."""
+        result = _copy_of_modules(self, {})
+        for module in result.modules():
+            unfuse(module)
+        return result
 
 
 def unfuse(module: nn.Module) -> None:
@@ -265,7 +272,7 @@ class _Program:
         parameter. Nothing in a program holds its own module.
     portable: the same, but it finds everything by attributes, for torch.compile and torch.export.
     inlined: the names of the modules that it stands for. children: of those that it calls.
-    modes: the modules whose forward decides by `training`, and the value for which the program is.
+    modes: the modules whose `training` a forward asks for, and the value for which the program is.
     """
 
     run: Callable[..., Any]
@@ -290,10 +297,13 @@ class _Program:
             place = root.get_submodule(name)._parameters
             if key in place:
                 entries[id(place), key] = (place, key, None if place[key] is None else ...)
+        for name in self.modes.keys() - {*self.inlined}:
+            place = vars(root.get_submodule(name))
+            entries[id(place), "training"] = (place, "training", place["training"])
         hooks = [value for key, value in vars(torch.nn.modules.module).items() if key.startswith("_global_")]
         empty = tuple(one for one in hooks if isinstance(one, dict))
         # A forward may go through its children, and so a child more is another forward.
-        owners = [root.get_submodule(name) for name in self.inlined if not _is_layer(root.get_submodule(name))]
+        owners = [root.get_submodule(name) for name in self.inlined if not is_layer(root.get_submodule(name))]
         sizes: dict[int, tuple[Any, int]] = {}
         while owners:
             owner = owners.pop()
@@ -313,7 +323,7 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 def _watched(module: nn.Module, is_root: bool, decides: bool) -> tuple[Any, ...]:
     state = vars(module)
-    ignored = _INTERNAL | _NOT_READ if _is_layer(module) else _INTERNAL
+    ignored = _INTERNAL | _NOT_READ if is_layer(module) else _INTERNAL
     if decides:
         ignored = ignored - {"training"}
     attributes = [item for key, value in state.items() if key not in ignored for item in (key, value)]
@@ -342,7 +352,7 @@ _NOT_READ = frozenset(
 
 def _fuse(module: nn.Module, name: str, report: FusionReport) -> None:
     """Fuses a module, and on their own those below it that its program calls or, where it has none, its children."""
-    if isinstance(module, torch.jit.ScriptModule) or _is_layer(module):
+    if isinstance(module, torch.jit.ScriptModule) or is_layer(module):
         return
     leaves = _write(module, report, name)
     if leaves is None:
@@ -362,7 +372,7 @@ def _fuse_leaves(module: nn.Module, name: str, leaves: dict[str, tuple[str, bool
             _fuse(below, full_name, report)
 
 
-def _is_layer(module: nn.Module) -> bool:
+def is_layer(module: nn.Module) -> bool:
     """What torch.fx calls, and does not look into."""
     if is_frozen(module):
         return True
@@ -535,11 +545,6 @@ class _Writer:
         if node.op == "call_module":
             called = _path(node.target) if self.portable else self.bind(self.module.get_submodule(node.target))
             return f"{called}({self.arguments(node.args, node.kwargs)})"
-        if node.target is training_of:
-            (name,) = node.args
-            if self.portable or not name:
-                return f"{_path(name)}.training"
-            return f"{self.bind(vars(self.module.get_submodule(name)))}['training']"
         sign = _OPERATORS.get(node.target)
         if sign and len(node.args) == 2 and not node.kwargs:
             return f"{self.show(node.args[0])} {sign} {self.show(node.args[1])}"

@@ -4,6 +4,7 @@ import copy
 import gc
 import inspect
 import itertools
+import multiprocessing.reduction
 import operator
 import pickle
 import random
@@ -18,7 +19,7 @@ from torch.nn.utils import parametrizations
 import fastops
 import fastops.functional as FF
 from fastops import _C
-from fastops.freeze import FrozenLayer
+from fastops._frozen_layers import FrozenLayer
 
 
 def prepared(model: nn.Module) -> nn.Module:
@@ -398,6 +399,68 @@ def test_what_sees_the_layout():
             agrees(model, x, frozen=copy.deepcopy(frozen))
 
 
+def many_joins(m, x):
+    values = [x]
+    for _ in range(24):
+        values.append(m.conv(torch.cat(values, 1)[:, -4:]))
+    return m.last(values[-1])
+
+
+PADDED = {
+    "alone": lambda c: c(4, 8),
+    "norm": lambda c: nn.Sequential(c(4, 8), nn.BatchNorm2d(8), nn.ReLU()),
+    "1x1 after it": lambda c: nn.Sequential(c(4, 8), nn.ReLU(), nn.Conv2d(8, 4, 1)),
+    "max pool": lambda c: nn.Sequential(c(4, 8), nn.ReLU(), nn.MaxPool2d(2)),
+    "+ x": lambda c: Does(lambda m, x: m.conv(x) + x, conv=c(4, 4)),
+    "x +": lambda c: Does(lambda m, x: F.relu(x + m.conv(x)), conv=c(4, 4)),
+    "+ conv": lambda c: Does(lambda m, x: F.relu(m.a(x) + m.b(x)), a=c(4, 4), b=nn.Conv2d(4, 4, 1)),
+    "conv +": lambda c: Does(lambda m, x: F.relu(m.b(x) + m.a(x)), a=c(4, 4), b=nn.Conv2d(4, 4, 1)),
+    "+=": lambda c: Does(lambda m, x: operator.iadd(m.b(x), m.a(x)), a=c(4, 4), b=nn.Conv2d(4, 4, 1)),
+    "cat": lambda c: Does(lambda m, x: torch.cat([m.conv(x), x], 1), conv=c(4, 4)),
+    "cat of both": lambda c: Does(lambda m, x: torch.cat([m.a(x), m.b(x)], 1), a=c(4, 4), b=nn.Conv2d(4, 4, 1)),
+    "permuted": lambda c: Does(lambda m, x: m.conv(x).permute(0, 2, 3, 1), conv=c(4, 4)),
+    "parts": lambda c: Does(lambda m, x: m.conv(x).chunk(2, 1)[1], conv=c(4, 4)),
+    "flat": lambda c: Does(lambda m, x: m.conv(x).flatten(1), conv=c(4, 4)),
+    "a pool after a convolution": lambda c: nn.Sequential(
+        c(4, 4), nn.Tanh(), c(4, 4), nn.ReLU(), nn.MaxPool2d(2), nn.Upsample(scale_factor=2)
+    ),
+    "many sums": lambda c: nn.Sequential(
+        *(Does(lambda m, x: F.relu(x.tanh() * m.conv(x) + x), conv=c(4, 4)) for _ in range(24))
+    ),
+    "many joins": lambda c: Does(many_joins, conv=c(4, 4), last=nn.Conv2d(4, 4, 1)),
+    "layer norm": lambda c: Does(
+        lambda m, x: m.norm(m.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) * 2, conv=c(4, 4), norm=nn.LayerNorm(4)
+    ),
+    "contiguous": lambda c: Does(lambda m, x: m.conv(x).contiguous() * 2, conv=c(4, 4)),
+}
+
+
+@pytest.mark.parametrize("padding", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("name", PADDED)
+def test_results_have_the_layout_that_the_model_gives_them(name, padding):
+    """F.pad gives circular images contiguous, and others as it gets them."""
+    for weights in (torch.contiguous_format, torch.channels_last):
+        model = PADDED[name](lambda i, o: nn.Conv2d(i, o, 3, padding=1, padding_mode=padding)).eval()
+        prepared(model).to(memory_format=weights)
+        for inputs in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, 4, 6, 8).contiguous(memory_format=inputs)
+            for channels_last in (None, False):
+                frozen = agrees(model, x, channels_last=channels_last)
+                with torch.no_grad():
+                    assert frozen(x).stride() == model(x).stride(), (weights, inputs, channels_last)
+                    exact(copy.deepcopy(frozen)(x), frozen(x))
+                    assert torch.vmap(frozen)(x[None]).shape == (1, *frozen(x).shape)
+
+
+def test_results_that_are_named_tuples():
+    model = Does(lambda m, x: m.conv(x).max(1), conv=nn.Conv2d(4, 4, 3))
+    x = torch.randn(2, 4, 6, 6)
+    with torch.no_grad():
+        for ours, theirs in zip(fastops.freeze(model)(x), model(x), strict=True):
+            torch.testing.assert_close(ours, theirs)
+            assert ours.stride() == theirs.stride()
+
+
 def test_files_hold_the_graph():
     """Not its source: a trace of that goes through functions that decide by their input."""
     model = prepared(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Softplus(2.0), nn.MaxPool2d(2)))
@@ -421,7 +484,7 @@ def changes():
     yield "optimizer", lambda m: torch.optim.SGD(m.parameters(), 0.1).step()
     yield "load_state_dict", lambda m: m.load_state_dict(prepared(Net()).state_dict())
     yield "data in place", lambda m: m.head.weight.data.mul_(2)
-    yield "data", lambda m: setattr(m.head.weight, "data", m.head.weight.data.clone())
+    yield "data", lambda m: setattr(m.head.weight, "data", m.head.weight.data * 2)
     yield "running mean", lambda m: m.block.bn1.running_mean.add_(1)
     yield "assigned state", lambda m: m.load_state_dict(prepared(Net()).state_dict(), assign=True)
     yield "another parameter", lambda m: setattr(m.head, "weight", nn.Parameter(torch.zeros(10, 32)))
@@ -448,6 +511,69 @@ def test_a_changed_model_is_noticed(change, held):
         with pytest.raises(RuntimeError, match="has changed since it was frozen"):
             frozen(x)
         agrees(model.eval(), x)
+
+
+def same_values():
+    yield "share_memory", lambda m: m.share_memory()
+    yield "to", lambda m: m.to("cpu", torch.float32)
+    yield "float64 and back", lambda m: m.double().float()
+    yield "requires_grad_", lambda m: m.requires_grad_(False).requires_grad_()
+    yield "channels_last", lambda m: m.to(memory_format=torch.channels_last)
+    yield "pickle", pickle.dumps
+    yield "for another process", multiprocessing.reduction.ForkingPickler.dumps
+    yield "deepcopy", copy.deepcopy
+    yield "data", lambda m: setattr(m.head.weight, "data", m.head.weight.data.clone())
+    yield "another parameter", lambda m: setattr(m.head, "weight", nn.Parameter(m.head.weight.detach().clone()))
+    yield "its own state", lambda m: m.load_state_dict(copy.deepcopy(m.state_dict()))
+    yield "its own state, assigned", lambda m: m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True)
+    yield "an optimizer that does nothing", lambda m: torch.optim.SGD(m.parameters(), 0.0).step()
+
+
+@pytest.mark.parametrize("change", [one for _, one in same_values()], ids=[name for name, _ in same_values()])
+def test_the_same_values_are_no_change(change):
+    model, x = prepared(Net()), torch.randn(2, 3, 16, 16)
+    model.register_buffer("table", torch.randn(7, 5).T[1:])
+    model.register_buffer("empty", torch.zeros(0))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    frozen = fastops.freeze(model)
+    with torch.no_grad():
+        expected = frozen(x)
+        for _ in range(2):
+            change(model)
+            exact(frozen(x), expected)
+        model.table[0, 0] += 1
+        with pytest.raises(RuntimeError, match="'table' of the model has changed since it was frozen"):
+            frozen(x)
+
+
+def test_all_values_are_compared_where_something_is_different():
+    for change in (lambda m: m.share_memory(), lambda m: m.load_state_dict(m.state_dict())):
+        model, x = prepared(Net()), torch.randn(2, 3, 16, 16)
+        frozen = fastops.freeze(model)
+        with torch.no_grad():
+            expected = frozen(x)
+            model.head.weight.data.view(-1)[3] += 1  # not one of those that every call looks at
+            exact(frozen(x), expected)
+            change(model)
+            with pytest.raises(RuntimeError, match=r"'head\.weight' of the model has changed"):
+                frozen(x)
+
+
+def test_hash_of_values():
+    for size in ((), (0,), (1,), (3,), (4, 5), (33, 2), (2, 3, 4, 5)):
+        for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.int8):
+            x = torch.randn(size, dtype=torch.float64).to(dtype)
+            value = _C.hash_of_values(x)
+            others = torch.empty(2, *size, dtype=dtype).copy_(x)
+            backwards = tuple(reversed(range(x.dim())))
+            turned = x.permute(backwards).contiguous().permute(backwards)
+            for same in (x.clone(), others[1], turned):
+                assert _C.hash_of_values(same) == value
+            for i in range(x.numel()):
+                other = x.clone()
+                other.view(-1)[i] = ~other.view(-1)[i] if dtype is torch.bool else other.view(-1)[i] + 1
+                assert _C.hash_of_values(other) != value
 
 
 def test_the_model_may_go():
@@ -512,6 +638,156 @@ def test_wrong_inputs_raise_as_in_the_model():
     for x in (torch.randn(2, 4, 16, 16), torch.randn(2, 3, 16, 16).double(), torch.randn(5)):
         with pytest.raises(RuntimeError), torch.no_grad():
             frozen(x)
+
+
+NOT_TENSORS = {
+    "linear": nn.Sequential(nn.Linear(300, 300)),
+    "mlp": nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
+    "wide mlp": nn.Sequential(nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 8)),
+    "linear and norm": nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)),
+    "mlp with norms": nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8)),
+    "convolution and norm": nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)),
+    "convolution and pool": nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2)),
+    "inverted residual": nn.Sequential(nn.Conv2d(8, 40, 1), nn.Conv2d(40, 40, 3, groups=40), nn.Conv2d(40, 8, 1)),
+    "norm": nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()),
+    "a norm": nn.BatchNorm2d(4),
+    "a layer": nn.Linear(8, 8),
+    "an activation": nn.ReLU(),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TENSORS)
+def test_what_is_no_tensor_raises_as_in_the_model(name):
+    model = prepared(copy.deepcopy(NOT_TENSORS[name]))
+    frozen = fastops.freeze(model)
+    for one in (frozen, copy.deepcopy(frozen), frozen.model):
+        for wrong in (None, "text", 3, [torch.randn(2, 8)], (torch.randn(2, 8),)):
+            with torch.no_grad(), pytest.raises((TypeError, AttributeError)) as theirs:
+                model(wrong)
+            with torch.no_grad(), pytest.raises(theirs.type):
+                one(wrong)
+
+
+def test_none_where_the_model_takes_it():
+    def given(x):
+        return x is not None
+
+    forwards = {
+        "if": lambda m, x: m.layer(torch.ones(2, 8)) if x is None else m.layer(x),
+        "if not": lambda m, x: m.layer(x) if x is not None else m.layer.bias * 2,
+        "a value": lambda m, x: m.layer(m.layer.weight if (none := x is None) else x) * (1 + none),
+        "a function": lambda m, x: m.layer(x) if given(x) else m.layer.bias * 2,
+    }
+    for forward in forwards.values():
+        for cls in (Does, Around):
+            model = cls(forward, layer=nn.Linear(8, 8)).eval()
+            frozen = fastops.freeze(model)
+            for one in (frozen, copy.deepcopy(frozen), fastops.fuse(model)):
+                for x in (None, torch.randn(2, 8)):
+                    with torch.no_grad():
+                        torch.testing.assert_close(one(x), model(x))
+
+
+class Around(nn.Module):
+    def __init__(self, forward, **modules):
+        super().__init__()
+        self.inner = Does(forward, **modules)
+
+    def forward(self, x):
+        return self.inner(x) * 2
+
+
+class Nothing(nn.Module):
+    """Gives None for some inputs, which no trace says."""
+
+    def forward(self, x):
+        return None if x.sum() < 0 else x
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(8, 8), nn.Conv2d(4, 4, 3, padding=1), Does(lambda m, x: m.c(m.b(m.a(x))))], ids=range(3)
+)
+def test_none_as_a_residual(layer):
+    """layer(x) + None is an error, and not layer(x)."""
+    layer = copy.deepcopy(layer)
+    if isinstance(layer, Does):
+        layer.a, layer.b, layer.c = nn.Conv2d(4, 24, 1), nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.Conv2d(24, 4, 1)
+    model = Does(lambda m, x: F.relu(m.layer(x) + m.other(x)), layer=layer, other=Nothing()).eval()
+    x = torch.rand(2, 4, 8, 8)
+    frozen = agrees(model, x)
+    for one in (frozen, frozen.model):
+        with torch.no_grad(), pytest.raises(TypeError, match="NoneType"):
+            one(-x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.BatchNorm1d(8), (4, 8)), (nn.BatchNorm2d(8), (2, 8, 5, 5)), (nn.BatchNorm3d(8), (2, 8, 3, 3, 3)),
+        (nn.Linear(8, 4), (3, 8)), (nn.Conv1d(8, 4, 3), (2, 8, 9)), (nn.Conv2d(8, 4, 3), (2, 8, 9, 9)),
+        (nn.Conv2d(8, 4, 3, padding=1, padding_mode="circular"), (2, 8, 9, 9)), (nn.Conv3d(8, 4, 3), (2, 8, 5, 5, 5)),
+        (nn.ReLU(), (3, 8)), (nn.ReLU(inplace=True), (3, 8)), (nn.GELU(), (3, 8)), (nn.PReLU(), (3, 8)),
+        (nn.Softmax(1), (3, 8)), (nn.LayerNorm(8), (3, 8)), (nn.MaxPool2d(2), (2, 8, 6, 6)), (nn.Dropout(), (3, 8)),
+        (nn.Flatten(), (3, 2, 4)), (nn.Identity(), (3, 8)), (nn.GroupNorm(2, 8), (3, 8, 2)),
+        (fastops.nn.Linear(8, 4, activation="relu"), (3, 8)),
+    ],
+    ids=lambda one: type(one).__name__ if isinstance(one, nn.Module) else "",
+)  # fmt: skip
+def test_a_layer_alone_is_what_it_is_in_a_model(layer, size):
+    layer = prepared(copy.deepcopy(layer))
+    x = torch.randn(size)
+    frozen, in_a_model = (agrees(one, x.clone()) for one in (layer, nn.Sequential(layer)))
+    for kind, rows in vars(frozen.fastops_report).items():
+        told = [row[1:] for row in vars(in_a_model.fastops_report)[kind]]
+        assert [row[1:] for row in rows] == told
+        assert [row.name for row in rows] == [""] * len(told)
+    assert not frozen.fastops_report.untraced
+    with torch.no_grad():
+        expected = frozen(x.clone())
+        for one in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+            exact(one(x.clone()), expected)
+        with fastops.record() as calls:
+            frozen(x.clone())
+        with fastops.record() as in_the_model:
+            in_a_model(x.clone())
+        assert [call.op for call in calls] == [call.op for call in in_the_model]
+        torch.testing.assert_close(fastops.fuse(layer)(x.clone()), layer(x.clone()))
+    layer.register_forward_hook(lambda module, args, y: y * 2)
+    agrees(layer, x.clone())
+
+
+@pytest.mark.parametrize(
+    ("layer", "sizes"),
+    [
+        (nn.MultiheadAttention(8, 2), [(3, 1, 8)] * 3), (nn.LSTM(8, 4), [(3, 1, 8)]),
+        (nn.Bilinear(8, 4, 2), [(3, 8), (3, 4)]), (nn.ConvTranspose2d(8, 4, 3), [(1, 8, 5, 5)]),
+        (nn.TransformerEncoderLayer(8, 2), [(3, 1, 8)]), (nn.MSELoss(), [(3, 4), (3, 4)]),
+    ],
+    ids=lambda one: type(one).__name__ if isinstance(one, nn.Module) else "",
+)  # fmt: skip
+def test_a_layer_alone_that_has_more_arguments(layer, sizes):
+    layer = copy.deepcopy(layer).eval()
+    inputs = [torch.randn(size) for size in sizes]
+    frozen = fastops.freeze(layer)
+    assert [row.name for row in frozen.fastops_report.left] == [""]
+    assert not frozen.fastops_report.untraced
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(*inputs), layer(*inputs))
+
+
+def test_names_that_differ_by_a_dot():
+    class Names(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Sequential(nn.Linear(200, 200), nn.LayerNorm(200))
+            self.a_0, self.a_1, self.a_0_weight = nn.Linear(200, 200), nn.LayerNorm(200), nn.Parameter(torch.ones(200))
+
+        def forward(self, x):
+            return self.a_1(torch.sin(self.a_0(torch.cos(self.a(x)))) * self.a_0_weight)
+
+    model = Names().eval()
+    nn.init.normal_(model.a[1].weight)
+    agrees(model, torch.randn(3, 200))
 
 
 def test_no_batch_and_other_first_calls():
@@ -580,6 +856,35 @@ def test_control_flow():
     assert len(report.folded) == 6
     assert any(isinstance(module, FrozenLayer) for module in frozen.modules())
     assert "frozen" in str(report)
+
+
+class Reaches(nn.Module):
+    """Cannot be traced, and wants more of its children than a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tied, self.chain = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.part, self.pool = Options(), nn.MaxPool1d(2)
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        x = F.linear(self.tied(x).to(self.tied.weight.dtype), self.tied.weight) + self.tied.out_features
+        for layer in self.chain:
+            x = layer(x)
+        x = self.chain(x) + self.chain[0](x) * len(self.chain) + self.part.layer.bias
+        x = x + self.part(x, None) if self.chain and self.part else x
+        return self.pool(x) if isinstance(self.pool, nn.MaxPool1d) else x
+
+
+def test_what_an_untraced_forward_wants_of_its_children():
+    model, x = Reaches().eval(), torch.randn(4, 8)
+    frozen = agrees(model, x)
+    for one in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        agrees(model, x, frozen=one)
+        wide = copy.deepcopy(model).double()(x.double())
+        torch.testing.assert_close(one.double()(x.double()), wide)
+    assert any(isinstance(module, FrozenLayer) for module in frozen.modules())
 
 
 def test_hooks_are_called():

@@ -5,6 +5,7 @@ import gc
 import io
 import pickle
 import random
+import threading
 import weakref
 
 import pytest
@@ -810,6 +811,194 @@ def test_a_program_for_each_mode():
         for now in (True, False, True):
             plain.train(now), fused.train(now)
             torch.testing.assert_close(compiled(x), plain(x))
+
+
+MODES = {
+    "is True": lambda m, x: m.a(x) if m.training is True else m.b(x),
+    "is False": lambda m, x: m.b(x) if m.training is False else m.a(x),
+    "not ... is False": lambda m, x: m.a(x) if not m.training is False else m.b(x),  # noqa: E714
+    "== True": lambda m, x: m.a(x) if m.training == True else m.b(x),  # noqa: E712
+    "if": lambda m, x: m.a(x) if m.training else m.b(x),
+    "a key": lambda m, x: {True: m.a, False: m.b}[m.training](x),
+    "an index": lambda m, x: (m.b, m.a)[m.training](x),
+    "a number": lambda m, x: m.a(x) * (1 + int(m.training)),
+    "a factor": lambda m, x: m.a(x) * m.training,
+    "text": lambda m, x: m.get_submodule("a" if f"{m.training}" == "True" else "b")(x),
+    "an attribute by name": lambda m, x: getattr(m, "ba"[getattr(m, "training")])(x),  # noqa: B009
+    "an argument": lambda m, x: F.dropout(m.a(x), 1.0, m.training),
+    "a child's": lambda m, x: m.a(x) if m.a.training is True else m.b(x),
+    "of all": lambda m, x: m.a(x) if all(one.training for one in m.modules()) else m.b(x),
+}
+
+
+@pytest.mark.parametrize("how", MODES)
+def test_every_way_to_ask_for_the_mode(how):
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.relu(MODES[how](self, x))
+
+    x = torch.randn(3, 4)
+    for outer in (lambda part: part, lambda part: nn.Sequential(part, nn.Tanh())):
+        for mode in (True, False):
+            plain = outer(Asks()).train(mode)
+            fused = fastops.fuse(plain)
+            compiled = torch.compile(fused, backend="eager")
+            assert fused.fastops_report.untraced == []
+            assert type(next(plain.modules()).training) is bool
+            for now in (mode, not mode, mode, not mode):
+                plain.train(now), fused.train(now)
+                torch.testing.assert_close(fused(x), plain(x))
+                torch.testing.assert_close(compiled(x), plain(x))
+            for part in ("a", "b"):  # a child alone
+                for model in (plain, fused):
+                    [model.get_submodule(n).train(not now) for n, _ in model.named_modules() if n.endswith(part)]
+                torch.testing.assert_close(fused(x), plain(x))
+            frozen = fastops.freeze(plain.train(mode))
+            torch.testing.assert_close(frozen(x), plain.eval()(x))
+    assert "training" not in vars(nn.Module)
+
+
+def test_the_mode_of_what_is_no_part_of_the_model():
+    """A program would not notice that it changes."""
+    other = nn.Linear(4, 4)
+
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.relu(self.a(x)) if other.training else self.a(x)
+
+    plain, x = Asks(), torch.randn(3, 4)
+    fused = fastops.fuse(plain)
+    for mode in (True, False):
+        other.train(mode)
+        torch.testing.assert_close(fused(x), plain(x))
+
+
+def test_what_a_part_gives_may_be_none():
+    """A trace has a value for whatever a part that cannot be traced gives."""
+
+    class Sometimes(nn.Module):
+        def forward(self, x):
+            return None if x.sum() < 0 else x
+
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.sometimes, self.attention = nn.Linear(4, 4), Sometimes(), nn.MultiheadAttention(4, 1)
+
+        def forward(self, x):
+            y = self.sometimes(x)
+            z, weights = self.attention(x, x, x, need_weights=False)
+            y = torch.relu(self.a(z if y is None else z + y))
+            return y if weights is None else y * weights.sum()
+
+    class Given(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.sometimes, self.takes = nn.Linear(4, 4), Sometimes(), Takes()
+
+        def forward(self, x, mask=None):
+            if mask is not None:
+                x = x * mask
+            return self.takes(self.a(x), self.sometimes(x))
+
+    class Takes(nn.Module):
+        def forward(self, x, y):
+            return torch.relu(x) if y is None else torch.tanh(x)
+
+    x = torch.rand(3, 4)
+    given = fastops.fuse(Given())
+    assert [row.name for row in given.fastops_report.untraced] == ["sometimes", "takes"]
+    for plain in (Asks().eval(), Given().eval()):
+        check_none(plain, x)
+
+
+def check_none(plain, x):
+    for model in (fastops.fuse(plain), fastops.freeze(plain), fastops.fuse(nn.Sequential(plain, nn.Identity()))):
+        for one in (x, -x):
+            with torch.no_grad():
+                torch.testing.assert_close(model(one), plain(one))
+
+
+def test_other_threads_during_a_trace():
+    """torch.fx changes nn.Module while it traces, for all threads."""
+    model, x, results = MLP(4), torch.randn(3, 4), []
+
+    def elsewhere():
+        results.append((model(x), model.training))
+
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x):
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
+            return torch.relu(self.a(x))
+
+    plain = Asks()
+    fused = fastops.fuse(plain)
+    torch.testing.assert_close(results, [(model(x), True)])
+    torch.testing.assert_close(fused(x), plain(x))
+
+
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block, self.norm, self.drop = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), FunctionalDropout()
+        self.fc1, self.fc2, self.act = nn.Linear(48, 4), nn.Linear(4, 4), nn.Tanh()
+
+    def forward(self, x, flag: bool = False):
+        x = self.act(self.norm(self.block(x))).flatten(1)
+        x = self.fc2(self.act(self.fc1(x)))
+        if self.training:
+            x = x * 2
+        return -x if flag else x
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_torch_script(tmp_path):
+    plain = Scripted()
+    fused = fastops.fuse(plain)
+    scripted, of_a_part = torch.jit.script(fused), torch.jit.script(nn.Sequential(fastops.fuse(plain)))
+    for mode in (True, False):
+        plain.train(mode), fused.train(mode)
+        for one in (scripted, of_a_part):
+            torch.testing.assert_close(one.train(mode)(X), plain(X))
+    torch.testing.assert_close(scripted(X, True), plain(X, True))
+    assert fused._fastops_program is not None  # the model itself is fused still
+    torch.testing.assert_close(fused(X), plain(X))
+    with torch.no_grad():
+        plain.fc2.weight.add_(1)
+    torch.testing.assert_close(scripted(X), plain(X))  # parameters are shared
+    frozen = fastops.freeze(plain)
+    for model in (frozen, nn.Sequential(frozen)):
+        with pytest.raises(
+            RuntimeError, match=r"cannot compile a frozen model. Script the model that it was made from"
+        ):
+            torch.jit.script(model)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_torch_jit_trace(tmp_path):
+    plain = Scripted().eval()
+    for model in (fastops.fuse(plain), fastops.freeze(plain), nn.Sequential(fastops.freeze(plain))):
+        with torch.no_grad():
+            torch.jit.trace(model, (X,)).save(tmp_path / "model.pt")
+            read = torch.jit.load(tmp_path / "model.pt")
+            torch.testing.assert_close(read(X), plain(X), rtol=1e-4, atol=1e-5)
+            more = torch.randn(5, 3, 4, 4)
+            torch.testing.assert_close(read(more), plain(more), rtol=1e-4, atol=1e-5)
+        assert "fastops::" not in str(read.inlined_graph)
 
 
 class ByShape(nn.Module):

@@ -387,6 +387,23 @@ struct Fingerprint {
   }
 };
 
+// Of all values, in the order of the indices: the same wherever and in whatever strides they lie.
+uint64_t hash_of_values(const Tensor& tensor) {
+  constexpr size_t kLanes = 4;  // a product need not wait for the one before it
+  const Tensor dense = tensor.resolve_conj().resolve_neg().contiguous();
+  const size_t bytes = dense.nbytes();
+  const auto* const values = static_cast<const unsigned char*>(dense.const_data_ptr());
+  Fingerprint lanes[kLanes];
+  for (size_t i = 0; i < bytes; i += kLanes * sizeof(uint64_t)) {
+    uint64_t words[kLanes] = {};
+    std::memcpy(words, values + i, std::min(bytes - i, sizeof(words)));
+    for (size_t lane = 0; lane < kLanes; ++lane) lanes[lane].mix(words[lane]);
+  }
+  Fingerprint result;
+  for (const Fingerprint& lane : lanes) result.mix(lane.value);
+  return result.value;
+}
+
 // places: for each tensor a tuple (reference to a module, "_parameters" or "_buffers", key).
 uint64_t fingerprint(const py::list& places) {
   Fingerprint result;
@@ -445,6 +462,7 @@ void bind_frozen(py::module_& m) {
       .def("__call__", call_frozen<FrozenInvertedResidual>, py::arg("input"), py::arg("residual") = py::none())
       .def("packed_bytes", &FrozenInvertedResidual::packed_bytes);
   m.def("fingerprint", fingerprint);
+  m.def("hash_of_values", hash_of_values, py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace fastops

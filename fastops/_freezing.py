@@ -1,0 +1,443 @@
+"""How a model becomes a frozen one: its graph is rewritten, layer by layer."""
+
+import copy
+import inspect
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.nn.modules.utils import _pair
+
+import fastops.functional as FF
+from fastops._activations import ACTIVATIONS, valid
+from fastops._frozen_graph import Child, Either, FrozenGraph
+from fastops._frozen_layers import (
+    LAYERS,
+    FrozenInvertedResidual,
+    FrozenLayer,
+    FrozenMlp,
+    add_after,
+    add_to,
+    each_dimension,
+)
+from fastops._frozen_layout import restore_layouts, suggests_channels_last
+from fastops._frozen_norms import NORMS, Apart, folded
+from fastops._fusion import rewrite
+from fastops._nodes import Nodes, in_the_way
+from fastops._tracing import Signature, Traced, is_frozen, may_take_none, reason, trace
+from fastops.functional._activation import resolve_activation
+from fastops.fuse import is_layer, unfuse
+from fastops.replace import Row, _name, replace_
+
+_CONVOLUTIONS = {f"{name}{n}d": getattr(FF, f"{name}{n}d") for name in ("conv", "conv_max_pool") for n in (1, 2, 3)}
+_ADDITIONS = {operator.add, operator.iadd, torch.add}
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def freeze_module(model: nn.Module, name: str, report: Any, channels_last: bool) -> nn.Module:
+    """A module for inference: a graph, or where none can be traced, a copy with frozen children."""
+    if is_frozen(model):
+        return model
+    if is_layer(model) and not isinstance(model, torch.jit.ScriptModule):
+        return _freeze_layer(model, name, report, channels_last)
+    why = "" if isinstance(model, torch.jit.ScriptModule) else in_the_way(model)
+    if not why:
+        try:
+            traced = _trace(model)
+        except Exception as error:  # whatever a forward raises that is given proxies
+            why = reason(error)
+        else:
+            frozen = _Freezer(model, traced.graph, name, report, channels_last).run()
+            signature = Signature(type(model).forward)
+            if signature.declared == signature.inputs[:1] and not may_take_none(traced.entered.values()):
+                return frozen
+            return Either(frozen, _with_frozen_children(model, name, type(report)(), channels_last))
+    if type(model) not in _CONTAINERS:
+        report.untraced.append(Row(name, _name(type(model)), why))
+    return _with_frozen_children(model, name, report, channels_last)
+
+
+def _freeze_layer(model: nn.Module, name: str, report: Any, channels_last: bool) -> nn.Module:
+    """One of torch.nn's layers: as it is frozen in a model that calls it and nothing else."""
+    signature = Signature(type(model).forward)
+    if signature.declared != signature.inputs[:1]:
+        return _left(model, name, report)
+    caller, graph = nn.Module(), Graph()
+    caller.layer = model
+    graph.output(graph.call_module("layer", (graph.placeholder(*signature.inputs),)))
+    freezer = _Freezer(caller, graph, name, report, channels_last)
+    freezer.names["layer"] = name
+    frozen = freezer.run()
+    if any(isinstance(one, LAYERS) for one in frozen.children()):
+        return frozen
+    result = _copy(model).train(False)  # a layer still, for forwards that ask what it is
+    replace_(result)
+    return result
+
+
+def _left(module: nn.Module, name: str, report: Any) -> nn.Module:
+    """A copy in eval mode of a layer that has nothing to pack, on fastops' kernels."""
+    report.left.append(Row(name, _name(type(module)), in_the_way(module) or "it has no weights to pack"))
+    result = _copy(module).train(False)
+    replace_(result)
+    return result
+
+
+def _with_frozen_children(model: nn.Module, name: str, report: Any, channels_last: bool) -> nn.Module:
+    result = _copy(model)
+    own = not type(model).__module__.startswith(("torch.nn.", "fastops.nn.")) or type(model) in _CONTAINERS
+    if own and not isinstance(model, torch.jit.ScriptModule):
+        for child_name, child in model.named_children():
+            below = f"{name}.{child_name}" if name else child_name
+            frozen = freeze_module(child, below, report, channels_last)
+            if isinstance(frozen, FrozenGraph | Either) and not is_frozen(child):
+                frozen.stand_in_for(result._modules[child_name])
+            result._modules[child_name] = frozen
+        for key, buffer in result._buffers.items():  # its forward may change them
+            result._buffers[key] = buffer if buffer is None else buffer.clone()
+    return result.train(False)
+
+
+def _trace(model: nn.Module) -> Traced:
+    """model.forward with the defaults of its options, in eval mode."""
+    signature = Signature(type(model).forward)
+    return trace(model, signature.inputs, signature.named_inputs, False)
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A copy that shares the memory of its tensors, needs no gradient, and moves alone."""
+    memo: dict[int, Any] = {id(one): one.detach() for one in module.buffers()}
+    memo |= {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in module.parameters()}
+    memo |= {id(one): one for one in module.modules() if isinstance(one, torch.jit.ScriptModule) or is_frozen(one)}
+    result = copy.deepcopy(module, memo)
+    for one in result.modules():
+        unfuse(one)
+    return result
+
+
+class _Freezer:
+    def __init__(self, model: nn.Module, graph: Graph, name: str, report: Any, channels_last: bool) -> None:
+        self.source, self.graph, self.report, self.channels_last = model, graph, report, channels_last
+        self.prefix = f"{name}." if name else ""
+        # A flat module with what the graph names, to which new modules can be added; and what the model calls them.
+        self.names: dict[str, str] = {}
+        self.adopted: dict[str, str] = {}  # the other way round
+        self.apart: dict[str, Apart] = {}  # by the name of the folded layer
+        self.relaid: set[str] = set()  # the convolutions that give channels_last where the model's do not
+        self.module = nn.Module()
+        self.module.train(False)
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                node.target = self._adopt(node.target, _attribute(model, node.target))
+            elif node.op == "call_module":
+                node.target = self._adopt(node.target, model.get_submodule(node.target))
+
+    def _adopt(self, target: str, value: Any) -> str:
+        """Puts a module or a tensor of the model into ours, under a name without dots."""
+        name = self.adopted.get(target)
+        if name is None:
+            name = self.adopted[target] = self._free_name(target)
+            self.names[name] = self.prefix + target
+            if isinstance(value, nn.Module):
+                self.module._modules[name] = value
+            elif isinstance(value, Tensor):
+                self.module.register_buffer(name, value.detach())
+            else:
+                setattr(self.module, name, value)
+        return name
+
+    def _free_name(self, target: str) -> str:
+        """One that our module has nothing under: a model may have both a child a_b and a child b of a child a."""
+        name = target.replace(".", "_")
+        while hasattr(self.module, name):
+            name += "_frozen"
+        return name
+
+    def run(self) -> GraphModule:
+        self._fold()
+        rewrite(graph_module := GraphModule(self.module, self.graph), residuals=False)
+        self.module, self.graph = graph_module, graph_module.graph
+        for node in tuple(self.graph.nodes):
+            self._freeze_call(node)
+        changes = Nodes(graph_module).may_change_something
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and any(user.args[:1] == (node,) and changes(user) for user in node.users):
+                self.module._buffers[node.target] = self.module._buffers[node.target].clone()
+        for node in tuple(self.graph.nodes):
+            self._join_addition(node, changes)
+        if self.channels_last:
+            for node in tuple(self.graph.nodes):
+                self._join_block(node, changes)
+        for node in tuple(self.graph.nodes):
+            if node.op == "get_attr" and not node.users:
+                self.graph.erase_node(node)
+        restore_layouts(self.module, self.relaid)
+        self._take_children()
+        self.graph.lint()
+        result = FrozenGraph(self.module, self.graph, type(self.source).__name__)
+        result.train(False)
+        return result
+
+    # ---- batch norms
+
+    def _fold(self) -> None:
+        """Makes batch norms part of the layer before them."""
+        modules = dict(self.module.named_modules())
+        for node in tuple(self.graph.nodes):
+            norm = modules.get(node.target) if node.op == "call_module" else None
+            if type(norm) not in NORMS or norm.running_mean is None or len(node.args) != 1 or in_the_way(norm):
+                continue
+            before = node.args[0]
+            layer = modules.get(before.target) if isinstance(before, Node) and before.op == "call_module" else None
+            if (
+                type(layer) not in NORMS[type(norm)]
+                or len(layer.weight) != len(norm.running_mean)
+                or len(before.users) != 1
+                or in_the_way(layer)
+                or getattr(layer, "activation", None)
+            ):
+                continue
+            target = self._free_name(f"{before.target}_{node.name}")
+            self.module.add_module(target, folded(layer, norm))
+            self.apart[target] = Apart(layer, norm)
+            self.names[target] = self.names[before.target]
+            self.report.folded.append(Row(self.names[node.target], _name(type(norm)), self.names[before.target]))
+            before.target = target
+            node.replace_all_uses_with(before)
+            self.graph.erase_node(node)
+
+    # ---- layers
+
+    def _freeze_call(self, node: Node) -> None:
+        """A call of linear or of a convolution becomes a layer with packed weights."""
+        if node.op != "call_function":
+            return
+        if node.target is FF.mlp:
+            self._freeze_mlp(node)
+            return
+        names = {FF.linear: "linear", **{function: name for name, function in _CONVOLUTIONS.items()}}
+        if node.target not in names:
+            return
+        arguments = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+        arguments.apply_defaults()
+        arguments = dict(arguments.arguments)
+        if "pool_size" in arguments and not _pools_in_the_kernel(arguments, int(names[node.target][-2])):
+            return
+        input, weight, bias = (arguments.pop(key) for key in ("input", "weight", "bias"))
+        activation = arguments.pop("activation")
+        tensors = [one for one in (weight, bias) if one is not None]
+        if not all(isinstance(one, Node) and one.op == "get_attr" for one in tensors):
+            return
+        self._layer(node, names[node.target], input, weight, bias, arguments, activation)
+
+    def _layer(
+        self, node: Node, function: str, input: Node, weight: Node, bias: Node | None, options: dict[str, Any], f: Any
+    ) -> Node:
+        w = _attribute(self.module, weight.target)
+        relaid = function == "conv2d" and self.channels_last and not suggests_channels_last(w)
+        if function == "conv2d" and self.channels_last:
+            w = w.contiguous(memory_format=torch.channels_last)
+        b = None if bias is None else _attribute(self.module, bias.target)
+        layer = FrozenLayer(function, w, b, options, f, self._apart_of(weight))
+        told = self._name_of(weight)
+        name = self._free_name(told.removeprefix(self.prefix) or "layer")
+        self.module.add_module(name, layer)
+        if relaid:
+            self.relaid.add(name)
+        with self.graph.inserting_before(node):
+            new = self.graph.call_module(name, (input,))
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
+        result = function + (f", activation={f!r}" if f is not None else "")
+        self.report.frozen.append(Row(told, function, result))
+        return new
+
+    def _apart_of(self, weight: Node) -> Apart | None:
+        return self.apart.get(weight.target.rpartition(".")[0])
+
+    def _name_of(self, weight: Node) -> str:
+        """What the model calls the layer with this weight."""
+        module, _, key = weight.target.rpartition(".")
+        return self.names[module] if module else self.names[key].removesuffix("weight").rstrip("._") or "(root)"
+
+    def _freeze_mlp(self, node: Node) -> None:
+        """A wide chain of linear layers: one by one, with packed weights. A narrow one stays one kernel."""
+        arguments = inspect.signature(FF.mlp).bind(*node.args, **node.kwargs)
+        arguments.apply_defaults()
+        input, weights, biases, hidden, output = arguments.arguments.values()
+        shapes = [_attribute(self.module, weight.target).shape for weight in weights]
+        biases = biases or (None,) * len(weights)
+        told = [self._name_of(weight) for weight in weights]
+        dtype = _attribute(self.module, weights[0].target).dtype
+        if max(max(shape) for shape in shapes) <= _NARROW and dtype in (torch.float32, torch.float64):
+            tensors = [[one and _attribute(self.module, one.target) for one in ones] for ones in (weights, biases)]
+            mlp = FrozenMlp(*tensors, hidden, output)
+            if any(self._apart_of(weight) for weight in weights):
+                fs = [hidden] * (len(weights) - 1) + [output]
+                del mlp.layers
+                mlp.layers = nn.ModuleList(
+                    FrozenLayer("linear", w, b, {}, f, self._apart_of(weight))
+                    for w, b, f, weight in zip(*tensors, fs, weights, strict=True)
+                )
+            name = self._free_name(f"{told[0].removeprefix(self.prefix)}_mlp")
+            self.module.add_module(name, mlp)
+            with self.graph.inserting_before(node):
+                new = self.graph.call_module(name, (input,))
+            node.replace_all_uses_with(new)
+            self.graph.erase_node(node)
+            self.report.frozen.append(Row(", ".join(told), "linear", f"mlp({len(weights)} layers)"))
+            return
+        before = node
+        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            last = i == len(weights) - 1
+            with self.graph.inserting_before(before):
+                place = self.graph.call_function(FF.linear, (input,))
+            if last:
+                node.replace_all_uses_with(place)
+                self.graph.erase_node(node)
+            input = self._layer(place, "linear", input, weight, bias, {}, output if last else hidden)
+
+    # ---- residuals
+
+    def _frozen(self, node: Any) -> FrozenLayer | None:
+        """The layer that a node calls, if nothing but a sum follows it yet."""
+        if not isinstance(node, Node) or node.op != "call_module" or len(node.args) != 1 or len(node.users) != 1:
+            return None
+        layer = self.module._modules.get(node.target)
+        alone = isinstance(layer, FrozenLayer) and layer.activation is None and "pool_size" not in layer.options
+        return layer if alone and sum(other.target == node.target for other in self.graph.nodes) == 1 else None
+
+    def _join_addition(self, node: Node, changes: Callable[[Node], bool]) -> None:
+        """layer(x) + y, and an activation of that, become one call of the layer."""
+        if node.op != "call_function" or node.target not in _ADDITIONS or node.kwargs or len(node.args) != 2:
+            return
+        order = {one: i for i, one in enumerate(self.graph.nodes)}
+        found = [(order[one], one, other) for one, other in (node.args, node.args[::-1]) if self._frozen(one)]
+        if not found or not all(isinstance(operand, Node) for operand in node.args):
+            return
+        _, call, other = max(found, key=lambda entry: entry[0])  # the later one, when the other is there
+        leads = call is node.args[0]
+        addition = operator.add if leads else add_after
+        if node.target is operator.iadd:
+            addition = operator.iadd if leads else add_to
+        if other is call or (addition is add_to and not self._frozen(other)):  # others may see that it changes
+            return
+        if any(order[call] < order[one] < order[node] and changes(one) for one in self.graph.nodes):
+            return
+        layer = self._frozen(call)
+        layer.addition, layer.adds = addition, True
+        nodes = [node]
+        user = next(iter(node.users)) if len(node.users) == 1 else None
+        f = _activation_of(user)
+        if f is not None and not any(order[node] < order[one] < order[user] and changes(one) for one in order):
+            layer.activation = f
+            nodes.append(user)
+        with self.graph.inserting_before(node):
+            new = self.graph.call_module(call.target, (call.args[0], other))
+        nodes[-1].replace_all_uses_with(new)
+        for one in (*reversed(nodes), call):
+            self.graph.erase_node(one)
+
+    # ---- inverted residuals
+
+    def _join_block(self, node: Node, changes: Callable[[Node], bool]) -> None:
+        """A depthwise convolution and the 1x1 convolutions around it become one call."""
+        depthwise = self._only_call(node)
+        if depthwise is None or not _is_depthwise(depthwise) or len(node.args) != 1:
+            return
+        before, after = node.args[0], next(iter(node.users)) if len(node.users) == 1 else None
+        expand = self._only_call(before)
+        if expand is None or len(before.args) != 1 or len(before.users) != 1 or not _is_pointwise(expand):
+            expand = None
+        project = self._only_call(after)
+        if project is None or after.args[0] is not node or node in after.args[1:] or not _is_pointwise(project):
+            project = None
+        if expand is None and project is None:
+            return
+        first, last = before if expand else node, after if project else node
+        order = {one: i for i, one in enumerate(self.graph.nodes)}
+        if any(order[first] < order[one] < order[last] and changes(one) for one in self.graph.nodes):
+            return
+        name = self._free_name(f"{first.target}_block")
+        self.module.add_module(name, FrozenInvertedResidual(expand, depthwise, project))
+        if last.target in self.relaid:
+            self.relaid.add(name)
+        with self.graph.inserting_before(last):
+            new = self.graph.call_module(name, (first.args[0], *(last.args[1:] if project else ())))
+        last.replace_all_uses_with(new)
+        for one in dict.fromkeys((last, node, first)):
+            self.graph.erase_node(one)
+            delattr(self.module, one.target)
+
+    def _only_call(self, node: Any) -> FrozenLayer | None:
+        """The convolution that a node calls, if no other node calls it."""
+        if not isinstance(node, Node) or node.op != "call_module":
+            return None
+        layer = self.module._modules.get(node.target)
+        once = sum(other.target == node.target for other in self.graph.nodes) == 1
+        return layer if once and isinstance(layer, FrozenLayer) and layer.function == "conv2d" else None
+
+    def _take_children(self) -> None:
+        """Modules that are called as they are: copies in eval mode, themselves frozen where they can be."""
+        for node in self.graph.nodes:
+            module = self.module._modules.get(node.target) if node.op in ("call_module", "get_attr") else None
+            if module is None or isinstance(module, (*LAYERS, Child)):
+                continue
+            if is_frozen(module):
+                continue
+            if node.op == "get_attr":  # a batch norm that is called by its function
+                self.module._modules[node.target] = _copy(module).train(False)
+                continue
+            name = self.names[node.target]
+            if type(module).__module__.startswith(("torch.nn.", "fastops.nn.")):
+                self.module._modules[node.target] = _left(module, name, self.report)
+            else:
+                frozen = freeze_module(module, name, self.report, self.channels_last)
+                self.module._modules[node.target] = Child(frozen)
+
+
+_NARROW = 128  # kMostMlpWidthCpu in csrc/kernels/mlp/mlp.h
+
+
+def _pools_in_the_kernel(arguments: dict[str, Any], dims: int) -> bool:
+    """Whether a single kernel computes convolution, activation and max pool (conv_pool.h)."""
+    sizes = each_dimension(arguments["pool_size"], dims)
+    numbers = len(sizes) == dims and all(isinstance(size, int) and size > 0 for size in sizes)
+    kinds = (resolve_activation(None)[0], resolve_activation("relu")[0])
+    return numbers and math.prod(sizes) <= 255 and resolve_activation(arguments["activation"])[0] in kinds
+
+
+def _is_depthwise(layer: FrozenLayer) -> bool:
+    steps = (_pair(layer.options[key]) for key in ("stride", "padding", "dilation"))
+    numbers = all(isinstance(one, int) for pair in steps for one in pair)
+    return numbers and layer.options["groups"] == layer.weight.shape[0] > 1 and layer.weight.shape[1] == 1
+
+
+def _is_pointwise(layer: FrozenLayer) -> bool:
+    one = layer.weight.shape[2:] == (1, 1) and layer.options["groups"] == 1
+    return one and _pair(layer.options["stride"]) == (1, 1) and _pair(layer.options["padding"]) == (0, 0)
+
+
+def _attribute(module: nn.Module, target: str) -> Any:
+    for name in target.split("."):
+        module = getattr(module, name)
+    return module
+
+
+_ACTIVATION_CALLS = {
+    getattr(FF, kind.function): kind for kind in reversed(ACTIVATIONS.values()) if hasattr(FF, kind.function)
+}
+
+
+def _activation_of(node: Node | None) -> Any:
+    """activation= for a node that rewrite has made of an activation; None for another node."""
+    if node is None or node.op != "call_function" or node.target not in _ACTIVATION_CALLS:
+        return None
+    names = ("relu", "relu6", "silu", "hardswish", "sigmoid", "tanh", "mish")
+    name = node.target.__name__
+    plain = node.kwargs.keys() <= {"inplace"} and all(type(one) is bool for one in node.args[1:])
+    return name if plain and name in names and valid(*resolve_activation(name)) else None

@@ -1,0 +1,68 @@
+"""Batch norms of a frozen model: one that follows a layer becomes part of its weights."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastops.nn as fnn
+
+# The norms that take what a layer gives, where that is a batch.
+NORMS = {
+    getattr(package, f"BatchNorm{n}d"): {getattr(nn, f"Conv{n}d"), getattr(fnn, f"Conv{n}d")}
+    | ({nn.Linear, fnn.Linear} if n == 1 else set())
+    for package in (nn, fnn)
+    for n in (1, 2, 3)
+    if hasattr(package, f"BatchNorm{n}d")
+}
+
+
+class Apart(nn.Module):
+    """A layer and the batch norm that was folded into it, for the inputs for which that is something else.
+
+    A norm's channels are dimension 1. They are a layer's only if its output has `dims` dimensions; of another one the
+    norm takes those of another dimension, or raises an error.
+    """
+
+    def __init__(self, layer: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        linear = isinstance(layer, nn.Linear)
+        self.dims = 2 if linear else layer.weight.dim()
+        self.others = linear  # whether more dimensions, too, are for the norm
+        self.eps, self.check = norm.eps, type(norm)._check_input_dim
+        # The others' weights are not kept: of an image without a batch the norm raises an error.
+        tensors = {"weight": layer.weight, "bias": layer.bias} if linear or isinstance(layer, nn.Conv1d) else {}
+        tensors |= {"scale": norm.weight, "shift": norm.bias, "mean": norm.running_mean, "var": norm.running_var}
+        for name, tensor in tensors.items():
+            self.register_buffer(name, None if tensor is None else tensor.detach())
+
+    def takes(self, input: Tensor) -> bool:
+        return input.dim() != self.dims and (self.others or input.dim() == self.dims - 1)
+
+    def forward(self, input: Tensor, function: Callable[..., Tensor], options: dict[str, Any]) -> Tensor:
+        if "weight" in self._buffers:
+            input = function(input, self.weight, self.bias, **options)
+        self.check(self, input)
+        return F.batch_norm(input, self.mean, self.var, self.scale, self.shift, False, 0.0, self.eps)
+
+
+def folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
+    """The layer followed by the batch norm, as one layer. Computed in float64 and rounded once."""
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = 0.0 if layer.bias is None else layer.bias.detach().double()
+    bias = (shift - norm.running_mean.double()) * scale
+    if norm.bias is not None:
+        bias = bias + norm.bias.detach().double()
+    weight = layer.weight.detach()
+    result = copy.copy(layer)
+    for name in ("weight", "bias"):  # tensors that are plain attributes would be found first
+        vars(result).pop(name, None)
+    vars(result)["_parameters"] = {
+        "weight": nn.Parameter((weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype), False),
+        "bias": nn.Parameter(bias.to(weight.dtype), False),
+    }
+    return result
