@@ -1,26 +1,8 @@
 // Layer normalisation against a plain loop in double, on every tier of this machine: rows with strides and channels
 // first, every operand between pages that fault, and the same bits for any number of threads.
-#include <cmath>
-#include <random>
-
-#include "tiers.h"
+#include "random.h"
 
 namespace {
-
-std::mt19937 generator(1);
-int64_t between(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
-
-template <class T>
-struct Numbers {
-  int64_t count;
-  Pages pages;
-  Numbers(int64_t count, bool at_end) : count(count), pages(bytes(), at_end, sizeof(T)) {
-    std::normal_distribution<double> normal;
-    for (int64_t i = 0; i < count; ++i) data()[i] = static_cast<T>(normal(generator));
-  }
-  size_t bytes() const { return static_cast<size_t>(count) * sizeof(T); }
-  T* data() const { return static_cast<T*>(pages.data()); }
-};
 
 template <class T>
 void expect(const char* what, const LayerNormForward& c, double got, double wanted) {
@@ -41,19 +23,12 @@ void check(int64_t outer, int64_t size, int64_t inner) {
       dx(rows * size, at_end), dw(size, at_end), db(size, at_end);
   const LayerNormForward c{kDType<T>, kDType<T>, rms, 1e-2, outer, size, inner, stride};
   const LayerNormBackward d{kDType<T>, kDType<T>, rms, true, true, true, outer, size, inner, stride, g_stride};
-  std::vector<char> before[4];
+  Bits bits;
   for (const Team& team : kTeams) {
     run_call(c, {x.data(), w.data(), b.data(), y.data(), mean.data(), rstd.data()}, team);
     run_call(d, {g.data(), x.data(), w.data(), mean.data(), rstd.data(), dx.data(), dw.data(), db.data()}, team);
-    int n = 0;
-    for (const Numbers<T>* t : {&y, &dx, &dw, &db}) {
-      const char* const bytes = reinterpret_cast<const char*>(t->data());
-      if (before[n].empty())
-        before[n].assign(bytes, bytes + t->bytes());
-      else if (std::memcmp(before[n].data(), bytes, t->bytes()) != 0 && ++failures < 20)
-        std::printf("FAIL %s: other bits with %d threads\n", isa_name(isa_used()), team.threads);
-      ++n;
-    }
+    bits.same("layer_norm", team,
+              {{y.data(), y.bytes()}, {dx.data(), dx.bytes()}, {dw.data(), dw.bytes()}, {db.data(), db.bytes()}});
   }
   std::vector<double> grad_w(static_cast<size_t>(size)), grad_b(static_cast<size_t>(size));
   for (int64_t row = 0; row < rows; ++row) {
