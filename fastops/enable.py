@@ -17,10 +17,11 @@ def enable() -> None:
     it. Calling it again changes nothing. A graph that torch.compile or torch.export makes is the same with and without
     it.
 
-    What it takes: linear, mm, addmm (and with them matmul of a matrix), convolution, the pools, batch_norm and
-    layer_norm (float32 and float64), softmax, log_softmax, scaled_dot_product_attention, and relu, threshold,
-    leaky_relu, elu, selu, celu, gelu, silu, mish, sigmoid, tanh, softplus, hardtanh, relu6, hardsigmoid, hardswish,
-    hardshrink, softshrink and glu, in place too; float32, float64, bfloat16 and float16. out= stays PyTorch's.
+    What it takes: linear, mm, addmm (and with them matmul of a matrix), convolution, the pools, batch_norm, layer_norm,
+    rms_norm, softmax, log_softmax, scaled_dot_product_attention, cross_entropy (of class indices), mse_loss, and relu,
+    threshold, leaky_relu, elu, selu, celu, gelu, silu, mish, sigmoid, tanh, softplus, hardtanh, relu6, hardsigmoid,
+    hardswish, hardshrink, softshrink and glu, in place too; float32, float64, bfloat16 and float16. out= stays
+    PyTorch's, and so do rms_norm and cross_entropy in inference mode, but for the ops that PyTorch makes them of.
 
     Raises nothing. Source: fastops' own; PyTorch's torch.library is how it is done.
 

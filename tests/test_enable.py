@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import exact
+from compare import close, exact
 from torch import nn
 from torch.testing._internal.common_methods_invocations import op_db
 
@@ -39,7 +39,7 @@ _ACTIVATIONS = [
     "threshold",
     "glu",
 ]
-_NORMS = ["batch_norm", "layer_norm", "cross_entropy"]
+_NORMS = ["batch_norm", "layer_norm", "rms_norm", "cross_entropy", "mse_loss"]
 _FUNCTIONS = ["mm", "addmm", "matmul", "sigmoid", "tanh", "softmax", "log_softmax"]
 OPS = [
     op
@@ -152,6 +152,9 @@ def test_opinfo(op):
             assert strides(actual) == strides(expected)
 
 
+_CLASSES = torch.arange(3 * 5 * 4).reshape(3, 5, 4) % 6
+
+
 def _norms(dtype):
     """(function, tensors) of what is taken."""
     weight, bias = torch.rand(6, dtype=dtype) + 0.5, torch.randn(6, dtype=dtype)
@@ -165,6 +168,13 @@ def _norms(dtype):
     yield lambda x: F.batch_norm(x, None, None, training=True), (image,)
     yield lambda x, w, b: F.layer_norm(x, (6,), w, b), (torch.randn(5, 4, 6, dtype=dtype), weight, bias)
     yield lambda x: F.layer_norm(x, (5, 4)), (image,)
+    yield lambda x, w: F.rms_norm(x, (6,), w), (torch.randn(5, 4, 6, dtype=dtype), weight)
+    yield lambda x: F.rms_norm(x, (5, 4), eps=0.1), (image,)
+    for reduction in ("none", "mean", "sum"):
+        yield lambda x, t, r=reduction: F.mse_loss(x, t, reduction=r), (image, torch.randn_like(image))
+        more = {"reduction": reduction, "ignore_index": 2, "label_smoothing": 0.1}
+        yield lambda x, more=more: F.cross_entropy(x, torch.arange(5) % 4, **more), (torch.randn(5, 4, dtype=dtype),)
+        yield lambda x, r=reduction: F.cross_entropy(x, _CLASSES, weight, reduction=r), (image,)
     for dim in (1, -1):
         yield lambda x, dim=dim: x.softmax(dim), (image,)
         yield lambda x, dim=dim: F.log_softmax(x, dim), (image,)
@@ -200,6 +210,52 @@ def test_norms_and_attention(dtype):
             assert strides(results[0][i]) == strides(results[1][i])
         assert_all_close(*seconds[::-1], rtol=1e-3, atol=1e-3)
         assert_all_close(*batched[::-1], **tolerance)
+
+
+def _in_16_bits(dtype, parameters):
+    """(function, tensors): what is taken of 16-bit inputs, with parameters of this dtype."""
+    weight, bias = torch.rand(6, dtype=parameters) + 0.5, torch.randn(6, dtype=parameters)
+    image, rows = torch.randn(3, 6, 5, 4, dtype=dtype), torch.randn(5, 4, 6, dtype=dtype)
+    for x in (image, image.to(memory_format=torch.channels_last)):
+        yield lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True), (x, weight, bias)
+        yield lambda x, w, b: F.batch_norm(x, torch.ones_like(w), torch.ones_like(w) * 2, w, b), (x, weight, bias)
+    yield lambda x, w, b: F.layer_norm(x, (6,), w, b), (rows, weight, bias)
+    yield lambda x, w: F.layer_norm(x, (6,), w), (rows, weight)
+    if parameters != dtype:
+        return
+    yield lambda x: F.batch_norm(x, None, None, training=True), (image,)
+    yield lambda x: F.layer_norm(x, (5, 4)), (image,)
+    yield lambda x, w: F.rms_norm(x, (6,), w), (rows, weight)
+    yield lambda x: x.softmax(-1), (image,)
+    yield lambda x: F.log_softmax(x, 1), (image,)
+    yield F.mse_loss, (image, torch.randn_like(image))
+    yield lambda x: F.cross_entropy(x, _CLASSES), (image,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_in_16_bits(dtype):
+    """As near to float64 as PyTorch's, in its dtypes and strides, with both halves of a step ours or one of them."""
+    for parameters in (dtype, torch.float32):
+        for function, tensors in _in_16_bits(dtype, parameters):
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            exact_y = gradients(function, *(t.detach().double().requires_grad_() for t in tensors))
+            steps = {}
+            for forward in (False, True):
+                for backward in (False, True):
+                    with switched(forward), fastops.record() as first:
+                        y = function(*leaves)
+                    grad = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+                    with switched(backward), fastops.record() as second:
+                        steps[forward, backward] = [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+                    assert all(row.kernel != "aten" for row in (*first, *second))
+                    assert bool(first) == forward
+                    assert bool(second) or not backward or (forward, backward) == (False, True)
+            theirs = steps[False, False]
+            for which, actual in steps.items():
+                for i, (a, t, e) in enumerate(zip(actual, theirs, exact_y, strict=True)):
+                    assert a.dtype is t.dtype
+                    assert strides(a) == strides(t)
+                    close(a, e, t, f"{which} of {tensors[0].shape} {parameters}: {i}", terms=tensors[0].numel())
 
 
 def test_running_statistics():

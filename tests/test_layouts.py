@@ -4,11 +4,13 @@ The layouts are random (guarded.random_strides): permuted, sliced, expanded, ove
 at a page that may not be touched, so that an element that does not belong to it is a fault of the process.
 """
 
+import importlib
 import random
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from calls import Call, sizes
 from every_op import declared
 from guarded import Arena, extent, random_strides
@@ -16,6 +18,8 @@ from modes import Through
 from reference import ACTIVATIONS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastops.functional as FF
 
 ARENAS = [Arena(pages=1024) for _ in range(4)]
 
@@ -65,6 +69,71 @@ def test_any_strides(op, door):
         what = f"seed {seed}: {_described(operands, grad)}"
         for one, two in zip(actual, expected, strict=True):
             torch.testing.assert_close(one, two, atol=2e-5, rtol=1e-4, msg=lambda m, what=what: f"{what}\n{m}")
+
+
+def _result(name: str, rng: random.Random) -> tuple[list[Sequence[int]], Callable[..., Tensor]]:
+    """Shapes of random operands of a function, and what calls it (of a module like torch.nn.functional) with them."""
+    least, most = (2 if name == "batch_norm" else 1 if name in _OVER_A_DIMENSION else 0), 5
+    shape = [rng.choice((1, 2, 3, 4)) for _ in range(rng.randint(least, most))]
+    channels = shape[1:2] if len(shape) > 1 else [1]
+    dim, last = rng.randrange(len(shape) or 1), rng.randint(1, max(len(shape), 1))
+    if name == "mse_loss":
+        reduction = rng.choice(("none", "none", "mean"))
+        return [shape, shape], lambda module, x, t: module.mse_loss(x, t, reduction=reduction)
+    if name == "cross_entropy":
+        target = torch.zeros([n for i, n in enumerate(shape) if i != (0 if len(shape) == 1 else 1)], dtype=torch.int64)
+        reduction = rng.choice(("none", "none", "sum"))
+        return [shape], lambda module, x: module.cross_entropy(x, target, reduction=reduction)
+    if name == "batch_norm":
+        shape[0] += 1  # more than one value of each channel
+        training = rng.random() < 0.5
+        statistics = (None, None) if training else (torch.zeros(channels), torch.ones(channels))
+        return [shape, channels], lambda module, x, w: module.batch_norm(x, *statistics, w, training=training)
+    if name in ("layer_norm", "rms_norm"):
+        with_weight = rng.random() < 0.5
+        normalized = shape[-last:]
+        return [shape, normalized], lambda module, x, w: getattr(module, name)(
+            x, normalized, w if with_weight else None
+        )
+    if name == "prelu":
+        return [shape, rng.choice((channels, [1]))], lambda module, x, w: module.prelu(x, w)
+    if name == "glu":
+        shape[dim] *= 2
+    arguments = {"glu": (dim,), "softmax": (dim,), "log_softmax": (dim,), "threshold": (0.1, 0.2)}.get(name, ())
+    return [shape], lambda module, x: getattr(module, name)(x, *arguments)
+
+
+_OVER_A_DIMENSION = ("glu", "softmax", "log_softmax", "cross_entropy", "layer_norm", "rms_norm")
+_STEMS = ("activation", "batch_norm", "layer_norm", "loss", "softmax")
+_IN_PLACE = ("celu_", "elu_", "hardtanh_", "leaky_relu_", "relu_", "selu_", "threshold_")
+_SAME_STRIDES = [
+    name
+    for stem in _STEMS
+    for name in importlib.import_module(f"fastops.functional._{stem}").__all__
+    if name not in _IN_PLACE
+]
+
+
+@pytest.mark.parametrize("door", ["fast", "general"])
+@pytest.mark.parametrize("name", _SAME_STRIDES)
+def test_strides_are_pytorchs(name, door):
+    """Of results of elementwise functions, norms and losses; a channels_last image is one layout of many."""
+    seen = set()
+    for seed in range(200):
+        rng = random.Random(seed)
+        shapes, call = _result(name, rng)
+        operands = [_place(rng, arena, shape, torch.float32) for arena, shape in zip(ARENAS, shapes, strict=False)]
+        if len(shapes[0]) == 4 and rng.random() < 0.3:
+            operands[0] = operands[0].to(memory_format=torch.channels_last)
+        leaves = [t.detach().requires_grad_(seed % 2 == 0) for t in operands]
+        expected = call(F, *operands)
+        with _door(door):
+            actual = call(FF, *leaves)
+        assert _steps(actual) == _steps(expected), f"seed {seed}: {_described(operands[:-1], operands[-1])}"
+        torch.testing.assert_close(actual.detach(), expected, atol=2e-5, rtol=1e-4)
+        seen.add(expected.is_contiguous())
+    always = {"layer_norm", "softmax", "log_softmax", "cross_entropy", "logsigmoid"}
+    assert seen == ({True} if name in always else {True, False})
 
 
 @pytest.mark.parametrize("op", declared("RANDOM_CALLS"), ids=lambda op: op.__name__.removeprefix("random_"))

@@ -46,29 +46,27 @@ Rows rows_of(const Tensor& tensor) {
   return stride && *stride >= cols ? Rows{rows, cols, *stride} : Rows{0, 0, 0};
 }
 
-// An uninitialised tensor for a result of this input: the same memory order where the input is dense, contiguous
-// otherwise.
+// An uninitialised tensor for a result of this input, with the strides that PyTorch's elementwise ops give theirs.
 template <class Int>
 Tensor empty_result(const Tensor& input) {
   const auto type = input.scalar_type();
-  if (input.is_contiguous_or_false() || !input.unsafeGetTensorImpl()->is_non_overlapping_and_dense_or_false())
-    return new_tensor<Int>(sizes_as<Int>(input), type, input.device());
-  if constexpr (std::is_same_v<Int, int64_t>)
-    return empty_output_strided(input.sizes(), input.strides(), type, input.device());
-  else
-    return at::empty_strided_symint(input.sym_sizes(), input.sym_strides(), input.options());
+  if (input.is_contiguous_or_false()) return new_tensor<Int>(sizes_as<Int>(input), type, input.device());
+  if (input.unsafeGetTensorImpl()->is_non_overlapping_and_dense_or_false())
+    return new_tensor_strided<Int>(sizes_as<Int>(input), strides_as<Int>(input), type, input.device());
+  const auto strides = elementwise_strides<Int>(sizes_as<Int>(input), {strides_as<Int>(input)});
+  return new_tensor_strided<Int>(sizes_as<Int>(input), strides, type, input.device());
 }
 
-// The tensor in the memory order of `strides`: itself where it lies so, a copy otherwise.
-Tensor in_order(const Tensor& tensor, at::IntArrayRef sizes, at::IntArrayRef strides) {
-  bool same = true;
-  for (int64_t i = 0; i < tensor.dim(); ++i)
-    same &= tensor.size(i) == 1 || tensor.stride(i) == strides[static_cast<size_t>(i)];
-  if (same) return tensor;
-  Tensor copy = empty_output_strided(sizes, strides, tensor.scalar_type(), tensor.device());
-  copy.copy_(tensor);
-  return copy;
+// Whether results are contiguous instead, as those of PyTorch's log_sigmoid.
+bool gives_contiguous(Activation activation) { return activation.kind == ActivationKind::logsigmoid; }
+
+// `tensor` in the memory order of a result of `input`: itself where it lies so, a copy otherwise.
+Tensor in_result_order(const Tensor& tensor, const Tensor& input) {
+  return in_order(tensor, elementwise_strides<int64_t>(input.sizes(), {input.strides()}));
 }
+
+// The tensor, or a dense copy in the memory order of its strides.
+Tensor dense(const Tensor& tensor) { return is_dense(tensor) ? tensor : in_result_order(tensor, tensor); }
 
 // sigmoid' and tanh' are formed from y alone: from x they would cost the forward pass again.
 void check_saved_kind(Activation activation, Saved kind) {
@@ -171,8 +169,8 @@ Channels channels_of(const Tensor& input, int64_t weights) {
 
 // PReLU needs its channels in order: any dense layout will do for a shared weight, NCHW or channels_last otherwise.
 Tensor prelu_layout(const Tensor& input, int64_t weights) {
-  const bool fits = weights == 1 ? is_dense(input) : input.is_contiguous() || is_channels_last(input);
-  return fits ? input : input.contiguous();
+  if (weights == 1) return dense(input);
+  return input.is_contiguous() || is_channels_last(input) ? input : input.contiguous();
 }
 
 template <class Int>
@@ -220,10 +218,13 @@ struct Halves {
   int64_t outer, inner;
 };
 
+// Of a dense tensor.
 Halves halves_of(const Tensor& input, int64_t dim) {
   Halves halves{1, input.size(dim) / 2};
-  for (int64_t i = 0; i < dim; ++i) halves.outer *= input.size(i);
-  for (int64_t i = dim + 1; i < input.dim(); ++i) halves.inner *= input.size(i);
+  for (int64_t i = 0; i < input.dim(); ++i) {
+    if (i == dim || input.size(i) == 1) continue;
+    (input.stride(i) > input.stride(dim) ? halves.outer : halves.inner) *= input.size(i);
+  }
   return halves;
 }
 
@@ -243,6 +244,15 @@ SizeVector<Int> glu_sizes(const Tensor& input, int64_t axis) {
   Int& size = sizes[static_cast<size_t>(axis)];
   size = size / 2;
   return sizes;
+}
+
+// An uninitialised tensor for a result, whose strides are those of an elementwise op of the halves.
+template <class Int>
+Tensor empty_half(const Tensor& input, int64_t axis) {
+  const auto sizes = glu_sizes<Int>(input, axis);
+  if (input.is_contiguous_or_false()) return new_tensor<Int>(sizes, input.scalar_type(), input.device());
+  const auto strides = elementwise_strides<Int>(sizes, {strides_as<Int>(input)});
+  return new_tensor_strided<Int>(sizes, strides, input.scalar_type(), input.device());
 }
 
 struct GluOp {
@@ -286,11 +296,12 @@ bool reads_in_place(const Tensor& input) { return rows_of(input).rows != 0; }
 
 ActivationOutput activation_forward(const Tensor& input, Activation activation, bool need_mask) {
   check_input(input, activation_name(activation.kind), "input");
-  Tensor x = input;
+  const bool contiguous = gives_contiguous(activation);
+  Tensor x = contiguous && is_dense(input) ? input.contiguous() : input;
   Rows rows = rows_of(x);
   // A mask is one flat row of bits, so a slice keeps its rows only when they end on whole bytes.
   if (rows.rows == 0 || (need_mask && rows.rows > 1 && rows.cols % 8 != 0)) {
-    x = x.contiguous();
+    x = contiguous ? x.contiguous() : dense(x);
     rows = rows_of(x);
   }
   ActivationOutput out;
@@ -311,7 +322,7 @@ Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, Activ
         saved.scalar_type() == at::kByte && saved.numel() == mask_row_bytes(g.numel()) && is_on(saved, g.device()),
         "activation_backward: saved must be a mask of ", mask_row_bytes(g.numel()), " bytes on ", g.device(), ", got ",
         saved.numel(), " elements of ", saved.scalar_type(), " on ", saved.device());
-    g = mask_strides.empty() ? g.contiguous() : in_order(g, g.sizes(), mask_strides);
+    g = mask_strides.empty() ? g.contiguous() : in_order(g, mask_strides);
     g_rows = s_rows = {1, g.numel(), g.numel()};
   } else {
     check_tensor(saved, "activation_backward", "saved", g.device());
@@ -320,7 +331,7 @@ Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, Activ
     TORCH_CHECK(saved.sizes() == g.sizes(), "activation_backward: saved must have grad_output's shape ", g.sizes(),
                 ", got ", saved.sizes());
     if (is_dense(s)) {
-      g = in_order(g, s.sizes(), s.strides());
+      g = in_order(g, s.strides());
       g_rows = s_rows = {1, g.numel(), g.numel()};
     } else {
       s_rows = rows_of(s);
@@ -398,7 +409,7 @@ Tensor activation_(const Tensor& input, Activation activation) {
     torch::autograd::increment_version(x);
   } else {
     const at::NoGradGuard no_grad;
-    ActivationOutput out = activation_forward(x, activation, kind == Saved::mask);
+    ActivationOutput out = activation_forward(x.contiguous(), activation, kind == Saved::mask);
     x.copy_(out.y);
     mask = out.mask;
   }
@@ -488,7 +499,7 @@ Tensor prelu_forward(const Tensor& input, const Tensor& weight) {
   run(PreluForward{to_dtype(x.scalar_type()), outer, channels, inner, weight.dim() ? weight.stride(0) : 0},
       {x.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr()}, x.device(),
       [&] { return row_of("prelu", {x, weight}); });
-  return y;
+  return x.is_same(input) ? y : in_result_order(y, input);
 }
 
 std::array<Tensor, 2> prelu_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
@@ -499,7 +510,7 @@ std::array<Tensor, 2> prelu_backward(const Tensor& grad_output, const Tensor& in
   TORCH_CHECK(grad_output.sizes() == input.sizes(), "prelu_backward: grad_output must have input's shape ",
               input.sizes(), ", got ", grad_output.sizes());
   const Tensor x = prelu_layout(input, weight.numel());
-  const Tensor g = in_order(grad_output, x.sizes(), x.strides());
+  const Tensor g = in_order(grad_output, x.strides());
   std::array<Tensor, 2> out;
   if (output_mask[0]) out[0] = empty_result<int64_t>(x);
   if (output_mask[1]) out[1] = empty_output(weight.sizes(), weight.scalar_type(), x.device());
@@ -535,13 +546,13 @@ bool prelu_accepts(const Tensor& input, const Tensor& weight) {
 
 Tensor glu_forward(const Tensor& input, int64_t dim) {
   const int64_t axis = check_glu<int64_t>(input, dim);
-  const Tensor x = input.contiguous();
-  Tensor y = empty_output(glu_sizes<int64_t>(x, axis), x.scalar_type(), x.device());
+  const Tensor x = dense(input);
+  Tensor y = empty_half<int64_t>(x, axis);
   if (y.numel() == 0) return y;
   const auto [outer, inner] = halves_of(x, axis);
   run(GluForward{to_dtype(x.scalar_type()), outer, inner}, {x.const_data_ptr(), y.mutable_data_ptr()}, x.device(),
       [&] { return row_of("glu", {x}); });
-  return y;
+  return x.is_same(input) ? y : in_order(y, elementwise_strides<int64_t>(y.sizes(), {input.strides()}));
 }
 
 Tensor glu_backward(const Tensor& grad_output, const Tensor& input, int64_t dim) {
@@ -580,11 +591,9 @@ namespace {
 
 // ---- the general door
 
-// The result in the memory order that the Meta kernels promise: that of this tensor where it is dense.
+// The result in the memory order that the Meta kernels promise of a result of this tensor.
 Tensor like(const Tensor& tensor, const Tensor& result) {
-  if (tensor.strides() == result.strides()) return result;
-  const Tensor ordered = empty_result<int64_t>(tensor);
-  return ordered.strides() == result.strides() ? result : ordered.copy_(result);
+  return tensor.strides() == result.strides() ? result : in_result_order(result, tensor);
 }
 
 // A mask that crosses this door is in the logical order of its elements, whatever the strides: a compiler may change
@@ -597,10 +606,11 @@ std::tuple<Tensor, Tensor> activation_forward_op(const Tensor& input, c10::strin
   if constexpr (is_symbolic<Int>) {
     check_input(input, activation_name(f.kind), "input");
     const Int bytes = masked ? (input.sym_numel() + 7) / 8 : Int(0);
-    return {empty_result<Int>(input), new_tensor<Int>({bytes}, at::kByte, input.device())};
+    const Tensor y = gives_contiguous(f) ? new_tensor<Int>(sizes_as<Int>(input), input.scalar_type(), input.device())
+                                         : empty_result<Int>(input);
+    return {y, new_tensor<Int>({bytes}, at::kByte, input.device())};
   } else {
-    if (!masked)
-      return {like(input, activation_forward(input, f, false).y), at::empty({0}, input.options().dtype(at::kByte))};
+    if (!masked) return {activation_forward(input, f, false).y, at::empty({0}, input.options().dtype(at::kByte))};
     const auto [y, mask] = activation_forward(input.contiguous(), f, true);
     return {like(input, y), mask};
   }
@@ -622,7 +632,7 @@ Tensor activation_second_derivative_op(const Tensor& saved, c10::string_view act
 
 template <class Int>
 Tensor prelu_forward_op(const Tensor& input, const Tensor& weight) {
-  if constexpr (!is_symbolic<Int>) return like(input, prelu_forward(input, weight));
+  if constexpr (!is_symbolic<Int>) return prelu_forward(input, weight);
   check_prelu<Int>(input, weight);
   return empty_result<Int>(input);
 }
@@ -645,7 +655,7 @@ std::tuple<Tensor, Tensor> prelu_backward_op(const Tensor& grad_output, const Te
 template <class Int>
 Tensor glu_forward_op(const Tensor& input, int64_t dim) {
   if constexpr (!is_symbolic<Int>) return glu_forward(input, dim);
-  return new_tensor<Int>(glu_sizes<Int>(input, check_glu<Int>(input, dim)), input.scalar_type(), input.device());
+  return empty_half<Int>(input, check_glu<Int>(input, dim));
 }
 
 template <class Int>

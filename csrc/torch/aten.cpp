@@ -39,6 +39,7 @@ void update() {
   aten::override_pools(*all);
   aten::override_activations(*all);
   aten::override_norms(*all);
+  aten::override_losses(*all);
   aten::override_attention(*all);
   overrides = std::move(all);
 }

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
 #include "call.h"
@@ -35,6 +36,8 @@ std::array<Tensor, 3> layer_norm_with_statistics(const Tensor& input, const opti
 std::array<Tensor, 3> layer_norm_gradients(const Tensor& grad_output, const Tensor& input, const Tensor& mean,
                                            const Tensor& rstd, const optional<Tensor>& weight, int64_t dims,
                                            std::array<bool, 3> output_mask);
+// rms_norm over the last `dims` dimensions, recorded for autograd. (layer_norm.cpp)
+Tensor rms_norm_recorded(const Tensor& input, const optional<Tensor>& weight, int64_t dims, double eps);
 // softmax or log_softmax along a dimension, and its gradient; no autograd. (softmax.cpp)
 Tensor softmax_along(const Tensor& input, int64_t dim, bool log);
 Tensor softmax_gradient(const Tensor& grad_output, const Tensor& output, int64_t dim, bool log);
@@ -47,6 +50,12 @@ std::array<Tensor, 3> batch_norm_with_statistics(const Tensor& input, const opti
 std::array<Tensor, 3> batch_norm_gradients(const Tensor& grad_output, const Tensor& input,
                                            const optional<Tensor>& weight, const Tensor& mean, const Tensor& rstd,
                                            bool training, std::array<bool, 3> output_mask);
+// Losses, with a reduction of at::Reduction: cross entropy, recorded for autograd, and nothing where there is no kernel
+// for these operands; the mean squared error of operands of one shape, and its gradient of input. (loss.cpp)
+optional<Tensor> cross_entropy_recorded(const Tensor& input, const Tensor& target, const optional<Tensor>& weight,
+                                        int64_t reduction, int64_t ignore_index, double smoothing);
+Tensor mse_loss_plain(const Tensor& input, const Tensor& target, int64_t reduction);
+Tensor mse_loss_gradient(const Tensor& grad_output, const Tensor& input, const Tensor& target, int64_t reduction);
 // Attention, recorded for autograd. (attention.cpp)
 Tensor attention_recorded(const Tensor& query, const Tensor& key, const Tensor& value, const optional<Tensor>& mask,
                           bool causal, double scale);
@@ -61,6 +70,7 @@ struct Overrides {
 void override_activations(Overrides& overrides);
 void override_attention(Overrides& overrides);
 void override_convolutions(Overrides& overrides);
+void override_losses(Overrides& overrides);
 void override_norms(Overrides& overrides);
 void override_pools(Overrides& overrides);
 void override_products(Overrides& overrides);
@@ -77,6 +87,11 @@ bool takes(const Tensor& first, const Tensors&... others) {
 }
 // The bias of a call, which PyTorch's C++ callers may also give as an undefined tensor.
 inline optional<Tensor> defined(const optional<Tensor>& bias) { return bias && bias->defined() ? bias : std::nullopt; }
+
+// Whether autocast may yet cast this tensor in the ops that PyTorch composes the call of.
+inline bool is_autocast(const Tensor& tensor) {
+  return tensor.element_size() == 2 && at::autocast::is_autocast_enabled(at::kCPU);
+}
 
 // Whether a call at the key AutogradCPU is recorded by a node of ours: nobody looks on, and nothing is dual.
 template <class... Tensors>

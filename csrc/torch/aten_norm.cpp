@@ -1,5 +1,8 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUFunctions.h>
+#include <ATen/ops/rms_norm_compositeimplicitautograd_dispatch.h>
+
+#include <limits>
 
 #include "aten.h"
 
@@ -8,23 +11,36 @@ namespace {
 
 using at::IntArrayRef;
 
-// PyTorch keeps the statistics of 16-bit inputs in dtypes of its own.
-bool is_wide(const Tensor& tensor) { return tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble; }
-
-bool takes_parameter(const Tensor& input, const optional<Tensor>& parameter) {
-  return !parameter || takes(input, *parameter);
+// The dtype of the parameters that are given, which is also that of PyTorch's statistics: the input's, or float32 for
+// all of them where the input has 16 bits. None for a mixture.
+optional<at::ScalarType> parameter_type(const Tensor& input,
+                                        std::initializer_list<const optional<Tensor>*> parameters) {
+  optional<at::ScalarType> found;
+  for (const auto* parameter : parameters) {
+    if (!*parameter) continue;
+    const auto type = (*parameter)->scalar_type();
+    if (!takes(**parameter) || type != found.value_or(type)) return {};
+    found = type;
+  }
+  const auto own = input.scalar_type(), type = found.value_or(own);
+  return type == own || (type == at::kFloat && input.element_size() == 2) ? optional(type) : std::nullopt;
 }
+
+// Statistics as the kernels have them, and as PyTorch hands them on.
+Tensor widened(const Tensor& tensor) { return tensor.element_size() == 2 ? tensor.to(at::kFloat) : tensor; }
 
 // ---- layer_norm
 
 bool fits(const Tensor& input, IntArrayRef normalized, const optional<Tensor>& weight, const optional<Tensor>& bias) {
-  if (!is_wide(input) || !takes(input) || input.numel() == 0 || normalized.empty()) return false;
+  if (!takes(input) || input.numel() == 0 || normalized.empty()) return false;
   if (static_cast<size_t>(input.dim()) < normalized.size() ||
       input.sizes().slice(static_cast<size_t>(input.dim()) - normalized.size()) != normalized)
     return false;
   for (const auto* parameter : {&weight, &bias})
-    if (!takes_parameter(input, *parameter) || (*parameter && (*parameter)->sizes() != normalized)) return false;
-  return true;
+    if (*parameter && (*parameter)->sizes() != normalized) return false;
+  // Without a weight the kernels take a bias of the input's dtype only.
+  const auto type = parameter_type(input, {&weight, &bias});
+  return type && (weight || *type == input.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor> native_layer_norm(const Tensor& input, IntArrayRef normalized,
@@ -33,8 +49,9 @@ std::tuple<Tensor, Tensor, Tensor> native_layer_norm(const Tensor& input, IntArr
   const optional<Tensor> weight = defined(given_weight), bias = defined(given_bias);
   if (fits(input, normalized, weight, bias)) {
     const auto dims = static_cast<int64_t>(normalized.size());
+    const auto type = *parameter_type(input, {&weight, &bias});
     auto [y, mean, rstd] = layer_norm_with_statistics(input, weight, bias, dims, eps);
-    return {std::move(y), std::move(mean), std::move(rstd)};
+    return {std::move(y), mean.to(type), rstd.to(type)};
   }
   return pytorch("layer_norm", input,
                  [&] { return at::cpu::native_layer_norm(input, normalized, given_weight, given_bias, eps); });
@@ -46,10 +63,10 @@ std::tuple<Tensor, Tensor, Tensor> native_layer_norm_backward(const Tensor& grad
                                                               const optional<Tensor>& given_bias,
                                                               std::array<bool, 3> output_mask) {
   const optional<Tensor> weight = defined(given_weight), bias = defined(given_bias);
-  if (fits(input, normalized, weight, bias) && takes(grad_output, input, mean, rstd) &&
-      grad_output.sizes() == input.sizes()) {
+  if (fits(input, normalized, weight, bias) && takes(grad_output, input) && takes(mean, rstd) &&
+      mean.scalar_type() == *parameter_type(input, {&weight, &bias}) && grad_output.sizes() == input.sizes()) {
     const auto dims = static_cast<int64_t>(normalized.size());
-    auto [x, w, b] = layer_norm_gradients(grad_output, input, mean, rstd, weight, dims,
+    auto [x, w, b] = layer_norm_gradients(grad_output, input, widened(mean), widened(rstd), weight, dims,
                                           {output_mask[0], output_mask[1] && weight, output_mask[2] && bias});
     return {std::move(x), std::move(w), std::move(b)};
   }
@@ -57,6 +74,23 @@ std::tuple<Tensor, Tensor, Tensor> native_layer_norm_backward(const Tensor& grad
     return at::cpu::native_layer_norm_backward(grad_output, input, normalized, mean, rstd, given_weight, given_bias,
                                                output_mask);
   });
+}
+
+// ---- rms_norm, which PyTorch composes of five ops
+
+Tensor rms_norm(const Tensor& input, c10::SymIntArrayRef shape, const optional<Tensor>& given_weight,
+                optional<double> given_eps) {
+  const optional<Tensor> weight = defined(given_weight);
+  if (takes_recorded(input) && (!weight || (takes(*weight, input) && takes_recorded(*weight))) &&
+      input.is_contiguous() && !is_autocast(input)) {
+    const auto normalized = c10::asIntArrayRefSlowOpt(shape);
+    if (normalized && fits(input, *normalized, weight, {})) {
+      const double epsilon = input.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                                                : std::numeric_limits<float>::epsilon();
+      return rms_norm_recorded(input, weight, static_cast<int64_t>(normalized->size()), given_eps.value_or(epsilon));
+    }
+  }
+  return at::compositeimplicitautograd::rms_norm_symint(input, shape, given_weight, given_eps);
 }
 
 // ---- softmax
@@ -87,13 +121,14 @@ Tensor softmax_backward(const Tensor& grad_output, const Tensor& output, int64_t
 // Whether these are operands of ours: (batch, channels, ...) of several values for each channel.
 bool fits(const Tensor& input, const optional<Tensor>& weight, const optional<Tensor>& bias,
           const optional<Tensor>& running_mean, const optional<Tensor>& running_var, bool training) {
-  if (!is_wide(input) || !takes(input) || input.dim() < 2 || input.numel() == 0) return false;
+  if (!takes(input) || input.dim() < 2 || input.numel() == 0) return false;
   if (bool(running_mean) != bool(running_var) || (!training && !running_mean)) return false;
   if (training && input.numel() == input.size(1)) return false;
   for (const auto* parameter : {&weight, &bias, &running_mean, &running_var}) {
     if (!*parameter) continue;
-    if (!takes(input, **parameter) || (*parameter)->dim() != 1 || (*parameter)->size(0) != input.size(1)) return false;
+    if ((*parameter)->dim() != 1 || (*parameter)->size(0) != input.size(1)) return false;
   }
+  if (!parameter_type(input, {&weight, &bias, &running_mean, &running_var})) return false;
   for (const auto* running : {&running_mean, &running_var})
     if (*running && !(*running)->is_contiguous()) return false;
   return input.is_contiguous(input.suggest_memory_format());
@@ -109,10 +144,11 @@ std::tuple<Tensor, Tensor, Tensor> native_batch_norm(const Tensor& input, const 
   if (eps > 0 && fits(input, weight, bias, mean, var, training)) {
     auto [y, save_mean, save_rstd] =
         batch_norm_with_statistics(input, weight, bias, mean, var, training, momentum, eps);
-    const auto or_none = [&](Tensor& tensor) {  // without statistics PyTorch returns tensors of no elements
-      return tensor.defined() ? std::move(tensor) : at::empty({0}, input.options());
+    const auto type = *parameter_type(input, {&weight, &bias, &mean, &var});
+    const auto handed_on = [&](const Tensor& tensor) {  // without statistics PyTorch returns tensors of no elements
+      return tensor.defined() ? tensor.to(type) : at::empty({0}, input.options().dtype(type));
     };
-    return {std::move(y), or_none(save_mean), or_none(save_rstd)};
+    return {std::move(y), handed_on(save_mean), handed_on(save_rstd)};
   }
   return pytorch("batch_norm", input, [&] {
     return at::cpu::native_batch_norm(input, given_weight, given_bias, given_mean, given_var, training, momentum, eps);
@@ -125,12 +161,13 @@ std::tuple<Tensor, Tensor, Tensor> native_batch_norm_backward(
     const optional<Tensor>& given_save_rstd, bool training, double eps, std::array<bool, 3> output_mask) {
   const optional<Tensor> weight = defined(given_weight), mean = defined(given_mean), var = defined(given_var),
                          save_mean = defined(given_save_mean), save_rstd = defined(given_save_rstd);
-  const bool saved = !training || (save_mean && save_rstd && takes(input, *save_mean, *save_rstd));
+  const bool saved = !training || (save_mean && save_rstd && takes(*save_mean, *save_rstd));
   if (saved && takes(grad_output, input) && grad_output.sizes() == input.sizes() &&
       fits(input, weight, {}, mean, var, training)) {
     const std::array<bool, 3> wanted{output_mask[0], output_mask[1] && weight, output_mask[2]};
-    auto [x, w, b] = batch_norm_gradients(grad_output, input, weight, training ? *save_mean : *mean,
-                                          training ? *save_rstd : (*var + eps).rsqrt(), training, wanted);
+    const Tensor used_mean = widened(training ? *save_mean : *mean);
+    const Tensor used_rstd = training ? widened(*save_rstd) : (widened(*var) + eps).rsqrt();
+    auto [x, w, b] = batch_norm_gradients(grad_output, input, weight, used_mean, used_rstd, training, wanted);
     return {std::move(x), std::move(w), std::move(b)};
   }
   return pytorch("batch_norm_backward", grad_output, [&] {
@@ -143,6 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> native_batch_norm_backward(
 
 void override_norms(Overrides& overrides) {
   torch::Library& m = overrides.below_autograd;
+  put<aten::rms_norm, at::compositeimplicitautograd::rms_norm_symint>(overrides.with_autograd, "rms_norm");
   put<aten::native_layer_norm, at::cpu::native_layer_norm>(m, "native_layer_norm");
   put<aten::native_layer_norm_backward, at::cpu::native_layer_norm_backward>(m, "native_layer_norm_backward");
   put<softmax<false, at::cpu::_softmax>, at::cpu::_softmax>(m, "_softmax");

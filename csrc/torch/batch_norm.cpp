@@ -480,8 +480,9 @@ std::array<Tensor, 3> batch_norm_with_statistics(const Tensor& input, const opti
 std::array<Tensor, 3> batch_norm_gradients(const Tensor& grad_output, const Tensor& input,
                                            const optional<Tensor>& weight, const Tensor& mean, const Tensor& rstd,
                                            bool training, std::array<bool, 3> output_mask) {
+  const auto parameters = weight ? weight->scalar_type() : input.scalar_type();
   auto out = backward(grad_output, input, weight.value_or(none), {}, {}, at::stack({mean, rstd}), training, {},
-                      Saved::nothing, input.scalar_type(), {output_mask[0], output_mask[1], output_mask[2], false});
+                      Saved::nothing, parameters, {output_mask[0], output_mask[1], output_mask[2], false});
   return {std::move(out[0]), std::move(out[1]), std::move(out[2])};
 }
 

@@ -18,6 +18,11 @@ struct NormArgs {
 
 const char* norm_name(const NormArgs& args) { return args.rms ? "rms_norm" : "layer_norm"; }
 
+// The memory format of a result: PyTorch's rms_norm keeps that of an image, its layer_norm gives contiguous ones.
+at::MemoryFormat format_of(const Tensor& input, const NormArgs& args) {
+  return args.rms ? input.suggest_memory_format() : at::MemoryFormat::Contiguous;
+}
+
 struct NormOutput {
   Tensor y;
   Tensor mean, rstd;  // float32 (float64 for float64), one a row; undefined if not wanted, mean also if rms
@@ -157,6 +162,8 @@ NormOutput layer_norm_forward(const Tensor& input, const optional<Tensor>& weigh
        mutable_or_null(out.rstd)},
       x.device(),
       [&] { return record::Row{norm_name(args), {}, record::shapes_of({input, w, b}), dtype_name(x.scalar_type())}; });
+  if (const auto format = format_of(input, args); format != at::MemoryFormat::Contiguous)
+    out.y = out.y.contiguous(format);
   return out;
 }
 
@@ -292,7 +299,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward_op(const Tensor& input, co
   NormOutput out;
   if constexpr (is_symbolic<Int>) {
     check_norm<Int>(input, weight, bias, args);
-    out.y = new_tensor<Int>(sizes_as<Int>(input), input.scalar_type(), input.device());
+    out.y = at::empty_symint(input.sym_sizes(), input.options(), format_of(input, args));
     const auto sizes = statistics_sizes<Int>(input, dims);
     if (!rms) out.mean = new_tensor<Int>(sizes, statistics_type(input), input.device());
     out.rstd = new_tensor<Int>(sizes, statistics_type(input), input.device());
@@ -384,6 +391,10 @@ std::array<Tensor, 3> layer_norm_with_statistics(const Tensor& input, const opti
                                                  const optional<Tensor>& bias, int64_t dims, double eps) {
   NormOutput out = layer_norm_forward(input, weight, bias, {dims, eps, /*rms=*/false}, /*need_statistics=*/true);
   return {std::move(out.y), std::move(out.mean), std::move(out.rstd)};
+}
+
+Tensor rms_norm_recorded(const Tensor& input, const optional<Tensor>& weight, int64_t dims, double eps) {
+  return layer_norm(input, weight, std::nullopt, {dims, eps, /*rms=*/true});
 }
 
 std::array<Tensor, 3> layer_norm_gradients(const Tensor& grad_output, const Tensor& input, const Tensor& mean,

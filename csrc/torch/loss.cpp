@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 
 #include "../kernels/loss/loss.h"
+#include "aten.h"
 #include "binding.h"
 #include "call.h"
 #include "node.h"
@@ -226,11 +227,25 @@ void check_mse(const Tensor& input, const Tensor& target) {
               "mse_loss: target must have input's shape ", sizes_as<Int>(input), ", got ", sizes_as<Int>(target));
 }
 
+// An uninitialised result; without a reduction its strides are those of an elementwise op.
+template <class Int>
+Tensor empty_mse(const Tensor& input, const Tensor& target, Reduction reduction) {
+  if (reduction != Reduction::none || (input.is_contiguous_or_false() && target.is_contiguous_or_false()))
+    return empty_loss<Int>(input, target, reduction);
+  const auto strides =
+      elementwise_strides<Int>(sizes_as<Int>(input), {strides_as<Int>(input), strides_as<Int>(target)});
+  return new_tensor_strided<Int>(sizes_as<Int>(input), strides, input.scalar_type(), input.device());
+}
+
 Tensor mse_forward(const Tensor& input, const Tensor& target, Reduction reduction) {
   check_mse<int64_t>(input, target);
-  const Tensor x = input.contiguous(), t = target.contiguous();
-  Tensor y = empty_loss<int64_t>(x, t, reduction);
+  Tensor y = empty_mse<int64_t>(input, target, reduction), x = input, t = target;
   if (y.numel() == 0) return y;
+  if (!x.is_contiguous() || !t.is_contiguous()) {
+    const auto order = elementwise_strides<int64_t>(x.sizes(), {x.strides(), t.strides()});
+    x = in_order(x, order);
+    t = in_order(t, order);
+  }
   run(MseForward{to_dtype(x.scalar_type()), x.numel(), reduction},
       {x.const_data_ptr(), t.const_data_ptr(), y.mutable_data_ptr()}, x.device(),
       [&] { return row_of("mse_loss", {x, t}); });
@@ -322,7 +337,7 @@ template <class Int>
 Tensor mse_loss_forward_op(const Tensor& input, const Tensor& target, c10::string_view reduction) {
   if constexpr (is_symbolic<Int>) {
     check_mse<Int>(input, target);
-    return empty_loss<Int>(input, target, read_reduction(reduction));
+    return empty_mse<Int>(input, target, read_reduction(reduction));
   } else {
     return mse_forward(input, target, read_reduction(reduction));
   }
@@ -394,6 +409,20 @@ py::object mse_loss_fast(py::handle input, py::handle target, py::handle reducti
 }
 
 }  // namespace
+
+optional<Tensor> cross_entropy_recorded(const Tensor& input, const Tensor& target, const optional<Tensor>& weight,
+                                        int64_t reduction, int64_t ignore_index, double smoothing) {
+  if (reduction < 0 || reduction > 2 || !cross_entropy_accepts(input, target, weight, smoothing)) return {};
+  return cross_entropy(input, target, weight, {static_cast<Reduction>(reduction), ignore_index, smoothing});
+}
+
+Tensor mse_loss_plain(const Tensor& input, const Tensor& target, int64_t reduction) {
+  return mse_forward(input, target, static_cast<Reduction>(reduction));
+}
+
+Tensor mse_loss_gradient(const Tensor& grad_output, const Tensor& input, const Tensor& target, int64_t reduction) {
+  return mse_backward(grad_output, input, target, static_cast<Reduction>(reduction), {true, false})[0];
+}
 
 void implement_loss(torch::Library& m, bool meta) {
   meta ? implement_loss<c10::SymInt>(m) : implement_loss<int64_t>(m);

@@ -65,4 +65,50 @@ at::Tensor new_tensor_strided(Sizes<Int> sizes, Sizes<Int> strides, at::ScalarTy
     return empty_output_strided(sizes, strides, type, device);
 }
 
+// The strides of a dense tensor of these sizes whose dimensions lie in the order of the operands' strides, which is
+// what PyTorch's elementwise ops give a result. Operands have these sizes; of two dimensions the first operand that
+// tells them apart decides. Source: at::TensorIteratorBase::reorder_dimensions.
+template <class Int>
+SizeVector<Int> elementwise_strides(Sizes<Int> sizes, std::initializer_list<Sizes<Int>> operands) {
+  // Below 0 where a lies inside b, above 0 where it lies around it, 0 where no operand says.
+  const auto compare = [&](size_t a, size_t b) {
+    for (const Sizes<Int>& strides : operands) {
+      if (same(strides[a], Int(0)) || same(strides[b], Int(0))) continue;
+      if (less(strides[a], strides[b])) return -1;
+      if (less(strides[b], strides[a]) || less(sizes[b], sizes[a])) return 1;
+    }
+    return 0;
+  };
+  c10::SmallVector<size_t, 5> order;  // from the innermost dimension to the outermost
+  for (size_t i = sizes.size(); i-- > 0;) order.push_back(i);
+  for (size_t i = 1; i < order.size(); ++i) {
+    for (size_t here = i, inner = i; inner-- > 0;) {
+      const int comparison = compare(order[inner], order[here]);
+      if (comparison < 0) break;
+      if (comparison == 0) continue;
+      std::swap(order[inner], order[here]);
+      here = inner;
+    }
+  }
+  SizeVector<Int> strides(sizes.size(), Int(1));
+  Int step = 1;
+  for (const size_t i : order) {
+    strides[i] = step;
+    step = step * sizes[i];
+  }
+  return strides;
+}
+
+// The tensor in the memory order of `strides`: itself where it lies so, a copy otherwise.
+inline at::Tensor in_order(const at::Tensor& tensor, at::IntArrayRef strides) {
+  bool lies_so = true;
+  for (int64_t i = 0; i < tensor.dim(); ++i)
+    lies_so &= tensor.size(i) == 1 || tensor.stride(i) == strides[static_cast<size_t>(i)];
+  if (lies_so) return tensor;
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  at::Tensor copy = empty_output_strided(tensor.sizes(), strides, tensor.scalar_type(), tensor.device());
+  copy.copy_(tensor);
+  return copy;
+}
+
 }  // namespace fastops

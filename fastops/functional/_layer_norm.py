@@ -78,7 +78,7 @@ def rms_norm(
         eps: a number; None: the machine epsilon of input's dtype, of float32 for a 16-bit one.
 
     Returns:
-        A contiguous tensor of input's shape and dtype.
+        A tensor of input's shape and dtype: channels_last where input is an image that is, else contiguous.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit. TypeError: an argument is not a Tensor.
