@@ -18,10 +18,10 @@ def enable() -> None:
     it.
 
     What it takes: linear, mm, addmm (and with them matmul of a matrix), convolution, the pools, batch_norm, layer_norm,
-    rms_norm, softmax, log_softmax, scaled_dot_product_attention, cross_entropy (of class indices), mse_loss, and relu,
-    threshold, leaky_relu, elu, selu, celu, gelu, silu, mish, sigmoid, tanh, softplus, hardtanh, relu6, hardsigmoid,
-    hardswish, hardshrink, softshrink and glu, in place too; float32, float64, bfloat16 and float16. out= stays
-    PyTorch's, and so do rms_norm and cross_entropy in inference mode, but for the ops that PyTorch makes them of.
+    rms_norm, softmax, log_softmax, scaled_dot_product_attention, cross_entropy (rows and class indices), mse_loss, and
+    relu, threshold, leaky_relu, elu, selu, celu, gelu, silu, mish, sigmoid, tanh, softplus, hardtanh, relu6,
+    hardsigmoid, hardswish, hardshrink, softshrink and glu, in place too; float32, float64, bfloat16 and float16. out=
+    stays PyTorch's. So do rms_norm and cross_entropy in inference mode, and 16-bit norms that are too small to gain.
 
     Raises nothing. Source: fastops' own; PyTorch's torch.library is how it is done.
 

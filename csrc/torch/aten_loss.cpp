@@ -7,15 +7,17 @@
 namespace fastops::aten {
 namespace {
 
-// ---- cross_entropy_loss, which PyTorch composes of log_softmax and a loss. Ours keeps no log-probabilities.
+// ---- cross_entropy_loss, which PyTorch composes of log_softmax and a loss. Ours keeps no log-probabilities. Where the
+// classes of a position are apart, as an image's are, the two are faster (8x21x64x64, Zen 4, one thread: 1.3 and 1.7
+// ms).
 
 Tensor cross_entropy_loss(const Tensor& input, const Tensor& target, const optional<Tensor>& given_weight,
                           int64_t reduction, c10::SymInt ignore_index, double smoothing) {
   const optional<Tensor> weight = defined(given_weight);
   const bool is_plain = target.scalar_type() == at::kLong && (target.key_set().raw_repr() & ~kDenseCpuKeys) == 0;
   const auto ignored = ignore_index.maybe_as_int();
-  if (is_plain && ignored && takes_recorded(input) && (!weight || takes_recorded(*weight)) && input.is_contiguous() &&
-      !is_autocast(input))
+  if (is_plain && ignored && input.dim() <= 2 && takes_recorded(input) && (!weight || takes_recorded(*weight)) &&
+      input.is_contiguous() && !is_autocast(input))
     if (auto y = cross_entropy_recorded(input, target, weight, reduction, *ignored, smoothing)) return *std::move(y);
   return at::compositeimplicitautograd::cross_entropy_loss_symint(input, target, given_weight, reduction,
                                                                   std::move(ignore_index), smoothing);
