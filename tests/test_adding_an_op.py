@@ -44,6 +44,7 @@ USERS = {
     "tests/test_guard_pages.py": "layouts of their own; test_layouts.py has those of every op",
     "tests/cpp/test_plans.cpp": "what all plans promise, on some",
     "tests/test_cuda_plans.py": "what all plans promise, on some",
+    "tests/test_layouts.py": "functions of one operand, whose results have PyTorch's strides",
     "tests/test_plans.py": "what all plans promise, on some",
     "tests/test_record.py": "an example",
     "tests/test_threads.py": "what several threads share",

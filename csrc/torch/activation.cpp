@@ -57,9 +57,6 @@ Tensor empty_result(const Tensor& input) {
   return new_tensor_strided<Int>(sizes_as<Int>(input), strides, type, input.device());
 }
 
-// Whether results are contiguous instead, as those of PyTorch's log_sigmoid.
-bool gives_contiguous(Activation activation) { return activation.kind == ActivationKind::logsigmoid; }
-
 // `tensor` in the memory order of a result of `input`: itself where it lies so, a copy otherwise.
 Tensor in_result_order(const Tensor& tensor, const Tensor& input) {
   return in_order(tensor, elementwise_strides<int64_t>(input.sizes(), {input.strides()}));
@@ -296,12 +293,11 @@ bool reads_in_place(const Tensor& input) { return rows_of(input).rows != 0; }
 
 ActivationOutput activation_forward(const Tensor& input, Activation activation, bool need_mask) {
   check_input(input, activation_name(activation.kind), "input");
-  const bool contiguous = gives_contiguous(activation);
-  Tensor x = contiguous && is_dense(input) ? input.contiguous() : input;
+  Tensor x = input;
   Rows rows = rows_of(x);
   // A mask is one flat row of bits, so a slice keeps its rows only when they end on whole bytes.
   if (rows.rows == 0 || (need_mask && rows.rows > 1 && rows.cols % 8 != 0)) {
-    x = contiguous ? x.contiguous() : dense(x);
+    x = dense(x);
     rows = rows_of(x);
   }
   ActivationOutput out;
@@ -606,9 +602,7 @@ std::tuple<Tensor, Tensor> activation_forward_op(const Tensor& input, c10::strin
   if constexpr (is_symbolic<Int>) {
     check_input(input, activation_name(f.kind), "input");
     const Int bytes = masked ? (input.sym_numel() + 7) / 8 : Int(0);
-    const Tensor y = gives_contiguous(f) ? new_tensor<Int>(sizes_as<Int>(input), input.scalar_type(), input.device())
-                                         : empty_result<Int>(input);
-    return {y, new_tensor<Int>({bytes}, at::kByte, input.device())};
+    return {empty_result<Int>(input), new_tensor<Int>({bytes}, at::kByte, input.device())};
   } else {
     if (!masked) return {activation_forward(input, f, false).y, at::empty({0}, input.options().dtype(at::kByte))};
     const auto [y, mask] = activation_forward(input.contiguous(), f, true);
