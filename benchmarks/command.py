@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fastops._modules import modules
-from fastops.benchmarks import figures, footprint, models, report
+from fastops.benchmarks import busy, figures, footprint, models, report
 from fastops.benchmarks.harness import DTYPES, FORWARD, MODES, Case, Row, WrongResult, measure
 
 # What measures an op (FUNCTIONS, SHAPE, make, cases), by its stem. The whole models are measured if --models asks.
@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="mode",
         choices=list(MODES),
         help="without autograd, recording, with backward",
+    )
+    parser.add_argument(
+        "--busy", action="store_true", help="instead: three models while other programs want the processor"
     )
     parser.add_argument("--isa", default=None, help="a lower tier than the best one (see `fastops info`)")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter samples, float32 and bfloat16 only")
@@ -103,6 +106,8 @@ def choose(options: argparse.Namespace) -> list[Case]:
 
 def run(options: argparse.Namespace) -> int:
     """Measures, prints and writes; returns 1 when a result was wrong."""
+    if options.busy:
+        return busy.run(options.out, *(options.threads or [min(2, torch.get_num_threads())])[:1], options.quick)
     cases = choose(options)
     with_memory = options.shape is None and (options.op is None or "memory" in options.op)
     if not cases and not with_memory:

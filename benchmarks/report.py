@@ -181,7 +181,7 @@ def newest(results: Path, models_only: bool) -> dict:
     Raises:
         FileNotFoundError: there are none.
     """
-    others = ("gpu-", tables.PREFIX)
+    others = ("gpu-", "busy-", tables.PREFIX)
     paths = sorted(path for path in results.glob("*.json") if not path.name.startswith(others))
     found = [json.loads(path.read_text()) for path in paths if path.stem.endswith(MODELS_ONLY) == models_only]
     if not found:

@@ -29,6 +29,8 @@ class Info:
     isa_used: str
     isa_reason: str
     threads: int
+    team: str  # whose threads they are now: "openmp", PyTorch's, or "own"
+    team_reason: str
     openmp: tuple[str, ...]  # the OpenMP runtimes in this process
     cuda: bool  # tensors on a GPU take fastops' kernels where there are some for the op
     cuda_reason: str  # what was compiled in, or why nothing was; the driver and the devices found, or what is missing
@@ -48,7 +50,7 @@ class Info:
             ("flags", self.compiler_flags),
             ("processor", f"{self.cpu}, {self.cores} cores for this process"),
             ("ISA", f"{self.isa_used} ({self.isa_reason})"),
-            ("threads", f"{self.threads} (torch.set_num_threads)"),
+            ("threads", f"{self.threads} (torch.set_num_threads), {self.team_reason}"),
             ("OpenMP", ", ".join(self.openmp) if self.openmp else "none loaded"),
             ("CUDA", f"{'yes' if self.cuda else 'no'}: {self.cuda_reason}"),
             (
@@ -96,6 +98,8 @@ def info() -> Info:
         isa_used=_C.isa_used(),
         isa_reason=_isa_reason(),
         threads=torch.get_num_threads(),
+        team=_C.team(),
+        team_reason=_team_reason(),
         openmp=_openmp_runtimes(),
         cuda=cuda,
         cuda_reason=f"{build['cuda']}; {found}" if found else build["cuda"],
@@ -112,6 +116,16 @@ def _isa_reason() -> str:
     if used == found:
         return "the best that this processor has"
     return f"this processor has {found}" + (f"; lowered by FASTOPS_ISA={asked}" if asked == used else "; lowered")
+
+
+def _team_reason() -> str:
+    asked, choice = os.environ.get("FASTOPS_TEAM", ""), _C.team_choice()
+    whose = "PyTorch's" if _C.team() == "openmp" else "of a team of fastops' own"
+    if choice != "auto":
+        return f"{whose}, by FASTOPS_TEAM={choice}"
+    if asked not in ("", "auto"):
+        whose += f"; FASTOPS_TEAM={asked} is none of auto, openmp and own, and is ignored"
+    return whose if _C.team() == "openmp" else f"{whose}, as other programs want the processor"
 
 
 def _openmp_runtimes() -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 #include "binding.h"
 #include "call.h"
 #include "gpu.h"
+#include "team.h"
 
 namespace fastops {
 namespace {
@@ -37,6 +38,12 @@ bool set_isa_by_name(const std::string& name) {
   return false;
 }
 
+bool set_team(const std::string& name) {
+  for (const TeamChoice choice : {TeamChoice::automatic, TeamChoice::openmp, TeamChoice::own})
+    if (name == team_name(choice)) return set_team_choice(choice), true;
+  return false;
+}
+
 }  // namespace
 
 void bind_info(py::module_& m) {
@@ -50,6 +57,9 @@ void bind_info(py::module_& m) {
   m.def("plans_made", [] { return plans_made.load(); });
   m.def("set_isa", &set_isa_by_name);
   m.def("cpu_name", &cpu_name);
+  m.def("team", [] { return team_name(own_team_in_use() ? TeamChoice::own : TeamChoice::openmp); });
+  m.def("team_choice", [] { return team_name(team_choice()); });
+  m.def("set_team", &set_team);
   // One thread each, so that a benchmark can start one on every core at once.
   using NoGil = py::call_guard<py::gil_scoped_release>;
   m.def("peak_f32", [](double milliseconds) { return kernels(DType::f32).peak_f32(milliseconds); }, NoGil());

@@ -9,10 +9,11 @@
 namespace {
 
 // A team of new threads for every call. A program that computes often keeps a pool instead.
-void run_on_threads(int threads, void (*body)(void* context, int thread, int actual), void* context) {
+void run_on_threads(int threads, fastops::Region::Body body, void* context) {
+  fastops::Region region(threads, body, context);
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(body, context, i, threads);
-  body(context, 0, threads);
+  for (int i = 1; i < threads; ++i) others.emplace_back([&] { region.serve(); });
+  region.lead();
   for (std::thread& other : others) other.join();
 }
 

@@ -273,7 +273,7 @@ void fail(const char* name, DType dtype, const std::string& what) {
 
 // The most threads that a kernel has asked for.
 std::atomic<int> most_threads;
-void run_counting(int threads, void (*body)(void*, int, int), void* context) {
+void run_counting(int threads, Region::Body body, void* context) {
   if (threads > most_threads) most_threads = threads;
   run_threads(threads, body, context);
 }

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -31,18 +32,31 @@ constexpr DType kDType<f16_t> = DType::f16;
 // ---------------------------------------------------------------------------------------------------------------------
 // teams
 
-inline void run_threads(int threads, void (*body)(void*, int, int), void* context) {
+inline void run_threads(int threads, Region::Body body, void* context) {
+  Region region(threads, body, context);
   std::vector<std::thread> others;
-  for (int t = 1; t < threads; ++t) others.emplace_back(body, context, t, threads);
-  body(context, 0, threads);
+  for (int t = 1; t < threads; ++t) others.emplace_back([&] { region.serve(); });
+  region.lead();
   for (std::thread& t : others) t.join();
 }
 // A pool that is busy elsewhere gives fewer threads than a kernel asks for.
-inline void run_at_most_two(int threads, void (*body)(void*, int, int), void* context) {
+inline void run_at_most_two(int threads, Region::Body body, void* context) {
   run_threads(threads < 2 ? threads : 2, body, context);
 }
+// Threads that come when some or all of the work is done, one after the other.
+inline void run_late(int threads, Region::Body body, void* context) {
+  Region region(threads, body, context);
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t)
+    others.emplace_back([&region, t] {
+      std::this_thread::sleep_for(std::chrono::microseconds(20 * t));
+      region.serve();
+    });
+  region.lead();
+  for (std::thread& t : others) t.join();
+}
 
-const Team kTeams[] = {{1, nullptr}, {2, run_threads}, {3, run_threads}, {3, run_at_most_two}};
+const Team kTeams[] = {{1, nullptr}, {2, run_threads}, {3, run_threads}, {3, run_at_most_two}, {3, run_late}};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // memory

@@ -37,18 +37,18 @@ template <class Body>
 void for_blocks(const Team& team, int64_t rows, int64_t cols, int64_t step, int64_t grain, Body body) {
   if (rows == 0 || cols == 0) return;
   const int64_t blocks_per_row = (cols + step - 1) / step, blocks = rows * blocks_per_row;
-  team.parallel(threads_for(team, rows * cols, blocks, grain), [&](int thread, int actual) {
-    const int64_t begin = blocks / actual * thread + smaller(thread, blocks % actual);
-    const int64_t end = begin + blocks / actual + (thread < blocks % actual ? 1 : 0);
-    int64_t row = (end - 1) / blocks_per_row, first = (end - 1) % blocks_per_row * step;
-    for (int64_t block = end; block > begin; --block) {
-      body(row, first, smaller(step, cols - first));
-      first -= step;
-      if (first < 0) {
-        first = (blocks_per_row - 1) * step;
-        --row;
+  parallel(team, threads_for(team, rows * cols, blocks, grain), [&](Crew& crew) {
+    crew.divide<false>(blocks, [&](int64_t begin, int64_t end) {
+      int64_t row = (end - 1) / blocks_per_row, first = (end - 1) % blocks_per_row * step;
+      for (int64_t block = end; block > begin; --block) {
+        body(row, first, smaller(step, cols - first));
+        first -= step;
+        if (first < 0) {
+          first = (blocks_per_row - 1) * step;
+          --row;
+        }
       }
-    }
+    });
   });
 }
 

@@ -195,10 +195,9 @@ inline void for_heads(const AttentionShape& s, bool backward, void* workspace, c
   const int64_t work = count * s.queries * s.keys * (s.size + s.value_size) * 2;
   const int wanted = static_cast<int>(smaller(smaller(work / kFlopPerThread + 1, count), threads));
   const size_t bytes = AttentionScratch<T>(s, backward, planned_address(64)).bytes;
-  team.parallel(wanted, [&](int thread, int actual) {
-    AttentionScratch<T> scratch(s, backward, static_cast<char*>(workspace) + static_cast<size_t>(thread) * bytes);
-    for (int64_t i = count * thread / actual; i < count * (thread + 1) / actual; ++i)
-      body(scratch, i / s.heads, i % s.heads, i);
+  parallel(team, wanted, [&](Crew& crew) {
+    AttentionScratch<T> scratch(s, backward, static_cast<char*>(workspace) + static_cast<size_t>(crew.thread) * bytes);
+    crew.each(count, [&](int64_t i) { body(scratch, i / s.heads, i % s.heads, i); });
   });
 }
 

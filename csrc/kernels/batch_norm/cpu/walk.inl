@@ -44,10 +44,8 @@ inline Walk walk_of(int64_t outer, int64_t channels, int64_t inner) {
 // from the last to the first: what was read last is then in its caches still.
 template <bool in_order = true, class Body>
 void for_units(const Team& team, int64_t elements, int64_t units, Body body) {
-  team.parallel(threads_for(team, elements, units, kGrain), [&](int thread, int actual) {
-    const int64_t begin = units * thread / actual, end = units * (thread + 1) / actual;
-    for (int64_t i = begin; i < end; ++i) body(in_order ? i : begin + end - 1 - i, thread);
-  });
+  parallel(team, threads_for(team, elements, units, kGrain),
+           [&](Crew& crew) { crew.each<in_order>(units, [&](int64_t unit) { body(unit, crew.thread); }); });
 }
 
 // body(plane, first, count, planes) for the elements [begin, end) of a channel's planes: `count` elements from `first`

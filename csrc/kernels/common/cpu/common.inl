@@ -1,6 +1,7 @@
 // What every body is written with.
 #pragma once
 
+#include "crew.inl"
 #include "dtype.inl"
 #include "elements.inl"
 #include "math.inl"

@@ -166,11 +166,11 @@ void depthwise(const Bound<ConvForward>& args, const DepthwisePlan& plan, void* 
   const int64_t kh = g.kernel[1], kw = g.kernel[2], in = g.in[1] * g.in[2], out = g.out[1] * g.out[2];
   const bool columns = has_column(kh, g.stride[1], g.dilation[1]);
   const PlaneOutput<C> output = plane_output<T>(args.y, args.z, g.out[2], args.activation);
-  team.parallel(plan.threads, [&](int thread, int actual) {
-    DepthwiseScratch<C> scratch = depthwise_scratch<C>(plan, 1, kh * kw, workspace, thread);
+  parallel(team, plan.threads, [&](Crew& crew) {
+    DepthwiseScratch<C> scratch = depthwise_scratch<C>(plan, 1, kh * kw, workspace, crew.thread);
     TapColumns<C>& taps = scratch.taps;
     forward_taps(g, plan.row, columns, taps);
-    for (int64_t plane = planes * thread / actual; plane < planes * (thread + 1) / actual; ++plane) {
+    crew.each(planes, [&](int64_t plane) {
       const Plane<T> x = {static_cast<const T*>(args.x) + plane * in, g.in[2], nullptr, nullptr, {}};
       for (int64_t p = 0; p < g.out[1]; p += plan.band) {
         const int64_t rows = smaller(plan.band, g.out[1] - p), first = p * g.stride[1] - g.padding[1];
@@ -187,7 +187,7 @@ void depthwise(const Bound<ConvForward>& args, const DepthwisePlan& plan, void* 
           });
         }
       }
-    }
+    });
   });
 }
 
@@ -304,9 +304,9 @@ void depthwise(const Bound<ConvBackwardInput>& args, const DepthwisePlan& plan, 
   const int64_t bands = ceil_div(g.in[1], plan.band), units = g.batch * g.in_channels * bands;
   const Plane<T> grad_y = gradient_plane<T>(args.grad_y, args.saved, args.activation, g.out[2]);
   const PlaneOutput<C> output = plane_output<T>(args.grad_x, args.z, g.in[2], args.epilogue);
-  team.parallel(plan.threads, [&](int thread, int actual) {
-    DepthwiseScratch<C> scratch = depthwise_scratch<C>(plan, multiplier, multiplier * window, workspace, thread);
-    for (int64_t unit = units * thread / actual; unit < units * (thread + 1) / actual; ++unit) {
+  parallel(team, plan.threads, [&](Crew& crew) {
+    DepthwiseScratch<C> scratch = depthwise_scratch<C>(plan, multiplier, multiplier * window, workspace, crew.thread);
+    crew.each(units, [&](int64_t unit) {
       const int64_t plane = unit / bands, c = plane % g.in_channels;
       const int64_t q0 = unit % bands * plan.band, q1 = smaller(q0 + plan.band, g.in[1]);
       const GradientSpan rows = gradient_span(g, 1, q0, q1);
@@ -317,7 +317,7 @@ void depthwise(const Bound<ConvBackwardInput>& args, const DepthwisePlan& plan, 
       to.bias = args.bias == nullptr ? 0 : widen_one(static_cast<const T*>(args.bias) + c);
       depthwise_input_band(g, plan, static_cast<const T*>(args.w) + c * multiplier * window, to, q0, q1, rows.first,
                            scratch);
-    }
+    });
   });
 }
 
@@ -404,13 +404,13 @@ void depthwise(const Bound<ConvBackwardWeight>& args, const DepthwisePlan& plan,
   const bool columns = has_column(g.kernel[1], g.stride[1], g.dilation[1]);
   const int64_t multiplier = g.out_channels / g.groups, blocks = ceil_div(multiplier, kFilterBlock);
   const int64_t units = g.groups * blocks;
-  team.parallel(plan.threads, [&](int thread, int actual) {
-    DepthwiseScratch<C> scratch = depthwise_scratch<C>(plan, 1, g.kernel[1] * g.kernel[2], workspace, thread);
+  parallel(team, plan.threads, [&](Crew& crew) {
+    DepthwiseScratch<C> scratch = depthwise_scratch<C>(plan, 1, g.kernel[1] * g.kernel[2], workspace, crew.thread);
     forward_taps(g, plan.row, columns, scratch.taps);
-    for (int64_t unit = units * thread / actual; unit < units * (thread + 1) / actual; ++unit) {
+    crew.each(units, [&](int64_t unit) {
       const int64_t m0 = unit % blocks * kFilterBlock;
       depthwise_weight_filters<T>(args, plan, unit / blocks, m0, smaller(m0 + kFilterBlock, multiplier), columns,
                                   scratch);
-    }
+    });
   });
 }

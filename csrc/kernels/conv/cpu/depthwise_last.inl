@@ -175,10 +175,10 @@ void depthwise_last(const Bound<ConvForward>& args, const LastPlan& plan, void* 
   const ConvGeometry& g = args.geometry;
   const LastRow at = {-g.padding[2], g.stride[2], g.in[2], g.in_channels, plan.pitch};
   const PlaneOutput<Compute<T>> output = plane_output<T>(args.y, args.z, 0, args.activation);
-  team.parallel(plan.threads, [&](int thread, int actual) {
-    const LastScratch<T> scratch = last_scratch<T>(plan, workspace, thread);
+  parallel(team, plan.threads, [&](Crew& crew) {
+    const LastScratch<T> scratch = last_scratch<T>(plan, workspace, crew.thread);
     load_filters_last(static_cast<const T*>(args.w), static_cast<const T*>(args.bias), g, plan, false, scratch);
-    for (int64_t unit = plan.units * thread / actual; unit < plan.units * (thread + 1) / actual; ++unit) {
+    crew.each(plan.units, [&](int64_t unit) {
       const int64_t b = unit / plan.bands, p0 = unit % plan.bands * kLastBand, p1 = smaller(p0 + kLastBand, g.out[1]);
       const T* const x = static_cast<const T*>(args.x) + b * g.in[1] * g.in[2] * g.in_channels;
       forward_jobs_last(g, x, p0, p1, scratch.weights, scratch);
@@ -187,7 +187,7 @@ void depthwise_last(const Bound<ConvForward>& args, const LastPlan& plan, void* 
       with_row(g.kernel[2], g.stride[2], g.dilation[2], [&](auto width, auto step) {
         correlate_last<decltype(width)::value, decltype(step)::value>(scratch.jobs, p1 - p0, at, g.out[2], to);
       });
-    }
+    });
   });
 }
 
@@ -247,10 +247,10 @@ void depthwise_last_input(const Bound<ConvBackwardInput>& args, const LastPlan& 
   const LastRow at = {0, 1, g.out[2], g.out_channels, plan.pitch};
   const Plane<T> grad_y = gradient_plane<T>(args.grad_y, args.saved, args.activation, row);
   const PlaneOutput<Compute<T>> output = plane_output<T>(args.grad_x, args.z, 0, args.epilogue);
-  team.parallel(plan.threads, [&](int thread, int actual) {
-    const LastScratch<E> scratch = last_scratch<E>(plan, workspace, thread);
+  parallel(team, plan.threads, [&](Crew& crew) {
+    const LastScratch<E> scratch = last_scratch<E>(plan, workspace, crew.thread);
     load_filters_last(static_cast<const T*>(args.w), static_cast<const T*>(args.bias), g, plan, true, scratch);
-    for (int64_t unit = plan.units * thread / actual; unit < plan.units * (thread + 1) / actual; ++unit) {
+    crew.each(plan.units, [&](int64_t unit) {
       const int64_t b = unit / plan.bands, q0 = unit % plan.bands * kLastBand, q1 = smaller(q0 + kLastBand, g.in[1]);
       const Plane<T> image = offset(grad_y, b * g.out[1] * row);
       int64_t first = 0;  // the row of the gradient that `grad` points to
@@ -272,7 +272,7 @@ void depthwise_last_input(const Bound<ConvBackwardInput>& args, const LastPlan& 
                                                       ceil_div(g.in[2] - residue, g.stride[2]), to);
         });
       }
-    }
+    });
   });
 }
 
@@ -333,9 +333,9 @@ void depthwise_last(const Bound<ConvBackwardWeight>& args, const LastPlan& plan,
   const ConvGeometry& g = args.geometry;
   const int64_t window = g.kernel[1] * g.kernel[2], elements = plan.vectors * plan.pitch, S = Vec<C>::size;
   C* const chunks = reinterpret_cast<C*>(static_cast<unsigned char*>(workspace) + plan.per_thread * plan.threads);
-  team.parallel(plan.threads, [&](int thread, int actual) {
-    const LastScratch<T> scratch = last_scratch<T>(plan, workspace, thread);
-    for (int64_t chunk = plan.chunks * thread / actual; chunk < plan.chunks * (thread + 1) / actual; ++chunk) {
+  parallel(team, plan.threads, [&](Crew& crew) {
+    const LastScratch<T> scratch = last_scratch<T>(plan, workspace, crew.thread);
+    crew.each(plan.chunks, [&](int64_t chunk) {
       C* const sums = chunks + chunk * elements;
       __builtin_memset(sums, 0, static_cast<size_t>(plan.chunk_bytes));
       const int64_t end = plan.units * (chunk + 1) / plan.chunks;
@@ -343,7 +343,7 @@ void depthwise_last(const Bound<ConvBackwardWeight>& args, const LastPlan& plan,
         const int64_t p0 = unit % plan.bands * kLastBand;
         weight_band_last<T>(args, plan, unit / plan.bands, p0, smaller(p0 + kLastBand, g.out[1]), sums, scratch);
       }
-    }
+    });
   });
   for (int64_t chunk = 1; chunk < plan.chunks; ++chunk)
     for (int64_t i = 0; i < elements; i += S)

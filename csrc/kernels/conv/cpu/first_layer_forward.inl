@@ -164,8 +164,8 @@ void conv_first(const Bound<ConvForward>& args, const FirstPlan& plan, void* wor
   const ConvGeometry& g = args.geometry;
   const int64_t plane = g.out[1] * g.out[2];
   const PlaneOutput<C> out = plane_output<T>(args.y, args.z, plane, args.activation);
-  team.parallel(plan.threads, [&](int thread, int actual) {
-    unsigned char* const mine = static_cast<unsigned char*>(workspace) + thread * plan.per_thread;
+  parallel(team, plan.threads, [&](Crew& crew) {
+    unsigned char* const mine = static_cast<unsigned char*>(workspace) + crew.thread * plan.per_thread;
     C* const copy = reinterpret_cast<C*>(mine);
     C* const panels = reinterpret_cast<C*>(mine + plan.panel_at);
     C* const bias = reinterpret_cast<C*>(mine + plan.bias_at);
@@ -179,7 +179,7 @@ void conv_first(const Bound<ConvForward>& args, const FirstPlan& plan, void* wor
       for (int64_t t = 0; t < plan.taps; ++t) to[t * K] = real ? widen_one(w + first_tap(g, args.w_layout, t)) : 0;
       bias[k] = real && args.bias != nullptr ? widen_one(static_cast<const T*>(args.bias) + k) : 0;
     }
-    for (int64_t unit = plan.units * thread / actual; unit < plan.units * (thread + 1) / actual; ++unit) {
+    crew.each(plan.units, [&](int64_t unit) {
       const int64_t b = unit / plan.bands, p0 = unit % plan.bands * plan.band, p1 = smaller(p0 + plan.band, g.out[1]);
       copy_first_rows<T>(g, plan, args.x, b, p0, p1, copy);
       for (int64_t p = p0; p < p1; ++p)
@@ -205,6 +205,6 @@ void conv_first(const Bound<ConvForward>& args, const FirstPlan& plan, void* wor
             j += vectors * S;
           }
         }
-    }
+    });
   });
 }

@@ -70,7 +70,7 @@ ScatterPlan plan_scatter(const ConvGeometry& g, int threads) {
   plan.plane = (plan.held + 1) * plan.row;  // the last row stays zero
   plan.w_panel = Kind::mr * plan.kc / step;
   plan.g_panel = Kind::nr * plan.kc / step;
-  plan.at_at = 256 + round_up(ceil_div(plan.features, Kind::mr) * plan.w_panel * kElement, 64);
+  plan.at_at = round_up(ceil_div(plan.features, Kind::mr) * plan.w_panel * kElement, 64);
   plan.shared_end = plan.at_at + round_up(plan.features * 8, 64);
   plan.buffer_at = round_up(ceil_div(plan.block, Kind::nr) * plan.g_panel * kElement, 64);
   plan.line_at = plan.buffer_at + round_up(g.in_channels * plan.plane * kC, 64);
@@ -154,8 +154,8 @@ void store_scattered(const ConvGeometry& g, const ScatterPlan& plan, const ConvO
 }
 
 template <class P, class T>
-void scatter_member(const Bound<ConvBackwardInput>& args, const ScatterPlan& plan, unsigned char* workspace, Crew& crew,
-                    int thread) {
+void scatter_member(const Bound<ConvBackwardInput>& args, const ScatterPlan& plan, unsigned char* workspace,
+                    Crew& crew) {
   using Kind = Tile<P>;
   using A = typename Kind::A;
   using B = typename Kind::B;
@@ -163,9 +163,9 @@ void scatter_member(const Bound<ConvBackwardInput>& args, const ScatterPlan& pla
   constexpr int mr = Kind::mr, nr = Kind::nr, step = Kind::step;
   const typename Kind::Session session;
   const ConvGeometry& g = args.geometry;
-  A* const w = reinterpret_cast<A*>(workspace + 256);
+  A* const w = reinterpret_cast<A*>(workspace);
   int64_t* const at = reinterpret_cast<int64_t*>(workspace + plan.at_at);
-  unsigned char* const mine = workspace + plan.shared_end + plan.private_bytes * thread;
+  unsigned char* const mine = workspace + plan.shared_end + plan.private_bytes * crew.thread;
   B* const panels = reinterpret_cast<B*>(mine);
   C* const buffer = reinterpret_cast<C*>(mine + plan.buffer_at);
   C* const line = reinterpret_cast<C*>(mine + plan.line_at);
@@ -175,7 +175,7 @@ void scatter_member(const Bound<ConvBackwardInput>& args, const ScatterPlan& pla
   set_plain(gradient);
 
   // The rows of the product are in the order of w in memory.
-  crew.share(1, [&](int64_t) {
+  const bool stays = crew.share(1, [&](int64_t) {
     pack<A, T, mr>(plain_source(static_cast<const T*>(args.w), 1, plan.features), 0, plan.features, 0, g.out_channels,
                    w, plan.w_panel, nullptr);
     const bool inner = args.w_layout == Layout::channels_last;
@@ -186,6 +186,7 @@ void scatter_member(const Bound<ConvBackwardInput>& args, const ScatterPlan& pla
       at[f] = c * plan.plane + down * plan.row + right % g.stride[2] * plan.pitch + right / g.stride[2];
     }
   });
+  if (!stays) return;
   crew.share(g.batch * plan.bands, [&](int64_t job) {
     const int64_t image = job / plan.bands, s0 = job % plan.bands * plan.band;
     const int64_t s1 = smaller(s0 + plan.band, plan.strips);
@@ -239,8 +240,7 @@ void plan_scatter(Plan<ConvBackwardInput>& plan, const Bound<ConvBackwardInput>&
     decide(plan, conv_product_name<P>("conv_scatter", "conv_scatter_bf16"), static_cast<size_t>(product.total), product,
            [](auto& args, auto& product, auto* workspace, auto& team) {
              unsigned char* const bytes = static_cast<unsigned char*>(workspace);
-             parallel_crew(team, product.threads, workspace,
-                           [&](Crew& crew, int thread) { scatter_member<P, T>(args, product, bytes, crew, thread); });
+             parallel(team, product.threads, [&](Crew& crew) { scatter_member<P, T>(args, product, bytes, crew); });
            });
   });
 }

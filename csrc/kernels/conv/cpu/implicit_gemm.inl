@@ -87,7 +87,7 @@ ImplicitPlan plan_implicit(const ConvProduct<T>& g, int threads) {
   plan.x_panel = pw * plan.kc / step;
   plan.sums_rs = (rows ? plan.outputs_at_once : plan.strip) + 16;
   const int64_t sum_rows = rows ? plan.strip : plan.outputs_at_once;
-  plan.shared_at = 256;  // after the team's counters
+  plan.shared_at = 0;
   plan.weight_bytes =
       aligned(plan.groups_at_once * round_up(plan.outputs_at_once, sw) * plan.k_padded / step * kElement);
   plan.private_at = plan.shared_at + (plan.packed ? 0 : plan.weight_bytes);
@@ -146,7 +146,7 @@ void conv_strip(const ConvProduct<T>& g, const ImplicitPlan& plan, const void* w
 
 // The weights of `groups` groups from g0 on, of `outputs` outputs from o0 on, as units of work: share(units, body).
 template <class P, class T, class Share>
-void pack_conv_weights(const ConvProduct<T>& g, const ImplicitPlan& plan, int64_t g0, int64_t groups, int64_t o0,
+bool pack_conv_weights(const ConvProduct<T>& g, const ImplicitPlan& plan, int64_t g0, int64_t groups, int64_t o0,
                        int64_t outputs, void* to, Share&& share) {
   using Kind = Tile<P>;
   using A = typename Kind::A;
@@ -157,7 +157,7 @@ void pack_conv_weights(const ConvProduct<T>& g, const ImplicitPlan& plan, int64_
   const int64_t panels = ceil_div(plan.outputs_at_once, sw);
   const int64_t unit_lanes = plan.rows.pixel > 0 ? sw : kWeightLanes / sw * sw, used = ceil_div(outputs, unit_lanes);
   const int64_t k_units = plan.rows.pixel > 0 ? 1 : ceil_div(g.features, plan.kc);
-  share(groups * used * k_units, [&](int64_t unit) {
+  return share(groups * used * k_units, [&](int64_t unit) {
     const int64_t group = unit / k_units / used, lane = unit / k_units % used * unit_lanes;
     const int64_t kk = unit % k_units * plan.kc;
     ConvWeights<T> weights = g.weights;
@@ -179,7 +179,7 @@ void pack_conv_weights(const ConvProduct<T>& g, const ImplicitPlan& plan, int64_
 }
 
 template <class P, class T>
-void conv_member(const ConvProduct<T>& g, const ImplicitPlan& plan, unsigned char* workspace, Crew& crew, int thread) {
+void conv_member(const ConvProduct<T>& g, const ImplicitPlan& plan, unsigned char* workspace, Crew& crew) {
   using Kind = Tile<P>;
   using A = typename Kind::A;
   using B = typename Kind::B;
@@ -187,7 +187,7 @@ void conv_member(const ConvProduct<T>& g, const ImplicitPlan& plan, unsigned cha
   const typename Kind::Session session;
   unsigned char* const shared = workspace + plan.shared_at;
   const void* const packed = plan.packed ? g.w_packed : shared;
-  unsigned char* const mine = workspace + plan.private_at + static_cast<size_t>(thread) * plan.private_bytes;
+  unsigned char* const mine = workspace + plan.private_at + static_cast<size_t>(crew.thread) * plan.private_bytes;
   C* const sums = reinterpret_cast<C*>(mine + plan.panel_bytes);
   const bool rows = g.positions_are_rows() || plan.rows.pixel > 0;
   const int sw = rows ? Kind::nr : Kind::mr;
@@ -197,12 +197,11 @@ void conv_member(const ConvProduct<T>& g, const ImplicitPlan& plan, unsigned cha
     const int64_t groups = smaller(plan.groups_at_once, g.groups - g0);
     for (int64_t o0 = 0; o0 < g.outputs; o0 += plan.outputs_at_once) {
       const int64_t outputs = smaller(plan.outputs_at_once, g.outputs - o0);
-      if (!plan.packed)
-        pack_conv_weights<P>(g, plan, g0, groups, o0, outputs, shared,
-                             [&](int64_t units, auto&& unit) { crew.share(units, unit); });
+      const auto share = [&](int64_t units, auto&& unit) { return crew.share(units, unit); };
+      if (!plan.packed && !pack_conv_weights<P>(g, plan, g0, groups, o0, outputs, shared, share)) return;
 
       const int64_t part = round_up(ceil_div(outputs, plan.parts), sw);
-      crew.share(groups * plan.strips * plan.parts, [&](int64_t job) {
+      const bool stays = crew.share(groups * plan.strips * plan.parts, [&](int64_t job) {
         const int64_t group = job / plan.parts / plan.strips, strip = job / plan.parts % plan.strips;
         const int64_t t0 = smaller(job % plan.parts * part, outputs), t1 = smaller(t0 + part, outputs);
         if (t0 == t1) return;
@@ -214,10 +213,11 @@ void conv_member(const ConvProduct<T>& g, const ImplicitPlan& plan, unsigned cha
           conv_rows<P>(one, plan.rows, w, plan.w_panel, o0 + t0, o0 + t1, strip, mine);
         else
           conv_strip<P>(one, plan, w, o0 + t0, o0 + t1, n0, smaller(n0 + plan.strip, g.positions), mine, sums);
+        if (g.out.stream) finish_streams();
       });
+      if (!stays) return;
     }
   }
-  if (g.out.stream) finish_streams();
 }
 
 template <class P, class T>
@@ -226,8 +226,7 @@ void conv_product(const ConvProduct<T>& product, const ImplicitPlan& plan, void*
   const int64_t bytes_out = g.groups * g.outputs * g.positions * static_cast<int64_t>(sizeof(T));
   g.out.stream = g.out.dense && g.features <= smaller(kStreamK, plan.kc) && bytes_out >= kStreamBytes;
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
-  parallel_crew(team, plan.threads, workspace,
-                [&](Crew& crew, int thread) { conv_member<P>(g, plan, bytes, crew, thread); });
+  parallel(team, plan.threads, [&](Crew& crew) { conv_member<P>(g, plan, bytes, crew); });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -451,6 +450,7 @@ void plan_implicit_gemm(Plan<ConvForward>& plan, const Bound<ConvForward>& args)
       const ImplicitPlan& product = *reinterpret_cast<const ImplicitPlan*>(plan.decisions);
       pack_conv_weights<P>(g, product, 0, g.groups, 0, g.outputs, to, [](int64_t units, auto&& unit) {
         for (int64_t i = 0; i < units; ++i) unit(i);
+        return true;
       });
     };
   });

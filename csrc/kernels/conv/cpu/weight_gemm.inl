@@ -58,7 +58,7 @@ ConvWeightPlan plan_conv_weight(const ConvWeightProduct<T>& g, int threads) {
   plan.direct = plan.chunks == 1 && same_type<T, Compute<T>> && g.in_order;
   plan.a_panel = mr * plan.kc / step;
   plan.b_panel = nr * plan.kc / step;
-  plan.private_at = 256;  // after the team's counters
+  plan.private_at = 0;
   plan.a_bytes = aligned(plan.mb * plan.kc / step * kElement);
   plan.private_bytes = plan.a_bytes + aligned(plan.nb * plan.kc / step * kElement);
   plan.bias_at = plan.private_at + plan.private_bytes * static_cast<size_t>(plan.threads);
@@ -115,15 +115,15 @@ inline Patches<T> of_group(const Patches<T>& s, int64_t group) {
 }
 
 template <class P, class T>
-void conv_weight_member(const ConvWeightProduct<T>& g, const ConvWeightPlan& plan, unsigned char* workspace, Crew& crew,
-                        int thread) {
+void conv_weight_member(const ConvWeightProduct<T>& g, const ConvWeightPlan& plan, unsigned char* workspace,
+                        Crew& crew) {
   using Kind = Tile<P>;
   using A = typename Kind::A;
   using B = typename Kind::B;
   using C = Compute<T>;
   constexpr int mr = Kind::mr, nr = Kind::nr, step = Kind::step;
   const typename Kind::Session session;
-  unsigned char* const mine = workspace + plan.private_at + static_cast<size_t>(thread) * plan.private_bytes;
+  unsigned char* const mine = workspace + plan.private_at + static_cast<size_t>(crew.thread) * plan.private_bytes;
   A* const a = reinterpret_cast<A*>(mine);
   B* const b = reinterpret_cast<B*>(mine + plan.a_bytes);
   C* const bias_slots = reinterpret_cast<C*>(workspace + plan.bias_at);
@@ -134,7 +134,7 @@ void conv_weight_member(const ConvWeightProduct<T>& g, const ConvWeightPlan& pla
   const int64_t rows = g.groups * g.outputs;
   const bool multiply = g.grad_w != nullptr && g.features > 0;
 
-  crew.share(plan.chunks * g.groups * plan.m_blocks * plan.n_blocks, [&](int64_t job) {
+  const bool stays = crew.share(plan.chunks * g.groups * plan.m_blocks * plan.n_blocks, [&](int64_t job) {
     const int64_t n0 = job % plan.n_blocks * plan.nb, n1 = smaller(n0 + plan.nb, g.features);
     const int64_t m0 = job / plan.n_blocks % plan.m_blocks * plan.mb, m1 = smaller(m0 + plan.mb, g.outputs);
     const int64_t group = job / plan.n_blocks / plan.m_blocks % g.groups;
@@ -159,6 +159,7 @@ void conv_weight_member(const ConvWeightProduct<T>& g, const ConvWeightPlan& pla
       });
     }
   });
+  if (!stays) return;
   const int64_t reduced = multiply && !plan.direct ? rows : 0;
   crew.share(reduced + 1, [&](int64_t row) {
     if (row < reduced)

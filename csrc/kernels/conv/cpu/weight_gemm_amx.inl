@@ -66,7 +66,7 @@ inline WeightPixelsPlan plan_weight_pixels(const ConvWeightProduct<bf16_t>& g, i
       2.0 * static_cast<double>(g.groups * g.outputs * g.features) * static_cast<double>(g.positions), threads);
   const int64_t k = round_up(rows.rows * rows.cols, kTileK);
   plan.a_panel = 32 * k / 2;
-  plan.private_at = 256;                        // after the team's counters
+  plan.private_at = 0;
   plan.copy_bytes = aligned(rows.bytes + 128);  // the last pixel is stored and loaded as whole vectors
   plan.a_bytes = aligned(plan.outputs / 32 * plan.a_panel * 4);
   plan.offset_bytes = aligned(k * 4);
@@ -244,12 +244,12 @@ inline void conv_weight_pixels(const ConvWeightProduct<bf16_t>& g, const WeightP
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
   float* const bias_slots = reinterpret_cast<float*>(bytes + plan.bias_at);
   float* const slots = reinterpret_cast<float*>(bytes + plan.slots_at);
-  parallel_crew(team, plan.threads, workspace, [&](Crew& crew, int thread) {
+  parallel(team, plan.threads, [&](Crew& crew) {
     const AmxSession session;
-    unsigned char* const mine = bytes + plan.private_at + static_cast<size_t>(thread) * plan.private_bytes;
+    unsigned char* const mine = bytes + plan.private_at + static_cast<size_t>(crew.thread) * plan.private_bytes;
     // Rows of A past the last output are zero.
     __builtin_memset(mine + plan.copy_bytes, 0, plan.a_bytes);
-    crew.share(plan.chunks * g.groups * plan.parts, [&](int64_t job) {
+    const bool stays = crew.share(plan.chunks * g.groups * plan.parts, [&](int64_t job) {
       const int64_t part = job % plan.parts, group = job / plan.parts % g.groups, chunk = job / plan.parts / g.groups;
       const Patches<bf16_t> gradient = of_group(g.gradient, group);
       Patches<bf16_t> image = of_group(g.image, group);
@@ -265,6 +265,7 @@ inline void conv_weight_pixels(const ConvWeightProduct<bf16_t>& g, const WeightP
       for (int64_t block = begin; block < end; ++block)
         add_weight_pixels(image, gradient, g.outputs, plan, block, block == begin, mine, c, sums);
     });
+    if (!stays) return;
     crew.share(g.groups * g.outputs + 1, [&](int64_t row) {
       if (row < g.groups * g.outputs)
         reduce_pixels(g, plan, w_layout, slots, row / g.outputs, row % g.outputs);

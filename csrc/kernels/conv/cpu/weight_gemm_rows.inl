@@ -47,7 +47,7 @@ WeightRowsPlan plan_weight_rows(const ConvWeightProduct<T>& g, int threads) {
   plan.chunks = smaller(plan.blocks, ceil_div(kWeightJobs, g.groups));
   plan.threads = conv_threads(2.0 * static_cast<double>(g.groups * sums) * static_cast<double>(g.positions), threads);
   plan.panel = nr * rows.rows * rows.cols;
-  plan.private_at = 256;  // after the team's counters
+  plan.private_at = 0;
   plan.copy_bytes = aligned(rows.bytes);
   plan.private_bytes = plan.copy_bytes + aligned(ceil_div(g.outputs, nr) * plan.panel * kSize);
   plan.bias_at = plan.private_at + plan.private_bytes * static_cast<size_t>(plan.threads);
@@ -144,9 +144,9 @@ void conv_weight_rows(const ConvWeightProduct<T>& g, const WeightRowsPlan& plan,
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
   C* const bias_slots = reinterpret_cast<C*>(bytes + plan.bias_at);
   C* const slots = reinterpret_cast<C*>(bytes + plan.slots_at);
-  parallel_crew(team, plan.threads, workspace, [&](Crew& crew, int thread) {
-    unsigned char* const mine = bytes + plan.private_at + static_cast<size_t>(thread) * plan.private_bytes;
-    crew.share(plan.chunks * g.groups, [&](int64_t job) {
+  parallel(team, plan.threads, [&](Crew& crew) {
+    unsigned char* const mine = bytes + plan.private_at + static_cast<size_t>(crew.thread) * plan.private_bytes;
+    const bool stays = crew.share(plan.chunks * g.groups, [&](int64_t job) {
       const int64_t group = job % g.groups, chunk = job / g.groups;
       const Patches<T> image = of_group(g.image, group), gradient = of_group(g.gradient, group);
       C* sums = nullptr;
@@ -160,6 +160,7 @@ void conv_weight_rows(const ConvWeightProduct<T>& g, const WeightRowsPlan& plan,
         add_weight_rows(g, image, gradient, plan, block, block == begin, reinterpret_cast<C*>(mine),
                         reinterpret_cast<C*>(mine + plan.copy_bytes), c, sums);
     });
+    if (!stays) return;
     crew.share(g.groups * g.features + 1, [&](int64_t row) {
       if (row < g.groups * g.features)
         reduce_feature(g, plan, w_layout, slots, row / g.features, row % g.features);
@@ -194,9 +195,8 @@ void plan_implicit_gemm(Plan<ConvBackwardWeight>& plan, const Bound<ConvBackward
     const ConvWeightPlan product = plan_conv_weight<P>(g, plan.target.threads);
     decide(plan, name, product.total, product, [](auto& args, auto& product, auto* workspace, auto& team) {
       const ConvWeightProduct<T> g = weight_product<T>(args);
-      parallel_crew(team, product.threads, workspace, [&](Crew& crew, int thread) {
-        conv_weight_member<P>(g, product, static_cast<unsigned char*>(workspace), crew, thread);
-      });
+      parallel(team, product.threads,
+               [&](Crew& crew) { conv_weight_member<P>(g, product, static_cast<unsigned char*>(workspace), crew); });
     });
   });
 }

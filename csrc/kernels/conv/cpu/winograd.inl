@@ -130,7 +130,7 @@ WinogradPlan plan_winograd(const Winograd& p, int threads) {
     plan.panels = smaller(panels, larger<int64_t>(kWinogradWeightBytes / (plan.u_panel * kFloat), 1));
   if (!plan.share_tiles && p.packed != nullptr) plan.panels = panels;
 
-  size_t at = 256;  // after the team's counters
+  size_t at = 0;
   plan.shared_at = at;
   at += aligned((plan.share_tiles      ? points * plan.v_plane
                  : p.packed != nullptr ? 0
@@ -250,14 +250,14 @@ struct WinogradMember {
     const int64_t chunks = ceil_div(p.c, kChannels);
     for (int64_t panel0 = 0; panel0 < panels; panel0 += plan.panels) {
       const int64_t count = smaller(plan.panels, panels - panel0);
-      if (p.packed == nullptr)
-        crew.share(count * chunks, [&](int64_t unit) {
-          const int64_t panel = unit / chunks, c = unit % chunks * kChannels;
-          transform_weights<Scheme>(p, plan, panel0 + panel, c, smaller(c + kChannels, p.c), stage,
-                                    u + panel * plan.u_panel + c * nr);
-        });
+      const auto transform = [&](int64_t unit) {
+        const int64_t panel = unit / chunks, c = unit % chunks * kChannels;
+        transform_weights<Scheme>(p, plan, panel0 + panel, c, smaller(c + kChannels, p.c), stage,
+                                  u + panel * plan.u_panel + c * nr);
+      };
+      if (p.packed == nullptr && !crew.share(count * chunks, transform)) return;
       const float* const weights = p.packed != nullptr ? p.packed : u;  // packed, there is one pass over all panels
-      crew.share(plan.grid.blocks(), [&](int64_t unit) {
+      const bool stays = crew.share(plan.grid.blocks(), [&](int64_t unit) {
         const WinogradBlock b = plan.grid.block(unit);
         transform_tiles(b, 0, p.c, v);
         for (int64_t panel = 0; panel < count; ++panel) {
@@ -268,6 +268,7 @@ struct WinogradMember {
           finish(b, k, static_cast<int>(cols), sums);
         }
       });
+      if (!stays) return;
     }
   }
 
@@ -276,11 +277,12 @@ struct WinogradMember {
     constexpr int64_t kChannels = 4 * S;
     const int64_t chunks = ceil_div(p.c, kChannels);
     const int64_t tiles = winograd_tiles(p, m);
-    crew.share(blocks * chunks, [&](int64_t unit) {
+    const bool stays = crew.share(blocks * chunks, [&](int64_t unit) {
       const WinogradBlock b = plan.grid.block(unit / chunks);
       const int64_t c = unit % chunks * kChannels;
       transform_tiles(b, c, smaller(c + kChannels, p.c), v + plan.grid.first_tile(b) * plan.row);
     });
+    if (!stays) return;
     crew.share(ceil_div(panels, plan.panels), [&](int64_t unit) {
       const int64_t panel0 = unit * plan.panels, k0 = panel0 * nr, k = smaller(plan.panels * nr, p.k - k0);
       for (int64_t c = 0; c < p.c; c += Scheme::depth) {
@@ -307,8 +309,8 @@ struct WinogradMember {
 template <class Scheme>
 void run_winograd(const Winograd& p, const WinogradPlan& plan, void* workspace, const Team& team) {
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
-  parallel_crew(team, plan.threads, workspace, [&](Crew& crew, int thread) {
-    const WinogradMember<Scheme> member(p, plan, bytes, thread);
+  parallel(team, plan.threads, [&](Crew& crew) {
+    const WinogradMember<Scheme> member(p, plan, bytes, crew.thread);
     if (plan.share_tiles)
       member.share_tiles(crew);
     else

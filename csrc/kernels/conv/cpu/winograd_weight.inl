@@ -66,7 +66,7 @@ inline WinogradWeightPlan plan_winograd_weight(const WinogradWeight& p, int thre
   plan.v_plane = plan.grid.block_tiles() * plan.v_row + 16;
   plan.e_plane = plan.grid.block_tiles() * plan.e_row + 16;
 
-  plan.sums_at = 256;  // after the team's counters
+  plan.sums_at = 0;
   const int64_t m_block = points * plan.m_plane;
   plan.bias_at = plan.sums_at + aligned(plan.chunks > 1 ? plan.chunks * jobs * m_block * kFloat : 0);
   plan.private_at = plan.bias_at + aligned(p.grad_bias != nullptr ? plan.chunks * k * kFloat : 0);
@@ -245,10 +245,12 @@ inline void plan_winograd(Plan<ConvBackwardWeight>& plan, const Bound<ConvBackwa
          [](auto& args, auto& tiles, auto* workspace, auto& team) {
            const WinogradWeight p = winograd_problem(args);
            unsigned char* const bytes = static_cast<unsigned char*>(workspace);
-           parallel_crew(team, tiles.threads, workspace, [&](Crew& crew, int thread) {
-             const WinogradWeightMember member(p, tiles, bytes, thread);
-             crew.share(tiles.chunks * member.jobs(),
-                        [&](int64_t unit) { member.accumulate(unit / member.jobs(), unit % member.jobs()); });
+           parallel(team, tiles.threads, [&](Crew& crew) {
+             const WinogradWeightMember member(p, tiles, bytes, crew.thread);
+             const bool stays = crew.share(tiles.chunks * member.jobs(), [&](int64_t unit) {
+               member.accumulate(unit / member.jobs(), unit % member.jobs());
+             });
+             if (!stays) return;
              if (tiles.chunks == 1) return;
              constexpr int64_t kRows = 8;  // per unit
              crew.share(ceil_div(p.gradient.c, kRows), [&](int64_t unit) {

@@ -160,10 +160,9 @@ void conv_pool(const Bound<ConvPoolForward>& args, const ConvPoolPlan& plan, voi
     for (int64_t i = 0; i < plan.blocks; ++i) block(i, bytes, team);
     return;
   }
-  team.parallel(team.threads, [&](int thread, int actual) {
-    unsigned char* const mine = bytes + static_cast<size_t>(thread) * (plan.conv_bytes + plan.block_bytes);
-    for (int64_t i = plan.blocks * thread / actual; i < plan.blocks * (thread + 1) / actual; ++i)
-      block(i, mine, Team{});
+  parallel(team, team.threads, [&](Crew& crew) {
+    unsigned char* const mine = bytes + static_cast<size_t>(crew.thread) * (plan.conv_bytes + plan.block_bytes);
+    crew.each(plan.blocks, [&](int64_t i) { block(i, mine, Team{}); });
   });
 }
 
@@ -211,20 +210,20 @@ void unpool(const Bound<ConvPoolBackward>& args, int64_t first, int64_t images, 
   const uint8_t* const indices = args.indices + start;
   const int64_t units = planes * g.out[0] * g.out[1];
   const int wanted = static_cast<int>(smaller<int64_t>(team.threads, units * row / (16 * 1024) + 1));
-  team.parallel(wanted, [&](int thread, int actual) {
-    for (int64_t unit = units * thread / actual; unit < units * (thread + 1) / actual; ++unit) {
+  parallel(team, wanted, [&](Crew& crew) {
+    crew.each(units, [&](int64_t unit) {
       const int64_t h = unit % g.out[1], d = unit / g.out[1] % g.out[0], plane = unit / g.out[1] / g.out[0];
       const int64_t ph = h / args.pool[1], pd = d / args.pool[0];
       T* const out = to + unit * row;
       if (ph >= pooled[1] || pd >= pooled[0] || pooled[2] == 0) {
         for (int64_t i = 0; i < row; ++i) out[i] = T{};
-        continue;
+        return;
       }
       const int64_t from = ((plane * pooled[0] + pd) * pooled[1] + ph) * pooled_row;
       const int64_t tap = (d % args.pool[0] * args.pool[1] + h % args.pool[1]) * args.pool[2];
       if (!last) {
         unpool_row(grad_y + from, indices + from, pooled[2], args.pool[2], tap, row, out);
-        continue;
+        return;
       }
       for (int64_t j = 0; j < g.out[2]; ++j) {
         const int64_t pw = j / args.pool[2], at = from + pw * channels;
@@ -237,7 +236,7 @@ void unpool(const Bound<ConvPoolBackward>& args, int64_t first, int64_t images, 
           value.store(out + j * channels + c, count);
         }
       }
-    }
+    });
   });
 }
 

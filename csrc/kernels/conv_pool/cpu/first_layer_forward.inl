@@ -166,10 +166,10 @@ void conv_pool_first(const Bound<ConvPoolForward>& args, void* workspace, const 
   const ConvGeometry& g = args.geometry;
   const PooledPlan plan = plan_pooled<T>(g, false, args.threads);
   const int64_t image = g.in_channels * g.in[1] * g.in[2], pooled = g.out_channels * plan.rows * plan.cols;
-  team.parallel(plan.threads, [&](int thread, int actual) {
-    T* const copy = reinterpret_cast<T*>(static_cast<unsigned char*>(workspace) + thread * plan.per_thread);
+  parallel(team, plan.threads, [&](Crew& crew) {
+    T* const copy = reinterpret_cast<T*>(static_cast<unsigned char*>(workspace) + crew.thread * plan.per_thread);
     __builtin_memset(copy, 0, static_cast<size_t>(plan.per_thread));
-    for (int64_t unit = plan.units * thread / actual; unit < plan.units * (thread + 1) / actual; ++unit) {
+    crew.each(plan.units, [&](int64_t unit) {
       const int64_t b = unit / plan.bands, p0 = unit % plan.bands * plan.band, p1 = smaller(p0 + plan.band, plan.rows);
       copy_pooled_rows(g, plan, static_cast<const T*>(args.x) + b * image, p0, p1, copy);
       for (int64_t p = p0; p < p1; ++p) {
@@ -182,7 +182,7 @@ void conv_pool_first(const Bound<ConvPoolForward>& args, void* workspace, const 
         else
           pool_first_row<false>(args, plan, x, y, indices);
       }
-    }
+    });
   });
 }
 
@@ -243,10 +243,10 @@ void conv_pool_first_weight(const Bound<ConvPoolBackward>& args, void* workspace
   const int64_t image = g.in_channels * g.in[1] * g.in[2], pooled = g.out_channels * plan.rows * plan.cols;
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
   T* const chunks = reinterpret_cast<T*>(bytes + plan.per_thread * plan.threads);
-  team.parallel(plan.threads, [&](int thread, int actual) {
-    T* const copy = reinterpret_cast<T*>(bytes + thread * plan.per_thread);
+  parallel(team, plan.threads, [&](Crew& crew) {
+    T* const copy = reinterpret_cast<T*>(bytes + crew.thread * plan.per_thread);
     __builtin_memset(copy, 0, static_cast<size_t>(plan.per_thread));
-    for (int64_t chunk = plan.chunks * thread / actual; chunk < plan.chunks * (thread + 1) / actual; ++chunk) {
+    crew.each(plan.chunks, [&](int64_t chunk) {
       T* const sums = chunks + chunk * plan.sums;
       __builtin_memset(sums, 0, static_cast<size_t>(plan.sums) * sizeof(T));
       const int64_t end = plan.units * (chunk + 1) / plan.chunks;
@@ -264,7 +264,7 @@ void conv_pool_first_weight(const Bound<ConvPoolBackward>& args, void* workspace
             weight_first_row<false>(args, plan, x, grad, args.indices + at, sums);
         }
       }
-    }
+    });
   });
   const int64_t taps = 9 * g.in_channels;
   const bool inner = args.w_layout == Layout::channels_last;

@@ -101,9 +101,9 @@ void dot_product(const Gemm<T>& g, const Team& team) {
   const int wanted =
       static_cast<int>(smaller<double>(smaller<double>(static_cast<double>(team.threads), static_cast<double>(blocks)),
                                        larger(1.0, flop / kFlopPerThread)));
-  team.parallel(wanted, [&](int thread, int actual) {
+  parallel(team, wanted, [&](Crew& crew) {
     alignas(64) C block[kDotRows * kDotBlock];
-    for (int64_t u = blocks * thread / actual; u < blocks * (thread + 1) / actual; ++u) {
+    crew.each(blocks, [&](int64_t u) {
       const int64_t j = u * kDotBlock;
       const int cols = static_cast<int>(smaller<int64_t>(kDotBlock, g.n - j));
       int c = 0;
@@ -122,7 +122,7 @@ void dot_product(const Gemm<T>& g, const Team& team) {
           v.store(at, count);
         }
       finish_rows(g.out, block, kDotBlock, 0, j, static_cast<int>(g.m), cols);
-    }
+    });
   });
 }
 
@@ -145,12 +145,12 @@ void row_times_matrix(const Gemm<T>& g, const Team& team) {
   using Lanes = Vec<C>;
   constexpr int S = Lanes::size;
   const int64_t strips = ceil_div(g.n, kRowStrip);
-  team.parallel(static_cast<int>(smaller<int64_t>(strips, team.threads)), [&](int thread, int actual) {
+  parallel(team, static_cast<int>(smaller<int64_t>(strips, team.threads)), [&](Crew& crew) {
     constexpr int kChunk = 64;
     alignas(64) C sums[kRowStrip];
     C a[kChunk];
     T values[kChunk];
-    for (int64_t u = strips * thread / actual; u < strips * (thread + 1) / actual; ++u) {
+    crew.each(strips, [&](int64_t u) {
       const int64_t j0 = u * kRowStrip;
       const int width = static_cast<int>(smaller(kRowStrip, g.n - j0));
       for (int j = 0; j < width; ++j) sums[j] = 0;
@@ -197,6 +197,6 @@ void row_times_matrix(const Gemm<T>& g, const Team& team) {
         }
       }
       store_row<T>(sums, g.out.y + j0, width);
-    }
+    });
   });
 }

@@ -151,7 +151,7 @@ GemmPlan plan_gemm(const Gemm<T>& g, int threads) {
   const bool b_ready = plan.b_direct || plan.b_packed;
   const bool shared_direct = plan.share_a ? plan.a_direct : b_ready;
   const bool private_direct = plan.share_a ? b_ready : plan.a_direct;
-  size_t at = 256;  // the team's counters
+  size_t at = 0;
   plan.shared_at = at;
   if (!shared_direct) at += static_cast<size_t>(round_up(shared_block, sw) * k_shared * kElement);
   plan.private_bytes = private_direct ? 0 : static_cast<size_t>(round_up(plan.strip * k_private * kElement, 64));
@@ -173,65 +173,6 @@ inline bool streams(const Gemm<T>& g, const GemmPlan& plan) {
   const int64_t row = g.out.rs * static_cast<int64_t>(sizeof(T));
   return g.k <= smaller(kStreamK, plan.kc) && g.out.f == nullptr && g.out.z == nullptr && row % 64 == 0 &&
          reinterpret_cast<uintptr_t>(g.out.y) % 64 == 0 && g.m * row >= kStreamBytes;
-}
-
-// The threads of one parallel region. They draw units of work from a shared counter, and wait at a barrier after each
-// share().
-struct Crew {
-  struct Counters {
-    alignas(64) int64_t next;
-    alignas(64) int arrived;
-  };
-  Counters* counters;
-  int actual;
-  int64_t base;
-  int generation;
-
-  Crew(Counters* shared, int threads) : counters(shared), actual(threads), base(0), generation(0) {}
-
-  template <class Body>
-  void share(int64_t units, Body&& body) {
-    if (actual == 1) {
-      for (int64_t u = 0; u < units; ++u) body(u);
-      return;
-    }
-    for (;;) {
-      const int64_t u = __atomic_fetch_add(&counters->next, 1, __ATOMIC_RELAXED) - base;
-      if (u >= units) break;
-      body(u);
-    }
-    base += units + actual;  // the last draw of every thread finds no unit
-    barrier();
-  }
-
-  void barrier() {
-    const int target = ++generation * actual;
-    __atomic_fetch_add(&counters->arrived, 1, __ATOMIC_ACQ_REL);
-    for (int spins = 0; __atomic_load_n(&counters->arrived, __ATOMIC_ACQUIRE) < target; ++spins) {
-      if (spins < 2000)
-        spin_pause();
-      else
-        sched_yield();
-    }
-  }
-
-  static void spin_pause() {
-#if defined(__x86_64__)
-    _mm_pause();
-#endif
-  }
-};
-
-// body(crew, thread) on every thread of a team. The first 256 bytes of the workspace hold the counters.
-template <class Body>
-inline void parallel_crew(const Team& team, int threads, void* workspace, Body&& body) {
-  Crew::Counters* const counters = static_cast<Crew::Counters*>(workspace);
-  counters->next = 0;
-  counters->arrived = 0;
-  team.parallel(threads, [&](int thread, int actual) {
-    Crew crew(counters, actual);
-    body(crew, thread);
-  });
 }
 
 template <class P>
@@ -318,7 +259,7 @@ __attribute__((noinline)) void gemm_tiny(const Gemm<T>& g, const GemmPlan& plan)
 
 // The work of one thread of the team.
 template <class P, class T>
-void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspace, Crew& crew, int thread) {
+void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspace, Crew& crew) {
   using C = Compute<T>;
   using Kind = Tile<P>;
   using A = typename Kind::A;
@@ -326,7 +267,8 @@ void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspac
   constexpr int mr = Kind::mr, nr = Kind::nr, step = Kind::step;
   const typename Kind::Session session;
   unsigned char* const shared_panels = workspace + plan.shared_at;
-  unsigned char* const private_panels = workspace + plan.private_at + static_cast<size_t>(thread) * plan.private_bytes;
+  unsigned char* const private_panels =
+      workspace + plan.private_at + static_cast<size_t>(crew.thread) * plan.private_bytes;
   A* const a_panels = reinterpret_cast<A*>(plan.share_a ? shared_panels : private_panels);
   B* const b_panels = reinterpret_cast<B*>(plan.share_a ? private_panels : shared_panels);
   C* const partial_sums = plan.partial_at < plan.total ? reinterpret_cast<C*>(workspace + plan.partial_at) : nullptr;
@@ -364,7 +306,7 @@ void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspac
           const bool whole_k = share_a && sums != nullptr;  // one thread adds up a lane's sum, in order
           const int64_t k_unit = whole_k ? plan.ks : plan.kc;
           const int64_t k_units = larger<int64_t>(1, ceil_div(ke - k0, k_unit));
-          crew.share(ceil_div(s1 - s0, group) * k_units, [&](int64_t unit) {
+          const bool packed = crew.share(ceil_div(s1 - s0, group) * k_units, [&](int64_t unit) {
             const int64_t lane = unit / k_units * group, kk = unit % k_units * k_unit;
             const int64_t lanes = smaller(group, s1 - s0 - lane), length = smaller(k_unit, ke - k0 - kk);
             if (share_a)
@@ -375,10 +317,11 @@ void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspac
               pack<B, T, nr>(g.b, s0 + lane, lanes, k0 + kk, length,
                              b_panels + lane / nr * plan.b_panel + kk / step * nr, plan.b_panel, nullptr);
           });
+          if (!packed) return;
         }
 
         const int64_t part = round_up(ceil_div(s1 - s0, plan.parts), sw);
-        crew.share(ceil_div(p1 - p0, plan.strip) * plan.parts, [&](int64_t job) {
+        const bool stays = crew.share(ceil_div(p1 - p0, plan.strip) * plan.parts, [&](int64_t job) {
           const int64_t l0 = p0 + job / plan.parts * plan.strip, l1 = smaller(l0 + plan.strip, p1);
           const int64_t t0 = smaller(s0 + job % plan.parts * part, s1), t1 = smaller(t0 + part, s1);
           for (int64_t kk = k0; kk == k0 || kk < ke; kk += plan.kc) {
@@ -406,11 +349,12 @@ void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspac
             multiply_block<P, T>(g.out, a, b, i0, i1, j0, j1, ceil_div(length, step), kk == 0, kk + length >= g.k,
                                  partial);
           }
+          if (g.out.stream) finish_streams();
         });
+        if (!stays) return;
       }
     }
   }
-  if (g.out.stream) finish_streams();
 }
 
 // B ahead of the product, for plans with b_packed.
@@ -430,6 +374,5 @@ void gemm(const Gemm<T>& g, const GemmPlan& plan, void* workspace, const Team& t
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
   Gemm<T> product = g;
   product.out.stream = streams(g, plan);
-  parallel_crew(team, plan.threads, workspace,
-                [&](Crew& crew, int thread) { gemm_member<P, T>(product, plan, bytes, crew, thread); });
+  parallel(team, plan.threads, [&](Crew& crew) { gemm_member<P, T>(product, plan, bytes, crew); });
 }

@@ -185,8 +185,8 @@ void inverted_residual(const Bound<InvertedResidualForward>& args, const Inverte
                        const Team& team) {
   const int64_t bands = bands_of(args, plan), positions = args.out[0] * args.out[1];
   const int64_t reach = args.dilation[0] * (args.kernel[0] - 1) + 1;
-  parallel_crew(team, plan.threads, workspace, [&](Crew& crew, int thread) {
-    unsigned char* const mine = static_cast<unsigned char*>(workspace) + 256 + thread * plan.per_thread;
+  parallel(team, plan.threads, [&](Crew& crew) {
+    unsigned char* const mine = static_cast<unsigned char*>(workspace) + crew.thread * plan.per_thread;
     BlockState<T> state{args,
                         plan,
                         reinterpret_cast<T*>(mine),
@@ -225,7 +225,7 @@ void plan_block(Plan<InvertedResidualForward>& plan, const Bound<InvertedResidua
   const InvertedPlan block = plan_inverted<T>(args, plan.target.threads);
   if (block.jobs_at > kRingBytes) return;
   decide(
-      plan, {"inverted_residual"}, static_cast<size_t>(256 + block.threads * block.per_thread), block,
+      plan, {"inverted_residual"}, static_cast<size_t>(block.threads * block.per_thread), block,
       [](auto& args, auto& block, auto* workspace, auto& team) { inverted_residual<T>(args, block, workspace, team); });
   plan.packed = static_cast<size_t>(block.packed) * sizeof(T);
   plan.packer = [](const Plan<InvertedResidualForward>& plan, const void* w, void* to) {

@@ -214,15 +214,17 @@ void layer_norm_forward(const Bound<LayerNormForward>& args, void* workspace, co
   using C = Compute<S>;
   const NormUnits units = norm_units<C>(args);
   const int threads = threads_for(team, args.outer * args.inner * args.size, units.count, kNormGrain);
-  team.parallel(threads, [&](int thread, int actual) {
+  parallel(team, threads, [&](Crew& crew) {
     C* const tile =
-        reinterpret_cast<C*>(static_cast<char*>(workspace) + static_cast<size_t>(thread) * tile_bytes<C>(units));
-    for_units(args, units, static_cast<const S*>(args.x), tile, units.count * thread / actual,
-              units.count * (thread + 1) / actual, [&](int64_t first, int64_t count, auto* x, int64_t stride) {
-                by_rows(count, [&](auto rows, int64_t row) {
-                  norm_rows<rows.value, S, P>(args, x + row * stride, stride, first + row);
+        reinterpret_cast<C*>(static_cast<char*>(workspace) + static_cast<size_t>(crew.thread) * tile_bytes<C>(units));
+    crew.divide(units.count, [&](int64_t begin, int64_t end) {
+      for_units(args, units, static_cast<const S*>(args.x), tile, begin, end,
+                [&](int64_t first, int64_t count, auto* x, int64_t stride) {
+                  by_rows(count, [&](auto rows, int64_t row) {
+                    norm_rows<rows.value, S, P>(args, x + row * stride, stride, first + row);
+                  });
                 });
-              });
+    });
   });
 }
 
@@ -316,9 +318,9 @@ void layer_norm_backward(const Bound<LayerNormBackward>& args, void* workspace, 
   char* const scratch = static_cast<char*>(workspace);
   C* const all_sums = reinterpret_cast<C*>(scratch + static_cast<size_t>(args.threads) * tile_bytes<C>(units));
   const int threads = threads_for(team, args.outer * args.inner * args.size, parts.count, kNormGrain);
-  team.parallel(threads, [&](int thread, int actual) {
-    C* const tile = reinterpret_cast<C*>(scratch + static_cast<size_t>(thread) * tile_bytes<C>(units));
-    for (int64_t part = parts.count * thread / actual; part < parts.count * (thread + 1) / actual; ++part) {
+  parallel(team, threads, [&](Crew& crew) {
+    C* const tile = reinterpret_cast<C*>(scratch + static_cast<size_t>(crew.thread) * tile_bytes<C>(units));
+    crew.each(parts.count, [&](int64_t part) {
       C* const sums = parts.columns == 0 ? nullptr : all_sums + part * 2 * parts.columns;
       if (sums != nullptr)
         for (int64_t j = 0; j < 2 * parts.columns; j += V::size) V::zero().store(sums + j);
@@ -329,12 +331,12 @@ void layer_norm_backward(const Bound<LayerNormBackward>& args, void* workspace, 
               norm_gradient_rows<rows.value, S, P>(args, x + row * stride, stride, first + row, sums, parts.columns);
             });
           });
-    }
+    });
   });
   if (parts.columns == 0) return;
   const int64_t vectors = parts.columns / V::size;
-  team.parallel(threads_for(team, parts.count * 2 * parts.columns, vectors, kNormGrain), [&](int thread, int actual) {
-    for (int64_t v = vectors * thread / actual; v < vectors * (thread + 1) / actual; ++v) {
+  parallel(team, threads_for(team, parts.count * 2 * parts.columns, vectors, kNormGrain), [&](Crew& crew) {
+    crew.each(vectors, [&](int64_t v) {
       const int64_t j = v * V::size;
       V w_sum = V::zero(), b_sum = V::zero();
       for (int64_t part = 0; part < parts.count; ++part) {
@@ -344,7 +346,7 @@ void layer_norm_backward(const Bound<LayerNormBackward>& args, void* workspace, 
       }
       if (args.with_grad_weight) store_upto(w_sum, static_cast<P*>(args.grad_weight) + j, args.size - j);
       if (args.with_grad_bias) store_upto(b_sum, static_cast<P*>(args.grad_bias) + j, args.size - j);
-    }
+    });
   });
 }
 

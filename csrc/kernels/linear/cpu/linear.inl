@@ -165,12 +165,12 @@ void column_sums(const Bound<LinearBackward>& args, Compute<T>* sums, const Team
   const int64_t strips = ceil_div(args.n, kSumStrip);
   const int wanted =
       args.m * args.n < kFlopPerThread / 8 ? 1 : static_cast<int>(smaller<int64_t>(strips, team.threads));
-  team.parallel(wanted, [&](int thread, int actual) {
+  parallel(team, wanted, [&](Crew& crew) {
     constexpr int kRows = 32;
     alignas(64) C block[kRows * kSumStrip];
     T values[kSumStrip];
-    for (int64_t j = strips * thread / actual * kSumStrip;
-         j < smaller(strips * (thread + 1) / actual * kSumStrip, args.n); j += kSumStrip) {
+    crew.each(strips, [&](int64_t strip) {
+      const int64_t j = strip * kSumStrip;
       const int width = static_cast<int>(smaller(args.n - j, kSumStrip));
       for (int64_t i = 0; i < args.m; i += kRows) {
         const int rows = static_cast<int>(smaller<int64_t>(args.m - i, kRows));
@@ -188,7 +188,7 @@ void column_sums(const Bound<LinearBackward>& args, Compute<T>* sums, const Team
         }
         add_columns(block, kSumStrip, width, rows, sums + j);
       }
-    }
+    });
   });
 }
 

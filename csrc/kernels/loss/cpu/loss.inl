@@ -7,10 +7,7 @@
 // body(block) for every block, each on one thread.
 template <class Body>
 void for_each_block(const Team& team, int64_t blocks, int64_t elements, int64_t grain, Body body) {
-  team.parallel(threads_for(team, elements, blocks, grain), [&](int thread, int actual) {
-    const int64_t end = blocks * (thread + 1) / actual;
-    for (int64_t block = blocks * thread / actual; block < end; ++block) body(block);
-  });
+  parallel(team, threads_for(team, elements, blocks, grain), [&](Crew& crew) { crew.each(blocks, body); });
 }
 
 template <class T>

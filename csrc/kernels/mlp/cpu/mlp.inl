@@ -99,10 +99,10 @@ template <class T>
 void mlp_forward(const Bound<MlpForward>& args, const MlpForwardPlan& plan, void* workspace, const Team& team) {
   const MlpShape& shape = args.shape;
   const int layers = shape.layers;
-  team.parallel(plan.threads, [&](int thread, int actual) {
-    T* const scratch = static_cast<T*>(workspace) + thread * plan.scratch;
+  parallel(team, plan.threads, [&](Crew& crew) {
+    T* const scratch = static_cast<T*>(workspace) + crew.thread * plan.scratch;
     T* const pair[2] = {scratch, scratch + plan.scratch / 2};
-    for (int64_t panel = plan.panels * thread / actual; panel < plan.panels * (thread + 1) / actual; ++panel) {
+    crew.each(plan.panels, [&](int64_t panel) {
       const int64_t first = panel * kMlpPanel, rows = smaller<int64_t>(kMlpPanel, shape.m - first);
       T* const saved =
           args.hidden_outputs == nullptr ? nullptr : static_cast<T*>(args.hidden_outputs) + panel * plan.saved.total;
@@ -133,7 +133,7 @@ void mlp_forward(const Bound<MlpForward>& args, const MlpForwardPlan& plan, void
       }
       const int64_t n = shape.widths[layers];
       write_panel(h, rows, n, static_cast<T*>(args.y) + first * n);
-    }
+    });
   });
 }
 
@@ -255,9 +255,9 @@ void mlp_backward(const Bound<MlpBackward>& args, const MlpBackwardPlan& plan, v
   const MlpShape& shape = args.shape;
   T* const parts = static_cast<T*>(workspace);
   T* const scratches = parts + (plan.parts == 1 ? 0 : plan.parts * plan.part);
-  team.parallel(plan.threads, [&](int thread, int actual) {
-    T* const scratch = scratches + thread * plan.group * plan.panel_scratch;
-    for (int64_t part = plan.parts * thread / actual; part < plan.parts * (thread + 1) / actual; ++part) {
+  parallel(team, plan.threads, [&](Crew& crew) {
+    T* const scratch = scratches + crew.thread * plan.group * plan.panel_scratch;
+    crew.each(plan.parts, [&](int64_t part) {
       const MlpSums<T> sums = mlp_sums<T>(args, plan, parts, part);
       const int64_t begin = plan.groups * part / plan.parts, end = plan.groups * (part + 1) / plan.parts;
       for (int64_t group = begin; group < end; ++group) {
@@ -276,7 +276,7 @@ void mlp_backward(const Bound<MlpBackward>& args, const MlpBackwardPlan& plan, v
             panel_bias<T>(g, plan.panel_scratch, panels, shape.widths[l + 1], group > begin, sums.grad_bias[l]);
         }
       }
-    }
+    });
   });
   if (plan.parts == 1) return;
   const auto add_up = [&](void* to, const T* first, int64_t n) {

@@ -17,16 +17,17 @@ void for_pieces(const Bound<Call>& args, const Team& team, Body body) {
   int64_t total = 0;
   for (int64_t i = 0; i < args.count; ++i) total += round_up(pieces[i].n, kStepUnit);
   const int wanted = args.in_order ? 1 : threads_for(team, total, total / kStepUnit, kStepGrain);
-  team.parallel(wanted, [&](int thread, int actual) {
-    const int64_t units = total / kStepUnit;
-    const int64_t begin = units * thread / actual * kStepUnit, end = units * (thread + 1) / actual * kStepUnit;
-    int64_t at = 0;
-    for (int64_t i = 0; i < args.count && at < end; ++i) {
-      const int64_t size = round_up(pieces[i].n, kStepUnit);
-      const int64_t first = larger(begin - at, int64_t{0}), last = smaller(smaller(end - at, size), pieces[i].n);
-      if (first < last) body(pieces[i], first, last - first);
-      at += size;
-    }
+  parallel(team, wanted, [&](Crew& crew) {
+    crew.divide(total / kStepUnit, [&](int64_t first_unit, int64_t last_unit) {
+      const int64_t begin = first_unit * kStepUnit, end = last_unit * kStepUnit;
+      int64_t at = 0;
+      for (int64_t i = 0; i < args.count && at < end; ++i) {
+        const int64_t size = round_up(pieces[i].n, kStepUnit);
+        const int64_t first = larger(begin - at, int64_t{0}), last = smaller(smaller(end - at, size), pieces[i].n);
+        if (first < last) body(pieces[i], first, last - first);
+        at += size;
+      }
+    });
   });
 }
 

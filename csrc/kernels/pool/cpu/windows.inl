@@ -179,13 +179,9 @@ struct TapOffsets {
 // costs more here.
 constexpr int64_t kPoolGrain = 16384;
 
-// body(begin, end) on each thread, for a part of [0, units). A unit has the work of `cost` elements.
+// body(begin, end) for runs of units that cover [0, units). A unit has the work of `cost` elements.
 template <class Body>
 void for_units(const Team& team, int64_t units, int64_t cost, Body body) {
   if (units == 0) return;
-  team.parallel(threads_for(team, units * cost, units, kPoolGrain), [&](int thread, int actual) {
-    const int64_t begin = units / actual * thread + smaller(thread, units % actual);
-    const int64_t end = begin + units / actual + (thread < units % actual ? 1 : 0);
-    body(begin, end);
-  });
+  parallel(team, threads_for(team, units * cost, units, kPoolGrain), [&](Crew& crew) { crew.divide(units, body); });
 }

@@ -184,15 +184,12 @@ inline void for_rows(const Call& call, const Team& team, Row row, StripBody stri
   constexpr int64_t width = kStrip * Vec<C>::size;
   const int64_t per_outer = call.inner == 1 ? 1 : ceil_div(call.inner, width), count = call.outer * per_outer;
   const int threads = threads_for(team, call.outer * call.size * call.inner, count, kSoftmaxGrain);
-  team.parallel(threads, [&](int thread, int actual) {
-    for (int64_t i = count * thread / actual; i < count * (thread + 1) / actual; ++i) {
-      if (call.inner == 1) {
-        row(i * call.size);
-        continue;
-      }
+  parallel(team, threads, [&](Crew& crew) {
+    crew.each(count, [&](int64_t i) {
+      if (call.inner == 1) return row(i * call.size);
       const int64_t o = i / per_outer, first = i % per_outer * width;
       strip(o * call.size * call.inner + first, static_cast<int>(smaller(width, call.inner - first)));
-    }
+    });
   });
 }
 
