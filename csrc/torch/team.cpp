@@ -123,7 +123,7 @@ std::atomic<TeamChoice> choice{[] {
 // on a processor, time ready but waiting, in nanoseconds. Where there is no such file, the machine counts as idle.
 namespace contention {
 
-constexpr int64_t kBetweenReadings = 2000000;  // of a thread; a reading takes 1 to 2 us
+constexpr int64_t kBetweenReadings = 4000000;  // of a thread; a reading takes 3 us
 // The own team takes over when threads have waited for more than an eighth of this time, which is the sum over all. On
 // an idle machine it is less than a hundredth.
 constexpr int64_t kWindow = 40000000;
@@ -158,45 +158,35 @@ void decide(int64_t now) {
   deciding.clear(std::memory_order_release);
 }
 
-// What a thread has read last.
+// What a thread has read last. The file is not kept open: a program may close all that it does not know.
 class Reader {
  public:
-  ~Reader() {
-    if (file_ >= 0) close(file_);
-  }
-
   // Reads now and then; called by every thread that has done a part of a region.
   void look() {
-    if (file_ == kNoFile) return;
     const int64_t now = nanoseconds();
-    if (now - looked_ < kBetweenReadings) return;
+    if (!there_ || now - looked_ < kBetweenReadings) return;
     looked_ = now;
-    if (file_ == kNotOpened) file_ = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
+    const int file = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
     char text[64];
-    const ssize_t length = file_ < 0 ? -1 : pread(file_, text, sizeof text - 1, 0);
-    if (length <= 0) {
-      if (file_ >= 0) close(file_);
-      file_ = kNoFile;
-      return;
-    }
+    const ssize_t length = file < 0 ? -1 : read(file, text, sizeof text - 1);
+    if (file >= 0) close(file);
+    there_ = length > 0;
+    if (!there_) return;
     text[length] = 0;
     char* end = nullptr;
     const int64_t ran_now = std::strtoll(text, &end, 10), waited_now = std::strtoll(end, nullptr, 10);
-    if (read_before_) {
+    if (ran_ >= 0) {
       ran.fetch_add(ran_now - ran_, std::memory_order_relaxed);
       waited.fetch_add(waited_now - waited_, std::memory_order_relaxed);
       decide(now);
     }
     ran_ = ran_now;
     waited_ = waited_now;
-    read_before_ = true;
   }
 
  private:
-  static constexpr int kNotOpened = -1, kNoFile = -2;
-  int file_ = kNotOpened;
-  bool read_before_ = false;
-  int64_t looked_ = 0, ran_ = 0, waited_ = 0;
+  bool there_ = true;
+  int64_t looked_ = 0, ran_ = -1, waited_ = 0;
 };
 
 void look() {

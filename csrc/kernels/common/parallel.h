@@ -168,6 +168,7 @@ class Region {
         sched_yield();
       } else {
         __atomic_store_n(&asleep_, 1, __ATOMIC_SEQ_CST);
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);  // rouse() finds it asleep, or it finds what rouse() came for
         if (!ready()) sleep(&asleep_, 1);
         __atomic_store_n(&asleep_, 0, __ATOMIC_RELAXED);
       }
