@@ -1,8 +1,8 @@
 """`fastops bench --busy`: models on a machine that has other things to do.
 
 Each library has a process of its own, and they take turns. While one is measured, endless loops of other processes run
-beside it, at the same priority or at nice 19. A time is the mean over all calls of a turn, as the slow ones are what
-counts here; of several turns, the median.
+beside it, at the same priority or at nice 19; a turn begins when it has had them for a second. A time is the mean over
+all calls of a turn, as the slow ones are what counts here; of several turns, the median.
 """
 
 import json
@@ -26,6 +26,7 @@ import fastops.functional as FF
 from fastops.benchmarks import report
 from fastops.benchmarks.models import resnet18
 
+SETTLE_SECONDS = 1.0
 LIBRARIES = ("PyTorch", "fastops")
 
 
@@ -97,6 +98,17 @@ WORK = {
 # ---- a process for each library --------------------------------------------------------------------------------------
 
 
+def _times(call: Callable[[], object], seconds: float) -> list[float]:
+    """Of calls, one after the other, for so long."""
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return times
+
+
 def _serve(library: str, name: str, threads: int) -> None:
     """For each line, a number of seconds, prints the mean time of a call in milliseconds."""
     torch.set_num_threads(threads)
@@ -107,13 +119,8 @@ def _serve(library: str, name: str, threads: int) -> None:
             call()
         print("ready", flush=True)
         for line in sys.stdin:
-            end = time.perf_counter() + float(line)
-            times = []
-            while not times or time.perf_counter() < end:
-                begin = time.perf_counter()
-                call()
-                times.append(time.perf_counter() - begin)
-            print(1e3 * mean(times), flush=True)
+            _times(call, SETTLE_SECONDS)
+            print(1e3 * mean(_times(call, float(line))), flush=True)
 
 
 class _Worker:
@@ -208,7 +215,7 @@ def run(out: Path, threads: int, quick: bool) -> int:
     """Measures, prints, and writes one JSON into this folder."""
     stamp = report.machine()
     print("\n".join(f"{key:<17} {value}" for key, value in stamp.items()), end="\n\n")
-    rows = measure(threads, 1 if quick else 5, 0.5 if quick else 2.0)
+    rows = measure(threads, 1 if quick else 3, 0.5 if quick else 1.0)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"busy-{report.file_name(stamp)}.json"
     path.write_text(

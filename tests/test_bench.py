@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import fastops
-from fastops.benchmarks import activation, command, conv, figures, footprint, harness, linear, models, report
+from fastops.benchmarks import activation, busy, command, conv, figures, footprint, harness, linear, models, report
 from fastops.benchmarks.harness import Case, Row, Sides
 
 
@@ -304,3 +304,22 @@ def test_saved_bytes_counts_what_backward_keeps() -> None:
     x = torch.randn(1024, requires_grad=True)
     assert footprint.saved_bytes(F.relu, x) == 4096
     assert footprint.saved_bytes(lambda x: x + 1, x) == 0
+
+
+def test_busy_measures_each_library_and_says_how_much_slower(tmp_path, monkeypatch):
+    name = list(busy.WORK)[-1]
+    monkeypatch.setattr(busy, "WORK", {name: busy.WORK[name]})
+    monkeypatch.setattr(busy, "LOADS", [load for load in busy.LOADS if load.name in ("idle", "one core busy, nice 19")])
+    pages = []
+    rows = busy.measure(1, 1, 0.01, pages.append)
+    assert [row.load for row in rows] == ["idle", "one core busy, nice 19"]
+    assert all(0 < times[0] < 1000 for row in rows for times in row.milliseconds.values())
+    assert len(pages) == 1
+    assert name in pages[0]
+
+    made_up = [
+        busy.Row("work", "idle", {"PyTorch": [4.0], "fastops": [2.0]}),
+        busy.Row("work", "all cores busy", {"PyTorch": [30.0, 12.0, 20.0], "fastops": [5.0, 4.0, 3.0]}),
+    ]
+    last = busy.table(made_up).splitlines()[-1].split()
+    assert last[-5:] == ["20.00", "5.00", "4.00", "2.00", "5.00"]

@@ -123,7 +123,7 @@ std::atomic<TeamChoice> choice{[] {
 // on a processor, time ready but waiting, in nanoseconds. Where there is no such file, the machine counts as idle.
 namespace contention {
 
-constexpr int64_t kBetweenReadings = 4000000;  // of a thread; a reading takes 3 us
+constexpr int64_t kBetweenReadings = 4000000;  // of a thread; a reading takes 5 us
 // The own team takes over when threads have waited for more than an eighth of this time, which is the sum over all. On
 // an idle machine it is less than a hundredth.
 constexpr int64_t kWindow = 40000000;
