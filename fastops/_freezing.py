@@ -269,6 +269,9 @@ class _Freezer:
         arguments = inspect.signature(FF.mlp).bind(*node.args, **node.kwargs)
         arguments.apply_defaults()
         input, weights, biases, hidden, output = arguments.arguments.values()
+        tensors = [one for one in (*weights, *(biases or ())) if one is not None]
+        if not all(isinstance(one, Node) and one.op == "get_attr" for one in tensors):
+            return  # made in the forward, as the transposed weight of an autoencoder's other half
         shapes = [_attribute(self.module, weight.target).shape for weight in weights]
         biases = biases or (None,) * len(weights)
         told = [self._name_of(weight) for weight in weights]

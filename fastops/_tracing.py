@@ -125,7 +125,10 @@ def _trace(root: nn.Module, tracer: "_Tracer") -> Traced:
 
 class _Tracer(torch.fx.Tracer):
     proxy_buffer_attributes = True
-    thread = 0  # no thread's: what other threads find of a tracer that is done
+    # What other threads find of a tracer that is done, in calls of modules that have begun before: no thread's, and no
+    # functions to wrap.
+    thread = 0
+    _autowrap_function_ids: Any = frozenset()
 
     def __init__(self, root: nn.Module, inputs: list[str], named_inputs: list[str], training: bool | None) -> None:
         super().__init__()
@@ -136,6 +139,7 @@ class _Tracer(torch.fx.Tracer):
         self.entered: dict[str, nn.Module] = {}
         self.leaves: dict[str, tuple[str, bool]] = {}
         self.ambient = _ambient()
+        self.refused: Exception | None = None  # what a forward was told; it may have caught it and gone on
         self.parameter_proxies: dict[str, Proxy] = {}
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
@@ -177,8 +181,11 @@ class _Tracer(torch.fx.Tracer):
     def _follow(self, module: nn.Module, name: str, call: Callable[[], Any], arguments: Any = ()) -> Any:
         """What a call of module's forward does."""
         state, numbers = _State(module), _random_state()
+        outer, self.refused = self.refused, None
         try:
             result = call()
+            if self.refused is not None:
+                raise self.refused
             state.check(module)
             if not _same_random_state(numbers, _random_state()):
                 raise TraceError("its forward makes random numbers")
@@ -191,8 +198,21 @@ class _Tracer(torch.fx.Tracer):
         except Exception:
             state.restore(module)
             raise
+        finally:
+            self.refused = outer
         self.entered[name] = module
         return result
+
+    def refuse(self, error: Exception) -> Exception:
+        """To be raised in a forward."""
+        self.refused = error
+        return error
+
+    def to_bool(self, obj: Proxy) -> bool:
+        raise self.refuse(TraceError("its forward decides by an input"))
+
+    def iter(self, obj: Proxy) -> Any:
+        raise self.refuse(TraceError("its forward goes through the elements of an input"))
 
     def _may_give_none(self, node: torch.fx.Node) -> bool:
         while node.target is operator.getitem and isinstance(node.args[0], torch.fx.Node):
@@ -309,10 +329,7 @@ def reason(error: Exception) -> str:
     """What a report says about a forward that could not be traced: one line."""
     text = str(error).partition("\n")[0]
     for sign, meaning in (
-        ("control flow", "its forward decides by an input"),
         ("bool()", "its forward decides by an input"),
-        ("cannot be iterated", "its forward goes through the elements of an input"),
-        ("'len' is not supported", "its forward asks for the length of an input"),
         ("does not support item assignment", "its forward assigns to elements of a tensor"),
     ):
         if sign in text:
@@ -330,9 +347,23 @@ class _Proxy(Proxy):
         frame = sys._getframe(1)
         while frame.f_globals.get("__name__") == "abc":
             frame = frame.f_back
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "fastops"):
-            raise TraceError("its forward asks for the type of an input")
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in ("torch", "fastops") or frame.f_code is torch.is_tensor.__code__:
+            raise self._refuse("its forward asks for the type of an input")
         return _Proxy
+
+    def _refuse(self, why: str) -> Exception:
+        tracer = object.__getattribute__(self, "tracer")
+        return tracer.refuse(TraceError(why))
+
+    def __len__(self) -> int:
+        raise self._refuse("its forward asks for the length of an input")
+
+    def __int__(self) -> int:
+        raise self._refuse("its forward makes a number of an input")
+
+    def __float__(self) -> float:
+        raise self._refuse("its forward makes a number of an input")
 
 
 def _in_place(name: str) -> Callable[[Proxy, Any], Proxy]:

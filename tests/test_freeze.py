@@ -1134,3 +1134,17 @@ def test_inverted_residuals_that_are_none():
         with torch.no_grad():
             torch.testing.assert_close(found, model(x.clone()))
         assert [call.op for call in calls].count("inverted_residual") == blocks
+
+
+def test_weights_that_the_forward_makes():
+    class Autoencoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return F.linear(torch.relu(self.fc(x)), self.fc.weight.t())
+
+    model, x = Autoencoder().eval(), torch.randn(5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fastops.freeze(model)(x), model(x))

@@ -1100,3 +1100,57 @@ def test_functions_that_stand_alone(way):
     assert [call.op for call in calls if call.kernel != "aten"] == [
         "linear", "scaled_dot_product_attention", "max_pool2d", "layer_norm", "softmax",
     ]  # fmt: skip
+
+
+class _Asks(nn.Module):
+    """Two layers, and a question about the input between them that a trace cannot answer."""
+
+    def __init__(self, ask):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.ask = ask
+
+    def forward(self, x):
+        return self.fc2(torch.relu(self.fc1(self.ask(x))))
+
+
+def _length_or_one(x):
+    try:
+        return x * len(x)
+    except Exception:
+        return x
+
+
+def _branch_or_five(x):
+    try:
+        return x if x.sum() > 1e9 else x * 2
+    except Exception:
+        return x * 5
+
+
+def _parts_or_whole(x):
+    try:
+        a, *b = x
+        return a + torch.stack(b)
+    except Exception:
+        return x
+
+
+def _number_or_none(x):
+    try:
+        return x * float(x[0, 0])
+    except Exception:
+        return x
+
+
+def _tensor_or_not(x):
+    return x * 2 if torch.is_tensor(x) else x
+
+
+@pytest.mark.parametrize("ask", [_length_or_one, _branch_or_five, _parts_or_whole, _number_or_none, _tensor_or_not])
+@pytest.mark.parametrize("way", [fastops.fuse, lambda model: fastops.freeze(model.eval())], ids=["fuse", "freeze"])
+def test_questions_whose_answer_a_forward_catches(ask, way):
+    model, x = _Asks(ask), torch.randn(4, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(way(model)(x), model(x))
+        torch.testing.assert_close(way(nn.Sequential(model, nn.ReLU()))(x), torch.relu(model(x)))

@@ -11,12 +11,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <climits>
 #include <csignal>
 #include <cstdlib>
 #include <ctime>
+#include <exception>
 #include <string_view>
-#include <system_error>
 #include <thread>
 
 namespace fastops {
@@ -38,17 +39,18 @@ void sleep_on(uint32_t* word, uint32_t value) {
 }
 void wake(uint32_t* word, int sleepers) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, sleepers, nullptr, nullptr, 0); }
 
-// A thread of the library's own. It handles no signals, so that Python's handlers run where they would without it.
-// Whether the system gave one.
+// A thread of the library's own. It handles no signals but those of its own mistakes, so that Python's handlers run
+// where they would without it. Whether the system gave one.
 template <class Body>
 bool start_thread(Body body) {
   sigset_t all, before;
   sigfillset(&all);
+  for (const int mistake : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) sigdelset(&all, mistake);
   pthread_sigmask(SIG_SETMASK, &all, &before);
   bool started = true;
   try {
     std::thread(body).detach();
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) {
     started = false;
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -95,20 +97,31 @@ void work();
 // on.
 namespace short_waits {
 
-uint32_t parked;  // whether there is one
+uint32_t parking;  // counts beginnings and ends: odd while there is one
+std::atomic<bool> impossible{false};
 
 void begin() {
-  if (__atomic_load_n(&parked, __ATOMIC_RELAXED) == 1 || __atomic_exchange_n(&parked, 1, __ATOMIC_SEQ_CST) == 1) return;
-  const auto park = [] {
+  uint32_t count = __atomic_load_n(&parking, __ATOMIC_RELAXED);
+  if (count % 2 == 1 || impossible.load(std::memory_order_relaxed)) return;
+  if (!__atomic_compare_exchange_n(&parking, &count, count + 1, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) return;
+  const auto park = [mine = count + 1] {
+    // libgomp ends the process where it is given no thread. So another one is asked for first.
+    if (!start_thread([] {})) {
+      impossible.store(true);
+      return;
+    }
 // The pool of this thread has one thread besides it.
 #pragma omp parallel num_threads(2)
-    while (__atomic_load_n(&parked, __ATOMIC_ACQUIRE) == 1) sleep_on(&parked, 1);
+    while (__atomic_load_n(&parking, __ATOMIC_ACQUIRE) == mine) sleep_on(&parking, mine);
   };
-  if (!start_thread(park)) __atomic_store_n(&parked, 0, __ATOMIC_SEQ_CST);
+  if (!start_thread(park)) impossible.store(true);
 }
 void end() {
-  __atomic_store_n(&parked, 0, __ATOMIC_SEQ_CST);
-  wake(&parked, INT_MAX);
+  uint32_t count = __atomic_load_n(&parking, __ATOMIC_RELAXED);
+  if (count % 2 == 0 ||
+      !__atomic_compare_exchange_n(&parking, &count, count + 1, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
+    return;
+  wake(&parking, INT_MAX);
 }
 
 }  // namespace short_waits
@@ -168,10 +181,13 @@ class Reader {
     looked_ = now;
     const int file = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
     char text[64];
-    const ssize_t length = file < 0 ? -1 : read(file, text, sizeof text - 1);
-    if (file >= 0) close(file);
-    there_ = length > 0;
-    if (!there_) return;
+    if (file < 0) {
+      there_ = errno == EMFILE || errno == ENFILE;
+      return;
+    }
+    const ssize_t length = read(file, text, sizeof text - 1);
+    close(file);
+    if (length <= 0) return;
     text[length] = 0;
     char* end = nullptr;
     const int64_t ran_now = std::strtoll(text, &end, 10), waited_now = std::strtoll(end, nullptr, 10);
@@ -198,10 +214,49 @@ void look() {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
+// How many processors the calling thread may use.
+int processors() {
+  cpu_set_t set;
+  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : INT_MAX;
+}
+
+// A body whose members round and treat denormal numbers as the lead does.
+struct Led {
+  Region::Body body;
+  void* context;
+  uint64_t modes = current();
+
+#if defined(__x86_64__)
+  static uint64_t current() { return __builtin_ia32_stmxcsr(); }
+  static void set(uint64_t modes) { __builtin_ia32_ldmxcsr(static_cast<unsigned>(modes)); }
+#elif defined(__aarch64__)
+  static uint64_t current() {
+    uint64_t modes;
+    asm volatile("mrs %0, fpcr" : "=r"(modes));
+    return modes;
+  }
+  static void set(uint64_t modes) { asm volatile("msr fpcr, %0" : : "r"(modes)); }
+#else
+  static uint64_t current() { return 0; }
+  static void set(uint64_t) {}
+#endif
+
+  static uint32_t run(void* context, Region& region, int member) {
+    const Led& led = *static_cast<const Led*>(context);
+    const uint64_t before = current();
+    const bool others = before != led.modes;
+    if (others) set(led.modes);
+    const uint32_t seen = led.body(led.context, region, member);
+    if (others) set(before);
+    return seen;
+  }
+};
+
 void run_openmp(int threads, Region::Body body, void* context) {
   static thread_local Region own;
   Region& region = own;
-  region.open(threads, body, context);
+  Led led{body, context};
+  region.open(threads, Led::run, &led);
 // There is no num_threads clause, as libgomp rebuilds its pool whenever the size of the team changes (PyTorch issue
 // 32008). All threads of the pool start; those that are not wanted return at once.
 #pragma omp parallel
@@ -218,6 +273,15 @@ void run_openmp(int threads, Region::Body body, void* context) {
 }
 
 namespace own {
+
+[[maybe_unused]] const bool prepared = [] {
+  for (Region& region : regions) {
+    region.sleep = sleep_on;
+    region.wake = [](uint32_t* word) { wake(word, 1); };
+    region.ring = ring;
+  }
+  return true;
+}();
 
 void work() {
   Region::Visit visits[kRegions];
@@ -241,31 +305,6 @@ void work() {
   }
 }
 
-// How many processors the calling thread may use.
-int processors() {
-  cpu_set_t set;
-  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : INT_MAX;
-}
-
-// A body whose members round and treat denormal numbers as the lead does.
-struct Led {
-  Region::Body body;
-  void* context;
-#if defined(__x86_64__)
-  unsigned modes = __builtin_ia32_stmxcsr();
-  void adopt() const {
-    if (__builtin_ia32_stmxcsr() != modes) __builtin_ia32_ldmxcsr(modes);
-  }
-#else
-  void adopt() const {}
-#endif
-  static uint32_t run(void* context, Region& region, int member) {
-    const Led& led = *static_cast<const Led*>(context);
-    led.adopt();
-    return led.body(led.context, region, member);
-  }
-};
-
 void run(int wanted, Region::Body body, void* context) {
   if (choice.load(std::memory_order_relaxed) == TeamChoice::own) short_waits::begin();
   const int members = std::min({wanted, processors(), Region::kMembers});
@@ -280,9 +319,6 @@ void run(int wanted, Region::Body body, void* context) {
     for (int used = regions_used.load(); used <= i && !regions_used.compare_exchange_weak(used, i + 1);) {
     }
     Region& region = regions[i];
-    region.sleep = sleep_on;
-    region.wake = [](uint32_t* word) { wake(word, 1); };
-    region.ring = ring;
     region.open(members, Led::run, &led);
     region.lead();
     taken[i].store(false, std::memory_order_release);
@@ -316,9 +352,22 @@ bool own_team_in_use() {
          (now == TeamChoice::automatic && contention::contended.load(std::memory_order_relaxed));
 }
 
+namespace {
+
+// Whether a team of our own would have the processors that PyTorch's threads have. A program that binds its threads, or
+// this one, to processors has given them to those.
+bool own_team_fits(int threads) {
+  static const int at_first = processors();
+  return omp_get_proc_bind() == omp_proc_bind_false && processors() >= std::min(threads, at_first);
+}
+
+}  // namespace
+
 Team torch_team() {
   if (registered != 0 || forked.load(std::memory_order_relaxed) || at::in_parallel_region()) return Team{1, nullptr};
-  return Team{at::get_num_threads(), own_team_in_use() ? own::run : run_openmp};
+  const int threads = at::get_num_threads();
+  const bool own = own_team_in_use() && (team_choice() == TeamChoice::own || own_team_fits(threads));
+  return Team{threads, own ? own::run : run_openmp};
 }
 
 }  // namespace fastops

@@ -19,9 +19,10 @@ FASTOPS_IN_PLACE void spin_pause() {
 
 // The work of several threads on one body. The thread that has the work leads; others may come, in any number and at
 // any time until it is done. A body is a sequence of phases, and a phase is a number of units that its members claim
-// one after the other. The lead returns when all units of all phases are done. It waits for a member that has claimed a
-// unit, and for nobody else: what a thread would have done that the system has stopped, or that never came, the others
-// do.
+// one after the other. The lead returns when all units of all phases are done. It waits for members that have claimed a
+// unit, and at the end for those that are in the body just then; for no others: what a thread would have done that the
+// system has stopped, or that never came, the others do. So a body does little but units, and a member is not let in
+// when all units of a phase are claimed.
 //
 // A member other than the lead leaves the body when it finds no more unit to claim, and comes back for the next phase;
 // the phases that are over then have nothing for it. So a body may be called several times by a thread, and everything
@@ -51,7 +52,7 @@ class Region {
   void open(int members, Body body, void* context) {
     body_ = body;
     context_ = context;
-    first_ = phase_;
+    __atomic_store_n(&first_, phase_, __ATOMIC_RELAXED);
     __atomic_store_n(&members_, members < kMembers ? members : kMembers, __ATOMIC_RELAXED);
     const uint64_t gate = __atomic_load_n(&gate_, __ATOMIC_RELAXED);
     __atomic_store_n(&gate_, (gate & ~(kEpoch - 1)) + kEpoch + kOpen, __ATOMIC_RELEASE);
@@ -75,14 +76,17 @@ class Region {
   bool visit(Visit& visit) {
     uint64_t gate = __atomic_load_n(&gate_, __ATOMIC_ACQUIRE);
     if ((gate & kOpen) == 0) return false;
-    if (gate / kEpoch == visit.epoch && __atomic_load_n(&phase_, __ATOMIC_RELAXED) == visit.seen) return false;
+    const uint32_t phase = __atomic_load_n(&phase_, __ATOMIC_RELAXED);
+    if (gate / kEpoch == visit.epoch && phase == visit.seen) return false;
+    const bool begun = phase != __atomic_load_n(&first_, __ATOMIC_RELAXED);
+    if (begun && phase == __atomic_load_n(&all_claimed_, __ATOMIC_RELAXED)) return false;
     do {
       if ((gate & kOpen) == 0) return false;
       const bool again = gate / kEpoch == visit.epoch;
       const int joined = static_cast<int>(gate / kJoined % (2 * kMembers));
       if (!again && joined + 1 >= __atomic_load_n(&members_, __ATOMIC_RELAXED)) return false;
       if (__atomic_compare_exchange_n(&gate_, &gate, gate + 1 + (again ? 0 : kJoined), true, __ATOMIC_ACQUIRE,
-                                      __ATOMIC_RELAXED)) {
+                                      __ATOMIC_ACQUIRE)) {
         visit = {gate / kEpoch, again ? visit.member : joined + 1, visit.seen};
         break;
       }
@@ -141,6 +145,9 @@ class Region {
     return static_cast<int64_t>(value & 0xffffffff);
   }
 
+  // All units of the phase are claimed. It may come late: it only spares members the way in.
+  FASTOPS_IN_PLACE void close(uint32_t phase) { __atomic_store_n(&all_claimed_, phase, __ATOMIC_RELAXED); }
+
   // `count` more of the phase's `units` are done.
   FASTOPS_IN_PLACE void finish(int64_t count, int64_t units) {
     if (__atomic_add_fetch(&done_, count, __ATOMIC_SEQ_CST) == units) rouse();
@@ -186,6 +193,7 @@ class Region {
   int members_ = 1;
   alignas(64) uint64_t gate_ = 0;
   alignas(64) uint32_t phase_ = 0;
+  uint32_t all_claimed_ = 0;
   alignas(64) int64_t done_ = 0;
   uint32_t asleep_ = 0;
   Queue queues_[kMembers];

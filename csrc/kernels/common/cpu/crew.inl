@@ -76,13 +76,16 @@ class Crew {
     ++phase_;
     if (thread == 0) {
       region_->begin(phase_, queues);
-      region_->finish(claims(), units);
+      const int64_t done = claims();
+      region_->close(phase_);
+      region_->finish(done, units);
       region_->wait_for(units);
       return true;
     }
     seen_ = region_->current();
     if (seen_ != phase_) return static_cast<int32_t>(seen_ - phase_) > 0;
     const int64_t done = claims();
+    region_->close(phase_);
     if (done > 0) region_->finish(done, units);
     return false;
   }
