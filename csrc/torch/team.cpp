@@ -58,11 +58,6 @@ bool start_thread(Body body) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// PyTorch's pool
-
-void run_openmp(int threads, Region::Body body, void* context);
-
-// ---------------------------------------------------------------------------------------------------------------------
 // a team of our own
 
 // Its threads are started when they are first wanted, and stay. Several threads may lead a region at once.
@@ -84,8 +79,6 @@ void ring(int members) {
   const int asleep = sleepers.load();
   if (asleep > 0) wake(&bell, std::min(members - 1, asleep));
 }
-
-void work();
 
 }  // namespace own
 
@@ -227,7 +220,7 @@ struct Led {
   uint64_t modes = current();
 
 #if defined(__x86_64__)
-  static uint64_t current() { return __builtin_ia32_stmxcsr(); }
+  static uint64_t current() { return __builtin_ia32_stmxcsr() & 0xffc0; }  // without what has happened so far
   static void set(uint64_t modes) { __builtin_ia32_ldmxcsr(static_cast<unsigned>(modes)); }
 #elif defined(__aarch64__)
   static uint64_t current() {
@@ -346,12 +339,6 @@ void set_team_choice(TeamChoice chosen) {
   chosen == TeamChoice::own ? short_waits::begin() : short_waits::end();
 }
 
-bool own_team_in_use() {
-  const TeamChoice now = team_choice();
-  return now == TeamChoice::own ||
-         (now == TeamChoice::automatic && contention::contended.load(std::memory_order_relaxed));
-}
-
 namespace {
 
 // Whether a team of our own would have the processors that PyTorch's threads have. A program that binds its threads, or
@@ -363,11 +350,16 @@ bool own_team_fits(int threads) {
 
 }  // namespace
 
+bool own_team_in_use() {
+  const TeamChoice now = team_choice();
+  return now == TeamChoice::own ||
+         (now == TeamChoice::automatic && contention::contended.load(std::memory_order_relaxed) &&
+          own_team_fits(at::get_num_threads()));
+}
+
 Team torch_team() {
   if (registered != 0 || forked.load(std::memory_order_relaxed) || at::in_parallel_region()) return Team{1, nullptr};
-  const int threads = at::get_num_threads();
-  const bool own = own_team_in_use() && (team_choice() == TeamChoice::own || own_team_fits(threads));
-  return Team{threads, own ? own::run : run_openmp};
+  return Team{at::get_num_threads(), own_team_in_use() ? own::run : run_openmp};
 }
 
 }  // namespace fastops
