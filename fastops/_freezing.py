@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 import operator
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ from fastops._frozen_layout import restore_layouts, suggests_channels_last
 from fastops._frozen_norms import NORMS, Apart, folded
 from fastops._fusion import rewrite
 from fastops._nodes import Nodes, in_the_way
-from fastops._tracing import Signature, Traced, is_frozen, may_take_none, reason, trace
+from fastops._tracing import Signature, Traced, is_frozen, reason, trace, version
 from fastops.functional._activation import resolve_activation
 from fastops.fuse import is_layer, unfuse
 from fastops.replace import Row, _name, replace_
@@ -53,12 +54,30 @@ def freeze_module(model: nn.Module, name: str, report: Any, channels_last: bool)
         else:
             frozen = _Freezer(model, traced.graph, name, report, channels_last).run()
             signature = Signature(type(model).forward)
-            if signature.declared == signature.inputs[:1] and not may_take_none(traced.entered.values()):
+            if signature.declared == signature.inputs[:1] and not traced.may_take_none:
                 return frozen
             return Either(frozen, _with_frozen_children(model, name, type(report)(), channels_last))
     if type(model) not in _CONTAINERS:
         report.untraced.append(Row(name, _name(type(model)), why))
     return _with_frozen_children(model, name, report, channels_last)
+
+
+def with_its_own_modes(model: nn.Module, report: Any) -> nn.Module | None:
+    """A copy after eval() where that does more than to set all modes: nothing else is known to be the same."""
+    plain = nn.Module.train, nn.Module.eval
+    if all((type(one).train, type(one).eval) == plain or is_frozen(one) for one in model.modules()):
+        return None
+    result = _copy(model)
+    before = [(name, id(one)) for name, one in result.named_modules()]
+    tensors = [(id(one), version(one)) for one in (*result.parameters(), *result.buffers())]
+    result.eval()
+    same = before == [(name, id(one)) for name, one in result.named_modules()]
+    same = same and tensors == [(id(one), version(one)) for one in (*result.parameters(), *result.buffers())]
+    if same and not any(one.training for one in result.modules()):
+        return None
+    report.untraced.append(Row("", _name(type(model)), "its class has a train() of its own"))
+    replace_(result)
+    return result
 
 
 def _freeze_layer(model: nn.Module, name: str, report: Any, channels_last: bool) -> nn.Module:
@@ -104,6 +123,8 @@ def _with_frozen_children(model: nn.Module, name: str, report: Any, channels_las
 
 def _trace(model: nn.Module) -> Traced:
     """model.forward with the defaults of its options, in eval mode."""
+    if not isinstance(inspect.getattr_static(type(model), "forward"), types.FunctionType):
+        raise TypeError("its forward is no method")
     signature = Signature(type(model).forward)
     return trace(model, signature.inputs, signature.named_inputs, False)
 

@@ -110,11 +110,12 @@ class Either(_StandsIn):
 
     def _choose(self) -> None:
         signature = Signature(type(self.general).forward)
+        graph, general = signature.free_names("graph", "general")
         source = f"""\
-def choose({", ".join(["fastops_graph", "fastops_general", *signature.declared])}):
+def choose({", ".join([graph, general, *signature.declared])}):
     if {" and ".join(signature.tests) or "True"}:
-        return fastops_graph({", ".join([*signature.inputs, *signature.named_inputs])})
-    return fastops_general({", ".join(signature.passed)})
+        return {graph}({", ".join([*signature.inputs, *signature.named_inputs])})
+    return {general}({", ".join(signature.passed)})
 """
         space = dict(signature.defaults)
         exec(compile(source, "<fastops.freeze>", "exec"), space)

@@ -18,8 +18,8 @@ class _Place(NamedTuple):
 
     name: str
     module: Any  # a weak reference
-    place: str  # "_parameters" or "_buffers"
-    key: str
+    place: str  # "_parameters", "_buffers" or "_modules"
+    key: Any  # None: all that is there
     fingerprint: int
     values: Any
 
@@ -27,12 +27,14 @@ class _Place(NamedTuple):
     def where(self) -> tuple[Any, str, str]:
         return self.module, self.place, self.key
 
-    def tensor(self) -> Any:
-        return vars(self.module()).get(self.place, {}).get(self.key)
+    def now(self) -> Any:
+        """What `values` would be."""
+        there = vars(self.module()).get(self.place, {})
+        return [(name, id(one)) for name, one in there.items()] if self.key is None else _values(there.get(self.key))
 
 
 class Watch:
-    """All parameters and buffers of a model.
+    """All parameters and buffers of a model, and of which modules it consists.
 
     A call compares a fingerprint: which tensors these are, their memory, their versions and a few of their elements.
     That is quick, and changes more often than the values do: share_memory_() moves them, load_state_dict() may write
@@ -49,7 +51,12 @@ class Watch:
             for place in ("_parameters", "_buffers")
             for name in vars(module)[place]
         ]
-        self._note([_Place(*one, 0, _values(vars(one[1]())[one[2]][one[3]])) for one in found])
+        found += [
+            (prefix, weakref.ref(module), "_modules", None)
+            for prefix, module in (model.named_modules() if model is not None else ())
+            if not isinstance(module, torch.jit.ScriptModule) and vars(module)["_modules"]
+        ]
+        self._note([one._replace(values=one.now()) for one in (_Place(*one, 0, None) for one in found)])
 
     def _note(self, places: list[_Place]) -> None:
         self.places = [one._replace(fingerprint=_C.fingerprint([one.where])) for one in places]
@@ -65,12 +72,10 @@ class Watch:
                     continue
                 same = False
             else:
-                same = _C.fingerprint([one.where]) == one.fingerprint or _values(one.tensor()) == one.values
+                same = _C.fingerprint([one.where]) == one.fingerprint or one.now() == one.values
             if not same:
-                raise RuntimeError(
-                    f"fastops.freeze: '{one.name}' of the model has changed since it was frozen; call fastops.freeze "
-                    f"again"
-                )
+                what = f"'{one.name}' of the model" if one.name else "the model"
+                raise RuntimeError(f"fastops.freeze: {what} has changed since it was frozen; call fastops.freeze again")
             alive.append(one)
         self._note(alive)
 

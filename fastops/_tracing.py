@@ -2,12 +2,14 @@
 
 A trace is only good if it does what the module does at every later call. So where a forward asks for `training`, the
 trace is that of one mode and says so. x += y stays in place. What a trace would get wrong in silence is an error: a
-random number or a tensor made while tracing, an attribute that forward changes, no_grad, autocast or a checkpoint
-inside of it, a question for an input's type. A submodule in which that happens is called as a module; the rest is
-traced.
+random number or a tensor made while tracing, something that forward changes, no_grad, autocast or a checkpoint inside
+of it, a question for an input's type. What the operations do not show is read from the code of the functions that run
+(_forward_code.py); what these read from outside the module is noted (_outside.py). A submodule that is in the way of a
+trace is called as a module; the rest is traced.
 """
 
-import dis
+import contextlib
+import dataclasses
 import functools
 import inspect
 import operator
@@ -15,15 +17,18 @@ import random
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.fx
 from torch import nn
-from torch.fx.proxy import Proxy, TraceError
+from torch.fx.proxy import Attribute, Proxy, TraceError
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from fastops import _forward_code
 from fastops._nodes import in_the_way
+from fastops._outside import Outside, Place, same_contents
 
 
 class Traced:
@@ -33,10 +38,16 @@ class Traced:
     entered: the modules that were traced through, by name; "" is the root.
     decided: the modules whose `training` a forward asks for, with the value that it has in the graph.
     leaves: why a module that is not one of torch.nn's was not, by name, and whether that was tried.
+    places, contents: what a forward reads that may change (Outside.watched).
+    may_take_none: whether a function asks if an argument is None. A trace cannot: what it gives a forward never is.
     """
 
     def __init__(self, tracer: "_Tracer", graph: torch.fx.Graph) -> None:
         self.graph, self.entered, self.leaves, self.decided = graph, tracer.entered, tracer.leaves, tracer.decided
+        self.places: list[Place]
+        self.contents: list[Any]
+        self.places, self.contents = tracer.outside.watched()
+        self.may_take_none = any(_forward_code.asks_for_none(*one, True, False) for one in tracer.ran)
 
 
 class Signature:
@@ -51,25 +62,44 @@ class Signature:
     def __init__(self, forward: Callable[..., Any]) -> None:
         kinds = inspect.Parameter
         several = {kinds.VAR_POSITIONAL: "*", kinds.VAR_KEYWORD: "**"}
-        parameters = list(inspect.signature(forward).parameters.values())[1:]
+        first, *parameters = inspect.signature(forward).parameters.values()
+        if first.kind in several:
+            raise TraceError("its forward has no argument for the module")
+        self.names = {first.name, *(p.name for p in parameters)}
         required = [p for p in parameters if p.default is kinds.empty and p.kind not in several]
         self.inputs = [p.name for p in required if p.kind is not kinds.KEYWORD_ONLY]
         self.named_inputs = [p.name for p in required if p.kind is kinds.KEYWORD_ONLY]
         options = [p for p in parameters if p.default is not kinds.empty]
-        names = {p.name: f"fastops_default_{i}" for i, p in enumerate(options)}
+        names = dict(zip([p.name for p in options], self.free_names(*["default"] * len(options)), strict=True))
         self.defaults = {names[p.name]: p.default for p in options}
         self.declared, self.passed = [], []
+        last_kind = first.kind
         for p in parameters:
             by_name = p.kind is kinds.KEYWORD_ONLY
+            if p.kind is not kinds.POSITIONAL_ONLY and last_kind is kinds.POSITIONAL_ONLY:
+                self.declared.append("/")
             if by_name and not any(part.startswith("*") for part in self.declared):
                 self.declared.append("*")
+            last_kind = p.kind
             stars = several.get(p.kind, "")
             self.declared.append(f"{stars}{p.name}" + (f"={names[p.name]}" if p.name in names else ""))
             self.passed.append(f"{p.name}={p.name}" if by_name else f"{stars}{p.name}")
+        if last_kind is kinds.POSITIONAL_ONLY and parameters:
+            self.declared.append("/")
         self.tests = [f"{name} is {default}" for name, default in names.items()]
         self.tests += [f"not {p.name}" for p in parameters if p.kind in several]
         # An input in a trace is never None, and "if mask is None" goes the other way.
         self.tests += [f"{name} is not None" for name in (*self.inputs, *self.named_inputs)]
+
+    def free_names(self, *names: str) -> list[str]:
+        """Names like these, for a function with these arguments: none is one of theirs."""
+        found = []
+        for i, name in enumerate(names):
+            name = f"fastops_{name}_{i}"
+            while name in self.names:
+                name += "_"
+            found.append(name)
+        return found
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -102,9 +132,11 @@ def _trace(root: nn.Module, tracer: "_Tracer") -> Traced:
     outer = vars(nn.Module).get("training")  # of a trace during which this one is asked for
     nn.Module.training = _Training(tracer)
     try:
-        graph = tracer.trace(root)
+        with tracer.listening():
+            graph = tracer.trace(root)
         for module, state in states:
             state.check(module)
+        traced = Traced(tracer, graph)
     except Exception:
         for module, state in states:
             state.restore(module)
@@ -118,7 +150,6 @@ def _trace(root: nn.Module, tracer: "_Tracer") -> Traced:
     for node in reversed(graph.nodes):
         if not node.users and node.op == "get_attr":
             graph.erase_node(node)
-    traced = Traced(tracer, graph)
     vars(tracer).clear()  # it is in a cycle with fx's wrappers, and would keep the modules alive for a while
     return traced
 
@@ -140,16 +171,25 @@ class _Tracer(torch.fx.Tracer):
         self.leaves: dict[str, tuple[str, bool]] = {}
         self.ambient = _ambient()
         self.refused: Exception | None = None  # what a forward was told; it may have caught it and gone on
+        self.following = False
+        self.outside = Outside(root)
+        self.ran: list[tuple[_forward_code.Code, frozenset[str]]] = []  # the functions, and what is no input in them
         self.parameter_proxies: dict[str, Proxy] = {}
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        proxies = [self.create_proxy("placeholder", name, (), {}) for name in (*self.inputs, *self.named_inputs)]
+        names = [*self.inputs, *self.named_inputs]
+        if "self" in names:  # torch.fx has that for the module
+            names[names.index("self")] = max(names, key=len) + "_"
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
         count = len(self.inputs)
 
         def call(root: nn.Module, *values: Any) -> Any:
             named = dict(zip(self.named_inputs, values[count:], strict=True))
             forward = plain_class(root).forward if is_module else root_fn
-            return self._follow(root, "", lambda: forward(root, *values[:count], **named))
+            result = self._follow(root, "", lambda: forward(root, *values[:count], **named))
+            if any(type(one) is torch.Size for one in _pieces(result)):  # torch.fx makes a tuple of it
+                raise TraceError("its forward makes a Size")
+            return result
 
         return call, [self.root, *proxies]
 
@@ -166,46 +206,93 @@ class _Tracer(torch.fx.Tracer):
             why, tried = in_the_way(m), False
             if not why:
                 last = next(iter(reversed(self.graph.nodes)), None)
-                before = dict(self.entered), dict(self.leaves), dict(self.decided)
+                before = dict(self.entered), dict(self.leaves), dict(self.decided), list(self.ran)
                 cls = plain_class(m)
                 plain = forward if cls is type(m) else functools.partial(cls.forward, m)
                 try:
                     return self._follow(m, name, lambda: plain(*args, **kwargs), (args, kwargs))
                 except Exception as error:
                     self._forget(last)
-                    self.entered, self.leaves, self.decided = before
+                    self.entered, self.leaves, self.decided, self.ran = before
                     why, tried = reason(error), True
             self.leaves[name] = why, tried
         return self.create_proxy("call_module", name, args, kwargs)
 
     def _follow(self, module: nn.Module, name: str, call: Callable[[], Any], arguments: Any = ()) -> Any:
         """What a call of module's forward does."""
+        was_following, self.following = self.following, False
+        if self.outside.has_changed():  # by the forward that this one is called in
+            self.refuse(TraceError(_CHANGES_OTHERS))
+            self.outside.restore()
         state, numbers = _State(module), _random_state()
         outer, self.refused = self.refused, None
+        first = len(self.ran)
         try:
+            self.following = True
             result = call()
+            self.following = False
             if self.refused is not None:
                 raise self.refused
             state.check(module)
+            if self.outside.has_changed():
+                raise TraceError(_CHANGES_OTHERS)
             if not _same_random_state(numbers, _random_state()):
                 raise TraceError("its forward makes random numbers")
             if any(map(self._may_give_none, self.graph.nodes)):
                 given: list[Proxy] = []
-                torch.fx.node.map_aggregate(arguments, lambda one: given.append(one) if type(one) is _Proxy else None)
+                torch.fx.node.map_aggregate(
+                    arguments, lambda one: given.append(one) if issubclass(type(one), Proxy) else None
+                )
                 of_arguments = any(self._may_give_none(one.node) for one in given)
-                if may_take_none([module], of_arguments, of_others=True):
+                own = getattr(plain_class(module).forward, "__code__", None)
+                if any(
+                    _forward_code.asks_for_none(*one, of_arguments or one[0].code is not own, True)
+                    for one in self.ran[first:]
+                ):
                     raise TraceError("its forward asks whether something is None that a module gives it")
         except Exception:
+            self.following = False
             state.restore(module)
+            self.outside.restore()
             raise
         finally:
-            self.refused = outer
+            self.refused, self.following = outer, was_following
         self.entered[name] = module
         return result
 
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Sees every function that is called: here, those that Python has are told of what is called."""
+        before = sys.getprofile()
+        sys.setprofile(self._heard)
+        try:
+            with _OtherTensors(self):
+                yield
+        finally:
+            if before is not None and hasattr(before, "enable"):  # cProfile's
+                before.enable()
+            else:
+                sys.setprofile(before)
+
+    def _heard(self, frame: types.FrameType, event: str, what: Any) -> None:
+        if not self.following:
+            return
+        if event == "call":
+            why = _forward_code.objection_to_call(frame)
+            if _forward_code.is_users(frame):
+                why = why or _forward_code.objection_to_code(frame)
+                self.outside.read(frame)
+                self.ran.append((_forward_code.code_of(frame.f_code), _forward_code.settled_names(frame)))
+        elif event == "c_call":
+            why = _forward_code.objection_to_builtin(frame, what)
+        else:
+            return
+        if why:
+            self.refuse(TraceError(why))
+
     def refuse(self, error: Exception) -> Exception:
         """To be raised in a forward."""
-        self.refused = error
+        self.refused = self.refused or error
         return error
 
     def to_bool(self, obj: Proxy) -> bool:
@@ -216,7 +303,14 @@ class _Tracer(torch.fx.Tracer):
 
     def _may_give_none(self, node: torch.fx.Node) -> bool:
         while node.target is operator.getitem and isinstance(node.args[0], torch.fx.Node):
+            if node.args[0].op == "placeholder" and isinstance(node.args[1], (int, str)):
+                return True  # it may be a tuple or a dict
             node = node.args[0]
+        if node.target is getattr or node.op == "call_method":  # of an input that is no tensor
+            name = node.args[1] if node.target is getattr else node.target
+            owner = node.args[0]
+            given = isinstance(owner, torch.fx.Node) and owner.op == "placeholder"
+            return given and not hasattr(torch.Tensor, name)
         if node.op != "call_module":
             return False
         module = self.root.get_submodule(node.target)
@@ -251,11 +345,20 @@ class _Tracer(torch.fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
-        if _ambient() != self.ambient:
+        # A mode that calls a function is not on while that runs.
+        *now, modes = _ambient()
+        *before, modes_before = self.ambient
+        if now != before or modes > modes_before:
             raise TraceError("its forward has a block such as no_grad, autocast or checkpoint")
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
+        cls = type(a)
+        namedtuple = cls.__bases__ == (tuple,) and hasattr(cls, "_fields")  # a node makes it
+        if issubclass(cls, (tuple, list, dict)) and cls not in (tuple, list, dict, torch.Size) and not namedtuple:
+            raise self.refuse(TraceError(f"its forward makes a {cls.__name__}"))
+        if dataclasses.is_dataclass(cls):
+            raise self.refuse(TraceError(f"its forward makes a {cls.__name__}"))
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter):
             known = a in self.tensor_attrs or any(a is buffer for buffer in self.root.buffers())
             if not known:
@@ -266,42 +369,48 @@ class _Tracer(torch.fx.Tracer):
         return _Proxy(node, self)
 
 
-def may_take_none(modules: Iterable[nn.Module], of_arguments: bool = True, of_others: bool = False) -> bool:
-    """Whether a forward of these modules, or a function that it names, may ask whether a local variable is None.
-
-    A trace cannot tell: what it gives a forward is never None. of_arguments, of_others: which variables of forward;
-    of_others: those that it assigns to.
-    """
-    waiting = [(plain_class(module).forward, module, of_arguments, of_others) for module in modules]
-    seen: set[types.CodeType] = set()
-    while waiting:
-        function, module, *of = waiting.pop()
-        code = getattr(function, "__code__", None)
-        package = getattr(function, "__module__", "") or ""
-        if code is None or code in seen or package.partition(".")[0] in ("torch", "fastops"):
-            continue
-        seen.add(code)
-        if _asks_for_none(code, *of):
-            return True
-        found = list(inspect.getclosurevars(function).nonlocals.values())
-        for name in code.co_names:
-            found += [getattr(plain_class(module), name, None), vars(module).get(name), function.__globals__.get(name)]
-        waiting += [(one, module, True, of_others) for one in found if inspect.isroutine(one)]
-    return False
+def _pieces(value: Any) -> Iterator[Any]:
+    yield value
+    if type(value) in (tuple, list, dict):
+        for one in value.values() if type(value) is dict else value:
+            yield from _pieces(one)
 
 
-def _asks_for_none(code: types.CodeType, of_arguments: bool, of_others: bool) -> bool:
-    steps = [*dis.get_instructions(code), *[None] * 2]
-    names = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) if of_arguments else set()
-    if of_others:
-        names |= {step.argval for step in steps if step and step.opname.startswith(("STORE_FAST", "STORE_DEREF"))}
-    return any(
-        step.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
-        and step.argval in names
-        and ("NONE" in after.opname or (last and last.opname == "IS_OP" and after.argval is None))
-        for step, after, last in zip(steps, steps[1:], steps[2:], strict=False)
-        if after
-    )
+class _OtherTensors(TorchFunctionMode):
+    """Sees what a forward computes without its inputs: a trace does that once."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found: set[type] = set()
+        torch.utils._pytree.tree_map_(lambda one: found.add(type(one)), (args, kwargs))
+        result = function(*args, **kwargs)
+        if any(issubclass(cls, Proxy) for cls in found):
+            return result
+        if any(issubclass(cls, torch.Tensor) for cls in (*found, type(result))) and self._is_asked():
+            self.tracer.refuse(TraceError("its forward makes a tensor that does not depend on its inputs"))
+        return result
+
+    def _is_asked(self) -> bool:
+        """Whether it is a forward that asks, itself or by one of PyTorch's functions."""
+        frame = sys._getframe(2)
+        while frame.f_globals.get("__name__") in _FRONTS:
+            frame = frame.f_back
+        return self.tracer.following and _forward_code.is_users(frame)
+
+
+_CHANGES_OTHERS = "its forward changes something that is not its own"
+_FRONTS = (
+    "torch.overrides",
+    "torch.functional",
+    "torch.nn.functional",
+    "torch._tensor",
+    "torch",
+    "torch._jit_internal",
+)
 
 
 class _Training:
@@ -344,13 +453,35 @@ class _Proxy(Proxy):
     def __class__(self) -> type:
         # isinstance has found that this is no such object, and looks for what it says it is: PyTorch's own code may,
         # but `if isinstance(x, Tensor)` in a forward would go the wrong way.
-        frame = sys._getframe(1)
-        while frame.f_globals.get("__name__") == "abc":
-            frame = frame.f_back
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package not in ("torch", "fastops") or frame.f_code is torch.is_tensor.__code__:
+        frame = _forward_code.asking(sys._getframe(1))
+        if not _forward_code.is_ours(frame) or frame.f_code is torch.is_tensor.__code__:
             raise self._refuse("its forward asks for the type of an input")
         return _Proxy
+
+    def __getattr__(self, name: str) -> Any:
+        frame = sys._getframe(1)
+        if not (_forward_code.is_ours(_forward_code.asking(frame)) or _forward_code.reads_directly(frame)):
+            raise self._refuse("its forward asks what an input has")
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not _forward_code.is_ours(_forward_code.asking(sys._getframe(1))):
+            raise self._refuse("its forward changes an attribute of a tensor")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise self._refuse("its forward changes an attribute of a tensor")
+
+    def __hash__(self) -> int:
+        if not _forward_code.is_ours(_forward_code.asking(sys._getframe(1))):
+            raise self._refuse("its forward looks an input up")
+        return super().__hash__()
+
+    def __repr__(self) -> str:
+        frame = _forward_code.asking(sys._getframe(1))
+        if _forward_code.is_users(frame) and not _forward_code.is_for_an_assertion(frame):
+            raise self._refuse("its forward makes text of an input")
+        return super().__repr__()
 
     def _refuse(self, why: str) -> Exception:
         tracer = object.__getattribute__(self, "tracer")
@@ -373,6 +504,10 @@ def _in_place(name: str) -> Callable[[Proxy, Any], Proxy]:
     return operate
 
 
+class _Attribute(_Proxy, Attribute):
+    """x.shape and the like."""
+
+
 for _name in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
     setattr(_Proxy, f"__{_name}__", _in_place(_name))
 
@@ -385,7 +520,7 @@ class _State:
         self.contents = {
             key: value.copy() for key, value in self.attributes.items() if isinstance(value, (list, dict, set))
         }
-        self.versions = [(tensor, _version(tensor)) for tensor in self._tensors()]
+        self.versions = [(tensor, version(tensor)) for tensor in self._tensors()]
 
     def _tensors(self) -> list[torch.Tensor]:
         places = (self.attributes, self.attributes.get("_buffers", {}), self.attributes.get("_parameters", {}))
@@ -396,16 +531,16 @@ class _State:
         same = now.keys() == self.attributes.keys()
         same = same and all(now[key] is value for key, value in self.attributes.items())
         for key, before in self.contents.items():
-            same = same and _same_contents(before, self.attributes[key])
+            same = same and same_contents(before, self.attributes[key])
         if not same:
             raise TraceError("its forward changes its attributes")
-        if any(_version(tensor) != version for tensor, version in self.versions):
+        if any(version(tensor) != before for tensor, before in self.versions):
             raise TraceError("its forward changes a tensor of its own")
 
     def restore(self, module: nn.Module) -> None:
         for key, before in self.contents.items():
             value = self.attributes[key]
-            if not _same_contents(before, value):
+            if not same_contents(before, value):
                 value.clear()
                 value.extend(before) if isinstance(value, list) else value.update(before)
         now = vars(module)
@@ -414,18 +549,8 @@ class _State:
             now.update(self.attributes)
 
 
-def _version(tensor: torch.Tensor) -> int:
+def version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _same_contents(before: Any, now: Any) -> bool:
-    if len(before) != len(now):
-        return False
-    if isinstance(now, set):
-        return all(a is b for a, b in zip(before, now, strict=True))
-    if isinstance(now, dict):
-        return all(key in now and now[key] is value for key, value in before.items())
-    return all(a is b for a, b in zip(before, now, strict=True))
 
 
 def _random_state() -> tuple[Any, ...]:
@@ -447,7 +572,7 @@ def _ambient() -> tuple[Any, ...]:
         torch.is_autocast_enabled("cuda"),
         torch.get_autocast_dtype("cpu"),
         torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
-        torch._C._len_torch_function_stack(),
         torch._C._len_torch_dispatch_stack(),
         torch.get_default_dtype(),
+        sum(type(mode) is not _OtherTensors for mode in _get_current_function_mode_stack()),
     )

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_dynamo_compiling as _is_compiling
 
 from fastops import _C
-from fastops._freezing import freeze_module
+from fastops._freezing import freeze_module, with_its_own_modes
 from fastops._frozen_graph import quick_call
 from fastops._frozen_layout import suits_channels_last
 from fastops._frozen_watch import Watch
@@ -63,7 +63,8 @@ def freeze(model: nn.Module, *, channels_last: bool | None = None) -> nn.Module:
         Results are those of model.eval() but for roundings: a folded batch norm changes the weights before they are
         rounded. Buffers that the model's forward changes are the frozen model's own.
 
-    Calling it raises RuntimeError if a parameter or buffer of `model` has other values than it had: freeze again. A
+    Calling it raises RuntimeError if a parameter or buffer of `model` has other values than it had, or if it consists
+    of other modules: freeze again. A
     write through .data that leaves out the elements that are looked at (8 of a large tensor) is not noticed. Where the
     values are the same and something else has changed, as after share_memory(), one call reads all of them. It also
     raises RuntimeError if its input requires a gradient. Hooks that the model has are called; those that it gets later
@@ -71,6 +72,10 @@ def freeze(model: nn.Module, *, channels_last: bool | None = None) -> nn.Module:
 
     A frozen layer keeps packed weights for up to four kinds of call (batch sizes and the like), and the model that it
     was made from has its own: it takes memory for speed. Drop the model to free its weights.
+
+    It is in eval mode and stays there: train() does nothing to it, so that it can be a part of a model that is trained.
+    What its forward reads from outside the model, such as global variables and configuration objects, is what it was
+    when the model was frozen, as far as the forward could be followed.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -90,7 +95,7 @@ def freeze(model: nn.Module, *, channels_last: bool | None = None) -> nn.Module:
     if channels_last is None:
         channels_last = suits_channels_last(model)
     report = FreezeReport()
-    frozen = freeze_module(model, "", report, channels_last)
+    frozen = with_its_own_modes(model, report) or freeze_module(model, "", report, channels_last)
     return _class_for(model)(frozen, model, report)
 
 
@@ -113,6 +118,11 @@ class FrozenModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if _is_compiling():
             return self.model(*args, **kwargs)
+        if is_grad_enabled() and any(_needs_grad(one) for one in (*args, *kwargs.values())):
+            raise RuntimeError(
+                "fastops.freeze: a frozen model has no gradients, but its input requires one. Call it under "
+                "torch.no_grad(), or use the model that it was made from"
+            )
         state = self.__dict__
         watch = state["_watch"]
         if _C.fingerprint(watch.where) != watch.fingerprint:
@@ -125,9 +135,7 @@ class FrozenModel(nn.Module):
         return self._run
 
     def train(self, mode: bool = True) -> "FrozenModel":
-        if mode:
-            raise RuntimeError("fastops.freeze: a frozen model cannot be trained; train the model it was made from")
-        return super().train(False)
+        return super().train(False)  # a part of a model that is trained stays what it is
 
     def __reduce__(self) -> Any:
         return _read_frozen, (inspect.signature(type(self).forward),), self.__getstate__()
@@ -148,6 +156,14 @@ class FrozenModel(nn.Module):
         return self
 
 
+def _needs_grad(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    if isinstance(value, (tuple, list)):
+        return any(map(_needs_grad, value))
+    return isinstance(value, dict) and any(map(_needs_grad, value.values()))
+
+
 def _class_for(model: nn.Module) -> type[FrozenModel]:
     """FrozenModel with the signature of the model's forward, which torch.export asks for."""
     try:
@@ -155,7 +171,10 @@ def _class_for(model: nn.Module) -> type[FrozenModel]:
     except (TypeError, ValueError):  # of something that is no function
         return FrozenModel
     parameters = [one.replace(annotation=inspect.Parameter.empty) for one in signature.parameters.values()]
-    self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    name = "self"
+    while name in signature.parameters:
+        name += "_"
+    self = inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY)
     return _with_signature(inspect.Signature([self, *parameters]))
 
 

@@ -10,6 +10,7 @@ import inspect
 import keyword
 import math
 import operator
+import types
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,11 +20,13 @@ import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling as _is_compiling
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.proxy import TraceError
 
 from fastops import _C
 from fastops._fusion import Finding, rewrite
 from fastops._nodes import HOOKS
-from fastops._tracing import Signature, is_frozen, plain_class, reason, trace
+from fastops._outside import Place, is_code, value_at
+from fastops._tracing import Signature, Traced, is_frozen, plain_class, reason, trace
 from fastops.replace import Report, Row, _check, _name, _replace, _table
 
 __all__ = ["FusionReport", "fuse"]
@@ -73,10 +76,12 @@ def fuse(model: nn.Module) -> nn.Module:
         place, or one that is parametrized are noticed at the next call, and such layers are called one by one.
 
     A forward that asks for `training` has a program for each mode, which is written when it is first called in that;
-    the report is that of the mode that the model is in. What cannot be traced, such as a forward that decides by the
-    values or the shape of an input, stays as it is; the modules that it calls are fused on their own. Arguments of
-    forward that have a default are fused for that: a call that gives another value runs the model's own forward. An
-    attribute that is a list or a dict must not be changed in place after fuse.
+    the report is that of the mode that the model is in. What a forward reads from outside (global variables, those of
+    functions around it, attributes of classes and configuration objects, lists and dicts) may change: that is noticed,
+    too. What cannot be traced, such as a forward that decides by the values, the shape or the type of an input, changes
+    something that is not its own, has a block such as no_grad or gives an OrderedDict, stays as it is; the modules
+    that it calls are fused on their own. Arguments of forward that have a default are fused for that: a call that gives
+    another value runs the model's own forward.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -124,8 +129,7 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
             shared[id(module)] = module
         buffers = module._buffers
         shared[id(buffers)] = buffers  # the dict itself: a move of either model gives both the moved buffers
-        for place in (module._parameters, buffers, vars(module)):
-            shared.update((id(value), value) for value in place.values() if isinstance(value, torch.Tensor))
+        _find_tensors(vars(module), shared, set())
     try:
         result = copy.deepcopy(model, dict(shared))
         names = [name for name, _ in model.named_parameters()]
@@ -136,6 +140,23 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
     except Exception:  # something that cannot be copied, which a model may hold
         pass
     return _copy_of_modules(model, {})
+
+
+def _find_tensors(value: Any, found: dict[int, Any], seen: set[int]) -> None:
+    """The tensors in lists, dicts and objects that are no modules."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        found[id(value)] = value
+    elif isinstance(value, dict):
+        for one in value.values():
+            _find_tensors(one, found, seen)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for one in value:
+            _find_tensors(one, found, seen)
+    elif not isinstance(value, (nn.Module, type, types.ModuleType, types.FunctionType)):
+        _find_tensors(getattr(value, "__dict__", None), found, seen)
 
 
 def _copy_of_modules(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
@@ -224,31 +245,31 @@ def _fused_class(cls: type) -> type:
 
 def _forward_of(cls: type) -> Callable[..., Any] | None:
     """forward with cls' signature: the program where it holds, else cls' own forward."""
-    plain = cls.forward
-    if not inspect.isfunction(plain) or plain is nn.Module.forward:
+    plain = inspect.getattr_static(cls, "forward")
+    if not isinstance(plain, types.FunctionType) or plain is nn.Module.forward:
         return None
-    signature = Signature(plain)
-    inputs = ", ".join(["self", *signature.inputs, *signature.named_inputs])
+    try:
+        signature = Signature(plain)
+    except TraceError:
+        return None
+    module, program, *names = signature.free_names("self", "program", "is_compiling", "unchanged", "again", "plain")
+    is_compiling, unchanged, again, own = names
+    inputs = ", ".join([module, *signature.inputs, *signature.named_inputs])
     source = f"""\
-def forward({", ".join(["self", *signature.declared])}):
-    program = self.__dict__["_fastops_program"]
-    if {" and ".join(["program is not None", *signature.tests])}:
-        if is_compiling():
-            return program.portable({inputs})
-        if unchanged(program.watched, self):
-            return program.run({inputs})
-        program = again(self)
-        if program is not None:
-            return program.run({inputs})
-    return plain({", ".join(["self", *signature.passed])})
+def forward({", ".join([module, *signature.declared])}):
+    {program} = {module}.__dict__["_fastops_program"]
+    if {" and ".join([f"{program} is not None", *signature.tests])}:
+        if {is_compiling}():
+            return {program}.portable({inputs})
+        if {unchanged}({program}.watched, {module}):
+            return {program}.run({inputs})
+        {program} = {again}({module})
+        if {program} is not None:
+            return {program}.run({inputs})
+    return {own}({", ".join([module, *signature.passed])})
 """
-    space = {
-        **signature.defaults,
-        "is_compiling": _is_compiling,
-        "unchanged": _C.unchanged,
-        "again": _again,
-        "plain": plain,
-    }
+    functions = (_is_compiling, _C.unchanged, _again, plain)
+    space = {**signature.defaults, **dict(zip(names, functions, strict=True))}
     return _compiled(source, space, plain)
 
 
@@ -273,6 +294,7 @@ class _Program:
     portable: the same, but it finds everything by attributes, for torch.compile and torch.export.
     inlined: the names of the modules that it stands for. children: of those that it calls.
     modes: the modules whose `training` a forward asks for, and the value for which the program is.
+    places, contents: what the forward reads besides that may change (Traced).
     """
 
     run: Callable[..., Any]
@@ -281,12 +303,17 @@ class _Program:
     children: list[str]
     parameters: list[str]
     modes: dict[str, bool]
-    watched: tuple[Any, ...] = (0, (), (), (), ())
+    places: list[Place]
+    contents: list[Any]
+    watched: tuple[Any, ...] = (0, (), (), (), (), ())
 
     def watch(self, root: nn.Module) -> None:
         """Notes what the program relies on, as csrc/torch/guard.cpp reads it."""
-        modules = tuple(_watched(root.get_submodule(name), name == "", name in self.modes) for name in self.inlined)
-        entries: dict[tuple[int, str], tuple[Any, ...]] = {}
+        inlined = [root.get_submodule(name) for name in self.inlined]
+        modules = tuple(
+            _watched(module, name == "", name in self.modes) for name, module in zip(self.inlined, inlined, strict=True)
+        )
+        entries: dict[tuple[int, Any], tuple[Any, ...]] = {}
         for name in (*self.inlined, *self.children):
             while name:
                 name, _, child = name.rpartition(".")
@@ -300,16 +327,25 @@ class _Program:
         for name in self.modes.keys() - {*self.inlined}:
             place = vars(root.get_submodule(name))
             entries[id(place), "training"] = (place, "training", place["training"])
+        tensors = {id(place) for module in root.modules() for place in (module._parameters, module._buffers)}
+        known = {id(vars(module)) for module in (root, *inlined)}
+        for place, key in self.places:
+            if id(place) not in known and (id(place), key) not in entries:
+                value = value_at((place, key))
+                if id(place) in tensors and value is not None:
+                    value = ...
+                entries[id(place), key] = (place, key, value)
         hooks = [value for key, value in vars(torch.nn.modules.module).items() if key.startswith("_global_")]
         empty = tuple(one for one in hooks if isinstance(one, dict))
         # A forward may go through its children, and so a child more is another forward.
-        owners = [root.get_submodule(name) for name in self.inlined if not is_layer(root.get_submodule(name))]
+        owners = [module for module in inlined if not is_layer(module)]
         sizes: dict[int, tuple[Any, int]] = {}
         while owners:
             owner = owners.pop()
             sizes.update((id(place), (place, len(place))) for place in (owner._modules, owner._parameters))
             owners += [child for child in owner._modules.values() if isinstance(child, _LISTS)]
-        self.watched = id(root), modules, tuple(entries.values()), empty, tuple(sizes.values())
+        contents = tuple((one, one.copy() if isinstance(one, (set, dict)) else tuple(one)) for one in self.contents)
+        self.watched = id(root), modules, tuple(entries.values()), empty, tuple(sizes.values()), contents
 
     def is_for(self, root: nn.Module) -> bool:
         """Whether the modules that decide by their mode are in that of this program."""
@@ -386,12 +422,12 @@ def _write(module: nn.Module, report: FusionReport | None, name: str = "") -> di
     try:
         if cls.forward is nn.Module.forward:  # a list of modules
             return None
-        if not inspect.isfunction(cls.forward) or "forward" in vars(module):
+        if not isinstance(inspect.getattr_static(cls, "forward"), types.FunctionType) or "forward" in vars(module):
             raise _NotTraced("its forward has been overridden")
         object.__setattr__(module, "__class__", cls)
         signature = Signature(cls.forward)
         traced = trace(module, signature.inputs, signature.named_inputs)
-        findings, program = _program(module, traced.graph, signature.named_inputs, traced.decided)
+        findings, program = _program(module, traced, signature.named_inputs)
     except Exception as error:
         object.__setattr__(module, "__class__", current)
         if report is not None:
@@ -454,9 +490,8 @@ def _again(module: nn.Module) -> _Program | None:
 # ---- writing a program -----------------------------------------------------------------------------------------------
 
 
-def _program(
-    module: nn.Module, graph: Graph, named_inputs: list[str], modes: dict[str, bool]
-) -> tuple[list[Finding], _Program]:
+def _program(module: nn.Module, traced: Traced, named_inputs: list[str]) -> tuple[list[Finding], _Program]:
+    graph, modes = traced.graph, traced.decided
     graph_module = GraphModule(module, graph)
     findings = rewrite(graph_module)
     vars(graph_module).clear()  # the graph and it hold each other, and parameters
@@ -466,7 +501,8 @@ def _program(
     parameters = [node.target for node in nodes if node.op == "get_attr"]
     missing = [f"{name.rpartition('.')[0]}.bias" for name in parameters if name.endswith(".weight")]
     parameters += [name for name in missing if name not in parameters]
-    program = _Program(_Writer(module, graph, named_inputs).function(), None, inlined, children, parameters, modes)
+    run = _Writer(module, graph, named_inputs).function()
+    program = _Program(run, None, inlined, children, parameters, modes, traced.places, traced.contents)
     owner = weakref.ref(module)
 
     def holds() -> bool:
@@ -475,7 +511,9 @@ def _program(
         return now is not None and _C.unchanged(now.watched, alive)
 
     holds._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does: hooks are not guarded either
-    program.portable = _Writer(module, graph, named_inputs, holds, modes).function()
+    own = {id(place) for one in module.modules() for place in (vars(one), one._parameters, one._buffers, one._modules)}
+    outside = any(id(place) not in own and not is_code(value_at((place, key))) for place, key in traced.places)
+    program.portable = _Writer(module, graph, named_inputs, holds, modes).function(outside)
     return findings, program
 
 
@@ -496,8 +534,12 @@ class _Writer:
         self.space: dict[str, Any] = {}
         self.names: dict[int, str] = {}
 
-    def function(self) -> Callable[..., Any]:
+    def function(self, plain_only: bool = False) -> Callable[..., Any]:
+        """plain_only: for a forward that reads what may change, which Dynamo watches and this function could not."""
         nodes = list(self.graph.nodes)
+        for node in nodes:
+            if node.name == "self" or node.name.startswith("fastops_"):  # names of ours
+                node._rename(f"value_{node.name}")
         placeholders = [node.name for node in nodes if node.op == "placeholder"]
         last: dict[Node, Node] = {}
         for node in nodes:
@@ -511,8 +553,10 @@ class _Writer:
             passed = ", ".join(["self", *placeholders[:count], *named])
             tests = [f"{self.bind(self.holds)}()"]  # the modes as well where torch.compile guards them
             tests += [f"{_path(name)}.training is {mode}" for name, mode in self.modes.items()]
-            lines += [f"if not ({' and '.join(tests)}):", f"    return {plain}({passed})"]
-        for node in nodes:
+            lines += [f"return {plain}({passed})"] if plain_only else [
+                f"if not ({' and '.join(tests)}):", f"    return {plain}({passed})"
+            ]  # fmt: skip
+        for node in () if plain_only else nodes:
             if node.op in ("placeholder", "get_attr"):
                 continue
             if node.op == "output":
@@ -562,7 +606,7 @@ class _Writer:
             return repr(value)
         if type(value) is float and math.isfinite(value):
             return repr(value)
-        if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        if type(value) is tuple or isinstance(value, list):
             inside = "".join(f"{self.show(one)}, " for one in value)
             return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
         if isinstance(value, dict):

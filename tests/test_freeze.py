@@ -491,6 +491,10 @@ def changes():
     yield "no bias", lambda m: setattr(m.head, "bias", None)
     yield "another layer", lambda m: setattr(m, "head", nn.Linear(32, 10))
     yield "parametrized", lambda m: parametrizations.weight_norm(m.head)
+    yield "another layer, held", lambda m: setattr(m, "head", nn.Linear(32, 10)) or setattr(m, "old", m.head)
+    yield "one more", lambda m: m.stem.append(nn.Tanh())
+    yield "one less", lambda m: m.stem.pop(2)
+    yield "another without weights", lambda m: m.stem.__setitem__(2, nn.Tanh())
     yield "one step of training", lambda m: m.train()(torch.randn(4, 3, 16, 16))
 
 
@@ -589,14 +593,51 @@ def test_the_model_may_go():
 
 def test_refuses_to_train():
     frozen = fastops.freeze(Net())
-    with pytest.raises(RuntimeError, match="cannot be trained"):
-        frozen.train()
+    assert frozen.train() is frozen
+    around = nn.Sequential(frozen, nn.Linear(10, 2)).train()
+    assert around[1].training
+    around(torch.randn(2, 3, 16, 16)).sum().backward()
     assert not any(module.training for module in frozen.modules())
     assert list(frozen.parameters()) == []
     with pytest.raises(RuntimeError, match="a frozen model has no gradients, but its input requires one"):
         frozen(torch.randn(2, 3, 16, 16, requires_grad=True))
+    x = torch.randn(2, 8, requires_grad=True)
+    for model in (nn.Sequential(nn.ReLU()), nn.ReLU()):  # without a layer that would refuse it
+        with pytest.raises(RuntimeError, match="a frozen model has no gradients, but its input requires one"):
+            fastops.freeze(model)(x)
+        with torch.no_grad():
+            fastops.freeze(model)(x)
     with pytest.raises(TypeError, match="model"):
         fastops.freeze(3)
+
+
+def test_a_model_with_its_own_modes():
+    class Stays(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.norm(self.a(x)) * (2 if self.training else 3)
+
+        def train(self, mode=True):
+            super().train(mode)
+            self.norm.train()
+            return self
+
+    class Harmless(Stays):
+        def train(self, mode=True):
+            super().train(mode)
+            self.norm.eval()
+            return self
+
+    x = torch.randn(5, 4)
+    for cls, untraced in ((Stays, 1), (Harmless, 0)):
+        model = cls()
+        frozen = fastops.freeze(model)
+        assert len(frozen.fastops_report.untraced) == untraced
+        with torch.no_grad():
+            torch.testing.assert_close(frozen(x), model.eval()(x))
 
 
 def test_the_model_stays_as_it_is():

@@ -417,6 +417,12 @@ uint64_t fingerprint(const py::list& places) {
     const auto state = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module.ptr(), nullptr));
     if (!state) throw py::error_already_set();
     PyObject* const tensors = PyDict_GetItemWithError(state.ptr(), PyTuple_GET_ITEM(place.ptr(), 1));
+    if (tensors && PyTuple_GET_ITEM(place.ptr(), 2) == Py_None) {  // all that there is
+      PyObject *key, *value;
+      for (Py_ssize_t i = 0; PyDict_Next(tensors, &i, &key, &value);) result.mix(reinterpret_cast<uintptr_t>(value));
+      result.mix(PyDict_GET_SIZE(tensors));
+      continue;
+    }
     PyObject* const tensor = tensors ? PyDict_GetItemWithError(tensors, PyTuple_GET_ITEM(place.ptr(), 2)) : nullptr;
     tensor&& THPVariable_Check(tensor) ? result.mix(THPVariable_Unpack(tensor)) : result.mix(2);
   }

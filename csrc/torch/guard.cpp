@@ -7,21 +7,50 @@ namespace {
 
 // A call costs one look-up for each key: none of what is looked at can be changed without these dictionaries.
 //
-// watched: (id of the module, modules, entries, empty, sizes).
+// watched: (id of the module, modules, entries, empty, sizes, contents).
 // modules: for each module a tuple (module, its class, its __dict__, the number of entries of that, key, value, ...):
 //   the values are the same objects, and it has no hooks. None, ..., None for the module that asks: what it keeps must
 //   not keep it alive.
-// entries: for each a tuple (a dictionary, key, value): the value is the same object; Ellipsis: it is there, and not
-// None. empty: dictionaries that have nothing in them. sizes: tuples (a dictionary, how many entries it has).
+// entries: for each a tuple (place, key, value): the value is the same object; Ellipsis: it is there, and not None. A
+// place is a dictionary, a cell of a closure, or any object with this attribute. empty: dictionaries that have nothing
+// in them. sizes: tuples (a dictionary, how many entries it has). contents: tuples (a list, its items), where these are
+// the same objects, and (a dictionary, a copy) and (a set, a copy).
 struct Names {
   PyObject* hooks[4] = {PyUnicode_InternFromString("_forward_hooks"), PyUnicode_InternFromString("_forward_pre_hooks"),
                         PyUnicode_InternFromString("_backward_hooks"),
                         PyUnicode_InternFromString("_backward_pre_hooks")};
 };
 
-bool same(PyObject* dict, PyObject* key, PyObject* value) {
-  PyObject* const now = PyDict_GetItemWithError(dict, key);
-  return value == Py_Ellipsis ? now && now != Py_None : now == value;
+bool is_value(PyObject* now, PyObject* value) { return value == Py_Ellipsis ? now && now != Py_None : now == value; }
+
+bool same(PyObject* place, PyObject* key, PyObject* value) {
+  if (PyDict_Check(place)) return is_value(PyDict_GetItemWithError(place, key), value);
+  if (PyCell_Check(place)) return is_value(PyCell_GET(place), value);
+  PyObject* const now = PyObject_GetAttr(place, key);
+  if (!now) PyErr_Clear();
+  const bool result = is_value(now, value);
+  Py_XDECREF(now);
+  return result;
+}
+
+bool same_contents(PyObject* place, PyObject* before) {
+  if (PyList_Check(place)) {
+    const Py_ssize_t count = PyTuple_GET_SIZE(before);
+    if (PyList_GET_SIZE(place) != count) return false;
+    for (Py_ssize_t i = 0; i < count; ++i)
+      if (PyList_GET_ITEM(place, i) != PyTuple_GET_ITEM(before, i)) return false;
+    return true;
+  }
+  if (PyDict_Check(place)) {
+    if (PyDict_GET_SIZE(place) != PyDict_GET_SIZE(before)) return false;
+    PyObject *key, *value;
+    for (Py_ssize_t i = 0; PyDict_Next(before, &i, &key, &value);)
+      if (PyDict_GetItemWithError(place, key) != value) return false;
+    return true;
+  }
+  const int equal = PyObject_RichCompareBool(place, before, Py_EQ);
+  if (equal < 0) PyErr_Clear();
+  return equal == 1;
 }
 
 bool module_is_the_same(PyObject* watched, PyObject* asking, const Names& names) {
@@ -41,7 +70,7 @@ bool module_is_the_same(PyObject* watched, PyObject* asking, const Names& names)
   }
   const Py_ssize_t count = PyTuple_GET_SIZE(watched);
   for (Py_ssize_t i = 4; i + 1 < count; i += 2)
-    if (!same(dict, items[i], items[i + 1])) return false;
+    if (!is_value(PyDict_GetItemWithError(dict, items[i]), items[i + 1])) return false;
   return true;
 }
 
@@ -60,6 +89,10 @@ py::object unchanged(py::handle watched, py::handle module) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items[4]); ++i) {
     PyObject** const entry = PySequence_Fast_ITEMS(PyTuple_GET_ITEM(items[4], i));
     if (PyDict_GET_SIZE(entry[0]) != PyLong_AsSsize_t(entry[1])) return py::bool_(false);
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items[5]); ++i) {
+    PyObject** const entry = PySequence_Fast_ITEMS(PyTuple_GET_ITEM(items[5], i));
+    if (!same_contents(entry[0], entry[1])) return py::bool_(false);
   }
   return py::bool_(true);
 }

@@ -1,0 +1,559 @@
+"""fastops.fuse and freeze on forwards of which a trace would be something else: it is right, or there is none."""
+
+import collections
+import contextlib
+import copy
+import dataclasses
+import enum
+import functools
+import itertools
+import types
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import nn
+
+import fastops
+
+FLAG = True
+TIMES = 0
+LOG = []
+SEEN = set()
+CELL = [0]
+COUNT = itertools.count()
+CONFIG = {"relu": True, "sub": {"scale": 2.0}, "list": [1, 2]}
+NAMES = types.SimpleNamespace(flag=True, deep=types.SimpleNamespace(n=3))
+MODULE = types.ModuleType("settings_of_a_user")
+MODULE.FLAG = True
+
+
+class Mode(enum.Enum):
+    A = 1
+    B = 2
+
+
+@dataclasses.dataclass
+class Config:
+    flag: bool = True
+    calls: int = 0
+    mode: Mode = Mode.A
+
+
+class Slots:
+    __slots__ = ("flag",)
+
+    def __init__(self):
+        self.flag = True
+
+
+class Shared:
+    flag = True
+    count = 0
+
+
+class Hidden:
+    def __init__(self):
+        self.value, self.calls = True, 0
+
+    @property
+    def flag(self):
+        return self.value
+
+    def tick(self):
+        self.calls += 1
+
+
+SLOTS, HIDDEN = Slots(), Hidden()
+
+
+def variable():
+    flag = True
+
+    def get():
+        return flag
+
+    def put(value):
+        nonlocal flag
+        flag = value
+
+    return get, put
+
+
+GET, PUT = variable()
+
+
+def on(m, x):
+    return torch.relu(m.a(x))
+
+
+def off(m, x):
+    return m.b(x)
+
+
+helper = on
+
+
+def asks():
+    return FLAG
+
+
+asks.flag = True
+
+
+def tick():
+    global TIMES
+    TIMES += 1
+
+
+def set_global(name, value):
+    globals()[name] = value
+
+
+class Net(nn.Module):
+    flag = True
+
+    def __init__(self, forward):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("buffer", None)
+        self.register_parameter("parameter", None)
+        self.register_module("child", None)
+        self.of, self.config, self.list, self.set = forward, Config(), [1, 2], {"a", "b"}
+        self.dict, self.tensor, self.tensors = {"a": {"b": 1}}, torch.ones(3), [torch.ones(())]
+
+    def forward(self, x):
+        return self.of(self, x)
+
+
+def same(a, b):
+    if isinstance(b, torch.Tensor):
+        return torch.allclose(a, b, 1e-4, 1e-5)
+    if dataclasses.is_dataclass(b):
+        return type(a) is type(b) and same(vars(a), vars(b))
+    if isinstance(b, dict):
+        return type(a) is type(b) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in b)
+    if isinstance(b, (tuple, list)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+X = torch.randn(3, 4)
+CHILD = nn.Linear(4, 4)
+
+# ---- what a forward reads, and what changes it and back --------------------------------------------------------------
+
+
+def put(where, name, now, before):
+    return lambda m: setattr(where, name, now), lambda m: setattr(where, name, before)
+
+
+def put_own(name, now, before):
+    return lambda m: setattr(m, name, now), lambda m: setattr(m, name, before)
+
+
+GLOBAL = lambda m: set_global("FLAG", False), lambda m: set_global("FLAG", True)
+RELU = lambda m: CONFIG.update(relu=False), lambda m: CONFIG.update(relu=True)
+OWN_CONFIG = lambda m: setattr(m.config, "flag", False), lambda m: setattr(m.config, "flag", True)
+FILL = lambda t: (lambda m: t(m).fill_(-1), lambda m: t(m).fill_(1))  # noqa: E731
+READS = {
+    "a global": (lambda m, x: on(m, x) if FLAG else off(m, x), GLOBAL),
+    "a global of a helper": (lambda m, x: on(m, x) if asks() else off(m, x), GLOBAL),
+    "a helper": (lambda m, x: helper(m, x), (lambda m: set_global("helper", off), lambda m: set_global("helper", on))),
+    "a closure": (lambda m, x: on(m, x) if GET() else off(m, x), (lambda m: PUT(False), lambda m: PUT(True))),
+    "a dict": (lambda m, x: on(m, x) if CONFIG["relu"] else off(m, x), RELU),
+    "a dict, get": (lambda m, x: on(m, x) if CONFIG.get("relu") else off(m, x), RELU),
+    "a dict, items": (lambda m, x: on(m, x) * len([k for k, v in CONFIG.items() if v is True]), RELU),
+    "a proxy of a dict": (lambda m, x: on(m, x) if types.MappingProxyType(CONFIG)["relu"] else off(m, x), RELU),
+    "a dict in a dict": (
+        lambda m, x: on(m, x) * CONFIG["sub"]["scale"],
+        (lambda m: CONFIG["sub"].update(scale=3.0), lambda m: CONFIG["sub"].update(scale=2.0)),
+    ),
+    "a list": (
+        lambda m, x: on(m, x) * CONFIG["list"][0],
+        (lambda m: CONFIG["list"].insert(0, 7), lambda m: CONFIG["list"].pop(0)),
+    ),
+    "a namespace": (lambda m, x: on(m, x) if NAMES.flag else off(m, x), put(NAMES, "flag", False, True)),
+    "a namespace's": (lambda m, x: on(m, x) * NAMES.deep.n, put(NAMES.deep, "n", 5, 3)),
+    "its config": (lambda m, x: on(m, x) if m.config.flag else off(m, x), OWN_CONFIG),
+    "its config's mode": (
+        lambda m, x: on(m, x) if m.config.mode is Mode.A else off(m, x),
+        (lambda m: setattr(m.config, "mode", Mode.B), lambda m: setattr(m.config, "mode", Mode.A)),
+    ),
+    "its config by another name": (lambda m, x: (lambda c: on(m, x) if c.flag else off(m, x))(m.config), OWN_CONFIG),
+    "its config, getattr": (lambda m, x: on(m, x) if getattr(m.config, "flag") else off(m, x), OWN_CONFIG),  # noqa: B009
+    "its config, ==": (lambda m, x: on(m, x) if m.config == Config() else off(m, x), OWN_CONFIG),
+    "its config, vars": (lambda m, x: on(m, x) if vars(m.config)["flag"] else off(m, x), OWN_CONFIG),
+    "slots": (lambda m, x: on(m, x) if SLOTS.flag else off(m, x), put(SLOTS, "flag", False, True)),
+    "a class": (lambda m, x: on(m, x) if Shared.flag else off(m, x), put(Shared, "flag", False, True)),
+    "its class": (lambda m, x: on(m, x) if m.flag else off(m, x), put(Net, "flag", False, True)),
+    "a property": (lambda m, x: on(m, x) if HIDDEN.flag else off(m, x), put(HIDDEN, "value", False, True)),
+    "a function's attribute": (lambda m, x: on(m, x) if asks.flag else off(m, x), put(asks, "flag", False, True)),
+    "a module": (lambda m, x: on(m, x) if MODULE.FLAG else off(m, x), put(MODULE, "FLAG", False, True)),
+    "its list": (lambda m, x: on(m, x) * sum(m.list), (lambda m: m.list.append(4), lambda m: m.list.pop())),
+    "its dict": (
+        lambda m, x: on(m, x) * m.dict["a"]["b"],
+        (lambda m: m.dict["a"].update(b=9), lambda m: m.dict["a"].update(b=1)),
+    ),
+    "its set": (
+        lambda m, x: on(m, x) if "a" in m.set else off(m, x),
+        (lambda m: m.set.remove("a"), lambda m: m.set.add("a")),
+    ),
+    "a child's attribute": (
+        lambda m, x: on(m, x) * m.c.in_features,
+        (lambda m: setattr(m.c, "in_features", 7), lambda m: setattr(m.c, "in_features", 4)),
+    ),
+    "no buffer": (
+        lambda m, x: on(m, x) if m.buffer is None else off(m, x) * m.buffer,
+        put_own("buffer", torch.full((4,), 2.0), None),
+    ),
+    "no parameter": (
+        lambda m, x: on(m, x) if m.parameter is None else off(m, x) * m.parameter,
+        put_own("parameter", nn.Parameter(torch.full((4,), 2.0)), None),
+    ),
+    "no child": (lambda m, x: on(m, x) if m.child is None else m.child(x), put_own("child", CHILD, None)),
+    "a tensor's values": (lambda m, x: on(m, x) if m.tensor.sum() > 0 else off(m, x), FILL(lambda m: m.tensor)),
+    "of a list": (lambda m, x: on(m, x) if m.tensors[0].item() > 0 else off(m, x), FILL(lambda m: m.tensors[0])),
+    "a parameter's dtype": (
+        lambda m, x: m.a(x.to(next(m.parameters()).dtype)).float(),
+        (lambda m: m.bfloat16(), lambda m: m.float()),
+    ),
+    "whether gradients are recorded": (
+        lambda m, x: on(m, x) if torch.is_grad_enabled() else off(m, x),
+        (lambda m: torch.set_grad_enabled(False), lambda m: torch.set_grad_enabled(True)),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", READS)
+def test_what_a_forward_reads_may_change(what):
+    forward, (change, back) = READS[what]
+    for wrap in (lambda net: net, nn.Sequential):
+        plain = wrap(Net(forward))
+        fused = fastops.fuse(copy.deepcopy(plain))
+        nets = [next(one for one in model.modules() if isinstance(one, Net)) for model in (plain, fused)]
+        assert same(fused(X), plain(X))
+        try:
+            for net in nets:
+                change(net)
+            assert same(fused(X), plain(X))
+        finally:
+            for net in nets:
+                back(net)
+        assert same(fused(X), plain(X))
+
+
+@pytest.mark.parametrize("what", ["a global", "its config", "its config's mode", "its class", "its list", "no buffer"])
+def test_what_can_be_watched_is_traced(what):
+    assert fastops.fuse(Net(READS[what][0])).fastops_report.untraced == []
+
+
+def test_torch_compile_sees_what_changes():
+    plain = Net(READS["a global"][0])
+    compiled = torch.compile(fastops.fuse(plain), backend="eager")
+    assert same(compiled(X), plain(X))
+    try:
+        set_global("FLAG", False)
+        assert same(compiled(X), plain(X))
+    finally:
+        set_global("FLAG", True)
+
+
+# ---- what a forward asks of its inputs -------------------------------------------------------------------------------
+
+
+class Dictionary(collections.OrderedDict):
+    pass
+
+
+Pair = collections.namedtuple("Pair", "a b")
+
+
+@dataclasses.dataclass
+class Output:
+    a: object = None
+    b: object = None
+
+
+@functools.lru_cache
+def cached(shape):
+    return len(shape)
+
+
+def catches(m, x):
+    try:
+        return on(m, x)
+    except RuntimeError:
+        return x * 2
+
+
+def catches_all(m, x):
+    try:
+        return on(m, x)
+    except:  # noqa: E722
+        return x * 2
+
+
+def suppresses(m, x):
+    y = x
+    with contextlib.suppress(RuntimeError):
+        y = on(m, x)
+    return y
+
+
+def marks(m, x):
+    y = m.a(x)
+    y.mark = 1
+    return torch.relu(y) * y.mark
+
+
+def matches(m, x):
+    match x:
+        case torch.Tensor():
+            return on(m, x)
+        case [a, _]:
+            return off(m, a)
+        case {"a": a}:
+            return on(m, a)
+
+
+TWO = torch.randn(3, 4), torch.randn(3, 4)
+ASKS = {
+    "type is": lambda m, x: on(m, x) if type(x) is torch.Tensor else off(m, x),
+    "type ==": lambda m, x: on(m, x) if type(x) == torch.Tensor else off(m, x),  # noqa: E721
+    "type in": lambda m, x: on(m, x) if type(x) in (torch.Tensor, int) else off(m, x),
+    "type in a helper": lambda m, x: on(m, x) if (lambda t: type(t) is torch.Tensor)(x) else off(m, x),
+    "dtype is": lambda m, x: on(m, x) if x.dtype is torch.float32 else off(m, x),
+    "dtype ==": lambda m, x: on(m, x) if x.dtype == torch.float32 else off(m, x),
+    "dtype as a key": lambda m, x: on(m, x) if {torch.float32: 1}.get(x.dtype) else off(m, x),
+    "dtype as text": lambda m, x: on(m, x) if "float32" in str(x.dtype) else off(m, x),
+    "shape as text": lambda m, x: {"3": on}.get(f"{x.shape[0]}", off)(m, x),
+    "is": lambda m, x: on(m, x) if (x if m.training else m.c) is X else off(m, x),
+    "is True": lambda m, x: on(m, X) if x is True else off(m, X),
+    "id": lambda m, x: on(m, x) if id(x) == id(X) else off(m, x),
+    "hasattr": lambda m, x: on(m, x) if hasattr(x, "foo") else off(m, x),
+    "getattr": lambda m, x: on(m, x) if getattr(x, "foo", None) is None else off(m, x),
+    "callable": lambda m, x: on(m, x) if callable(x) else off(m, x),
+    "isinstance of a shape": lambda m, x: on(m, x) if isinstance(x.shape, torch.Size) else off(m, x),
+    "isinstance of a size": lambda m, x: on(m, x) if isinstance(x.shape[0], int) else off(m, x),
+    "match": matches,
+    "dir": lambda m, x: on(m, x) if "shape" in dir(x) else off(m, x),
+    "vars": lambda m, x: on(m, x) if vars(x) else off(m, x),
+    "a cache": lambda m, x: on(m, x) * cached(x.shape),
+    "a set": lambda m, x: on(m, x) if len({x, x.shape}) == 2 else off(m, x),
+    "catches": catches,
+    "catches all": catches_all,
+    "suppresses": suppresses,
+    "marks": marks,
+    "like a tensor": lambda m, x: on(m, X) if torch.overrides.is_tensor_like(x) else off(m, X),
+    "None in a tuple": lambda m, x: on(m, x[0]) if x[1] is not None else off(m, x[0]),
+    "None in a tuple, as an argument": lambda m, x: (lambda a, b: on(m, a) if b is None else off(m, a))(x[0], x[1]),
+    "None in a dict": lambda m, x: on(m, x["a"]) if x["m"] is None else off(m, x["a"]),
+    "None by get": lambda m, x: on(m, x["a"]) if x.get("m") is None else off(m, x["a"]),
+    "in a dict": lambda m, x: on(m, x["a"]) if "m" in x else off(m, x["a"]),
+    "None as an attribute": lambda m, x: on(m, x.a) if x.m is None else off(m, x.a),
+    "gives an OrderedDict": lambda m, x: collections.OrderedDict(a=on(m, x)),
+    "gives a subclass": lambda m, x: Dictionary(a=on(m, x)),
+    "gives a namedtuple": lambda m, x: Pair(on(m, x), off(m, x)),
+    "gives a dataclass": lambda m, x: Output(on(m, x), [off(m, x)]),
+    "gives it in a list": lambda m, x: [Pair(on(m, x), None), {"q": Pair(1, 2)}],
+    "gives a defaultdict": lambda m, x: collections.defaultdict(list, a=on(m, x)),
+    "gives a dict": lambda m, x: {"a": on(m, x), "b": (off(m, x), None, 3)},
+    "gives a shape": lambda m, x: (on(m, x), x.shape, x.dtype, torch.Size([1])),
+}
+OTHER_INPUTS = {
+    "match": [X, TWO, {"a": X}],
+    "is True": [True, False],
+    "like a tensor": [X, 3],
+    "None in a tuple": [TWO, (X, None)],
+    "None in a tuple, as an argument": [TWO, (X, None)],
+    "None in a dict": [{"a": X, "m": None}, {"a": X, "m": 1}],
+    "None by get": [{"a": X, "m": 1}, {"a": X}],
+    "in a dict": [{"a": X, "m": 1}, {"a": X}],
+    "None as an attribute": [types.SimpleNamespace(a=X, m=None), types.SimpleNamespace(a=X, m=3)],
+    **{what: [X, torch.randn(3, 5)] for what in ("catches", "catches all", "suppresses")},
+}
+
+
+@pytest.mark.parametrize("what", ASKS)
+def test_what_a_forward_asks_of_its_inputs(what):
+    for wrap in (lambda net: net, nn.Sequential):
+        plain = wrap(Net(ASKS[what])).eval()
+        for way in (fastops.fuse, fastops.freeze):
+            changed = way(plain)
+            for x in OTHER_INPUTS.get(what, [X]):
+                with torch.no_grad():
+                    assert same(changed(x), plain(x))
+
+
+# ---- what a forward does besides -------------------------------------------------------------------------------------
+
+DOES = {
+    "an attribute": (lambda m, x: (HIDDEN.tick(), on(m, x))[1], lambda m: HIDDEN.calls),
+    "a list": (lambda m, x: (LOG.append(x), on(m, x))[1], lambda m: len(LOG)),
+    "a list's item": (lambda m, x: (CELL.__setitem__(0, CELL[0] + 1), on(m, x))[1], lambda m: CELL[0]),
+    "a global": (lambda m, x: (tick(), on(m, x))[1], lambda m: TIMES),
+    "a set": (lambda m, x: (SEEN.add(len(SEEN)), on(m, x))[1], lambda m: len(SEEN)),
+    "a closure": (lambda m, x: (PUT(GET() + 1), on(m, x))[1], lambda m: GET()),
+    "a class": (lambda m, x: (setattr(Shared, "count", Shared.count + 1), on(m, x))[1], lambda m: Shared.count),
+    "a key": (
+        lambda m, x: (CONFIG.update(new=CONFIG.get("new", 0) + 1), on(m, x))[1],
+        lambda m: CONFIG.get("new", 0),
+    ),
+    "its config": (
+        lambda m, x: (setattr(m.config, "calls", m.config.calls + 1), on(m, x))[1],
+        lambda m: m.config.calls,
+    ),
+    "a dict of its dict": (
+        lambda m, x: (m.dict["a"].update(n=m.dict["a"].get("n", 0) + 1), on(m, x))[1],
+        lambda m: m.dict["a"].get("n", 0),
+    ),
+    "a child": (
+        lambda m, x: (setattr(m.c, "n", getattr(m.c, "n", 0) + 1), on(m, x))[1],
+        lambda m: getattr(m.c, "n", 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DOES)
+def test_what_a_forward_changes(what):
+    forward, count = DOES[what]
+    for wrap in (lambda net: net, nn.Sequential):
+        plain = wrap(Net(forward))
+        before = count(next(one for one in plain.modules() if isinstance(one, Net)))
+        fused = fastops.fuse(plain)
+        net = next(one for one in fused.modules() if isinstance(one, Net))
+        assert count(net) == before
+        for _ in range(3):
+            fused(X)
+        assert count(net) == before + 3
+
+
+def test_what_goes_on():
+    """An iterator, and what is written."""
+    for forward in (lambda m, x: on(m, x) * next(COUNT), lambda m, x: (print(end=""), on(m, x))[1]):
+        assert len(fastops.fuse(Net(forward)).fastops_report.untraced) == 1
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def inner(*arguments):
+        with torch.enable_grad():
+            return function(*arguments)
+
+    return inner
+
+
+BLOCKS = {
+    "no_grad": lambda m, x: torch.no_grad()(on)(m, x),
+    "enable_grad": decorated(on),
+    "set_grad_enabled": lambda m, x: (torch.set_grad_enabled(torch.is_grad_enabled()), on(m, x))[1],
+    "autocast": lambda m, x: torch.autocast("cpu", enabled=False)(on)(m, x),
+    "inference_mode": lambda m, x: torch.inference_mode(False)(on)(m, x),
+    "is_autocast_enabled": lambda m, x: off(m, x) if torch.is_autocast_enabled() else on(m, x),
+    "is_inference_mode_enabled": lambda m, x: off(m, x) if torch.is_inference_mode_enabled() else on(m, x),
+    "get_default_dtype": lambda m, x: on(m, x).to(torch.get_default_dtype()),
+    "checkpoint": lambda m, x: torch.utils.checkpoint.checkpoint(m.a, x, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("what", BLOCKS)
+def test_modes(what):
+    """Also where they are what they were during the trace."""
+    plain = Net(BLOCKS[what])
+    fused = fastops.fuse(plain)
+    assert len(fused.fastops_report.untraced) == 1
+    for state in (contextlib.nullcontext, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)):
+        with state():
+            a, b = fused(X), plain(X)
+            assert a.dtype == b.dtype
+            assert a.requires_grad == b.requires_grad
+            torch.testing.assert_close(a, b)
+
+
+def local_state(m, x):
+    results = []
+    count = 0
+
+    def add(to, y):
+        nonlocal count
+        count += 1
+        to.append(y)
+        return y
+
+    for layer in (m.a, m.b):
+        x = torch.relu(add(results, layer(x)))
+    return torch.cat(results) * count
+
+
+def test_what_is_harmless_is_traced():
+    def yields(m, x):
+        yield from (m.a, m.b)
+
+    def goes_through(m, x):
+        for layer in yields(m, x):
+            x = torch.relu(layer(x))
+        torch._assert(x.shape[1] == 4, f"got {x.shape[1]}")
+        return x
+
+    for forward in (local_state, goes_through, lambda m, x: on(m, x) if m.config.mode is Mode.A else type(m)):
+        plain = Net(forward)
+        fused = fastops.fuse(plain)
+        assert fused.fastops_report.untraced == []
+        assert same(fused(X), plain(X))
+
+
+# ---- arguments, copies -----------------------------------------------------------------------------------------------
+
+
+def test_any_names_of_arguments():
+    names = (
+        "program", "unchanged", "is_compiling", "again", "plain", "fastops_graph", "fastops_general", "choose", "match",
+        "fastops_program_1", "fastops_default_0", "fastops_0_relu", "fastops_self_0", "fastops_graph_0", "input",
+        "self",
+    )  # fmt: skip
+    heads = "this, {}", "this, x, {}=3", "this, x, *, {}", "this, {}, /", "this, *{}"
+    for name in names:
+        for head in [head.format(name) for head in heads]:
+            space = {"torch": torch}
+            x = name if "x" not in head else "x"
+            x = f"{name}[0]" if "*" + name in head else x
+            rest = f" * {name}" if "x" in head else ""
+            exec(f"def forward({head}): return torch.relu(this.a({x})){rest}", space)
+            cls = type("Named", (nn.Module,), {"forward": space["forward"]})
+            plain = cls()
+            plain.a = nn.Linear(4, 4)
+            calls = [((X,), {})]
+            if name != "self" and "=3" in head:  # nn.Module.__call__ has a self of its own
+                calls += [((X,), {name: 5}), ((X, 7), {})]
+            elif "*, " in head:
+                calls = [((X,), {name: 2})] if name != "self" else []
+            for changed in (fastops.fuse(plain), fastops.freeze(plain)):
+                for arguments, named in calls:
+                    with torch.no_grad():
+                        torch.testing.assert_close(changed(*arguments, **named), plain(*arguments, **named))
+
+
+def test_forwards_that_are_no_methods():
+    class Static(nn.Module):
+        forward = staticmethod(lambda x: torch.relu(x))
+
+    class Several(nn.Module):
+        def forward(*arguments):
+            return torch.relu(arguments[1])
+
+    for plain in (Static(), Several()):
+        for way in (fastops.fuse, fastops.freeze):
+            assert torch.equal(way(plain)(X), torch.relu(X))
+
+
+def test_all_tensors_are_shared():
+    plain = Net(on)
+    plain.more = {"a": [torch.ones(2), (torch.ones(3),)], "b": types.SimpleNamespace(c=torch.ones(4))}
+    fused = fastops.fuse(plain)
+    assert fused.tensors[0] is plain.tensors[0]
+    assert fused.tensors is not plain.tensors
+    assert fused.more["a"][0] is plain.more["a"][0]
+    assert fused.more["a"][1][0] is plain.more["a"][1][0]
+    assert fused.more["b"].c is plain.more["b"].c
+    assert fused.more["b"] is not plain.more["b"]
