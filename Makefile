@@ -51,9 +51,10 @@ format: $(VENV)/requirements
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(FORMATTED)
 
-# The kernels and every tests/cpp/test_*.cpp under AddressSanitizer and UndefinedBehaviorSanitizer.
+# Every tests/cpp/test_*.cpp with the kernels of every tier, those of the scalar tier under AddressSanitizer and
+# UndefinedBehaviorSanitizer; with TIERS=all those of all tiers.
 sanitize: $(VENV)/requirements
-	$(PYTHON) build_native.py sanitize
+	$(PYTHON) build_native.py sanitize $(TIERS)
 
 # The error of the float32 activations over all 2^32 inputs.
 ulp: $(VENV)/requirements

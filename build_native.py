@@ -3,7 +3,8 @@
 setup.py builds the extension with it; `make build`, `make sanitize`, `make ulp` and `make cuda-usage` come here too:
 
     python build_native.py kernels     # what the extension has that needs no torch, while pip brings that
-    python build_native.py sanitize    # builds and runs every tests/cpp/test_*.cpp with the kernels, ASan and UBSan
+    python build_native.py sanitize    # builds and runs every tests/cpp/test_*.cpp: the scalar tier with ASan and UBSan
+    python build_native.py sanitize all  # the same with every tier of this processor under the sanitizers
     python build_native.py ulp [...]   # builds tests/cpp/ulp.cpp with the kernels and runs it with these arguments
     python build_native.py library DIR # DIR/lib/libfastops.a, DIR/include/fastops and a CMake package: no torch
     python build_native.py cuda-usage  # registers, stack and spills of every CUDA kernel on every architecture
@@ -20,7 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,11 +45,14 @@ OPTIMIZE_SCALAR = ["-O2"]
 SANITIZE = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # AddressSanitizer sees a null pointer and the end of an object too, and the kernels have no virtual function.
 SANITIZE += ["-fno-sanitize=null,object-size,vptr"]
-# What a tier does without. The avx2 tier has the bodies of avx512 and the same guard pages around its operands. Uses
-# after scope are seen in the scalar tier, whose bodies and scopes avx512 has too: linear's avx512 kernels compile in
-# 18 s instead of 27 (Zen 4). Checks by calls (asan-instrumentation-with-call-threshold=0) compile sooner still, but
-# test_linear's scalar tier then takes more than 31 s to run instead of 16.
-WITHOUT = {"avx2": ["-fno-sanitize=address"], "avx512": ["-fno-sanitize-address-use-after-scope"]}
+# The tiers that are sanitized unless all are asked for. Bodies are the same templates in every tier; an operand lies
+# between pages that fault, where AddressSanitizer sees nothing in any tier. What other tiers alone have (vec.h,
+# FASTOPS_VEC_... and FASTOPS_HAS_...) is sanitized by `make sanitize TIERS=all` only.
+SANITIZED = ("scalar", "")
+# Uses after scope are seen in the scalar tier, whose scopes the others have too: softmax's avx512 kernels compile in
+# 8.5 s instead of 12.4 (Zen 3). Checks by calls (asan-instrumentation-with-call-threshold=0) compile sooner still, but
+# test_linear's scalar tier then takes more than 31 s to run instead of 16 (Zen 4).
+SANITIZE_WIDE = ["-fno-sanitize-address-use-after-scope"]
 
 # One source a tier, compiled for every room: its flags, and nothing but its own code (isa.h and dispatch.cpp decide
 # what runs). A product and a sum are contracted to one rounding only where the source says fma, so that every path
@@ -623,31 +627,32 @@ def print_cuda_usage() -> int:
     return 1 if any(row.kernel.startswith(kernels) for row in spilling) else 0
 
 
-def build_cpp_tests(folder: Path, sources: list[Path], extra: list[str]) -> list[Path]:
-    """Compiles the kernels with these flags, and links each source with them; returns the programs.
+def build_cpp_tests(folder: Path, sources: list[Path], sanitized: Collection[str] = ()) -> list[Path]:
+    """Links each source with the kernels; returns the programs.
 
-    A source's own code gets no such flags, unless it has kernels in it: what kernels are compared with would take the
-    sanitizers longer than they do.
-    Tiers that this processor does not have are left out: nothing could run them.
+    The kernels are those of the extension, which are compiled already where that was built, but for the sanitized tiers
+    ("" for code of none). A source's own code is not sanitized, unless it has kernels in it: what kernels are compared
+    with would take the sanitizers longer than they do.
     """
-    cxx = compiler()
-    build = Build(folder, cxx)
-    common = [*common_flags(compiler_version(cxx)), *extra]
-    plain = [*common_flags(compiler_version(cxx)), "-O2"]
-    sources_here = [kernels for kernels in kernel_sources() if runs_here(TIERS.get(kernels.source.name, []))]
-    objects = []
-    for kernels in sources_here:
-        without = WITHOUT.get(kernels.tier, []) if extra == SANITIZE else []
-        objects.append(build.compile_kernels(kernels, [*common, *without]))
-    left_out = {kernels.tier for kernels in kernel_sources() if kernels not in sources_here}
-    tables = " ".join(f"EMPTY({tier})" for tier in sorted(left_out))
-    objects.append(build.compile(ROOT / "tests" / "cpp" / "left_out.cpp", [*common, f"-DLEFT_OUT={tables}"]))
+    with locked(EXTENSION):
+        ordinary = Build(EXTENSION)
+        objects = dict(zip(kernel_sources(), add_kernels(ordinary, Cuda(why_not="not in the tests")), strict=True))
+        ordinary.run()
+    build = Build(folder)
+    common = common_flags(compiler_version(build.compiler))
+    for kernels in objects:
+        if kernels.tier in sanitized:
+            wide = SANITIZE_WIDE if kernels.tier not in SANITIZED else []
+            objects[kernels] = build.compile_kernels(kernels, [*common, *SANITIZE, *wide])
+    sanitize = SANITIZE if sanitized else []
     programs = []
     for source in sources:
-        flags = common if "bodies_prelude.h" in source.read_text() else plain
-        test = build.compile(source, [*flags, "-ffp-contract=off", "-pthread", f"-I{ROOT / 'csrc'}"])
+        flags = sanitize if "bodies_prelude.h" in source.read_text() else []
+        test = build.compile(
+            source, [*common, *(flags or ["-O2"]), "-ffp-contract=off", "-pthread", f"-I{ROOT / 'csrc'}"]
+        )
         programs.append(folder / source.stem)
-        build.link([test, *objects], programs[-1], [*extra, "-pthread"])
+        build.link([test, *objects.values()], programs[-1], [*sanitize, "-pthread"])
     build.run()
     return programs
 
@@ -671,9 +676,10 @@ def run_programs(programs: list[Path], arguments: list[str]) -> int:
 
 def main(arguments: list[str]) -> int:
     tests = ROOT / "tests" / "cpp"
-    if arguments == ["sanitize"]:
+    if arguments in (["sanitize"], ["sanitize", "all"]):
         sources = sorted(tests.glob("test_*.cpp"))
-        programs = build_cpp_tests(ROOT / "build" / "sanitize", sources, SANITIZE)
+        here = {kernels.tier for kernels in kernel_sources() if runs_here(TIERS.get(kernels.source.name, []))}
+        programs = build_cpp_tests(ROOT / "build" / "sanitize", sources, here if arguments[1:] else SANITIZED)
         arguments = ["sanitize", "quick"]  # those with thousands of random shapes try fewer of them
     elif arguments == ["cuda-usage"]:
         return print_cuda_usage()
@@ -684,7 +690,7 @@ def main(arguments: list[str]) -> int:
         build_kernels()
         return 0
     elif arguments[:1] == ["ulp"]:
-        programs = build_cpp_tests(ROOT / "build" / "ulp", [tests / "ulp.cpp"], OPTIMIZE)
+        programs = build_cpp_tests(ROOT / "build" / "ulp", [tests / "ulp.cpp"])
     else:
         print(__doc__, file=sys.stderr)
         return 2

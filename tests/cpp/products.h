@@ -4,9 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "tiers.h"
@@ -114,20 +112,6 @@ inline double derivative(ActivationKind kind, double saved) {
 
 // ------------------------------------------------------------------------------------------------------------------
 // buffers and comparisons
-
-struct FreeDeleter {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// Aligned as an allocator of tensors aligns, which the stores that bypass the caches ask for.
-template <class T>
-using AlignedBuffer = std::unique_ptr<T[], FreeDeleter>;
-template <class T>
-AlignedBuffer<T> make_buffer(size_t size) {
-  void* p = nullptr;
-  if (posix_memalign(&p, 64, size * sizeof(T)) != 0) std::abort();
-  return AlignedBuffer<T>(static_cast<T*>(p));
-}
 
 // `size` elements between two guard pages, against the one in front or the one behind.
 template <class T>

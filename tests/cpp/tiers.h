@@ -88,6 +88,21 @@ class Pages {
   char* data_;
 };
 
+// n elements between two such pages, with the interface of a unique_ptr<T[]>: some against the page in front, most
+// against the one behind.
+template <class T>
+class Exact {
+ public:
+  explicit Exact(int64_t n, size_t alignment = sizeof(T))
+      : pages_(static_cast<size_t>(n) * sizeof(T), ++made_ * 2654435761u >> 30 != 0, alignment) {}
+  T* get() const { return static_cast<T*>(pages_.data()); }
+  T& operator[](size_t i) const { return get()[i]; }
+
+ private:
+  static inline unsigned made_ = 0;
+  Pages pages_;
+};
+
 // Scratch memory of exactly this size; null if it has none, as the contract allows.
 class Workspace {
  public:
