@@ -11,8 +11,7 @@ template <class D, class S, class C = Compute<S>>
 inline Vec<C> gradient_of_z(Vec<C> grad, Vec<C> deviation, const Channel<C>& channel, const Parameters<S>& p) {
   if constexpr (same_type<D, Identity>) return grad;
   // Otherwise GCC selects by a masked load, which waits for the mask.
-  keep_loaded(grad);
-  return D::backward(grad, fma(deviation, channel.scale, channel.beta), p);
+  return D::backward(in_register(grad), fma(deviation, channel.scale, channel.beta), p);
 }
 
 // Adds a row of one channel to the sums of g and of g (x - mean).

@@ -45,16 +45,16 @@ inline void stream(Vec<C> v, C* p) {
 inline void finish_streams() {}
 #endif
 
-// Keeps a loaded vector in a register for several multiply-adds. GCC would make the load an operand of each of them.
+// A loaded vector that stays in a register for several multiply-adds. GCC would make the load an operand of each of
+// them. By value: of an element of an array, GCC would keep another copy in memory, and store it every time.
 template <class C>
-inline void keep_loaded(Vec<C>& x) {
+inline Vec<C> in_register(Vec<C> x) {
 #if defined(FASTOPS_VEC_AVX512)
   __asm__("" : "+v"(x.v));
 #elif defined(FASTOPS_VEC_AVX2)
   __asm__("" : "+x"(x.v));
-#else
-  (void)x;
 #endif
+  return x;
 }
 
 #if defined(FASTOPS_VEC_AVX512)

@@ -50,10 +50,7 @@ inline void correlate_block(const TapColumns<C>& taps, const C* in, Vec<C> (&acc
       for (int i = 0; i < (R - 1) * SH + KH; ++i, at += taps.step) {
         Lanes x[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) {
-          x[v] = Lanes::load(at + v * S);
-          keep_loaded(x[v]);
-        }
+        for (int v = 0; v < V; ++v) x[v] = in_register(Lanes::load(at + v * S));
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           const int tap = i - r * SH;
@@ -198,8 +195,7 @@ inline void weight_rows(const TapColumns<C>& taps, const C* x, const C* g, int64
         } else {
 #pragma GCC unroll 32
           for (int i = 0; i < (R - 1) * SH + KH; ++i, at += taps.step) {
-            Lanes value = load(at);
-            keep_loaded(value);
+            const Lanes value = in_register(load(at));
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
               const int tap = i - r * SH;

@@ -103,10 +103,7 @@ inline void first_tile(const C* in, const int64_t* offsets, int64_t taps, const 
     const C* const x = in + offsets[t];
     Lanes row[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      row[v] = Lanes::load(x + v * S);
-      keep_loaded(row[v]);
-    }
+    for (int v = 0; v < V; ++v) row[v] = in_register(Lanes::load(x + v * S));
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) {
       const Lanes w = Lanes::set1(panel[k]);

@@ -76,8 +76,7 @@ inline void load_windows(const PaddedRow& row, const T* at, int count, Vec<T> (&
 #pragma GCC unroll 4
     for (int d = 0; d < 4; ++d) {
       const T* const p = at + r * row.elements() + row.at(d);
-      x[r][d] = count == S ? Vec<T>::load(p) : Vec<T>::load(p, count);
-      keep_loaded(x[r][d]);
+      x[r][d] = in_register(count == S ? Vec<T>::load(p) : Vec<T>::load(p, count));
     }
 }
 

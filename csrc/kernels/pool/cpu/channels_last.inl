@@ -80,6 +80,7 @@ void pool_window_last(const Pool& pool, const S* x, const Op& op, int64_t at, co
                           const PoolWindow& widths) {
       for_taps(pool, depths, heights, widths, [&](int64_t position, int64_t tap) {
         const S* p = x + position * pool.channels + c;
+#pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v)
           results[v].take(kVectors > 1 ? V::load(p + v * V::size) : V::load(p, count), tap);
       });
