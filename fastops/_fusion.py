@@ -53,9 +53,9 @@ def rewrite(graph_module: GraphModule, residuals: bool = True) -> list[Finding]:
 
 
 def call_batch_norm(
-    module: nn.Module, input: Tensor, activation: Any = None, residual: Any = None, in_place: bool = False
+    module: nn.Module, input: Tensor, activation: Any = None, residual: Any = None, how: str = "y + r"
 ) -> Tensor:
-    """A batch norm module's forward, the addition of residual and the activation. in_place: it was y += residual."""
+    """A batch norm module's forward, the addition of residual and the activation."""
     module._check_input_dim(input)
     # Module.__getattr__ costs as much as a small op.
     buffers, parameters = module._buffers, module._parameters
@@ -71,37 +71,33 @@ def call_batch_norm(
             momentum = 1.0 / float(count)
     return normalize(
         input, mean, variance, parameters["weight"], parameters["bias"], training, momentum or 0.0, module.eps,
-        activation, residual, in_place,
+        activation, residual, how,
     )  # fmt: skip
 
 
 def normalize(
     input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, training: Any = False,
-    momentum: Any = 0.1, eps: Any = 1e-5, activation: Any = None, residual: Any = None, in_place: bool = False,
+    momentum: Any = 0.1, eps: Any = 1e-5, activation: Any = None, residual: Any = None, how: str = "y + r",
 ) -> Tensor:  # fmt: skip
     """F.batch_norm, + residual, activation."""
     args = input, running_mean, running_var, weight, bias, training, momentum, eps
     alike = residual is None or (
         isinstance(residual, Tensor)
         and residual.shape == input.shape
+        and residual.stride() == input.stride()  # the strides of a sum depend on both
         and residual.dtype == input.dtype
         and residual.device == input.device
     )
     if alike:
         return FF.batch_norm(*args, activation=activation, residual=residual)
-    output = FF.batch_norm(*args)
-    if in_place:
-        output += residual
-    else:
-        output = output + residual
-    return output if activation is None else activate(output, activation)
+    return _add(FF.batch_norm(*args), residual, how, activation)
 
 
 def convolve(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-    groups: Any = 1, activation: Any = None, residual: Any = None, in_place: bool = False,
+    groups: Any = 1, activation: Any = None, residual: Any = None, how: str = "y + r",
 ) -> Tensor:  # fmt: skip
-    """A convolution, + residual, activation. in_place: it was y += residual."""
+    """A convolution, + residual, activation."""
     args = input, weight, bias, stride, padding, dilation, groups
     dims = weight.dim() - 2
     if not _is_compiling():
@@ -109,11 +105,15 @@ def convolve(
         result = getattr(_C, f"conv_add{dims}d")(*args, residual, KIND[kind], a, b)
         if result is not NotImplemented:
             return result
-    output = getattr(FF, f"conv{dims}d")(*args)
-    if in_place:
+    return _add(getattr(FF, f"conv{dims}d")(*args), residual, how, activation)
+
+
+def _add(output: Tensor, residual: Any, how: str, activation: Any) -> Tensor:
+    """As the model has it: y + r, r + y or y += r. The strides of the sum follow the first operand."""
+    if how == "y += r":
         output += residual
     else:
-        output = output + residual
+        output = residual + output if how == "r + y" else output + residual
     return output if activation is None else activate(output, activation)
 
 
@@ -222,13 +222,11 @@ class _Rewriter(Nodes):
             ):
                 pool = None
         if pool is None and self._adds(layer) and len(nodes) == 1:
-            residual, in_place = self._take_addition(
-                nodes, lambda node: self.norm(node) or self._adds(self.layer(node))
-            )
+            residual, how = self._take_addition(nodes, lambda node: self.norm(node) or self._adds(self.layer(node)))
             if residual is not None:
                 activation = self._take_activation(nodes)
                 arguments = self._arguments(layer, nodes[-1]) | {"residual": residual}
-                more = {"activation": _argument(activation), "in_place": in_place}
+                more = {"activation": _argument(activation), "how": how}
                 told = f"{function}{_told(activation)}, residual"
                 self._put(nodes, function, convolve, arguments | {k: v for k, v in more.items() if v}, told=told)
                 return
@@ -249,7 +247,7 @@ class _Rewriter(Nodes):
 
     def _norm(self, norm: Norm) -> None:
         nodes = [norm.node]
-        residual, in_place = self._take_addition(nodes, self.norm)
+        residual, how = self._take_addition(nodes, self.norm)
         resolved = self._take_activation(nodes)
         function = normalize
         arguments = dict(norm.arguments)
@@ -258,7 +256,7 @@ class _Rewriter(Nodes):
             with self.graph.inserting_before(nodes[-1]):
                 arguments = {"module": self.graph.get_attr(norm.node.target)}
         arguments["input"] = norm.input
-        more = {"activation": _argument(resolved), "residual": residual, "in_place": in_place}
+        more = {"activation": _argument(resolved), "residual": residual, "how": how}
         told = f"batch_norm{_told(resolved)}{', residual' if residual is not None else ''}"
         self._put(nodes, "batch_norm", function, arguments | {k: v for k, v in more.items() if v}, told=told)
 
@@ -294,8 +292,8 @@ class _Rewriter(Nodes):
         nodes.append(after)
         return activation.resolved
 
-    def _take_addition(self, nodes: list[Node], takes: Callable[[Node], Any]) -> tuple[Node | None, bool]:
-        """What is added to the last of nodes, and whether in place; the addition is then one of them.
+    def _take_addition(self, nodes: list[Node], takes: Callable[[Node], Any]) -> tuple[Node | None, str]:
+        """What is added to the last of nodes, and how (_add; "" is "y + r"); the addition is then one of them.
 
         None where nothing is, or where that is better left to the other operand: takes(node) says if it could.
         """
@@ -303,15 +301,15 @@ class _Rewriter(Nodes):
         after = self._only_user(tail)
         addition = self.addition(after) if after is not None else None
         if addition is None:
-            return None, False
+            return None, ""
         first, second = addition.operands
         other = second if first is tail else first
         leave_it = takes(other) and self._only_user(other) is after and self.order[other] > self.order[tail]
         in_place_on_other = addition.in_place and first is not tail
         if other is tail or leave_it or in_place_on_other or not self._may_move([*nodes, after]):
-            return None, False
+            return None, ""
         nodes.append(after)
-        return other, addition.in_place
+        return other, "y += r" if addition.in_place else "" if first is tail else "r + y"
 
     def _adds(self, layer: Layer | None) -> bool:
         """Whether an addition may become part of it."""

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import itertools
 import pickle
 import random
 import threading
@@ -1154,3 +1155,42 @@ def test_questions_whose_answer_a_forward_catches(ask, way):
     with torch.no_grad():
         torch.testing.assert_close(way(model)(x), model(x))
         torch.testing.assert_close(way(nn.Sequential(model, nn.ReLU()))(x), torch.relu(model(x)))
+
+
+class Sum(nn.Module):
+    """A convolution, perhaps a batch norm, and something that is added to it in one of the three ways."""
+
+    def __init__(self, how, norm):
+        super().__init__()
+        self.how = how
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8) if norm else nn.Identity()
+
+    def forward(self, x, more):
+        y = self.norm(self.conv(x))
+        if self.how == "y += r":
+            y += more
+            return torch.relu(y)
+        return torch.relu(more + y if self.how == "r + y" else y + more)
+
+
+LAYOUTS = {
+    "channels first": lambda x: x.contiguous(),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "permuted": lambda x: x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1),
+    "sliced": lambda x: torch.cat([x, x], 3)[..., : x.shape[3]],
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["conv", "norm"])
+@pytest.mark.parametrize("how", ["y + r", "r + y", "y += r"])
+def test_sums_have_the_strides_of_the_plain_model(how, norm):
+    plain = Sum(how, norm).eval()
+    fused = fastops.fuse(plain)
+    assert fused.fastops_report.fused[-1].result.endswith("residual")
+    x, more = torch.randn(2, 8, 5, 6), torch.randn(2, 8, 5, 6)
+    for of_x, of_more in itertools.product(LAYOUTS.values(), LAYOUTS.values()):
+        y, expected = fused(of_x(x), of_more(more)), plain(of_x(x), of_more(more))
+        assert y.stride() == expected.stride()
+        torch.testing.assert_close(y, expected)

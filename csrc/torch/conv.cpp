@@ -662,7 +662,9 @@ py::object conv_add_fast(py::handle input, py::handle weight, py::handle bias, p
   return conv_call(
       {dims, false, stride, padding, dilation, {}, groups}, input, weight, bias,
       [&](const Tensor& x, const Tensor& w, const optional<Tensor>& bias_tensor, const ConvPlan& plan, auto&&) {
-        if (!is_on(added, x.device()) || added.scalar_type() != x.scalar_type() || added.sizes() != out_sizes(plan))
+        // The strides of a sum depend on both operands where their layouts differ.
+        if (!is_on(added, x.device()) || added.scalar_type() != x.scalar_type() || added.sizes() != out_sizes(plan) ||
+            !added.is_contiguous(format_of(plan.layout, plan.dims)))
           return not_implemented();
         return wrap(
             without_gil([&] { return op_name(plan); },
