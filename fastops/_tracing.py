@@ -11,6 +11,7 @@ trace is called as a module; the rest is traced.
 import contextlib
 import dataclasses
 import functools
+import gc
 import inspect
 import operator
 import random
@@ -131,6 +132,8 @@ def _trace(root: nn.Module, tracer: "_Tracer") -> Traced:
     states = [(module, _State(module)) for module in root.modules()]
     outer = vars(nn.Module).get("training")  # of a trace during which this one is asked for
     nn.Module.training = _Training(tracer)
+    collects = gc.isenabled()
+    gc.disable()  # what garbage and gc.callbacks do is not the forward's doing
     try:
         with tracer.listening():
             graph = tracer.trace(root)
@@ -147,6 +150,8 @@ def _trace(root: nn.Module, tracer: "_Tracer") -> Traced:
             del nn.Module.training
         else:
             nn.Module.training = outer
+        if collects:
+            gc.enable()
     for node in reversed(graph.nodes):
         if not node.users and node.op == "get_attr":
             graph.erase_node(node)

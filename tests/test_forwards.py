@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import enum
 import functools
+import gc
 import itertools
 import types
 
@@ -557,3 +558,25 @@ def test_all_tensors_are_shared():
     assert fused.more["a"][1][0] is plain.more["a"][1][0]
     assert fused.more["b"].c is plain.more["b"].c
     assert fused.more["b"] is not plain.more["b"]
+
+
+collections_seen = 0
+
+
+def count_collections(phase, info):
+    global collections_seen
+    collections_seen += 1
+
+
+def test_garbage_collections_are_not_the_forwards_doing():
+    before = gc.get_threshold()
+    gc.callbacks.append(count_collections)
+    gc.set_threshold(1)
+    try:
+        fused = fastops.fuse(nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(count_collections)
+    assert collections_seen
+    assert gc.isenabled()
+    assert not fused.fastops_report.untraced
