@@ -22,6 +22,8 @@ def enable() -> None:
     relu, threshold, leaky_relu, elu, selu, celu, gelu, silu, mish, sigmoid, tanh, softplus, hardtanh, relu6,
     hardsigmoid, hardswish, hardshrink, softshrink and glu, in place too; float32, float64, bfloat16 and float16. out=
     stays PyTorch's. So do rms_norm and cross_entropy in inference mode, and 16-bit norms that are too small to gain.
+    cross_entropy saves the logits, where PyTorch's saves their log_softmax: logits that are changed in place between
+    loss and backward raise autograd's error.
 
     Raises nothing. Source: fastops' own; PyTorch's torch.library is how it is done.
 

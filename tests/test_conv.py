@@ -72,12 +72,21 @@ def compare_all(conv, x, w, b, case=None, rule=close, grad=None):
     if grad is None:
         grad = torch.randn(conv.theirs(x, w, b).shape)
     wide = [None if t is None else t.double() for t in (x, w, b)]
+    if x.dtype in (torch.bfloat16, torch.float16):
+        grad = away_from_jumps(grad, conv.theirs(*wide), reference_f, x.dtype)
     actual = with_gradients(lambda *t: conv.ours(*t, activation=module), leaves(x, w, b), grad)
     theirs = with_gradients(lambda *t: theirs_f(conv.theirs(*t)), leaves(x, w, b), grad)
     reference = with_gradients(lambda *t: reference_f(conv.theirs(*t)), leaves(*wide), grad)
     for name, *three in zip(("output", "input", "weight", "bias"), actual, reference, theirs, strict=False):
         rule(*three, name, conv.terms, roundings=roundings(conv, x.dtype))
     return actual
+
+
+def away_from_jumps(grad, z, f, dtype):
+    """grad, and 0 where f' jumps within a few roundings of z: there it depends on how the sum was rounded."""
+    near = 4 * torch.finfo(dtype).eps * z.abs().max()
+    slopes = [with_gradients(f, leaves(z + step), torch.ones_like(z))[1] for step in (-near, near)]
+    return grad.masked_fill((slopes[0] - slopes[1]).abs() > 0.3, 0)
 
 
 def roundings(conv, dtype):
