@@ -111,7 +111,7 @@ def is_users(frame: types.FrameType | None) -> bool:
 # ---- what is asked for by a call -------------------------------------------------------------------------------------
 
 
-def _codes() -> dict[types.CodeType, str]:
+def _codes() -> dict[int, str]:
     block = "its forward has a block such as no_grad, autocast or checkpoint"
     mode = "its forward asks for a setting of PyTorch's, or changes it"
     own = "its forward goes through its parameters or buffers"
@@ -133,7 +133,7 @@ def _codes() -> dict[types.CodeType, str]:
         nn.Module.state_dict: own,
     }
     found |= {getattr(torch, name): mode for name in _SETTINGS if isinstance(getattr(torch, name), types.FunctionType)}
-    return {inspect.unwrap(function).__code__: why for function, why in found.items()}
+    return {id(inspect.unwrap(function).__code__): why for function, why in found.items()}
 
 
 _SETTINGS = [
@@ -141,7 +141,7 @@ _SETTINGS = [
     for name in dir(torch)
     if name.startswith(("is_", "get_", "set_", "are_", "use_", "initial_", "manual_"))
     and any(part in name for part in ("autocast", "grad_enabled", "inference_mode", "default", "_num_", "anomaly",
-                                      "deterministic", "denormal", "rng", "seed", "warn"))
+                                      "deterministic", "denormal", "rng", "seed", "warn", "precision"))
 ]  # fmt: skip
 _CODES = _codes()
 _SETTING_FUNCTIONS = {getattr(torch, name) for name in _SETTINGS} | {
@@ -155,20 +155,22 @@ _SETTING_FUNCTIONS = {getattr(torch, name) for name in _SETTINGS} | {
 _EFFECTS = {
     "_io", "_thread", "_queue", "_random", "_socket", "_warnings", "posix", "nt", "time", "os", "logging", "warnings",
     "datetime", "uuid", "secrets", "threading", "subprocess", "socket", "random", "inspect", "pathlib", "queue",
-    "multiprocessing", "concurrent", "asyncio", "contextvars", "gc", "weakref",
+    "multiprocessing", "concurrent", "asyncio", "contextvars", "_contextvars", "gc", "weakref",
 }  # fmt: skip
 _BUILTINS = {print, input, open, exec, eval, compile, globals, locals, vars, breakpoint}
 
 
 def objection_to_call(frame: types.FrameType) -> str:
     """Why a call of this Python function is in the way of a trace; "" where it is not."""
-    why = _CODES.get(frame.f_code)
+    why = _CODES.get(id(frame.f_code))
     caller = frame.f_back
     if why:
         while caller is not None and module_of(caller) in (module_of(frame), "torch.utils._contextlib", "contextlib"):
             caller = caller.f_back
         return "" if caller is None or module_of(caller).startswith(("torch.fx", "fastops")) else why
     package = module_of(frame).partition(".")[0]
+    if package == "os" and caller is not None:  # os.environ.get is a mapping's
+        caller = asking(caller)
     if not is_users(caller) or package not in LIBRARY:
         return ""
     if package in _EFFECTS:

@@ -29,7 +29,11 @@ from fastops._frozen_layout import restore_layouts, suggests_channels_last
 from fastops._frozen_norms import NORMS, Apart, folded
 from fastops._fusion import rewrite
 from fastops._nodes import Nodes, in_the_way
-from fastops._tracing import Signature, Traced, is_frozen, reason, trace, version
+from fastops._outside import is_known
+from fastops._reached_code import CLASSES, asked_of_children
+from fastops._signature import Signature
+from fastops._states import version
+from fastops._tracing import Traced, is_frozen, reason, trace
 from fastops.functional._activation import resolve_activation
 from fastops.fuse import is_layer, unfuse
 from fastops.replace import Row, _name, replace_
@@ -110,14 +114,27 @@ def _with_frozen_children(model: nn.Module, name: str, report: Any, channels_las
     result = _copy(model)
     own = not type(model).__module__.startswith(("torch.nn.", "fastops.nn.")) or type(model) in _CONTAINERS
     if own and not isinstance(model, torch.jit.ScriptModule):
+        asked = asked_of_children(model)
+        for one in result.modules() if asked else (result,):
+            if one is result or not is_known(type(one)):  # its forward may change them
+                one._buffers.update(
+                    {key: buffer if buffer is None else buffer.clone() for key, buffer in one._buffers.items()}
+                )
+        if asked:
+            below = (f"{name}.{child_name}" if name else child_name for child_name, _ in model.named_children())
+            report.left += [
+                Row(one, _name(type(child)), f"in {_name(type(model))}, {min(asked)}")
+                for one, child in zip(below, model.children(), strict=False)
+            ]
+            if CLASSES not in asked:
+                replace_(result)
+            return result.train(False)
         for child_name, child in model.named_children():
             below = f"{name}.{child_name}" if name else child_name
             frozen = freeze_module(child, below, report, channels_last)
             if isinstance(frozen, FrozenGraph | Either) and not is_frozen(child):
                 frozen.stand_in_for(result._modules[child_name])
             result._modules[child_name] = frozen
-        for key, buffer in result._buffers.items():  # its forward may change them
-            result._buffers[key] = buffer if buffer is None else buffer.clone()
     return result.train(False)
 
 

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fastops._frozen_layers import LAYERS
 from fastops._nodes import in_the_way
-from fastops._tracing import Signature
+from fastops._signature import Signature
 
 
 class _StandsIn(nn.Module):

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 import fastops.functional as FF
 from fastops._frozen_layers import LAYERS, RESIDUAL_FIRST, FrozenLayer
-from fastops._nodes import in_the_way
+from fastops._nodes import in_the_way, unpack
 
 
 def suits_channels_last(model: nn.Module) -> bool:
@@ -132,7 +132,7 @@ _VIEWS = {
     "permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "narrow", "select", "chunk", "split",
     "unbind", "squeeze", "unsqueeze", "expand", "expand_as", torch.permute, torch.transpose, torch.movedim,
     torch.moveaxis, torch.swapaxes, torch.swapdims, torch.narrow, torch.select, torch.chunk, torch.split, torch.unbind,
-    torch.squeeze, torch.unsqueeze, operator.getitem,
+    torch.squeeze, torch.unsqueeze, operator.getitem, unpack,
 }  # fmt: skip
 
 

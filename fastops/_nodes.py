@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Node, Proxy
 from torch.nn.utils import parametrize
 
 import fastops.functional as FF
@@ -33,6 +33,18 @@ def in_the_way(module: nn.Module) -> str:
     if type(module).__call__ is not nn.Module.__call__:
         return "its class has a __call__ of its own"
     return ""
+
+
+def unpack(value: Any, count: int) -> Any:
+    """What a, b = value gives two names."""
+    if isinstance(value, Proxy):  # in a trace of somebody else's
+        return [value[i] for i in range(count)]
+    items = tuple(value)
+    if len(items) > count:
+        raise ValueError(f"too many values to unpack (expected {count})")
+    if len(items) < count:
+        raise ValueError(f"not enough values to unpack (expected {count}, got {len(items)})")
+    return items
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

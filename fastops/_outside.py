@@ -7,10 +7,11 @@ A trace has the values of one moment. `Outside` finds where they are, so that a 
 
 import collections
 import enum
+import functools
 import gc
 import inspect
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Outside:
     """Everything that the functions read which ran during a trace."""
 
     def __init__(self, root: nn.Module) -> None:
-        self.own = {id(module) for module in root.modules()}
+        self.own = {id(module): module for module in root.modules()}
         self.names: set[str] = set()
         self.roots: dict[tuple[int, Any], Place] = {}
         self.modules: dict[int, nn.Module] = {}
@@ -93,10 +94,10 @@ class Outside:
                 found += [type(value), *_defaults(value, frame.f_code)]
             elif id(value) in self.reached:  # else it has been made during the trace
                 found.append(value)
-        walk = _Walk(code.names, self.own)
+        walk = _Walk(code.names, self.own.keys())
         for value in found:
             walk.through(value)
-        self.reached |= walk.seen - self.own
+        self.reached |= walk.seen
         for place in walk.places.values():
             if not isinstance(place[0], dict):  # those are kept as they are, below
                 self._note(place, value_at(place), root=False)
@@ -132,11 +133,16 @@ class Outside:
 
     def watched(self) -> tuple[list[Place], list[Any]]:
         """The places, and the lists, dicts and sets, that a program relies on. Raises ValueError where it cannot."""
-        walk = _Walk(self.names, ())
+        walk = _Walk(self.names, set())
         for value in (*map(value_at, self.roots.values()), *self.modules.values()):
             walk.through(value)
         places = {key: one for key, one in {**self.roots, **walk.places}.items() if value_at(one) is not MISSING}
-        if walk.why_not or len(places) > _MOST:
+        own = {
+            id(one)
+            for module in self.own.values()
+            for one in (vars(module), module._parameters, module._buffers, module._modules)
+        }
+        if walk.why_not or sum(id(where) not in own for where, _ in places.values()) > _MOST:
             raise ValueError(walk.why_not or "its forward reads too much that may change")
         return list(places.values()), list(walk.contents.values())
 
@@ -144,8 +150,8 @@ class Outside:
 class _Walk:
     """From one value to all that these names lead to."""
 
-    def __init__(self, names: set[str], known: Iterable[int]) -> None:
-        self.names, self.seen = names, set(known)
+    def __init__(self, names: set[str], known: Set[int]) -> None:
+        self.names, self.known, self.seen = names, known, set[int]()
         self.places: dict[tuple[int, Any], Place] = {}
         self.contents: dict[int, Any] = {}  # lists, dicts and sets
         self.dicts: dict[int, Any] = {}  # of objects
@@ -154,6 +160,8 @@ class _Walk:
     def through(self, value: Any) -> None:
         cls = type(value)
         if issubclass(cls, (Proxy, enum.Enum, *_ALWAYS_THE_SAME)) or id(value) in self.seen or is_known(value):
+            return
+        if id(value) in self.known:
             return
         self.seen.add(id(value))
         if issubclass(cls, types.ModuleType):
@@ -172,6 +180,8 @@ class _Walk:
             self._all(gc.get_referents(value))
         elif issubclass(cls, nn.Module):
             self._module(value)
+        elif issubclass(cls, functools.partial):
+            self._all((value.func, *value.args, *value.keywords.values()))
         elif hasattr(cls, "__next__") or issubclass(cls, collections.deque) or cls.__module__ == "numpy":
             self.why_not = f"its forward reads {_with_article(cls.__name__)} that is not an input"
         elif cls.__module__.partition(".")[0] != "torch":
@@ -192,7 +202,9 @@ class _Walk:
         if isinstance(state, dict):
             self.dicts[id(state)] = state
             self._entries(state, self.names & state.keys())
-        if not isinstance(value, types.FunctionType):
+        if isinstance(value, types.FunctionType):
+            self._all((*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()))
+        else:
             self._attributes_of_class(value, type(value), state or ())
 
     def _module(self, module: nn.Module) -> None:

@@ -4,17 +4,16 @@ A trace is only good if it does what the module does at every later call. So whe
 trace is that of one mode and says so. x += y stays in place. What a trace would get wrong in silence is an error: a
 random number or a tensor made while tracing, something that forward changes, no_grad, autocast or a checkpoint inside
 of it, a question for an input's type. What the operations do not show is read from the code of the functions that run
-(_forward_code.py); what these read from outside the module is noted (_outside.py). A submodule that is in the way of a
-trace is called as a module; the rest is traced.
+(_forward_code.py); what these read from outside the module is noted (_outside.py). A forward gets proxies
+(_proxies.py), and what it changes is taken back (_states.py). A submodule that is in the way of a trace is called as a
+module; the rest is traced.
 """
 
 import contextlib
 import dataclasses
 import functools
 import gc
-import inspect
 import operator
-import random
 import sys
 import threading
 import types
@@ -24,12 +23,14 @@ from typing import Any
 import torch
 import torch.fx
 from torch import nn
-from torch.fx.proxy import Attribute, Proxy, TraceError
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.fx.proxy import Proxy, TraceError
+from torch.overrides import TorchFunctionMode
 
 from fastops import _forward_code
-from fastops._nodes import in_the_way
-from fastops._outside import Outside, Place, same_contents
+from fastops._nodes import in_the_way, unpack
+from fastops._outside import Outside, Place
+from fastops._proxies import Input
+from fastops._states import State, ambient, random_state, same_random_state
 
 
 class Traced:
@@ -48,59 +49,7 @@ class Traced:
         self.places: list[Place]
         self.contents: list[Any]
         self.places, self.contents = tracer.outside.watched()
-        self.may_take_none = any(_forward_code.asks_for_none(*one, True, False) for one in tracer.ran)
-
-
-class Signature:
-    """The arguments of a forward, and the source of a function that takes the same ones.
-
-    inputs, named_inputs: those that have to be given, the latter by keyword.
-    options: those that have a default; a program is written for that.
-    declared, passed: the arguments as they stand in such a function's head, and in a call of forward.
-    tests: what holds in a call that a program is for. defaults: what the names in them are.
-    """
-
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        kinds = inspect.Parameter
-        several = {kinds.VAR_POSITIONAL: "*", kinds.VAR_KEYWORD: "**"}
-        first, *parameters = inspect.signature(forward).parameters.values()
-        if first.kind in several:
-            raise TraceError("its forward has no argument for the module")
-        self.names = {first.name, *(p.name for p in parameters)}
-        required = [p for p in parameters if p.default is kinds.empty and p.kind not in several]
-        self.inputs = [p.name for p in required if p.kind is not kinds.KEYWORD_ONLY]
-        self.named_inputs = [p.name for p in required if p.kind is kinds.KEYWORD_ONLY]
-        options = [p for p in parameters if p.default is not kinds.empty]
-        names = dict(zip([p.name for p in options], self.free_names(*["default"] * len(options)), strict=True))
-        self.defaults = {names[p.name]: p.default for p in options}
-        self.declared, self.passed = [], []
-        last_kind = first.kind
-        for p in parameters:
-            by_name = p.kind is kinds.KEYWORD_ONLY
-            if p.kind is not kinds.POSITIONAL_ONLY and last_kind is kinds.POSITIONAL_ONLY:
-                self.declared.append("/")
-            if by_name and not any(part.startswith("*") for part in self.declared):
-                self.declared.append("*")
-            last_kind = p.kind
-            stars = several.get(p.kind, "")
-            self.declared.append(f"{stars}{p.name}" + (f"={names[p.name]}" if p.name in names else ""))
-            self.passed.append(f"{p.name}={p.name}" if by_name else f"{stars}{p.name}")
-        if last_kind is kinds.POSITIONAL_ONLY and parameters:
-            self.declared.append("/")
-        self.tests = [f"{name} is {default}" for name, default in names.items()]
-        self.tests += [f"not {p.name}" for p in parameters if p.kind in several]
-        # An input in a trace is never None, and "if mask is None" goes the other way.
-        self.tests += [f"{name} is not None" for name in (*self.inputs, *self.named_inputs)]
-
-    def free_names(self, *names: str) -> list[str]:
-        """Names like these, for a function with these arguments: none is one of theirs."""
-        found = []
-        for i, name in enumerate(names):
-            name = f"fastops_{name}_{i}"
-            while name in self.names:
-                name += "_"
-            found.append(name)
-        return found
+        self.may_take_none = any(_forward_code.asks_for_none(*one, True, False) for one in set(tracer.ran))
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -129,7 +78,10 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 def _trace(root: nn.Module, tracer: "_Tracer") -> Traced:
-    states = [(module, _State(module)) for module in root.modules()]
+    states = [(module, State(module)) for module in root.modules()]
+    fused = [(module, type(module)) for module, _ in states if plain_class(module) is not type(module)]
+    for module, _ in fused:  # a forward may ask
+        object.__setattr__(module, "__class__", plain_class(module))
     outer = vars(nn.Module).get("training")  # of a trace during which this one is asked for
     nn.Module.training = _Training(tracer)
     collects = gc.isenabled()
@@ -146,6 +98,8 @@ def _trace(root: nn.Module, tracer: "_Tracer") -> Traced:
         vars(tracer).clear()
         raise
     finally:
+        for module, cls in fused:
+            object.__setattr__(module, "__class__", cls)
         if outer is None:
             del nn.Module.training
         else:
@@ -174,11 +128,12 @@ class _Tracer(torch.fx.Tracer):
         self.decided: dict[str, bool] = {}
         self.entered: dict[str, nn.Module] = {}
         self.leaves: dict[str, tuple[str, bool]] = {}
-        self.ambient = _ambient()
+        self.ambient = ambient(_OtherTensors)
         self.refused: Exception | None = None  # what a forward was told; it may have caught it and gone on
         self.following = False
         self.outside = Outside(root)
         self.ran: list[tuple[_forward_code.Code, frozenset[str]]] = []  # the functions, and what is no input in them
+        self.may_be_none: list[torch.fx.Node] = []
         self.parameter_proxies: dict[str, Proxy] = {}
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
@@ -211,14 +166,17 @@ class _Tracer(torch.fx.Tracer):
             why, tried = in_the_way(m), False
             if not why:
                 last = next(iter(reversed(self.graph.nodes)), None)
-                before = dict(self.entered), dict(self.leaves), dict(self.decided), list(self.ran)
+                found = self.entered, self.leaves, self.decided, self.ran
+                before = [len(one) for one in found]
                 cls = plain_class(m)
                 plain = forward if cls is type(m) else functools.partial(cls.forward, m)
                 try:
                     return self._follow(m, name, lambda: plain(*args, **kwargs), (args, kwargs))
                 except Exception as error:
                     self._forget(last)
-                    self.entered, self.leaves, self.decided, self.ran = before
+                    for one, count in zip(found, before, strict=True):
+                        while len(one) > count:
+                            one.popitem() if isinstance(one, dict) else one.pop()
                     why, tried = reason(error), True
             self.leaves[name] = why, tried
         return self.create_proxy("call_module", name, args, kwargs)
@@ -229,7 +187,7 @@ class _Tracer(torch.fx.Tracer):
         if self.outside.has_changed():  # by the forward that this one is called in
             self.refuse(TraceError(_CHANGES_OTHERS))
             self.outside.restore()
-        state, numbers = _State(module), _random_state()
+        state, numbers = State(module), random_state()
         outer, self.refused = self.refused, None
         first = len(self.ran)
         try:
@@ -241,9 +199,9 @@ class _Tracer(torch.fx.Tracer):
             state.check(module)
             if self.outside.has_changed():
                 raise TraceError(_CHANGES_OTHERS)
-            if not _same_random_state(numbers, _random_state()):
+            if not same_random_state(numbers, random_state()):
                 raise TraceError("its forward makes random numbers")
-            if any(map(self._may_give_none, self.graph.nodes)):
+            if self.may_be_none:
                 given: list[Proxy] = []
                 torch.fx.node.map_aggregate(
                     arguments, lambda one: given.append(one) if issubclass(type(one), Proxy) else None
@@ -307,7 +265,7 @@ class _Tracer(torch.fx.Tracer):
         raise self.refuse(TraceError("its forward goes through the elements of an input"))
 
     def _may_give_none(self, node: torch.fx.Node) -> bool:
-        while node.target is operator.getitem and isinstance(node.args[0], torch.fx.Node):
+        while node.target in (operator.getitem, unpack) and isinstance(node.args[0], torch.fx.Node):
             if node.args[0].op == "placeholder" and isinstance(node.args[1], (int, str)):
                 return True  # it may be a tuple or a dict
             node = node.args[0]
@@ -342,6 +300,7 @@ class _Tracer(torch.fx.Tracer):
         kept = set(self.graph.nodes)
         for name in [name for name, proxy in self.parameter_proxies.items() if proxy.node not in kept]:
             del self.parameter_proxies[name]
+        self.may_be_none = [node for node in self.may_be_none if node in kept]
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
         if threading.get_ident() != self.thread:
@@ -351,11 +310,23 @@ class _Tracer(torch.fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
         # A mode that calls a function is not on while that runs.
-        *now, modes = _ambient()
+        *now, modes = ambient(_OtherTensors)
         *before, modes_before = self.ambient
         if now != before or modes > modes_before:
             raise TraceError("its forward has a block such as no_grad, autocast or checkpoint")
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        if self._may_give_none(node):
+            self.may_be_none.append(node)
+        return node
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.following:
+            return super().create_proxy(*args, **kwargs)
+        sys.setprofile(None)  # nothing that a forward calls; it takes most of the time
+        try:
+            return super().create_proxy(*args, **kwargs)
+        finally:
+            sys.setprofile(self._heard)
 
     def create_arg(self, a: Any) -> Any:
         cls = type(a)
@@ -371,7 +342,7 @@ class _Tracer(torch.fx.Tracer):
         return super().create_arg(a)
 
     def proxy(self, node: torch.fx.Node) -> Proxy:
-        return _Proxy(node, self)
+        return Input(node, self)
 
 
 def _pieces(value: Any) -> Iterator[Any]:
@@ -449,135 +420,3 @@ def reason(error: Exception) -> str:
         if sign in text:
             return meaning
     return text if text.startswith("its ") else f"torch.fx cannot trace it: {type(error).__name__}: {text}"[:160]
-
-
-class _Proxy(Proxy):
-    """A proxy that Python's in-place operators change in place, and that says nothing wrong about its type."""
-
-    @property
-    def __class__(self) -> type:
-        # isinstance has found that this is no such object, and looks for what it says it is: PyTorch's own code may,
-        # but `if isinstance(x, Tensor)` in a forward would go the wrong way.
-        frame = _forward_code.asking(sys._getframe(1))
-        if not _forward_code.is_ours(frame) or frame.f_code is torch.is_tensor.__code__:
-            raise self._refuse("its forward asks for the type of an input")
-        return _Proxy
-
-    def __getattr__(self, name: str) -> Any:
-        frame = sys._getframe(1)
-        if not (_forward_code.is_ours(_forward_code.asking(frame)) or _forward_code.reads_directly(frame)):
-            raise self._refuse("its forward asks what an input has")
-        return _Attribute(self, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not _forward_code.is_ours(_forward_code.asking(sys._getframe(1))):
-            raise self._refuse("its forward changes an attribute of a tensor")
-        super().__setattr__(name, value)
-
-    def __delattr__(self, name: str) -> None:
-        raise self._refuse("its forward changes an attribute of a tensor")
-
-    def __hash__(self) -> int:
-        if not _forward_code.is_ours(_forward_code.asking(sys._getframe(1))):
-            raise self._refuse("its forward looks an input up")
-        return super().__hash__()
-
-    def __repr__(self) -> str:
-        frame = _forward_code.asking(sys._getframe(1))
-        if _forward_code.is_users(frame) and not _forward_code.is_for_an_assertion(frame):
-            raise self._refuse("its forward makes text of an input")
-        return super().__repr__()
-
-    def _refuse(self, why: str) -> Exception:
-        tracer = object.__getattribute__(self, "tracer")
-        return tracer.refuse(TraceError(why))
-
-    def __len__(self) -> int:
-        raise self._refuse("its forward asks for the length of an input")
-
-    def __int__(self) -> int:
-        raise self._refuse("its forward makes a number of an input")
-
-    def __float__(self) -> float:
-        raise self._refuse("its forward makes a number of an input")
-
-
-def _in_place(name: str) -> Callable[[Proxy, Any], Proxy]:
-    def operate(self: Proxy, other: Any) -> Proxy:
-        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
-
-    return operate
-
-
-class _Attribute(_Proxy, Attribute):
-    """x.shape and the like."""
-
-
-for _name in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
-    setattr(_Proxy, f"__{_name}__", _in_place(_name))
-
-
-class _State:
-    """A module's attributes at one time, down to what is in lists, dicts and sets, and the versions of its tensors."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.attributes = dict(vars(module))
-        self.contents = {
-            key: value.copy() for key, value in self.attributes.items() if isinstance(value, (list, dict, set))
-        }
-        self.versions = [(tensor, version(tensor)) for tensor in self._tensors()]
-
-    def _tensors(self) -> list[torch.Tensor]:
-        places = (self.attributes, self.attributes.get("_buffers", {}), self.attributes.get("_parameters", {}))
-        return [value for place in places for value in place.values() if isinstance(value, torch.Tensor)]
-
-    def check(self, module: nn.Module) -> None:
-        now = vars(module)
-        same = now.keys() == self.attributes.keys()
-        same = same and all(now[key] is value for key, value in self.attributes.items())
-        for key, before in self.contents.items():
-            same = same and same_contents(before, self.attributes[key])
-        if not same:
-            raise TraceError("its forward changes its attributes")
-        if any(version(tensor) != before for tensor, before in self.versions):
-            raise TraceError("its forward changes a tensor of its own")
-
-    def restore(self, module: nn.Module) -> None:
-        for key, before in self.contents.items():
-            value = self.attributes[key]
-            if not same_contents(before, value):
-                value.clear()
-                value.extend(before) if isinstance(value, list) else value.update(before)
-        now = vars(module)
-        if now.keys() != self.attributes.keys() or any(now[key] is not v for key, v in self.attributes.items()):
-            now.clear()
-            now.update(self.attributes)
-
-
-def version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _random_state() -> tuple[Any, ...]:
-    numpy = sys.modules.get("numpy")
-    return torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()[1:3]
-
-
-def _same_random_state(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
-    same = torch.equal(before[0], after[0]) and before[1] == after[1]
-    return same and (not before[2] or (bool((before[2][0] == after[2][0]).all()) and before[2][1] == after[2][1]))
-
-
-def _ambient() -> tuple[Any, ...]:
-    """What a `with` around operations changes."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
-        torch.get_autocast_dtype("cpu"),
-        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
-        torch._C._len_torch_dispatch_stack(),
-        torch.get_default_dtype(),
-        sum(type(mode) is not _OtherTensors for mode in _get_current_function_mode_stack()),
-    )

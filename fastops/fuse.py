@@ -26,7 +26,9 @@ from fastops import _C
 from fastops._fusion import Finding, rewrite
 from fastops._nodes import HOOKS
 from fastops._outside import Place, is_code, value_at
-from fastops._tracing import Signature, Traced, is_frozen, plain_class, reason, trace
+from fastops._reached_code import CLASSES, asked_of_children
+from fastops._signature import Signature
+from fastops._tracing import Traced, is_frozen, plain_class, reason, trace
 from fastops.replace import Report, Row, _check, _name, _replace, _table
 
 __all__ = ["FusionReport", "fuse"]
@@ -79,9 +81,10 @@ def fuse(model: nn.Module) -> nn.Module:
     the report is that of the mode that the model is in. What a forward reads from outside (global variables, those of
     functions around it, attributes of classes and configuration objects, lists and dicts) may change: that is noticed,
     too. What cannot be traced, such as a forward that decides by the values, the shape or the type of an input, changes
-    something that is not its own, has a block such as no_grad or gives an OrderedDict, stays as it is; the modules
-    that it calls are fused on their own. Arguments of forward that have a default are fused for that: a call that gives
-    another value runs the model's own forward.
+    something that is not its own, has a block such as no_grad or gives an OrderedDict, stays as it is; the modules that
+    it calls are fused on their own, unless it asks for their exact classes. Methods and functions that are put in the
+    place of others later, by an assignment to a class, are not noticed. Arguments of forward that have a default are
+    fused for that: a call that gives another value runs the model's own forward.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -103,19 +106,31 @@ def fuse(model: nn.Module) -> nn.Module:
     result = _sharing_copy(model)
     for module in result.modules():
         unfuse(module)
-    swapped, _ = _replace(result, None)
+    swapped, _ = _replace(result, None, _kept(result))
     report = FusionReport()
     if is_layer(result):
         report.replaced, report.skipped, report.left = swapped.replaced, swapped.skipped, swapped.left
         vars(result)["fastops_report"] = report
         return result
-    _become(result)
     vars(result)["fastops_report"] = report
     _fuse(result, "", report)
     together = {name for row in report.fused for name in row.name.split(" + ")}
     for name in ("replaced", "skipped", "left"):
         getattr(report, name).extend(row for row in getattr(swapped, name) if row.name not in together)
     return result
+
+
+def _kept(model: nn.Module) -> dict[int, str]:
+    """The modules whose class somebody asks for, by their id; they stay what they are."""
+    kept: dict[int, str] = {}
+    for module in model.modules():
+        if id(module) not in kept and CLASSES in asked_of_children(module):
+            kept |= {
+                id(below): f"the forward of {_name(type(module))} asks for its class"
+                for below in module.modules()
+                if below is not module
+            }
+    return kept
 
 
 # ---- the copy --------------------------------------------------------------------------------------------------------
@@ -198,13 +213,6 @@ class _Fused(nn.Module):
         vars(self).update(_state())
         _write(self, None)
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script compiles: a program has no source, the model's own forward has."""
-        result = _copy_of_modules(self, {})
-        for module in result.modules():
-            unfuse(module)
-        return result
-
 
 def unfuse(module: nn.Module) -> None:
     """Makes a fused module one of the model's own class."""
@@ -237,6 +245,8 @@ def _fused_class(cls: type) -> type:
         if vars(known).get("_fastops_plain") is cls:
             return known
     attributes = {"_fastops_plain": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    not_scripted = [*_state(), "fastops_report"]
+    attributes["__jit_ignored_attributes__"] = [*getattr(cls, "__jit_ignored_attributes__", ()), *not_scripted]
     forward = _forward_of(cls)
     if forward is not None:
         attributes["forward"] = forward
@@ -270,16 +280,38 @@ def forward({", ".join([module, *signature.declared])}):
 """
     functions = (_is_compiling, _C.unchanged, _again, plain)
     space = {**signature.defaults, **dict(zip(names, functions, strict=True))}
-    return _compiled(source, space, plain)
+    return _in_the_place_of(plain, source, space)
 
 
-def _compiled(source: str, space: dict[str, Any], like: Callable[..., Any] | None = None) -> Callable[..., Any]:
+def _in_the_place_of(plain: types.FunctionType, source: str, space: dict[str, Any]) -> Callable[..., Any]:
+    """A function that torch.jit.script takes for this one: with its source, its global variables and its closure.
+
+    __prepare_scriptable__ would not do: torch.jit puts what that gives into the user's own module.
+    """
+    cells = {
+        name: cell
+        for name, cell in zip(plain.__code__.co_freevars, plain.__closure__ or (), strict=True)
+        if name not in ("__class__", "forward") and name not in space
+    }
+    lines = source.replace("\n", "\n    ")
+    names = ", ".join([*space, *cells])
+    # What is never reached makes variables of plain's closure those of this one.
+    outer = f"def make({names}):\n    {lines}    ({', '.join(cells)})\n    return forward\n"
+    made: dict[str, Any] = {}
+    exec(compile(outer, "<fastops.fuse>", "exec"), plain.__globals__, made)
+    forward = made["make"](**space, **dict.fromkeys(cells))
+    own = dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True)) | cells
+    closure = tuple(own[name] for name in forward.__code__.co_freevars)
+    result = types.FunctionType(forward.__code__, plain.__globals__, "forward", forward.__defaults__, closure)
+    result.__kwdefaults__, result.__wrapped__ = forward.__kwdefaults__, plain
+    result.__doc__, result.__qualname__ = plain.__doc__, f"Fused{plain.__qualname__}"
+    return result
+
+
+def _compiled(source: str, space: dict[str, Any]) -> Callable[..., Any]:
     exec(compile(source, "<fastops.fuse>", "exec"), space)
     # The function must not hold itself: parameters that it holds would wait for the garbage collector.
-    forward = space.pop("forward")
-    if like is not None:
-        forward.__doc__, forward.__qualname__ = like.__doc__, f"Fused{like.__qualname__}"
-    return forward
+    return space.pop("forward")
 
 
 # ---- programs --------------------------------------------------------------------------------------------------------
@@ -397,12 +429,15 @@ def _fuse(module: nn.Module, name: str, report: FusionReport) -> None:
 
 
 def _fuse_leaves(module: nn.Module, name: str, leaves: dict[str, tuple[str, bool]], report: FusionReport) -> None:
+    keeps = CLASSES in asked_of_children(module)
     for child, (why, tried) in leaves.items():
         below, full_name = module.get_submodule(child), f"{name}.{child}" if name else child
         if why:
             report.untraced.append(Row(full_name, _name(type(below)), why))
+        if keeps:
+            continue
         if tried:
-            for grandchild, one in below.named_children():
+            for grandchild, one in () if CLASSES in asked_of_children(below) else below.named_children():
                 _fuse(one, f"{full_name}.{grandchild}", report)
         elif not isinstance(below, _Fused):  # shared, and done already
             _fuse(below, full_name, report)

@@ -186,11 +186,13 @@ def _name(cls: type) -> str:
 
 
 def _replace(
-    model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None
+    model: nn.Module,
+    filter_fn: Callable[[nn.Module, str], bool] | None,
+    kept: dict[int, str] | None = None,
 ) -> tuple[Report, list[tuple[str, nn.Module]]]:
     _check(model, "replace_")
     report, swaps = Report(), []
-    read_directly = _read_directly(model)
+    read_directly = _read_directly(model) | (kept or {})
     for name, module in model.named_modules():
         cls = type(module)
         ours = _TO_FASTOPS.get(cls)

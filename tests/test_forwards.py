@@ -2,12 +2,16 @@
 
 import collections
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import enum
 import functools
 import gc
 import itertools
+import os
+import re
+import time
 import types
 
 import pytest
@@ -82,6 +86,14 @@ def variable():
 
 
 GET, PUT = variable()
+
+
+def scaled(x, by=[2.0]):  # noqa: B006
+    return x * by[0]
+
+
+PARTIAL = functools.partial(lambda by, x: x * by[0], [2.0])
+CONTEXT = contextvars.ContextVar("CONTEXT", default=2.0)
 
 
 def on(m, x):
@@ -191,6 +203,29 @@ READS = {
     "a property": (lambda m, x: on(m, x) if HIDDEN.flag else off(m, x), put(HIDDEN, "value", False, True)),
     "a function's attribute": (lambda m, x: on(m, x) if asks.flag else off(m, x), put(asks, "flag", False, True)),
     "a module": (lambda m, x: on(m, x) if MODULE.FLAG else off(m, x), put(MODULE, "FLAG", False, True)),
+    "the defaults of a helper": (
+        lambda m, x: scaled(on(m, x)),
+        (lambda m: scaled.__defaults__[0].insert(0, 7.0), lambda m: scaled.__defaults__[0].pop(0)),
+    ),
+    "a partial": (
+        lambda m, x: PARTIAL(on(m, x)),
+        (lambda m: PARTIAL.args[0].insert(0, 7.0), lambda m: PARTIAL.args[0].pop(0)),
+    ),
+    "the environment": (
+        lambda m, x: on(m, x) if os.environ.get("FASTOPS_OF_A_TEST") else off(m, x),
+        (
+            lambda m: os.environ.update(FASTOPS_OF_A_TEST="1"),
+            lambda m: os.environ.pop("FASTOPS_OF_A_TEST", None),
+        ),
+    ),
+    "a context": (lambda m, x: on(m, x) * CONTEXT.get(), (lambda m: CONTEXT.set(3.0), lambda m: CONTEXT.set(2.0))),
+    "the precision": (
+        lambda m, x: on(m, x) if torch.get_float32_matmul_precision() == "highest" else off(m, x),
+        (
+            lambda m: torch.set_float32_matmul_precision("high"),
+            lambda m: torch.set_float32_matmul_precision("highest"),
+        ),
+    ),
     "its list": (lambda m, x: on(m, x) * sum(m.list), (lambda m: m.list.append(4), lambda m: m.list.pop())),
     "its dict": (
         lambda m, x: on(m, x) * m.dict["a"]["b"],
@@ -387,6 +422,166 @@ def test_what_a_forward_asks_of_its_inputs(what):
                     assert same(changed(x), plain(x))
 
 
+def unpacks(m, x):
+    a, b = x
+    return on(m, a) + b
+
+
+def unpacks_shape(m, x):
+    rows, columns = x.shape
+    return on(m, x).reshape(columns, rows)
+
+
+UNPACKS = {
+    "of an input": (unpacks, [TWO, (X, X, X), [X], torch.randn(2, 3, 4), torch.randn(3, 3, 4)]),
+    "of a shape": (unpacks_shape, [X, torch.randn(2, 3, 4), torch.randn(4)]),
+    "of chunks": (lambda m, x: (lambda a, b: on(m, a) + b)(*unpacked(x.chunk(2))), [torch.randn(4, 4), X[:1]]),
+}
+
+
+def unpacked(x):
+    a, b = x
+    return a, b
+
+
+@pytest.mark.parametrize("what", UNPACKS)
+def test_names_for_elements(what):
+    """a, b = x: as many as there are, or an error."""
+    forward, inputs = UNPACKS[what]
+    for wrap in (lambda net: net, nn.Sequential):
+        plain = wrap(Net(forward)).eval()
+        fused = fastops.fuse(plain)
+        assert fused.fastops_report.untraced == []
+        for changed in (fused, fastops.freeze(plain), torch.compile(fused, backend="eager")):
+            for x in inputs:
+                with torch.no_grad():
+                    try:
+                        expected = plain(x)
+                    except ValueError as error:
+                        # Dynamo has errors of its own.
+                        kinds = ValueError, RuntimeError, torch._dynamo.exc.TorchDynamoException
+                        with pytest.raises(kinds, match=re.escape(str(error)) if changed is fused else ""):
+                            changed(x)
+                    else:
+                        assert same(changed(x), expected)
+    traced = torch.fx.symbolic_trace(nn.Sequential(fastops.fuse(Net(forward))))  # somebody else's trace
+    assert traced(inputs[0]).shape == Net(forward)(inputs[0]).shape
+
+
+GRADIENTS = {
+    "of an input": lambda m, x: on(m, x) if x.grad is None else off(m, x),
+    "of a parameter": lambda m, x: on(m, x) if m.a.weight.grad is None else off(m, x),
+    "how it was made": lambda m, x: on(m, x) if x.grad_fn is None else off(m, x),
+}
+
+
+@pytest.mark.parametrize("what", GRADIENTS)
+def test_whether_there_is_a_gradient(what):
+    plain = Net(GRADIENTS[what])
+    fused = fastops.fuse(plain)
+    x = X.clone().requires_grad_()
+    for given in (X, x, x * 1):
+        y = fused(given)
+        assert same(y, plain(given))
+        y.sum().backward()
+
+
+# ---- what a forward asks of its children ----
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.relu(self.layer(x))
+
+    def is_plain(self):
+        return type(self.layer) is nn.Linear
+
+
+def is_linear(layer):
+    return isinstance(layer, nn.Linear)
+
+
+def all_linear(m):
+    return all(isinstance(one, (nn.Linear, nn.ReLU)) for one in m.children())
+
+
+KINDS = nn.Linear, nn.Conv2d
+CHILDREN = {
+    "isinstance": lambda m, x: isinstance(m.a, nn.Linear),
+    "isinstance of several": lambda m, x: isinstance(m.a, KINDS),
+    "isinstance in a helper": lambda m, x: is_linear(m.a),
+    "isinstance in a loop": lambda m, x: all_linear(m),
+    "isinstance of a block": lambda m, x: isinstance(m.block, Block) and isinstance(m.block.layer, nn.Linear),
+    "issubclass": lambda m, x: issubclass(m.a.__class__, nn.Linear),
+    "type is": lambda m, x: type(m.a) is nn.Linear,
+    "type ==": lambda m, x: type(m.a) == nn.Linear,  # noqa: E721
+    "type in": lambda m, x: type(m.a) in (nn.Linear, nn.Conv2d),
+    "type's name": lambda m, x: type(m.a).__name__ == "Linear",
+    "__class__": lambda m, x: m.a.__class__ is nn.Linear,
+    "type of a block": lambda m, x: type(m.block) is Block,
+    "type in a method of a child": lambda m, x: m.block.is_plain(),
+    "its own type": lambda m, x: type(m).__name__ == "Net",
+    "match": lambda m, x: matches_linear(m.a),
+    "parameters": lambda m, x: sum(one.numel() for one in m.parameters()) == 4 * 20,
+    "a parameter's dtype": lambda m, x: next(m.parameters()).dtype == torch.float32,
+    "state_dict": lambda m, x: "a.weight" in m.state_dict(),
+}
+
+
+def matches_linear(layer):
+    match layer:
+        case nn.Linear():
+            return True
+    return False
+
+
+def asks_of_children(question, traced):
+    def forward(m, x):
+        if not traced and x.sum() > 1e9:
+            return x
+        return on(m, x) if question(m, x) else off(m, x)
+
+    net = Net(forward)
+    net.question = question  # found like a method
+    net.block = Block()
+    return net.eval()
+
+
+@pytest.mark.parametrize("traced", [True, False])
+@pytest.mark.parametrize("what", CHILDREN)
+def test_what_a_forward_asks_of_its_children(what, traced):
+    for wrap in (lambda net: net, nn.Sequential, lambda net: nn.Sequential(nn.Sequential(net), nn.ReLU())):
+        plain = wrap(asks_of_children(CHILDREN[what], traced))
+        with torch.no_grad():
+            for way in (fastops.fuse, fastops.freeze, lambda one: fastops.freeze(fastops.fuse(one))):
+                assert same(way(plain)(X), plain(X))
+
+
+def test_other_questions_leave_children_frozen():
+    def forward(m, x):
+        if x.sum() > 1e9 or not isinstance(x, torch.Tensor) or not isinstance(m.a, nn.Module):
+            return x
+        return on(m, x) if type(x) is torch.Tensor and not isinstance(3, (int, str)) else off(m, x)
+
+    plain = Net(forward).eval()
+    report = fastops.freeze(plain).fastops_report
+    assert [row.name for row in report.frozen] == ["a", "b", "c"]
+    assert len(fastops.fuse(plain).fastops_report.replaced) == 3
+
+
+def test_modules_that_stay_are_told():
+    plain = asks_of_children(CHILDREN["type is"], False)
+    frozen, fused = fastops.freeze(plain), fastops.fuse(plain)
+    assert [row.name for row in frozen.fastops_report.left] == ["a", "b", "c", "block"]
+    assert "asks for the exact class of a module" in str(frozen.fastops_report)
+    assert type(fused.a) is nn.Linear
+    assert "the forward of test_forwards.Net asks for its class" in str(fused.fastops_report)
+
+
 # ---- what a forward does besides -------------------------------------------------------------------------------------
 
 DOES = {
@@ -580,3 +775,52 @@ def test_garbage_collections_are_not_the_forwards_doing():
     assert collections_seen
     assert gc.isenabled()
     assert not fused.fastops_report.untraced
+
+
+def test_a_scripted_parent_keeps_its_fused_child():
+    def halved(x):
+        return torch.relu(x) / 2
+
+    class Scripted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, k: int = 2):
+            return self.b(halved(self.a(x))) * k
+
+    class Parent(nn.Module):
+        def __init__(self, child):
+            super().__init__()
+            self.child = child
+
+        def forward(self, x):
+            return torch.relu(self.child(x))
+
+    for plain in (Scripted(), nn.Sequential(Scripted(), nn.Sequential(Scripted()))):
+        parent = Parent(fastops.fuse(plain))
+        before = [(id(one), type(one)) for one in parent.modules()]
+        scripted = torch.jit.script(parent)
+        assert [(id(one), type(one)) for one in parent.modules()] == before
+        assert same(scripted(X), torch.relu(plain(X)))
+        assert same(parent(X), torch.relu(plain(X)))
+        assert same(torch.jit.script(parent.child)(X), plain(X))
+
+
+def test_deep_models_are_fused_in_linear_time():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.norm = nn.Linear(2, 2), nn.Linear(2, 2), nn.LayerNorm(2)
+
+        def forward(self, x):
+            return x + self.b(torch.tanh(self.a(self.norm(x))))
+
+    def seconds(count):
+        model = nn.Sequential(*[Residual() for _ in range(count)])
+        start = time.process_time()
+        assert fastops.fuse(model).fastops_report.untraced == []
+        return time.process_time() - start
+
+    seconds(20)
+    assert seconds(400) < 20 * seconds(40)
