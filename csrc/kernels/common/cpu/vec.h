@@ -313,7 +313,26 @@ struct Vec<float> {
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static Vec load(const float* p, int count) { return {_mm256_maskload_ps(p, first8(count))}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
-  void store(float* p, int count) const { _mm256_maskstore_ps(p, first8(count), v); }
+  // Not by a masked store, which AMD's processors without AVX-512 have in microcode: the weight's gradient of
+  // 1024 x 3072 -> 768, which packs 6 floats at a time, takes 1.3 times as long with it (Zen 3, one thread).
+  void store(float* p, int count) const {
+    if (static_cast<unsigned>(count) >= size) {
+      if (count > 0) store(p);
+      return;
+    }
+    __m128 part = _mm256_castps256_ps128(v);
+    if (count & 4) {
+      _mm_storeu_ps(p, part);
+      p += 4;
+      part = _mm256_extractf128_ps(v, 1);
+    }
+    if (count & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
+      p += 2;
+      part = _mm_movehl_ps(part, part);
+    }
+    if (count & 1) _mm_store_ss(p, part);
+  }
 
   static Vec load(const bf16_t* p) { return {widen_bf16(_mm_loadu_si128((const __m128i*)p))}; }
   static Vec load(const bf16_t* p, int count) { return {widen_bf16(load_first16(p, count))}; }
@@ -337,7 +356,19 @@ struct Vec<double> {
   static Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
   static Vec load(const double* p, int count) { return {_mm256_maskload_pd(p, first4(count))}; }
   void store(double* p) const { _mm256_storeu_pd(p, v); }
-  void store(double* p, int count) const { _mm256_maskstore_pd(p, first4(count), v); }
+  void store(double* p, int count) const {
+    if (static_cast<unsigned>(count) >= size) {
+      if (count > 0) store(p);
+      return;
+    }
+    __m128d part = _mm256_castpd256_pd128(v);
+    if (count & 2) {
+      _mm_storeu_pd(p, part);
+      p += 2;
+      part = _mm256_extractf128_pd(v, 1);
+    }
+    if (count & 1) _mm_store_sd(p, part);
+  }
 };
 
 inline VecF operator+(VecF a, VecF b) { return {_mm256_add_ps(a.v, b.v)}; }
