@@ -23,6 +23,18 @@ bool read_sizes(IntArrayRef from, int dims, int64_t (&to)[3]) {
   return true;
 }
 
+// Whether PyTorch computes convolutions of this dtype by oneDNN. Its own algorithm gives results in three dimensions
+// in channels first, whatever the layout of the operands.
+bool onednn_takes(at::ScalarType dtype) {
+#if defined(__x86_64__)
+  static const bool bf16 =
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#else
+  constexpr bool bf16 = false;
+#endif
+  return dtype == at::kFloat || (dtype == at::kBFloat16 && bf16);
+}
+
 // The plan of a call whose operands are ours to take; input and weight are.
 bool plan(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, IntArrayRef stride,
           IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups,
@@ -40,8 +52,7 @@ bool plan(const Tensor& input, const Tensor& weight, const optional<Tensor>& bia
     params.after[i] = params.before[i] - more[i];
   }
   if (!plan_conv(input, weight, bias, params, plan).empty()) return false;
-  // PyTorch's own algorithm gives these results in channels first.
-  if (dims == 3 && plan.layout == Layout::channels_last && input.scalar_type() == at::kDouble) return false;
+  if (dims == 3 && plan.layout == Layout::channels_last && !onednn_takes(input.scalar_type())) return false;
   return input.numel() > 0 && weight.numel() > 0;
 }
 
