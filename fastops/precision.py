@@ -2,7 +2,7 @@
 
 from fastops import _C
 
-_NAMES = ("highest", "medium")  # ConvPrecision
+_NAMES = {"highest": 0, "medium": 2}  # kernels/common/tensor.h
 
 
 def set_conv_precision(precision: str) -> None:
@@ -25,7 +25,7 @@ def set_conv_precision(precision: str) -> None:
     """
     if precision not in _NAMES:
         raise ValueError(f"set_conv_precision: precision must be 'highest' or 'medium', got {precision!r}")
-    _C.set_conv_precision(_NAMES.index(precision))
+    _C.set_conv_precision(_NAMES[precision])
 
 
 def get_conv_precision() -> str:
@@ -36,4 +36,4 @@ def get_conv_precision() -> str:
     >>> fastops.get_conv_precision()
     'highest'
     """
-    return _NAMES[_C.conv_precision()]
+    return next(name for name, value in _NAMES.items() if value == _C.conv_precision())

@@ -115,6 +115,22 @@ Tensor product(const Tensor& a, const Tensor& b) {
   return at::matmul(a, b);
 }
 
+// What PyTorch's settings (torch.set_float32_matmul_precision) allow of a product with this much work. On a CPU they
+// change nothing below a certain size, and are not asked for there: looking them up takes 50 ns.
+Precision precision_for(const Tensor& operand, int64_t work) {
+  if (!operand.is_cpu()) return gpu::precision(operand);
+  constexpr int64_t kLeastWork = 1 << 20;
+  if (operand.scalar_type() != at::kFloat || work < kLeastWork) return Precision::highest;
+  switch (at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL)) {
+    case at::Float32Precision::TF32:
+      return Precision::high;
+    case at::Float32Precision::BF16:
+      return Precision::medium;
+    default:
+      return Precision::highest;
+  }
+}
+
 // w_strides: from one output feature to the next, and from one input feature to the next.
 void run_forward(const char* op, const Tensor& input, const Tensor& weight, Strides w_strides, const Tensor& b,
                  Activation activation, const LinearOutput& out) {
@@ -134,7 +150,7 @@ void run_forward(const char* op, const Tensor& input, const Tensor& weight, Stri
                            .bias_stride = b.defined() ? b.stride(0) : 1,
                            .activation = activation,
                            .with_z = out.z.defined(),
-                           .precision = gpu::precision(input),
+                           .precision = precision_for(input, rows_of(input.sizes()) * n * input.size(-1)),
                            .alignment = alignment_of({x_data, w_data})};
   run(call, {x_data, w_data, data_or_null(b), out.y.mutable_data_ptr(), mutable_or_null(out.z)}, input.device(),
       [&] { return record::Row{op, "", record::shapes_of({input, weight, b}), dtype_name(type)}; });
@@ -247,7 +263,7 @@ std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& s
                             .with_grad_x = grad_x != nullptr,
                             .with_grad_w = grad_w != nullptr,
                             .with_grad_bias = grad_bias != nullptr,
-                            .precision = gpu::precision(g),
+                            .precision = precision_for(g, m * n * k),
                             .alignment = alignment_of({g.const_data_ptr(), data_or_null(x), data_or_null(w)})};
   run(call, {g.const_data_ptr(), data_or_null(s), data_or_null(x), data_or_null(w), grad_x, grad_w, grad_bias}, device,
       [&] {

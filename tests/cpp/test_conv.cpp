@@ -1,4 +1,6 @@
 // Convolution, forward and both gradients, on every tier this machine has (convolutions.h says how).
+#include <array>
+
 #include "convolutions.h"
 
 namespace {
@@ -8,6 +10,23 @@ void test_dtype(bool quick) {
   unsigned seed = 1;
   const ActivationKind kinds[] = {ActivationKind::identity, ActivationKind::relu, ActivationKind::tanh,
                                   ActivationKind::silu};
+  // float32 by bf16 parts: 1x1 convolutions of channels_last images.
+  if (kDType<T> == DType::f32 && isa_used() == Isa::amx) {
+    for (const auto& [batch, channels, outputs, height] :
+         {std::array<int64_t, 4>{2, 40, 33, 5}, {3, 7, 70, 9}, {1, 130, 65, 12}, {2, 300, 290, 11}}) {
+      for (const ActivationKind kind : kinds) {
+        Case c{make(batch, channels, outputs, 1, {height, 7}, {1, 1}, {1, 1}, {0, 0}, {1, 1}, {0, 0}),
+               Layout::channels_last, Layout::channels_last};
+        c.kind = kind;
+        c.integers = ++seed % 2 == 0;
+        c.at_end = seed % 3 != 0;
+        c.z = seed % 3 == 1;
+        c.multiply = Bf16Multiply::native;
+        test<T>(c, seed);
+      }
+    }
+    return;
+  }
   const auto both_layouts = [&](const ConvGeometry& geometry, bool integers = true) {
     for (const Layout layout : {Layout::channels_first, Layout::channels_last}) {
       Case c{geometry, layout, layout};
@@ -99,5 +118,5 @@ void test_dtype(bool quick) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  return run_tiers(argc, argv, []<class T>(bool quick) { test_dtype<T>(quick); });
+  return run_tiers(argc, argv, []<class T>(bool quick) { test_dtype<T>(quick); }, true);
 }

@@ -3,8 +3,11 @@
 // Integer-valued data must match exactly; other data within a bound of the form c k eps sum |a b|. Every buffer is
 // exactly as large as the contract says and lies against a page that must not be touched. Each case runs with teams of
 // 1, 2 and 3 threads, and of 3 that get 2, and must give the same bits.
+#include <array>
+#include <cfloat>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <random>
 
@@ -264,7 +267,9 @@ void test_backward(const Case& c, const Operand<T>& x, const Operand<T>& w, cons
 }
 
 template <class T>
-void test(const Case& c, unsigned seed) {
+void test(Case c, unsigned seed) {
+  // What the tier of AMX would leave to avx512 is tested there.
+  if (kDType<T> == DType::f32 && isa_used() == Isa::amx) c.multiply = Bf16Multiply::native;
   std::mt19937 random(seed);
   std::uniform_int_distribution<int> integer(-3, 3);
   std::normal_distribution<double> normal(0, 1);
@@ -342,6 +347,18 @@ void test_dtype(bool quick) {
     c.multiply = static_cast<Bf16Multiply>(below(3));
     test<T>(c, ++seed);
   }
+  // Blocks of C whose operands are packed by all threads, blocks of k that are added, rows that are packed in two runs.
+  if (isa_used() == Isa::amx) {
+    for (const auto& [m, n, k] :
+         {std::array<int64_t, 3>{261, 290, 801}, {257, 800, 770}, {1100, 300, 300}, {300, 33, 1100}}) {
+      Case c{m, n, k};
+      c.kind = kinds[++seed % 4];
+      c.integers = seed % 2 == 0;
+      c.z = seed % 3 == 0;
+      c.x = seed % 2 == 0 ? transposed : padded_rows;
+      if (!quick || m < 262) test<T>(c, seed);
+    }
+  }
   // NaN and infinities pass through, also where a tile has lanes to spare.
   for (const int64_t n : {1, 5, 31, 33}) {
     Operand<T> x(3, 40, dense), w(n, 40, dense), y(3, n, dense);
@@ -364,9 +381,112 @@ void test_dtype(bool quick) {
   }
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// float32 by bf16 parts: as exact as multiply-adds, whatever the numbers are
+
+// The error of y[m, n] of k products, relative to the sum of their magnitudes: root of the mean square, and largest.
+struct Errors {
+  double rms = 0, worst = 0;
+};
+
+Errors errors_of(const Operand<float>& x, const Operand<float>& w, const Operand<float>& y) {
+  Errors result;
+  for (int64_t i = 0; i < x.rows; ++i)
+    for (int64_t j = 0; j < w.rows; ++j) {
+      double sum = 0, magnitude = 0;
+      for (int64_t p = 0; p < x.cols; ++p) {
+        sum += x(i, p) * w(j, p);
+        magnitude += std::fabs(x(i, p) * w(j, p));
+      }
+      const double got = y(i, j);
+      if (got == sum || (std::isnan(got) && std::isnan(sum))) continue;
+      // Products that overflow together may do so on the way, in an order of their own.
+      if (std::isfinite(sum) && magnitude > FLT_MAX) continue;
+      // A result that is denormal is rounded to a multiple of 2^-149.
+      const double error = std::max(0.0, std::fabs(got - sum) - 0x1p-150) / magnitude;
+      if (!(error <= 1)) {
+        if (++failures <= 20) std::printf("parts: y[%d, %d] = %g, expected %g\n", int(i), int(j), got, sum);
+        return result;
+      }
+      result.rms += error * error;
+      result.worst = std::max(result.worst, error);
+    }
+  result.rms = std::sqrt(result.rms / static_cast<double>(x.rows * w.rows));
+  return result;
+}
+
+void test_parts() {
+  std::mt19937 random(5);
+  std::normal_distribution<double> normal;
+  std::uniform_int_distribution<int> exponent(-20, 19);
+  std::uniform_real_distribution<double> uniform;
+  const auto any = [&](double) { return normal(random); };
+  struct Data {
+    const char* name;
+    std::function<double(double)> x, w;
+  };
+  const auto wide = [&](double) { return std::ldexp(normal(random), exponent(random)); };
+  const auto now_and_then = [&](double rare) { return random() % 1000 == 0 ? rare : normal(random); };
+  const Data data[] = {
+      {"normal", any, any},
+      {"uniform 0..1", [&](double) { return uniform(random); }, [&](double) { return uniform(random); }},
+      {"normal 2^-20..2^19", wide, wide},
+      {"relu of normal", [&](double) { return std::max(0.0, normal(random)); }, any},
+      {"cancelling", [&](double column) { return normal(random) + (int(column) % 2 == 0 ? 1e4 : -1e4); },
+       [&](double) { return 1 + 1e-3 * normal(random); }},
+      {"tiny", [&](double) { return 1e-30 * normal(random); }, [&](double) { return 1e-3 * normal(random); }},
+      {"denormal", [&](double) { return 1e-39 * normal(random); }, any},
+      {"denormal results", [&](double) { return 1e-20 * normal(random); },
+       [&](double) { return 1e-20 * normal(random); }},
+      {"huge", [&](double) { return 1e30 * normal(random); }, [&](double) { return 1e6 * normal(random); }},
+      {"overflowing", [&](double) { return 1e30 * normal(random); }, [&](double) { return 1e9 * normal(random); }},
+      {"near float32's end", [&](double) { return now_and_then(3.4e38); },
+       [&](double) { return 0.01 * normal(random); }},
+      {"infinities", [&](double) { return now_and_then(INFINITY); }, any},
+      {"infinities in w", any, [&](double) { return now_and_then(-INFINITY); }},
+      {"NaN", [&](double) { return now_and_then(NAN); }, any},
+      {"a few denormals", [&](double) { return now_and_then(1e-41); }, any},
+  };
+  for (const Data& d : data)
+    for (const int64_t k : {64, 500}) {
+      Operand<float> x(70, k, k == 64 ? dense : transposed), w(90, k, k == 64 ? transposed : dense), y(70, 90, dense);
+      for (int64_t i = 0; i < x.rows; ++i)
+        for (int64_t p = 0; p < k; ++p) x.at(i, p) = static_cast<float>(d.x(static_cast<double>(p)));
+      for (int64_t j = 0; j < w.rows; ++j)
+        for (int64_t p = 0; p < k; ++p) w.at(j, p) = static_cast<float>(d.w(static_cast<double>(p)));
+      LinearForward call{.dtype = DType::f32,
+                         .m = x.rows,
+                         .n = w.rows,
+                         .k = k,
+                         .x_strides = x.strides,
+                         .w_strides = w.strides,
+                         .y_row_stride = w.rows};
+      const auto errors = [&](Bf16Multiply multiply, Precision precision) {
+        call.precision = precision;
+        run_call(call, {.x = x.data, .w = w.data, .y = y.data}, kTeams[k % 3], multiply);
+        return errors_of(x, w, y);
+      };
+      const Errors fma = errors(Bf16Multiply::float32, Precision::highest);
+      const Errors three = errors(Bf16Multiply::native, Precision::highest);
+      const Errors two = errors(Bf16Multiply::native, Precision::high);
+      std::printf("%-20s k %3d: multiply-adds %.1e (worst %.1e), three parts %.1e (%.1e), two parts %.1e (%.1e)\n",
+                  d.name, int(k), fma.rms, fma.worst, three.rms, three.worst, two.rms, two.worst);
+      if (three.rms > fma.rms + 1e-9 || three.worst > fma.worst + 0x1p-24 || two.rms > 0x1p-16) {
+        ++failures;
+        std::printf("parts are less exact\n");
+      }
+    }
+}
+
 }  // namespace
 
 // Arguments: "quick" for fewer random cases, and the name of a tier to run that one alone.
 int main(int argc, char** argv) {
-  return run_tiers(argc, argv, []<class T>(bool quick) { test_dtype<T>(quick); });
+  return run_tiers(
+      argc, argv,
+      []<class T>(bool quick) {
+        test_dtype<T>(quick);
+        if (kDType<T> == DType::f32 && isa_used() == Isa::amx) test_parts();
+      },
+      true);
 }

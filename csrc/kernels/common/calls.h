@@ -40,12 +40,4 @@ template <class... Calls>
 PlannersOf<Calls...> listed(void (*)(int, Calls*...));
 using Planners = decltype(listed(static_cast<void (*)(int FASTOPS_CALLS(FASTOPS_LISTED))>(nullptr)));
 
-template <class Call>
-DType dtype_of(const Call& call) {
-  if constexpr (requires { call.shape; })
-    return call.shape.dtype;
-  else
-    return call.dtype;
-}
-
 }  // namespace fastops

@@ -40,8 +40,10 @@ struct Queue {
 };
 
 // How bfloat16 products are computed on a tier with a bfloat16 instruction: by that instruction (`native`), or by
-// float32 multiply-adds on panels converted to float32. `automatic` is the faster one on this processor; the other two
-// are for tests and measurements.
+// float32 multiply-adds on panels converted to float32; and float32 layers on one with a matrix unit: by their bf16
+// parts
+// (`native`), or by multiply-adds. `automatic` is the faster one on this processor; the other two are for tests and
+// measurements.
 enum class Bf16Multiply : int { automatic, float32, native };
 
 // What a plan is made for, besides the device.
@@ -77,6 +79,14 @@ struct Plan {
   // runs of this plan and its copies. Another plan, if only for another batch, may pack in another way.
   void pack(const void* w, void* to) const { packer(*this, w, to); }
 };
+
+template <class Call>
+DType dtype_of(const Call& call) {
+  if constexpr (requires { call.shape; })
+    return call.shape.dtype;
+  else
+    return call.dtype;
+}
 
 // Fills everything of a plan but its call and target.
 template <class Call>

@@ -25,7 +25,7 @@ struct Strides {
   bool operator==(const Strides&) const = default;
 };
 
-// How much accuracy a kernel may give up for speed. `highest`: none. `medium`: what the contract of the op says.
-enum class Precision : int { highest, medium };
+// How much accuracy a kernel may give up for speed. `highest`: none. The others: what the contract of the op says.
+enum class Precision : int { highest, high, medium };
 
 }  // namespace fastops

@@ -14,7 +14,11 @@ namespace fastops {
 // overlap no operand. On a GPU and for 16-bit dtypes there is no plan with a residual.
 //
 // Products accumulate in float32 (float64 for float64). 16-bit results are rounded once, after bias and activation. The
-// result is bitwise the same for any number of threads. Precision::medium: a GPU may round float32 operands to TF32.
+// result is bitwise the same for any number of threads.
+//
+// Precision::highest: as exact as float32 multiply-adds. Of float32 operands, a CPU with AMX may then multiply three
+// bf16 parts, which add up to them, with Precision::high two (16 bits) and with Precision::medium one.
+// Precision::medium: a GPU may round them to TF32.
 struct LinearForward {
   DType dtype;
   int64_t m, n, k;

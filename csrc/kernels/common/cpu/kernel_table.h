@@ -1,5 +1,6 @@
 // The kernels of the CPU: one KernelTable an instruction set. Besides, isa.h and what activation.h
-// says about saved tensors are all that is called from outside. The tables of avx512_bf16 and amx plan bfloat16 only.
+// says about saved tensors are all that is called from outside. The table of avx512_bf16 plans bfloat16 only,
+// that of amx bfloat16 and float32.
 #pragma once
 
 #include "../calls.h"

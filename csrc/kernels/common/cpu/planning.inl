@@ -55,3 +55,7 @@ inline void decide_nothing(Plan<Call>& plan) {
 // For calls that no body of this tier plans.
 template <class Call>
 void plan_call(Plan<Call>&) {}
+
+// For float32 calls that the amx tier has no kernel for; the others are planned in their rooms.
+template <class Call>
+void plan_float32(Plan<Call>&) {}

@@ -18,6 +18,12 @@
 #endif
 
 namespace fastops {
+#if defined(FASTOPS_LOWER_TIER)
+namespace FASTOPS_LOWER_TIER {
+template <class Call>
+void fill_plan(Plan<Call>&);
+}
+#endif
 namespace FASTOPS_TIER {
 
 // The plan of a call of any room.
@@ -31,12 +37,24 @@ constexpr const char* kTier = FASTOPS_TEXT(FASTOPS_TIER);
 #include FASTOPS_BODIES
 }  // namespace
 
+#if defined(FASTOPS_LOWER_TIER)
+// bfloat16, some calls of float32, and the lower tier's.
+#define FASTOPS_FILL(Call)                                           \
+  template <>                                                        \
+  void fill_plan(Plan<Call>& plan) {                                 \
+    plan.tier = kTier;                                               \
+    if (dtype_of(plan.call) == DType::bf16) return plan_call(plan);  \
+    if (dtype_of(plan.call) == DType::f32) plan_float32(plan);       \
+    if (plan.runner == nullptr) FASTOPS_LOWER_TIER::fill_plan(plan); \
+  }
+#else
 #define FASTOPS_FILL(Call)           \
   template <>                        \
   void fill_plan(Plan<Call>& plan) { \
     plan.tier = kTier;               \
     plan_call(plan);                 \
   }
+#endif
 FASTOPS_JOIN(FASTOPS_CALLS_, FASTOPS_ROOM)(FASTOPS_FILL)
 
 }  // namespace FASTOPS_TIER

@@ -73,18 +73,31 @@ void plan_conv(Plan<Call>& plan, const typename Call::Pointers& pointers) {
   with_dtype(args.dtype, [&](auto type) { plan_algorithm<decltype(type)>(plan, args); });
 }
 
-void plan_call(Plan<ConvForward>& plan) {
-  const ConvForward& call = plan.call;
+inline ConvForward::Pointers planned_pointers(const ConvForward& call) {
   void* const p = planned_address(call.alignment);
-  plan_conv(plan, {p, p, call.with_bias ? p : nullptr, p, call.with_z ? p : nullptr, call.with_residual ? p : nullptr});
+  return {p, p, call.with_bias ? p : nullptr, p, call.with_z ? p : nullptr, call.with_residual ? p : nullptr};
 }
-void plan_call(Plan<ConvBackwardInput>& plan) {
-  const ConvBackwardInput& call = plan.call;
+inline ConvBackwardInput::Pointers planned_pointers(const ConvBackwardInput& call) {
   void* const p = planned_address(call.alignment);
-  plan_conv(plan, {p, p, p, call.with_bias ? p : nullptr, p, call.with_z ? p : nullptr});
+  return {p, p, p, call.with_bias ? p : nullptr, p, call.with_z ? p : nullptr};
 }
-void plan_call(Plan<ConvBackwardWeight>& plan) {
-  const ConvBackwardWeight& call = plan.call;
+inline ConvBackwardWeight::Pointers planned_pointers(const ConvBackwardWeight& call) {
   void* const p = planned_address(call.alignment);
-  plan_conv(plan, {p, p, p, call.with_grad_w ? p : nullptr, call.with_grad_bias ? p : nullptr});
+  return {p, p, p, call.with_grad_w ? p : nullptr, call.with_grad_bias ? p : nullptr};
 }
+
+void plan_call(Plan<ConvForward>& plan) { plan_conv(plan, planned_pointers(plan.call)); }
+void plan_call(Plan<ConvBackwardInput>& plan) { plan_conv(plan, planned_pointers(plan.call)); }
+void plan_call(Plan<ConvBackwardWeight>& plan) { plan_conv(plan, planned_pointers(plan.call)); }
+
+#if defined(FASTOPS_HAS_AMX)
+template <class Call>
+void plan_pointwise_by_parts(Plan<Call>& plan) {
+  plan.call.geometry = canonical(plan.call.geometry);
+  const Bound<Call> args = bind(plan, planned_pointers(plan.call));
+  if (!is_empty(args) && pointwise_takes(args)) plan_linear_by_parts(plan, args, AsLinear{});
+}
+void plan_float32(Plan<ConvForward>& plan) { plan_pointwise_by_parts(plan); }
+void plan_float32(Plan<ConvBackwardInput>& plan) { plan_pointwise_by_parts(plan); }
+void plan_float32(Plan<ConvBackwardWeight>& plan) { plan_pointwise_by_parts(plan); }
+#endif

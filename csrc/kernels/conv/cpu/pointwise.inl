@@ -50,13 +50,34 @@ struct AsLinear {
             args.bf16_multiply,
             args.threads};
   }
+  Bound<LinearBackward> operator()(const Bound<ConvBackwardWeight>& args) const {
+    const ConvGeometry& g = args.geometry;
+    return {
+        {.dtype = args.dtype,
+         .m = g.batch * volume(g.out),
+         .n = g.out_channels,
+         .k = g.in_channels,
+         .grad_y_strides = pixels(g.out_channels),
+         .saved_strides = pixels(g.out_channels),
+         .x_strides = pixels(g.in_channels),
+         .activation = args.activation,
+         .with_grad_w = args.with_grad_w,
+         .with_grad_bias = args.with_grad_bias},
+        {.grad_y = args.grad_y, .saved = args.saved, .x = args.x, .grad_w = args.grad_w, .grad_bias = args.grad_bias},
+        args.bf16_multiply,
+        args.threads};
+  }
 };
 
-// Not the weight gradient: it is faster with chunks of positions (weight_gemm.inl).
+// Not the weight gradient: by multiply-adds it is faster with chunks of positions (weight_gemm.inl).
 inline bool pointwise_takes(const Bound<ConvForward>& args) { return is_pointwise(args.layout, args.geometry); }
 inline bool pointwise_takes(const Bound<ConvBackwardInput>& args) {
   return is_pointwise(args.layout, args.geometry) && args.bias == nullptr && args.z == nullptr &&
          args.epilogue.kind == ActivationKind::identity;
+}
+
+inline bool pointwise_takes(const Bound<ConvBackwardWeight>& args) {
+  return is_pointwise(args.layout, args.geometry) && args.grad_w != nullptr;
 }
 
 template <class T>

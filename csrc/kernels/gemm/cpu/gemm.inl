@@ -13,18 +13,10 @@
 #include "../../activation/cpu/activation.inl"
 #include "../../common/cpu/common.inl"
 #include "amx.inl"
+#include "amx_blocks.inl"
 #include "microkernels.inl"
 #include "pack.inl"
-
-template <class T>
-struct Gemm {
-  int64_t m, n, k;
-  Source<T> a;  // lanes: rows
-  Source<T> b;  // lanes: columns
-  Output<T> out;
-  Compute<T>* a_sums;              // null, or m elements, initially zero, to which the sums of A over k are added
-  const void* b_packed = nullptr;  // B as pack_b makes it, instead of b
-};
+#include "product.inl"
 
 // Packed operands of at most this many bytes are on the stack, not in the workspace.
 constexpr int64_t kTinyBytes = 24 * 1024;
@@ -39,17 +31,6 @@ constexpr int64_t kDirectBRows = 2 * kMr;
 
 // Below kTallRows rows of A, strips of B are at most kLowStrip columns: 2 to 4% faster for 32 to 256 rows.
 constexpr int64_t kTallRows = 512, kLowStrip = 128;
-
-struct GemmPlan {
-  bool tiny, share_a, a_direct, b_direct;
-  bool b_packed;  // and not b_direct: B comes in panels of the whole of k, b_panel apart
-  int threads;
-  int64_t kc, ks, mb, nb;
-  int64_t strip;             // lanes of the private operand per job
-  int64_t parts;             // jobs per strip: the shared operand is divided into this many parts
-  int64_t a_panel, b_panel;  // elements of P between panels
-  size_t shared_at, private_at, private_bytes, partial_at, total;
-};
 
 template <class P, class T>
 inline bool reads_a_in_place(const Gemm<T>& g) {
@@ -80,7 +61,7 @@ inline int64_t even_strip(int64_t lanes, int64_t wanted, int64_t most, int threa
 }
 
 template <class P, class T>
-GemmPlan plan_gemm(const Gemm<T>& g, int threads) {
+GemmPlan plan_strips(const Gemm<T>& g, int threads) {
   using Kind = Tile<P>;
   constexpr int64_t mr = Kind::mr, nr = Kind::nr, step = Kind::step;
   constexpr GemmBlocking kBlocking = Kind::blocking;
@@ -161,6 +142,25 @@ GemmPlan plan_gemm(const Gemm<T>& g, int threads) {
   if (partial) at += static_cast<size_t>(plan.mb * (plan.nb + 16)) * sizeof(Compute<T>);
   plan.total = static_cast<size_t>(round_up(static_cast<int64_t>(at), 64));
   return plan;
+}
+
+// Products in blocks (amx_blocks.inl): not where A is read in place, nor where there is little to share.
+constexpr int64_t kBlockedRows = 256, kBlockedK = 768;
+
+template <class P, class T>
+inline bool takes_blocks(const Gemm<T>& g) {
+  return Blocks<P>::some && g.m >= kBlockedRows && g.n > kDirectAColumns && g.k >= kBlockedK;
+}
+
+template <class P, class T>
+GemmPlan plan_gemm(const Gemm<T>& g, int threads) {
+  if constexpr (Blocks<P>::all) {
+    return plan_blocks<P>(g, threads);
+  } else {
+    if constexpr (Blocks<P>::some)
+      if (takes_blocks<P>(g)) return plan_blocks<P>(g, threads);
+    return plan_strips<P>(g, threads);
+  }
 }
 
 // A large output of short sums is bound by memory. Non-temporal stores do not read its cache lines first. Measured with
@@ -360,19 +360,34 @@ void gemm_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspac
 // B ahead of the product, for plans with b_packed.
 template <class P, class T>
 size_t packed_b_bytes(const Gemm<T>& g, const GemmPlan& plan) {
-  return aligned(ceil_div(g.n, Tile<P>::nr) * plan.b_panel * static_cast<int64_t>(sizeof(typename Tile<P>::B)));
+  if constexpr (Blocks<P>::all) {
+    return packed_blocks_bytes<P>(g);
+  } else {
+    if constexpr (Blocks<P>::some)
+      if (plan.blocked) return packed_blocks_bytes<P>(g);
+    return aligned(ceil_div(g.n, Tile<P>::nr) * plan.b_panel * static_cast<int64_t>(sizeof(typename Tile<P>::B)));
+  }
 }
 template <class P, class T>
 void pack_b(const Gemm<T>& g, const GemmPlan& plan, void* to) {
-  using B = typename Tile<P>::B;
-  pack<B, T, Tile<P>::nr>(g.b, 0, g.n, 0, g.k, static_cast<B*>(to), plan.b_panel, nullptr);
+  if constexpr (Blocks<P>::some)
+    if (plan.blocked) return pack_blocks<P>(g, to);
+  if constexpr (!Blocks<P>::all) {
+    using B = typename Tile<P>::B;
+    pack<B, T, Tile<P>::nr>(g.b, 0, g.n, 0, g.k, static_cast<B*>(to), plan.b_panel, nullptr);
+  }
 }
 
 template <class P, class T>
 void gemm(const Gemm<T>& g, const GemmPlan& plan, void* workspace, const Team& team) {
-  if (plan.tiny) return gemm_tiny<P, T>(g, plan);
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
-  Gemm<T> product = g;
-  product.out.stream = streams(g, plan);
-  parallel(team, plan.threads, [&](Crew& crew) { gemm_member<P, T>(product, plan, bytes, crew); });
+  if constexpr (Blocks<P>::some)
+    if (plan.blocked)
+      return parallel(team, plan.threads, [&](Crew& crew) { blocks_member<P, T>(g, plan, bytes, crew); });
+  if constexpr (!Blocks<P>::all) {
+    if (plan.tiny) return gemm_tiny<P, T>(g, plan);
+    Gemm<T> product = g;
+    product.out.stream = streams(g, plan);
+    parallel(team, plan.threads, [&](Crew& crew) { gemm_member<P, T>(product, plan, bytes, crew); });
+  }
 }

@@ -92,7 +92,10 @@ void convert_bias(const Bound<LinearForward>& args, Compute<T>* to) {
 
 template <class P>
 KernelName gemm_name(const GemmPlan& plan) {
-  return plan.tiny ? tile_name<P>("gemm_tiny", "gemm_tiny_bf16") : tile_name<P>("gemm", "gemm_bf16");
+  if constexpr (Blocks<P>::all)
+    return Blocks<P>::kernel;
+  else
+    return plan.tiny ? tile_name<P>("gemm_tiny", "gemm_tiny_bf16") : tile_name<P>("gemm", "gemm_bf16");
 }
 
 // A bias that is converted goes behind the product's own memory; that of a tiny product is on the stack.
@@ -124,6 +127,24 @@ void linear_dot(const Bound<LinearForward>& args, void* workspace, const Team& t
   dot_product(g, team);
 }
 
+// Decides that the product g of the linear layer as_linear(args) is done with panels of P. bias: bytes for it.
+template <class P, class T, class Call, class AsLinear>
+void plan_product_forward(Plan<Call>& plan, const Gemm<T>& g, size_t bias, AsLinear) {
+  const GemmPlan product = plan_gemm<P>(g, plan.target.threads);
+  decide(plan, gemm_name<P>(product), product.tiny ? 0 : product.total + bias, product,
+         [](auto& args, auto& product, auto* workspace, auto& team) {
+           linear_forward<P, T>(AsLinear{}(args), product, workspace, team);
+         });
+  if (!product.b_packed) return;
+  plan.packed = packed_b_bytes<P>(g, product);
+  plan.packer = [](const Plan<Call>& plan, const void* w, void* to) {
+    typename Call::Pointers pointers{};
+    pointers.w = w;
+    pack_b<P>(forward_gemm<T>(AsLinear{}(bind(plan, pointers))), *reinterpret_cast<const GemmPlan*>(plan.decisions),
+              to);
+  };
+}
+
 // Decides the plan of a call that is the linear layer as_linear(args).
 template <class T, class Call, class AsLinear>
 void plan_linear_forward(Plan<Call>& plan, const Bound<Call>& call, AsLinear as_linear) {
@@ -134,22 +155,8 @@ void plan_linear_forward(Plan<Call>& plan, const Bound<Call>& call, AsLinear as_
   if (takes_dot(g) && !(args.packed_w && g.m >= kMr))  // with little to pack, whole tiles are faster
     return decide(plan, {"dot", {kDot, kDot}}, bias,
                   [](auto& args, auto* workspace, auto& team) { linear_dot<T>(AsLinear{}(args), workspace, team); });
-  with_panel<T>(args.bf16_multiply, args.m * args.n * args.k, [&](auto panel) {
-    using P = decltype(panel);
-    const GemmPlan product = plan_gemm<P>(g, plan.target.threads);
-    decide(plan, gemm_name<P>(product), product.tiny ? 0 : product.total + bias, product,
-           [](auto& args, auto& product, auto* workspace, auto& team) {
-             linear_forward<P, T>(AsLinear{}(args), product, workspace, team);
-           });
-    if (!product.b_packed) return;
-    plan.packed = packed_b_bytes<P>(g, product);
-    plan.packer = [](const Plan<Call>& plan, const void* w, void* to) {
-      typename Call::Pointers pointers{};
-      pointers.w = w;
-      pack_b<P>(forward_gemm<T>(AsLinear{}(bind(plan, pointers))), *reinterpret_cast<const GemmPlan*>(plan.decisions),
-                to);
-    };
-  });
+  with_panel<T>(args.bf16_multiply, args.m * args.n * args.k,
+                [&](auto panel) { plan_product_forward<decltype(panel)>(plan, g, bias, as_linear); });
 }
 
 // Up to this many columns, the sums for grad_bias are on the stack.
@@ -269,41 +276,99 @@ void linear_backward(const Bound<LinearBackward>& args, const BackwardPlan& plan
   }
 }
 
+// Decides that the gradients as_linear(args) are products of panels of P.
+template <class P, class T, class Call, class AsLinear>
+void plan_products_backward(Plan<Call>& plan, const Bound<LinearBackward>& args, AsLinear) {
+  const BackwardPlan products = plan_backward<P, T>(args, plan.target.threads);
+  const KernelName name = args.grad_x == nullptr && args.grad_w == nullptr ? KernelName{"column_sums"}
+                          : products.row_times_matrix
+                              ? KernelName{"row_times_matrix"}
+                              : gemm_name<P>(args.grad_x != nullptr ? products.grad_x : products.grad_w);
+  decide(plan, name, products.gemm + products.sums, products,
+         [](auto& args, auto& products, auto* workspace, auto& team) {
+           linear_backward<P, T>(AsLinear{}(args), products, workspace, team);
+         });
+}
+
 // Decides the plan of a call that is the gradients as_linear(args).
 template <class T, class Call, class AsLinear>
 void plan_linear_backward(Plan<Call>& plan, const Bound<Call>& call, AsLinear as_linear) {
   const Bound<LinearBackward> args = as_linear(call);
-  with_panel<T>(args.bf16_multiply, args.m * args.n * args.k, [&](auto panel) {
-    using P = decltype(panel);
-    const BackwardPlan products = plan_backward<P, T>(args, plan.target.threads);
-    const KernelName name = args.grad_x == nullptr && args.grad_w == nullptr ? KernelName{"column_sums"}
-                            : products.row_times_matrix
-                                ? KernelName{"row_times_matrix"}
-                                : gemm_name<P>(args.grad_x != nullptr ? products.grad_x : products.grad_w);
-    decide(plan, name, products.gemm + products.sums, products,
-           [](auto& args, auto& products, auto* workspace, auto& team) {
-             linear_backward<P, T>(AsLinear{}(args), products, workspace, team);
-           });
+  with_panel<T>(args.bf16_multiply, args.m * args.n * args.k,
+                [&](auto panel) { plan_products_backward<decltype(panel), T>(plan, args, as_linear); });
+}
+
+#if defined(FASTOPS_HAS_AMX)
+// The least layers for which the matrix unit is faster than multiply-adds. Of float32 forward and its two gradients, on
+// Granite Rapids, one thread and two, times multiply-adds: 1024^3 1.60, 2048^3 1.60, 800 x 768 x 768 1.50, 2048 x 512 x
+// 512 1.50, 256^3 1.19, 64 x 512 x 512 1.25; but 128^3 0.95, 6272 x 256 x 64 0.97, 25088 x 64 x 64 0.93 (m x n x k).
+constexpr int64_t kPartsRows = 64, kPartsFeatures = 128, kPartsWork = 16 << 20;
+
+// body(bf16_parts<n>{}) for float32 layers that are faster by parts than by multiply-adds.
+template <class Args, class Body>
+inline void with_parts(const Args& args, Body&& body) {
+  const bool faster = args.m >= kPartsRows && args.n >= kPartsFeatures && args.k >= kPartsFeatures &&
+                      args.m * args.n * args.k >= kPartsWork;
+  const bool takes =
+      args.bf16_multiply == Bf16Multiply::automatic ? faster : args.bf16_multiply == Bf16Multiply::native;
+  if (!takes || args.m == 0 || args.n == 0 || args.k == 0) return;
+  if (args.precision == Precision::highest)
+    body(bf16_parts<3>{});
+  else if (args.precision == Precision::high)
+    body(bf16_parts<2>{});
+  else
+    body(bf16_parts<1>{});
+}
+
+template <class Call, class AsLinear>
+void plan_linear_by_parts(Plan<Call>& plan, const Bound<Call>& call, AsLinear as_linear) {
+  const auto args = as_linear(call);
+  with_parts(args, [&](auto parts) {
+    using P = decltype(parts);
+    if constexpr (same_type<decltype(args), const Bound<LinearForward>>) {
+      const size_t bias = contiguous_bias<float>(args) ? 0 : aligned(args.n * static_cast<int64_t>(sizeof(float)));
+      plan_product_forward<P>(plan, forward_gemm<float>(args), bias, as_linear);
+    } else {
+      plan_products_backward<P, float>(plan, args, as_linear);
+    }
   });
+}
+#endif
+
+struct AsItIs {
+  template <class Args>
+  Args operator()(const Args& args) const {
+    return args;
+  }
+};
+
+inline LinearForward::Pointers planned_pointers(const LinearForward& call) {
+  void* const p = planned_address(call.alignment);
+  return {p, p, call.with_bias ? p : nullptr, p, call.with_z ? p : nullptr, call.with_residual ? p : nullptr};
+}
+inline LinearBackward::Pointers planned_pointers(const LinearBackward& call) {
+  void* const p = planned_address(call.alignment);
+  return {
+      p, p, p, p, call.with_grad_x ? p : nullptr, call.with_grad_w ? p : nullptr, call.with_grad_bias ? p : nullptr};
 }
 
 void plan_call(Plan<LinearForward>& plan) {
   const LinearForward& call = plan.call;
   if (call.m == 0 || call.n == 0) return decide_nothing(plan);
-  void* const p = planned_address(call.alignment);
-  const auto args =
-      bind(plan, {p, p, call.with_bias ? p : nullptr, p, call.with_z ? p : nullptr, call.with_residual ? p : nullptr});
-  with_dtype(call.dtype, [&](auto type) {
-    plan_linear_forward<decltype(type)>(plan, args, [](const Bound<LinearForward>& args) { return args; });
-  });
+  const auto args = bind(plan, planned_pointers(call));
+  with_dtype(call.dtype, [&](auto type) { plan_linear_forward<decltype(type)>(plan, args, AsItIs{}); });
 }
 
 void plan_call(Plan<LinearBackward>& plan) {
-  const LinearBackward& call = plan.call;
-  void* const p = planned_address(call.alignment);
-  const auto args = bind(plan, {p, p, p, p, call.with_grad_x ? p : nullptr, call.with_grad_w ? p : nullptr,
-                                call.with_grad_bias ? p : nullptr});
-  with_dtype(call.dtype, [&](auto type) {
-    plan_linear_backward<decltype(type)>(plan, args, [](const Bound<LinearBackward>& args) { return args; });
-  });
+  const auto args = bind(plan, planned_pointers(plan.call));
+  with_dtype(plan.call.dtype, [&](auto type) { plan_linear_backward<decltype(type)>(plan, args, AsItIs{}); });
 }
+
+#if defined(FASTOPS_HAS_AMX)
+void plan_float32(Plan<LinearForward>& plan) {
+  plan_linear_by_parts(plan, bind(plan, planned_pointers(plan.call)), AsItIs{});
+}
+void plan_float32(Plan<LinearBackward>& plan) {
+  plan_linear_by_parts(plan, bind(plan, planned_pointers(plan.call)), AsItIs{});
+}
+#endif
