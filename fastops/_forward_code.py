@@ -93,6 +93,10 @@ def module_of(frame: types.FrameType) -> str:
     return frame.f_globals.get("__name__") or ""
 
 
+def _package(function: types.FunctionType) -> str:
+    return (function.__module__ or "").partition(".")[0]
+
+
 def is_ours(frame: types.FrameType) -> bool:
     return module_of(frame).partition(".")[0] in _OURS or frame.f_code.co_filename == "<fastops.fuse>"
 
@@ -166,6 +170,9 @@ def objection_to_call(frame: types.FrameType) -> str:
     caller = frame.f_back
     if why:
         while caller is not None and module_of(caller) in (module_of(frame), "torch.utils._contextlib", "contextlib"):
+            decorated = caller.f_locals.get("func")  # as @torch.no_grad() does
+            if isinstance(decorated, types.FunctionType) and _package(decorated) not in (*_OURS, *LIBRARY):
+                return why
             caller = caller.f_back
         return "" if caller is None or module_of(caller).startswith(("torch.fx", "fastops")) else why
     package = module_of(frame).partition(".")[0]

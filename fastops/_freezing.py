@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import keyword
 import math
 import operator
 import types
@@ -35,7 +36,7 @@ from fastops._signature import Signature
 from fastops._states import version
 from fastops._tracing import Traced, is_frozen, reason, trace
 from fastops.functional._activation import resolve_activation
-from fastops.fuse import is_layer, unfuse
+from fastops.fuse import copy_of_modules, find_tensors, is_layer, unfuse
 from fastops.replace import Row, _name, replace_
 
 _CONVOLUTIONS = {f"{name}{n}d": getattr(FF, f"{name}{n}d") for name in ("conv", "conv_max_pool") for n in (1, 2, 3)}
@@ -151,7 +152,19 @@ def _copy(module: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(one): one.detach() for one in module.buffers()}
     memo |= {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in module.parameters()}
     memo |= {id(one): one for one in module.modules() if isinstance(one, torch.jit.ScriptModule) or is_frozen(one)}
-    result = copy.deepcopy(module, memo)
+    for one in module.modules():
+        found: dict[int, Any] = {}
+        find_tensors(vars(one), found, set())
+        # A weight that was computed for the last call, as by pruning.
+        memo |= {key: value.detach().clone() for key, value in found.items() if key not in memo and not value.is_leaf}
+    try:
+        result = copy.deepcopy(module, dict(memo))
+    except Exception:  # something that cannot be copied, which a model may hold
+        result = copy_of_modules(module, {})
+        for one in result.modules():
+            if id(one) not in memo:
+                for tensors in (one._parameters, one._buffers):
+                    tensors.update({key: value if value is None else memo[id(value)] for key, value in tensors.items()})
     for one in result.modules():
         unfuse(one)
     return result
@@ -191,17 +204,17 @@ class _Freezer:
     def _free_name(self, target: str) -> str:
         """One that our module has nothing under: a model may have both a child a_b and a child b of a child a."""
         name = target.replace(".", "_")
-        while hasattr(self.module, name):
+        while hasattr(self.module, name) or hasattr(_EMPTY, name) or keyword.iskeyword(name):
             name += "_frozen"
         return name
 
     def run(self) -> GraphModule:
         self._fold()
-        rewrite(graph_module := GraphModule(self.module, self.graph), residuals=False)
-        self.module, self.graph = graph_module, graph_module.graph
+        rewrite(self.graph, self.module, residuals=False)
         for node in tuple(self.graph.nodes):
             self._freeze_call(node)
-        changes = Nodes(graph_module).may_change_something
+        nodes = Nodes(self.graph, self.module)
+        changes = nodes.may_change_something
         for node in self.graph.nodes:
             if node.op == "get_attr" and any(user.args[:1] == (node,) and changes(user) for user in node.users):
                 self.module._buffers[node.target] = self.module._buffers[node.target].clone()
@@ -209,11 +222,11 @@ class _Freezer:
             self._join_addition(node, changes)
         if self.channels_last:
             for node in tuple(self.graph.nodes):
-                self._join_block(node, changes)
+                self._join_block(node, nodes)
         for node in tuple(self.graph.nodes):
             if node.op == "get_attr" and not node.users:
                 self.graph.erase_node(node)
-        restore_layouts(self.module, self.relaid)
+        restore_layouts(self.graph, self.module, self.relaid, changes)
         self._take_children()
         self.graph.lint()
         result = FrozenGraph(self.module, self.graph, type(self.source).__name__)
@@ -385,7 +398,7 @@ class _Freezer:
 
     # ---- inverted residuals
 
-    def _join_block(self, node: Node, changes: Callable[[Node], bool]) -> None:
+    def _join_block(self, node: Node, nodes: Nodes) -> None:
         """A depthwise convolution and the 1x1 convolutions around it become one call."""
         depthwise = self._only_call(node)
         if depthwise is None or not _is_depthwise(depthwise) or len(node.args) != 1:
@@ -401,10 +414,11 @@ class _Freezer:
             return
         first, last = before if expand else node, after if project else node
         order = {one: i for i, one in enumerate(self.graph.nodes)}
-        if any(order[first] < order[one] < order[last] and changes(one) for one in self.graph.nodes):
+        if any(order[first] < order[one] < order[last] and nodes.may_change_something(one) for one in order):
             return
         name = self._free_name(f"{first.target}_block")
-        self.module.add_module(name, FrozenInvertedResidual(expand, depthwise, project))
+        nodes.modules[name] = FrozenInvertedResidual(expand, depthwise, project)
+        self.module.add_module(name, nodes.modules[name])
         if last.target in self.relaid:
             self.relaid.add(name)
         with self.graph.inserting_before(last):
@@ -441,6 +455,7 @@ class _Freezer:
                 self.module._modules[node.target] = Child(frozen)
 
 
+_EMPTY = FrozenGraph(nn.Module(), Graph())  # with the attributes that torch.fx's has
 _NARROW = 128  # kMostMlpWidthCpu in csrc/kernels/mlp/mlp.h
 
 

@@ -150,7 +150,7 @@ class Child(nn.Module):
 def quick_call(model: nn.Module) -> Callable[..., Any]:
     if isinstance(model, Either):
         return functools.partial(model.choose, quick_call(model.graph), model.general)
-    if isinstance(model, GraphModule):
+    if isinstance(model, FrozenGraph):
         forward, quick = type(model).forward, _quick(model)
         return lambda *args, **kwargs: forward(quick, *args, **kwargs)
     return model.__call__ if in_the_way(model) else model.forward
@@ -160,7 +160,7 @@ def _quick(module: nn.Module) -> Any:
     """What a graph's forward reads as `self`: its modules and tensors without nn.Module's __getattr__ and __call__."""
     if isinstance(module, LAYERS):
         return module.call_and_add if module.adds else module.call
-    if not isinstance(module, GraphModule) and type(module) is not nn.Module:
+    if not isinstance(module, FrozenGraph) and type(module) is not nn.Module:
         return module if in_the_way(module) or isinstance(module, torch.jit.ScriptModule) else module.forward
     read = {node.target for node in module.graph.nodes if node.op == "get_attr"} if hasattr(module, "graph") else set()
     space = types.SimpleNamespace()

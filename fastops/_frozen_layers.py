@@ -14,6 +14,7 @@ from fastops._activations import KIND
 from fastops._frozen_norms import Apart
 from fastops._fusion import activate
 from fastops.functional._activation import resolve_activation
+from fastops.ops import DTYPES
 
 
 def each_dimension(size: Any, dims: int) -> list[int]:
@@ -33,6 +34,11 @@ def add_to(y: Tensor, residual: Any) -> Tensor:
 
 
 RESIDUAL_FIRST = (add_after, add_to)
+
+
+def _no_kernel(input: Tensor, residual: Any = None) -> Any:
+    """In the place of packed weights of a dtype that no kernel takes."""
+    return NotImplemented
 
 
 class FrozenLayer(nn.Module):
@@ -59,6 +65,9 @@ class FrozenLayer(nn.Module):
 
     def pack(self) -> Any:
         """The layer of csrc/torch/frozen.cpp; it packs at its first call of each kind."""
+        if self.weight.dtype not in DTYPES:
+            self._packed = _no_kernel
+            return self._packed
         kind, a, b = resolve_activation(self.activation)
         f = (KIND[kind], a, b)
         o = self.options
@@ -187,6 +196,9 @@ class FrozenInvertedResidual(nn.Module):
 
     def pack(self) -> Any:
         """The block of csrc/torch/frozen.cpp."""
+        if self.depthwise.weight.dtype not in DTYPES:
+            self._packed = _no_kernel
+            return self._packed
         layers = []
         for layer in (self.expand, self.depthwise, self.project):
             kind, a, b = resolve_activation(layer and layer.activation)

@@ -1,13 +1,13 @@
 """The layout of images in a frozen model, and where it is the model's again."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, Node
 
 import fastops.functional as FF
 from fastops._frozen_layers import LAYERS, RESIDUAL_FIRST, FrozenLayer
@@ -19,22 +19,49 @@ def suits_channels_last(model: nn.Module) -> bool:
     return any(isinstance(m, nn.Conv2d) and m.weight.dtype != torch.float64 for m in model.modules())
 
 
-def restore_layouts(module: GraphModule, relaid: set[str]) -> None:
+def restore_layouts(graph: Graph, module: nn.Module, relaid: set[str], changes: Callable[[Node], bool]) -> None:
     """What is channels_last here and is not in the model gets the model's layout where somebody can see it.
 
-    relaid: the names of the layers that give channels_last where the model's do not.
+    relaid: the names of the layers that give channels_last where the model's do not. changes: whether a node may write
+    to what others read.
     """
-    _Layouts(module, relaid).restore()
+    layouts = _Layouts(graph, module, relaid)
+    layouts.find_shared(changes)
+    layouts.restore()
+    for node in reversed(graph.nodes):
+        if not node.users and node.target in _VIEWS:
+            graph.erase_node(node)
 
 
 class _Layouts:
-    def __init__(self, module: GraphModule, relaid: set[str]) -> None:
-        self.module, self.graph, self.relaid = module, module.graph, relaid
+    def __init__(self, graph: Graph, module: nn.Module, relaid: set[str]) -> None:
+        self.graph, self.module, self.relaid = graph, module, relaid
         # What may be in another layout than in the model, and the values that it has its layout from there: a list of
         # which the first image decides, or a tuple, in which all have to be channels_last.
         self.sources: dict[Node, list[Node] | tuple[Node, ...]] = {}
         # Sums that have the layout of their second operand here, of their first one in the model.
         self.sums: set[Node] = set()
+        # Nodes that give a view of their input in one layout and a copy in another one, where somebody can tell.
+        self.shared: set[Node] = set()
+
+    def find_shared(self, changes: Callable[[Node], bool]) -> None:
+        """What is written to after it, or to what it comes from."""
+        written: set[Node] = set()
+        for node in reversed(self.graph.nodes):
+            called = self.module._modules.get(node.target) if node.op == "call_module" else None
+            may_be_a_view = _may_be_a_view(node, called) or (node.op.startswith("call") and _sees_layout(node, called))
+            if may_be_a_view and self._origin(node) in written:
+                self.shared.add(node)
+            if node.op.startswith("call") and changes(node):
+                written |= {self._origin(one) for one in node.all_input_nodes}
+
+    def _origin(self, node: Node) -> Node:
+        """Where the memory of a value comes from, as far as that can be told."""
+        while node.op.startswith("call") and node.all_input_nodes:
+            if node.op == "call_module" and isinstance(self.module._modules.get(node.target), LAYERS):
+                break
+            node = node.all_input_nodes[0]
+        return node
 
     def restore(self) -> None:
         seen: set[Node] = set()
@@ -49,17 +76,19 @@ class _Layouts:
                     self.sums.add(node)
                 continue
             others = [one for one in node.all_input_nodes if one in self.sources]
-            if not _sees_layout(node, called):
+            if not _sees_layout(node, called) and node not in self.shared:
                 if others and not _is_size(node) and not _makes_contiguous(node, called):
                     self.sources[node] = self._sources_of(node.all_input_nodes, node.target in _JOINS)
                 continue
             made: dict[Node, Node] = {}
-            for one in others:
-                later = [user for user in one.users if user is node or user not in seen]
-                with self.graph.inserting_before(node):
-                    restored = self._restored(one, made)
-                for user in later:
-                    user.replace_input_with(one, restored)
+            with self.graph.inserting_before(node):
+                for one in others:
+                    self._restored(one, made)
+            seen |= {*made.values()}
+            for one in made if node in self.shared else others:
+                for user in tuple(one.users):
+                    if user is node or user not in seen:
+                        user.replace_input_with(one, made[one])
 
     def _sources_of(self, operands: Sequence[Node], all_of_them: bool = False) -> list[Node] | tuple[Node, ...]:
         parts = [self.sources.get(one, [one]) for one in operands]
@@ -104,6 +133,11 @@ _LAYOUT_METHODS = {
 _SIZES = {"shape", "dtype", "device", "ndim"}
 
 
+def _may_be_a_view(node: Node, module: nn.Module | None) -> bool:
+    """Whether a node gives a view of its input, or the input itself, in one layout and a copy in another one."""
+    return isinstance(module, nn.Flatten) or node.target in _REORDERS
+
+
 def _is_size(node: Node) -> bool:
     """What a node gives is no tensor."""
     if node.op == "call_method":
@@ -118,21 +152,27 @@ def _follows_input(layer: nn.Module) -> bool:
 
 
 def _makes_contiguous(node: Node, module: nn.Module | None) -> bool:
-    """What a node gives is contiguous, whatever its input is."""
+    """What a node gives is contiguous, or of another layout that it says, whatever its input is."""
     if node.op == "call_module":
         return isinstance(module, nn.LayerNorm) and not in_the_way(module)
+    if node.op == "call_method" and node.target == "to" and "memory_format" in node.kwargs:
+        return node.kwargs["memory_format"] is not torch.preserve_format
     if node.op == "call_method":
-        return node.target == "contiguous" and len(node.args) == 1 and not node.kwargs
+        return node.target == "contiguous"
     pads_in_a_circle = node.target is F.pad and "circular" in (*node.args, *node.kwargs.values())
     return pads_in_a_circle or node.target in (F.layer_norm, FF.layer_norm, torch.layer_norm)
 
 
 _JOINS = {torch.cat, torch.concat, torch.concatenate}
+_REORDERS = {
+    "contiguous", "to", "flatten", "ravel", "reshape", "reshape_as", torch.flatten, torch.ravel, torch.reshape,
+}  # fmt: skip
 _VIEWS = {
+    "flatten", "ravel", "reshape", "unflatten", torch.flatten, torch.ravel, torch.reshape, torch.unflatten,
     "permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "narrow", "select", "chunk", "split",
-    "unbind", "squeeze", "unsqueeze", "expand", "expand_as", torch.permute, torch.transpose, torch.movedim,
-    torch.moveaxis, torch.swapaxes, torch.swapdims, torch.narrow, torch.select, torch.chunk, torch.split, torch.unbind,
-    torch.squeeze, torch.unsqueeze, operator.getitem, unpack,
+    "unbind", "squeeze", "unsqueeze", "expand", "expand_as", "unfold", "diagonal", torch.permute, torch.transpose,
+    torch.movedim, torch.moveaxis, torch.swapaxes, torch.swapdims, torch.narrow, torch.select, torch.chunk, torch.split,
+    torch.unbind, torch.squeeze, torch.unsqueeze, torch.diagonal, operator.getitem, unpack,
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """What stands beside each other in a graph and is one call of fastops: put in its place.
 
-`rewrite` works on a torch.fx.GraphModule, wherever its graph comes from: fastops.fuse traces modules, whose layers are
+`rewrite` works on a torch.fx.Graph, wherever it comes from: fastops.fuse traces modules, whose layers are
 call_module nodes; Dynamo's graphs have functions of torch and parameters that are nodes. A group is a layer or a batch
 norm and what follows it, as long as every result in between has one user: then nobody can tell that it is not made.
 What a node is, _nodes.py says.
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling as _is_compiling
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, Node
 
 import fastops.functional as FF
 from fastops import _C
@@ -38,15 +38,15 @@ class Finding(NamedTuple):
     result: str
 
 
-def rewrite(graph_module: GraphModule, residuals: bool = True) -> list[Finding]:
-    """Fuses what can be fused in graph_module.graph, which is linted and recompiled.
+def rewrite(graph: Graph, module: nn.Module, residuals: bool = True) -> list[Finding]:
+    """Fuses what can be fused in a graph whose names are those of module. It is linted, but not recompiled.
 
     residuals: whether additions become part of convolutions.
 
     The new nodes are call_function; parameters of a module are get_attr nodes. What fastops has a function for and
     stands alone is called by that: the graph does what it did, on fastops' kernels.
     """
-    return _Rewriter(graph_module, residuals).run()
+    return _Rewriter(graph, module, residuals).run()
 
 
 # ---- the calls that fastops has no function for ----------------------------------------------------------------------
@@ -143,8 +143,8 @@ def _told(resolved: Resolved) -> str:
 
 
 class _Rewriter(Nodes):
-    def __init__(self, graph_module: GraphModule, residuals: bool) -> None:
-        super().__init__(graph_module)
+    def __init__(self, graph: Graph, module: nn.Module, residuals: bool) -> None:
+        super().__init__(graph, module)
         self.residuals = residuals
         self.findings: list[Finding] = []
 
@@ -157,7 +157,6 @@ class _Rewriter(Nodes):
             if node in self.order:  # not erased as a part of an earlier group
                 self._visit(node)
         self.graph.lint()
-        self.module.recompile()
         return self.findings
 
     def _visit(self, node: Node) -> None:

@@ -5,13 +5,14 @@ Nodes are calls of modules, as in the graphs of fastops.fuse, or of functions an
 
 import inspect
 import operator
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node, Proxy
+from torch.fx import Graph, Node, Proxy
 from torch.nn.utils import parametrize
 
 import fastops.functional as FF
@@ -25,14 +26,19 @@ Resolved = tuple[str, float, float]  # an activation, as resolve_activation has 
 
 def in_the_way(module: nn.Module) -> str:
     """Why a module has to be called as a module, whatever its class; "" where its forward is all that a call is."""
+    return in_the_way_of_forward(module) or ("its class has a __call__ of its own" if has_its_own_call(module) else "")
+
+
+def in_the_way_of_forward(module: nn.Module) -> str:
+    """The same for what nn.Module.__call__ does."""
     state = vars(module)
     if any(state.get(hooks) for hooks in HOOKS):
         return "it has hooks"
-    if "forward" in state:
-        return "its forward has been overridden on the instance"
-    if type(module).__call__ is not nn.Module.__call__:
-        return "its class has a __call__ of its own"
-    return ""
+    return "its forward has been overridden on the instance" if "forward" in state else ""
+
+
+def has_its_own_call(module: nn.Module) -> bool:
+    return type(module).__call__ is not nn.Module.__call__
 
 
 def unpack(value: Any, count: int) -> Any:
@@ -119,6 +125,11 @@ _INPLACE_OPERATORS = {
     for name in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 }
 
+_INPLACE_METHODS = {"__setitem__", "__delitem__", *(f"__{function.__name__}__" for function in _INPLACE_OPERATORS)}
+
+# What begins or ends a block in Dynamo's graphs: _enter_autocast, _set_grad_enabled, _vmap_increment_nesting.
+_MODES = re.compile("^_?(enter|exit|push|pop|set)_|grad|nesting|hooks").search
+
 _CHANGE_NOTHING = ("torch.nn.", "fastops.nn.", "fastops.freeze", "fastops._frozen")
 
 _POOL_OPTIONS = ("stride", "padding", "dilation", "ceil_mode", "return_indices")
@@ -171,12 +182,11 @@ IDENTITY: Resolved = NAMES["identity"]
 
 
 class Nodes:
-    """The nodes of a graph module, which are asked for what they are."""
+    """The nodes of a graph whose names are those of a module; they are asked for what they are."""
 
-    def __init__(self, graph_module: GraphModule) -> None:
-        self.module = graph_module
-        self.graph = graph_module.graph
-        self.modules = dict(graph_module.named_modules(remove_duplicate=False))
+    def __init__(self, graph: Graph, module: nn.Module) -> None:
+        self.graph = graph
+        self.modules = dict(module.named_modules(remove_duplicate=False))
 
     def _plain(self, node: Node, classes: Any) -> nn.Module | None:
         """The module that a node calls, if its class is one of these and its call is its forward on one input."""
@@ -310,7 +320,8 @@ class Nodes:
             known = type(module).__module__.startswith(_CHANGE_NOTHING)
             return not known or bool(in_the_way(module)) or getattr(module, "inplace", False) is not False
         if node.op == "call_method":
-            return node.target.endswith("_") and not node.target.endswith("__")
+            name = node.target
+            return name in _INPLACE_METHODS if name.endswith("__") else name.endswith("_")
         if node.op != "call_function":
             return False
         activation = self.activation(node)
@@ -320,7 +331,7 @@ class Nodes:
         pure = package.startswith(("torch", "_operator", "fastops", "math", "builtins")) or isinstance(
             node.target, type(torch.relu)
         )
-        changes = name.endswith("_") or node.target in _INPLACE_OPERATORS or name == "setitem" or "grad" in name
+        changes = name.endswith("_") or node.target in _INPLACE_OPERATORS or name == "setitem" or _MODES(name)
         return changes or not pure or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
 
     def label(self, node: Node) -> str:

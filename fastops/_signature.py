@@ -19,7 +19,7 @@ class Signature:
     def __init__(self, forward: Callable[..., Any]) -> None:
         kinds = inspect.Parameter
         several = {kinds.VAR_POSITIONAL: "*", kinds.VAR_KEYWORD: "**"}
-        first, *parameters = inspect.signature(forward).parameters.values()
+        first, *parameters = _parameters(forward)
         if first.kind in several:
             raise TraceError("its forward has no argument for the module")
         self.names = {first.name, *(p.name for p in parameters)}
@@ -57,3 +57,18 @@ class Signature:
                 name += "_"
             found.append(name)
         return found
+
+
+def _parameters(forward: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Those of forward. Where it is a decorator's function, which passes on *args, also those of what it decorates."""
+    kinds = inspect.Parameter
+    several = (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+    own = list(inspect.signature(forward, follow_wrapped=False).parameters.values())
+    passes_on = any(p.kind is kinds.VAR_POSITIONAL for p in own)
+    if not hasattr(forward, "__wrapped__") or not passes_on or any(p.kind < kinds.VAR_POSITIONAL for p in own[1:]):
+        return own
+    named = {p.name: p for p in own if p.kind is kinds.KEYWORD_ONLY}
+    found = [named.pop(p.name, p) for p in inspect.signature(forward).parameters.values()]
+    taken = {p.kind for p in found}
+    found += [*named.values(), *(p for p in own if p.kind in several and p.kind not in taken)]
+    return sorted(found, key=lambda p: p.kind)

@@ -27,7 +27,7 @@ from torch.fx.proxy import Proxy, TraceError
 from torch.overrides import TorchFunctionMode
 
 from fastops import _forward_code
-from fastops._nodes import in_the_way, unpack
+from fastops._nodes import has_its_own_call, in_the_way, in_the_way_of_forward, unpack
 from fastops._outside import Outside, Place
 from fastops._proxies import Input
 from fastops._states import State, ambient, random_state, same_random_state
@@ -164,6 +164,11 @@ class _Tracer(torch.fx.Tracer):
         name = self.path_of_module(m)
         if not self.is_leaf_module(m, name):
             why, tried = in_the_way(m), False
+            inside = has_its_own_call(m)  # which is being traced: a call of the module would run it again
+            if inside:
+                why = in_the_way_of_forward(m)
+                if why:
+                    raise self.refuse(TraceError(f"its forward calls a module whose class has a __call__, and {why}"))
             if not why:
                 last = next(iter(reversed(self.graph.nodes)), None)
                 found = self.entered, self.leaves, self.decided, self.ran
@@ -173,6 +178,8 @@ class _Tracer(torch.fx.Tracer):
                 try:
                     return self._follow(m, name, lambda: plain(*args, **kwargs), (args, kwargs))
                 except Exception as error:
+                    if inside:
+                        raise self.refuse(error) from None
                     self._forget(last)
                     for one, count in zip(found, before, strict=True):
                         while len(one) > count:

@@ -68,7 +68,7 @@ def fastops(
 
 
 def _rewrite(graph_module: GraphModule, eager: bool) -> None:
-    rewrite(graph_module)
+    rewrite(graph_module.graph, graph_module)
     for node in graph_module.graph.nodes:
         node.target = _POOLS.get(node.target, node.target)
         if eager and node.target is tag_activation_checkpoint:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling as _is_compiling
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.fx.proxy import TraceError
 
 from fastops import _C
@@ -144,7 +144,7 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
             shared[id(module)] = module
         buffers = module._buffers
         shared[id(buffers)] = buffers  # the dict itself: a move of either model gives both the moved buffers
-        _find_tensors(vars(module), shared, set())
+        find_tensors(vars(module), shared, set())
     try:
         result = copy.deepcopy(model, dict(shared))
         names = [name for name, _ in model.named_parameters()]
@@ -154,10 +154,10 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
             return result
     except Exception:  # something that cannot be copied, which a model may hold
         pass
-    return _copy_of_modules(model, {})
+    return copy_of_modules(model, {})
 
 
-def _find_tensors(value: Any, found: dict[int, Any], seen: set[int]) -> None:
+def find_tensors(value: Any, found: dict[int, Any], seen: set[int]) -> None:
     """The tensors in lists, dicts and objects that are no modules."""
     if id(value) in seen:
         return
@@ -166,15 +166,15 @@ def _find_tensors(value: Any, found: dict[int, Any], seen: set[int]) -> None:
         found[id(value)] = value
     elif isinstance(value, dict):
         for one in value.values():
-            _find_tensors(one, found, seen)
+            find_tensors(one, found, seen)
     elif isinstance(value, (list, tuple, set, frozenset)):
         for one in value:
-            _find_tensors(one, found, seen)
+            find_tensors(one, found, seen)
     elif not isinstance(value, (nn.Module, type, types.ModuleType, types.FunctionType)):
-        _find_tensors(getattr(value, "__dict__", None), found, seen)
+        find_tensors(getattr(value, "__dict__", None), found, seen)
 
 
-def _copy_of_modules(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
+def copy_of_modules(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
     """New modules with the same attributes; only what nn.Module keeps is copied."""
     if id(module) in copies:
         return copies[id(module)]
@@ -186,7 +186,7 @@ def _copy_of_modules(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Modu
     for key in ("_parameters", "_non_persistent_buffers_set", *HOOKS):
         if key in state:
             state[key] = state[key].copy()
-    state["_modules"] = {name: child and _copy_of_modules(child, copies) for name, child in state["_modules"].items()}
+    state["_modules"] = {name: child and copy_of_modules(child, copies) for name, child in state["_modules"].items()}
     vars(result).update(state)
     return result
 
@@ -197,8 +197,11 @@ def _copy_of_modules(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Modu
 class _Fused(nn.Module):
     """What the classes of fused modules have besides the class they are made from. They are made by `_become`."""
 
-    _fastops_program: "_Program | None"
+    _fastops_program: "_Program | None" = None  # of one that somebody makes by type(fused)(...)
     fastops_report: FusionReport
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A fused class is not for those who count or name the classes derived from theirs."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the model's own class, fused again by whoever reads it: programs know this very model."""
@@ -267,7 +270,7 @@ def _forward_of(cls: type) -> Callable[..., Any] | None:
     inputs = ", ".join([module, *signature.inputs, *signature.named_inputs])
     source = f"""\
 def forward({", ".join([module, *signature.declared])}):
-    {program} = {module}.__dict__["_fastops_program"]
+    {program} = {module}._fastops_program
     if {" and ".join([f"{program} is not None", *signature.tests])}:
         if {is_compiling}():
             return {program}.portable({inputs})
@@ -369,6 +372,9 @@ class _Program:
                 entries[id(place), key] = (place, key, value)
         hooks = [value for key, value in vars(torch.nn.modules.module).items() if key.startswith("_global_")]
         empty = tuple(one for one in hooks if isinstance(one, dict))
+        # torch.fx follows the model's own forward, and not a program.
+        place = vars(torch.fx._symbolic_trace)
+        entries[id(place), _FOLLOWING] = (place, _FOLLOWING, False)
         # A forward may go through its children, and so a child more is another forward.
         owners = [module for module in inlined if not is_layer(module)]
         sizes: dict[int, tuple[Any, int]] = {}
@@ -384,6 +390,8 @@ class _Program:
         found = dict(root.named_modules())
         return all(name in found and found[name].training is mode for name, mode in self.modes.items())
 
+
+_FOLLOWING = "_is_fx_tracing_flag"
 
 # What a forward goes through itself.
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -463,6 +471,7 @@ def _write(module: nn.Module, report: FusionReport | None, name: str = "") -> di
         signature = Signature(cls.forward)
         traced = trace(module, signature.inputs, signature.named_inputs)
         findings, program = _program(module, traced, signature.named_inputs)
+        _fused_class(cls)  # which a metaclass may refuse
     except Exception as error:
         object.__setattr__(module, "__class__", current)
         if report is not None:
@@ -502,7 +511,7 @@ def _again(module: nn.Module) -> _Program | None:
     state = vars(module)
     before = state["_fastops_program"]
     hooks_on_all_modules = any(before.watched[3])
-    if before.watched[0] != id(module) or hooks_on_all_modules:
+    if before.watched[0] != id(module) or hooks_on_all_modules or torch.fx._symbolic_trace.is_fx_tracing():
         return None
     for program in state["_fastops_kept"]:  # written for the mode that it is in now
         if _C.unchanged(program.watched, module):
@@ -527,9 +536,7 @@ def _again(module: nn.Module) -> _Program | None:
 
 def _program(module: nn.Module, traced: Traced, named_inputs: list[str]) -> tuple[list[Finding], _Program]:
     graph, modes = traced.graph, traced.decided
-    graph_module = GraphModule(module, graph)
-    findings = rewrite(graph_module)
-    vars(graph_module).clear()  # the graph and it hold each other, and parameters
+    findings = rewrite(graph, module)
     inlined = [name for one in findings if one.what in ("fused", "called") for name in one.modules]
     nodes = tuple(graph.nodes)
     children = [node.target for node in nodes if node.op == "call_module"]

@@ -202,3 +202,39 @@ def test_entry_point():
     text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text()
     line = f'[project.entry-points.torch_dynamo_backends]\nfastops = "{backend.__module__}:{backend.__name__}"'
     assert line in text
+
+
+# Blocks that end or begin between what would be one call.
+FC = nn.Linear(6, 6)
+HALF = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+BLOCKS = {"autocast": HALF, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("outer", [HALF, torch.enable_grad])
+def test_blocks_between_layers(name, outer):
+    block = BLOCKS[name]
+
+    def after(x):
+        y = FC(x)
+        with block():
+            return torch.relu(y) + 0
+
+    def before(x):
+        with block():
+            y = FC(x)
+        return torch.relu(y) + 0
+
+    def off(x):
+        y = FC(x)
+        with torch.autocast("cpu", enabled=False):
+            return torch.relu(y) + 0
+
+    x = torch.randn(4, 6, requires_grad=True)
+    for run in (after, before, off):
+        compiled = torch.compile(run, backend="fastops", fullgraph=name != "inference_mode")
+        with outer():
+            ours, theirs = compiled(x), run(x)
+        assert ours.dtype == theirs.dtype, run
+        assert ours.requires_grad == theirs.requires_grad, run
+        torch.testing.assert_close(ours, theirs, rtol=2e-2 if ours.dtype == torch.bfloat16 else 1e-5, atol=1e-2)

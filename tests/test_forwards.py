@@ -824,3 +824,114 @@ def test_deep_models_are_fused_in_linear_time():
 
     seconds(20)
     assert seconds(400) < 20 * seconds(40)
+
+
+@pytest.mark.parametrize("outer", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_decorated_forwards_are_followed_in_no_mode(outer):
+    """Also where the mode is the same already when the model is fused."""
+
+    class Decorated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        @outer()
+        def forward(self, x):
+            return self.layer(x).relu()
+
+    for plain in (Decorated(), nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Decorated())):
+        with outer():
+            fused = fastops.fuse(plain)
+        assert len(fused.fastops_report.untraced) == 1
+        x = torch.randn(2, 4)
+        for ours, theirs in ((fused(x), plain(x)), (fused(x.requires_grad_()), plain(x))):
+            assert ours.dtype == theirs.dtype
+            assert ours.requires_grad == theirs.requires_grad
+            assert ours.is_inference() == theirs.is_inference()
+
+
+def scaling(function):
+    @functools.wraps(function)
+    def inner(self, *arguments, scale=1.0, flag=True, **named):
+        y = function(self, *arguments, **named) * scale
+        return y if flag else -y
+
+    return inner
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    @scaling
+    def forward(self, x, shift=0.0, flag=False):
+        return self.layer(x).relu() + shift
+
+
+def renaming(function):
+    @functools.wraps(function)
+    def inner(self, values, *arguments, **named):
+        return function(self, values, *arguments, **named)
+
+    return inner
+
+
+class Renamed(Scaled):
+    @renaming
+    def forward(self, x, shift=0.0):
+        return self.layer(x).relu() + shift
+
+
+def test_decorators_with_other_names():
+    plain, x = Renamed(), torch.randn(2, 4)
+    with torch.no_grad():
+        for one in (fastops.fuse(plain), fastops.freeze(plain)):
+            assert one.fastops_report.untraced == []
+            for arguments, named in (((x,), {}), ((), {"values": x}), ((x, 1.0), {}), ((x,), {"shift": 1.0})):
+                torch.testing.assert_close(one(*arguments, **named), plain(*arguments, **named))
+
+
+def test_decorators_with_arguments_of_their_own():
+    plain, x = Scaled(), torch.randn(2, 4)
+    fused, frozen = fastops.fuse(plain), fastops.freeze(plain)
+    assert fused.fastops_report.untraced == frozen.fastops_report.untraced == []
+    calls = ({}, {"scale": 2.0}, {"flag": True}, {"flag": False}, {"shift": 1.0}, {"shift": 1.0, "scale": 3.0})
+    with torch.no_grad():
+        for named in calls:
+            for one in (fused, frozen):
+                torch.testing.assert_close(one(x, **named), plain(x, **named))
+        for one in (fused, frozen):
+            torch.testing.assert_close(one(x, 2.0), plain(x, 2.0))
+            with pytest.raises(TypeError):
+                one(x, unknown=1)
+    with fastops.record() as calls:
+        fused(x)
+    assert calls[0].op == "linear"
+    assert len(calls) == 1
+
+
+class Doubles(nn.Module):
+    """A __call__ of its own."""
+
+    def __init__(self, hook=False):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        if hook:
+            self.register_forward_hook(lambda module, arguments, y: y + 1)
+
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+    def forward(self, x):
+        return self.layer(x).relu()
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_a_call_of_its_own_runs_once(hook):
+    plain, x = nn.Sequential(nn.Linear(4, 4), Doubles(hook)), torch.randn(2, 4)
+    fused, frozen = fastops.fuse(plain), fastops.freeze(plain)
+    assert bool(fused.fastops_report.untraced) == hook
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), plain(x))
+        torch.testing.assert_close(frozen(x), plain(x))

@@ -8,13 +8,14 @@ import multiprocessing.reduction
 import operator
 import pickle
 import random
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import exact
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import fastops
 import fastops.functional as FF
@@ -1189,3 +1190,154 @@ def test_weights_that_the_forward_makes():
     model, x = Autoencoder().eval(), torch.randn(5, 8)
     with torch.no_grad():
         torch.testing.assert_close(fastops.freeze(model)(x), model(x))
+
+
+# ---- views that are copies in another layout -------------------------------------------------------------------------
+
+VIEWS = {
+    "flatten": lambda x: x.flatten(1),
+    "flatten of a part": lambda x: x.chunk(2, 1)[1].flatten(2),
+    "Flatten": nn.Flatten(),
+    "ravel": torch.ravel,
+    "reshape": lambda x: x.reshape(2, -1),
+    "rows": lambda x: x.permute(0, 2, 3, 1).reshape(-1, 6),
+    "contiguous": lambda x: x.contiguous(),
+    "contiguous rows": lambda x: x.permute(0, 2, 3, 1).contiguous(),
+    "and back": lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    "to channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "contiguous as channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "view": lambda x: x.view(2, 6, -1),
+    "view of one image": lambda x: x[:1].view(6, -1),
+}
+THROUGH_VIEWS = {
+    "nothing": lambda y: y,
+    "add_": lambda y: y.add_(1),
+    "an element": lambda y: y.__setitem__(0, 0),
+    "relu_": lambda y: F.relu(y, inplace=True),
+}
+
+
+class Writes(nn.Module):
+    def __init__(self, view, write, first):
+        super().__init__()
+        self.conv, self.next = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+        self.view, self.write, self.first = view, write, first
+
+    def forward(self, x):
+        x = self.conv(x)
+        y = self.view(x)
+        self.write(x if self.first else y)
+        return x, y, self.next(x)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_what_is_written_through_views(view):
+    for write, first, last in itertools.product(THROUGH_VIEWS, (False, True), (False, True)):
+        plain = Writes(VIEWS[view], THROUGH_VIEWS[write], first).eval()
+        x = torch.randn(2, 3, 5, 5)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        if write == "nothing" and first:
+            continue
+        frozen = fastops.freeze(plain)
+        assert frozen.fastops_report.untraced == []
+        with torch.no_grad():
+            for ours, theirs in zip(frozen(x), plain(x), strict=True):
+                torch.testing.assert_close(ours, theirs)
+                assert ours.stride() == theirs.stride(), (write, first, last)
+
+
+class Parallel(nn.Module):
+    """Two MobileNet blocks, layer by layer."""
+
+    def __init__(self):
+        super().__init__()
+        for name, (i, o, groups, size) in dict(e=(8, 32, 1, 1), d=(32, 32, 32, 3), p=(32, 8, 1, 1)).items():
+            for side in "ab":
+                setattr(self, name + side, nn.Conv2d(i, o, size, padding=size // 2, groups=groups))
+
+    def forward(self, x):
+        a, b = self.ea(x).relu(), self.eb(x).relu()
+        a, b = self.da(a).relu(), self.db(b).relu()
+        return self.pa(a) * self.pb(b)
+
+
+def test_blocks_side_by_side():
+    agrees(Parallel().eval(), torch.randn(2, 8, 9, 9))
+
+
+# ---- models that are not written by hand, or oddly -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["graph", "code", "meta", "recompile", "in", "class", "None"])
+@pytest.mark.parametrize("kind", ["module", "parameter", "buffer"])
+def test_names_that_torch_fx_or_python_has(name, kind):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            if kind == "module":
+                self._modules[name] = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+            elif kind == "parameter":
+                self._parameters[name] = nn.Parameter(torch.randn(6, 6))
+            else:
+                self._buffers[name] = torch.randn(6, 6)
+
+        def forward(self, x):
+            one = getattr(self, name)
+            return one(x) if kind == "module" else F.linear(x, one)
+
+    plain, x = Named(), torch.randn(3, 6)
+    assert fastops.freeze(plain).fastops_report.untraced == []
+    agrees(plain, x)
+    fused = fastops.fuse(plain)
+    assert fused.fastops_report.untraced == []
+    torch.testing.assert_close(fused(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    "make", [torch.fx.symbolic_trace, lambda m: torch.export.export(m, (torch.ones(2, 6),)).module()]
+)
+def test_graph_modules(make):
+    made = make(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval())
+    x = torch.randn(2, 6)
+    for model in (made, nn.Sequential(made, nn.Tanh())):
+        with torch.no_grad():
+            for one in (fastops.freeze(model), fastops.fuse(model)):
+                for _ in range(2):
+                    torch.testing.assert_close(one(x), model(x))
+
+
+def test_weights_of_the_last_call():
+    """Pruning and the old weight_norm leave a weight there that has a history."""
+    for change in (lambda layer: prune.l1_unstructured(layer, "weight", 0.3), torch.nn.utils.weight_norm):
+        layer = nn.Linear(6, 6)
+        change(layer)
+        model, x = nn.Sequential(layer), torch.randn(2, 6)
+        model(x)
+        with torch.no_grad():
+            torch.testing.assert_close(fastops.freeze(model)(x), model(x))
+
+
+def test_what_cannot_be_copied():
+    class Locked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.lock = nn.Linear(6, 6), threading.Lock()
+
+        def forward(self, x):
+            with self.lock:
+                return self.layer(x).relu() if x.sum() > 0 else self.layer(x)
+
+    model, x = Locked(), torch.randn(2, 6)
+    frozen = fastops.freeze(model)
+    assert not any(one.requires_grad for one in frozen.parameters())
+    assert all(one.requires_grad for one in model.parameters())
+    torch.testing.assert_close(frozen(x), model(x).detach())
+
+
+def test_complex_layers():
+    for layer, shape in ((nn.Linear, (2, 3)), (nn.Conv2d, (2, 3, 5, 5))):
+        size = () if layer is nn.Linear else (3,)
+        model = nn.Sequential(layer(3, 4, *size, dtype=torch.complex64), nn.Tanh()).eval()
+        x = torch.randn(shape, dtype=torch.complex64)
+        with torch.no_grad():
+            torch.testing.assert_close(fastops.freeze(model)(x), model(x))

@@ -1194,3 +1194,76 @@ def test_sums_have_the_strides_of_the_plain_model(how, norm):
         y, expected = fused(of_x(x), of_more(more)), plain(of_x(x), of_more(more))
         assert y.stride() == expected.stride()
         torch.testing.assert_close(y, expected)
+
+
+# ---- classes that watch what is derived from them --------------------------------------------------------------------
+
+KNOWN = {}
+
+
+class Registered(nn.Module):
+    def __init_subclass__(cls, *, key, **options):
+        super().__init_subclass__(**options)
+        assert key not in KNOWN
+        KNOWN[key] = cls
+
+
+class Entry(Registered, key="entry"):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x).relu()
+
+
+class Final(type):
+    def __new__(cls, name, bases, space, **options):
+        if any(isinstance(base, Final) for base in bases):
+            raise TypeError(f"{name}: nothing is derived from it")
+        return super().__new__(cls, name, bases, space, **options)
+
+
+class Alone(nn.Module, metaclass=Final):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x).relu()
+
+
+def test_classes_that_ask_who_derives_from_them():
+    fused = check(Entry(), torch.randn(2, 4))
+    assert list(KNOWN.items()) == [("entry", Entry)]
+    assert fused.fastops_report.untraced == []
+    fused = check(nn.Sequential(Alone(), nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4))
+    assert fused.fastops_report.untraced == []
+    fused = check(Alone(), torch.randn(2, 4))
+    assert "nothing is derived from it" in fused.fastops_report.untraced[0].result
+
+
+def test_others_of_its_class():
+    """As a slice of a Sequential is made."""
+    plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    fused, x = fastops.fuse(plain), torch.randn(2, 4)
+    for made, other in ((fused[1:], plain[1:]), (fused[:2], plain[:2]), (type(fused)(*plain), plain)):
+        same(made, other, x)
+        same(copy.deepcopy(made), other, x)
+    same(fastops.fuse(fused[:2]), plain[:2], x)
+
+
+def test_torch_fx_follows_the_model():
+    """And changes nothing while it does."""
+    plain = Net()
+    fused = fastops.fuse(plain)
+    before = copy.deepcopy(fused.state_dict())
+    traced = torch.fx.symbolic_trace(nn.Sequential(fused))
+    torch.testing.assert_close(fused.state_dict(), before)
+    names = {node.target.replace("0.", "", 1) for node in traced.graph.nodes if node.op == "call_module"}
+    assert {"block.conv", "block.norm", "fc1"} <= names
+    with torch.no_grad():
+        torch.testing.assert_close(traced.eval()(X), plain.eval()(X))
+    with fastops.record() as calls:  # it is the program again
+        fused.eval()(X)
+    assert "mlp" in {call.op for call in calls}
