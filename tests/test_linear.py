@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from calls import Call, call, sizes
 from compare import close, exact
 from reference import ACTIVATIONS, DTYPES, LAYOUTS, LINEAR_SHAPES, activation, gradients, integers, linear
+from tiers import BEST
 
 import fastops
 import fastops.functional as FF
@@ -461,6 +462,33 @@ def test_backward_twice_where_nothing_is_saved():
 
 
 LAYERS = OP_LAYERS = [("Linear", (6, 5))]
+
+
+@pytest.mark.skipif(BEST != "amx", reason="of processors with AMX")
+@pytest.mark.parametrize(
+    ("precision", "parts", "error"), [("highest", 3, 2e-7), ("high", 2, 1e-5), ("medium", 1, 4e-3)]
+)
+def test_float32_by_bf16_parts(precision, parts, error):
+    """torch.set_float32_matmul_precision says how many parts; forward, both gradients, any layout."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        x = torch.randn(300, 260).t().requires_grad_()
+        w = torch.randn(270, 600)[:, ::2].requires_grad_()
+        b = torch.randn(270, requires_grad=True)
+        g = torch.randn(270, 260).t()
+        with fastops.record() as rows:
+            y = FF.linear(x, w, b, activation="relu")
+            grads = torch.autograd.grad(y, (x, w, b), g)
+        assert {row.kernel for row in rows} == {f"gemm_bf16x{parts}_32x32_amx"}
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact = (y.detach() > 0) * g.double()
+    expected = [
+        torch.relu(x.double() @ w.double().t() + b.double()), exact @ w.double(), exact.t() @ x.double(), exact.sum(0)
+    ]  # fmt: skip
+    for got, right in zip((y, *grads), expected, strict=True):
+        assert ((got - right).pow(2).mean() / right.pow(2).mean()).sqrt() < error
 
 
 def calls(size):

@@ -95,7 +95,11 @@ template <class Call>
 void plan_pointwise_by_parts(Plan<Call>& plan) {
   plan.call.geometry = canonical(plan.call.geometry);
   const Bound<Call> args = bind(plan, planned_pointers(plan.call));
-  if (!is_empty(args) && pointwise_takes(args)) plan_linear_by_parts(plan, args, AsLinear{});
+  if (is_empty(args)) return;
+  if (pointwise_takes(args))
+    plan_linear_by_parts(plan, args, AsLinear{});
+  else if (planes_take(args))
+    plan_planes_by_parts(plan, args);
 }
 void plan_float32(Plan<ConvForward>& plan) { plan_pointwise_by_parts(plan); }
 void plan_float32(Plan<ConvBackwardInput>& plan) { plan_pointwise_by_parts(plan); }

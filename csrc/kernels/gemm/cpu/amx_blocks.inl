@@ -62,45 +62,59 @@ constexpr int64_t kSmallestBlock = 64;  // where there are few
 // Packed rows of A take at most this many bytes.
 constexpr int64_t kMostPacked = 32 << 20;
 
-// The packed panels of an operand from the first lane and the first k of a phase on. Blocks of one k follow each other.
+// The blocks of k of a product, in order; none has a k of two images.
+struct DepthBlocks {
+  int64_t k, kc, images;
+
+  int64_t of_image() const { return ceil_div(k, kc); }
+  int64_t count() const { return images * of_image(); }
+  int64_t image(int64_t kb) const { return kb / of_image(); }
+  int64_t first(int64_t kb) const { return kb % of_image() * kc; }  // k in its image
+  int64_t length(int64_t kb) const { return smaller(kc, k - first(kb)); }
+  int64_t chunks(int64_t kb) const { return ceil_div(length(kb), kTileK); }
+  int64_t most_chunks() const { return ceil_div(smaller(kc, k), kTileK); }
+  int64_t chunks_before(int64_t kb) const { return image(kb) * ceil_div(k, kTileK) + first(kb) / kTileK; }
+};
+
+inline int64_t packed_bytes(int64_t panels, int64_t chunks, int parts) { return panels * chunks * parts * kPartBytes; }
+inline int64_t range_bytes(int64_t panels, int64_t blocks) {
+  return round_up(panels * blocks * static_cast<int64_t>(sizeof(Range)), 64);
+}
+
+// Packed panels of an operand, from the block of k `first` on. The panels of one block of k follow each other.
 struct PackedBlocks {
   unsigned char* data;
   Range* ranges;
-  int64_t panels;
-  int64_t kc, k, bytes;  // bytes: of a panel's 32 k
+  int64_t panels, first, chunk_bytes;
+  DepthBlocks depth;
 
-  int64_t chunks(int64_t kb) const { return ceil_div(smaller(kc, k - kb * kc), kTileK); }
   unsigned char* block(int64_t kb, int64_t panel) const {
-    return data + (kb * (kc / kTileK) * panels + panel * chunks(kb)) * bytes;
+    const int64_t before = depth.chunks_before(kb) - depth.chunks_before(first);
+    return data + (before * panels + panel * depth.chunks(kb)) * chunk_bytes;
   }
-  Range& range(int64_t kb, int64_t panel) const { return ranges[kb * panels + panel]; }
+  Range& range(int64_t kb, int64_t panel) const { return ranges[(kb - first) * panels + panel]; }
 };
 
-inline int64_t packed_bytes(int64_t panels, int64_t k, int parts) {
-  return panels * ceil_div(k, kTileK) * parts * kPartBytes;
-}
-inline int64_t range_bytes(int64_t panels, int64_t k, int64_t kc) {
-  return round_up(panels * ceil_div(k, kc) * static_cast<int64_t>(sizeof(Range)), 64);
-}
-
-// Fills a plan, which is `blocked` then: a, b, partial and total are offsets in the workspace.
+// Fills a plan, which is `blocked` then.
 template <class P, class T>
 GemmPlan plan_blocks(const Gemm<T>& g, int threads) {
   using Kind = Blocks<P>;
   constexpr int parts = Kind::parts;
-  constexpr bool kSumsInY = same_type<T, Compute<T>>;
   GemmPlan plan{};
   plan.blocked = true;
   plan.b_packed = g.b_packed != nullptr;
-  const double flop = 2.0 * static_cast<double>(g.m) * static_cast<double>(g.n) * static_cast<double>(g.k);
-  plan.threads = static_cast<int>(smaller(static_cast<double>(threads), larger(1.0, flop / kFlopPerThread)));
   plan.kc = Kind::kc;
+  const double flop = 2.0 * static_cast<double>(g.m) * static_cast<double>(g.n) * static_cast<double>(g.k) *
+                      static_cast<double>(g.images * g.k_images);
+  plan.threads = static_cast<int>(smaller(static_cast<double>(threads), larger(1.0, flop / kFlopPerThread)));
 
-  const int64_t k = round_up(g.k, kTileK), m = round_up(g.m, kLanes), n = round_up(g.n, kLanes);
+  const DepthBlocks depth = {g.k, plan.kc, g.k_images};
+  const int64_t m = round_up(g.m, kLanes), n = g.images * round_up(g.n, kLanes);
   const auto even = [](int64_t lanes, int64_t blocks) { return round_up(ceil_div(lanes, blocks), kLanes); };
   plan.ms = even(m, ceil_div(m, kBlockRows));
-  plan.ks = k;
-  while (kSumsInY && plan.ms * plan.ks * 2 * parts > kMostPacked) plan.ks = round_up(plan.ks / 2, plan.kc);
+  plan.ks = depth.count();
+  const auto shared = [&] { return packed_bytes(plan.ms / kLanes, plan.ks * depth.most_chunks(), parts); };
+  while (same_type<T, Compute<T>> && plan.ks > 1 && shared() > kMostPacked) plan.ks = ceil_div(plan.ks, 2);
 
   int64_t rows = 1, columns = ceil_div(n, kBlockColumns);
   while (rows * columns < 2 * plan.threads) {
@@ -112,21 +126,12 @@ GemmPlan plan_blocks(const Gemm<T>& g, int threads) {
   plan.nb = even(n, columns);
   plan.share_a = plan.nb < n;
 
-  int64_t at = 0;
-  const auto take = [&](int64_t bytes) {
-    const int64_t begin = at;
-    at += round_up(bytes, 64);
-    return static_cast<size_t>(begin);
-  };
-  if (plan.share_a)
-    plan.shared_at =
-        take(packed_bytes(plan.ms / kLanes, plan.ks, parts) + range_bytes(plan.ms / kLanes, plan.ks, plan.kc));
   // A thread's own: the block of sums, and blocks of operands that it packs alone.
-  const auto own = [&](int64_t lanes) { return packed_bytes(lanes / kLanes, plan.kc, parts) + 64; };
+  const auto own = [&](int64_t lanes) { return packed_bytes(lanes / kLanes, depth.most_chunks(), parts) + 64; };
   plan.private_bytes = static_cast<size_t>(plan.mb * plan.nb * 4 + (plan.share_a ? 0 : own(plan.mb)) +
                                            (plan.b_packed ? 0 : own(plan.nb)));
-  plan.private_at = take(plan.threads * static_cast<int64_t>(plan.private_bytes));
-  plan.total = static_cast<size_t>(at);
+  plan.private_at = plan.share_a ? static_cast<size_t>(shared() + range_bytes(plan.ms / kLanes, plan.ks)) : 0;
+  plan.total = plan.private_at + static_cast<size_t>(plan.threads) * plan.private_bytes;
   return plan;
 }
 
@@ -147,20 +152,20 @@ inline void multiply_blocks(int64_t chunks, int64_t k, const unsigned char* a, R
 template <class T>
 inline void finish_tile(const Output<T>& out, float* sums, int64_t i, int64_t j, int rows, int cols) {
   const bool simple = out.f == nullptr && out.z == nullptr;
+  const float* const bias = out.bias == nullptr ? nullptr : out.bias + (out.bias_of_rows ? i : j);
   if constexpr (same_type<T, bf16_t>) {
-    if (simple && cols == kLanes) {
-      const float* const bias = out.bias != nullptr ? out.bias + j : nullptr;
-      return store_wide(out.relu, sums, kLanes, bias, false, out.stream, out.y + i * out.rs + j, out.rs, rows);
-    }
+    if (simple && cols == kLanes)
+      return store_wide(out.relu, sums, kLanes, bias, out.bias_of_rows, out.stream, out.y + i * out.rs + j, out.rs,
+                        rows);
   }
   const int left = smaller(cols, 16), right = cols - left;
   for (int r = 0; r < rows; ++r) {
     float* const row = sums + r * kLanes;
     const int64_t at = (i + r) * out.rs + j;
     Vec<float> v[2] = {Vec<float>::load(row), Vec<float>::load(row + 16)};
-    if (out.bias != nullptr) {
-      v[0] = v[0] + Vec<float>::load(out.bias + j, left);
-      v[1] = v[1] + Vec<float>::load(out.bias + j + 16, right);
+    if (bias != nullptr) {
+      v[0] = v[0] + (out.bias_of_rows ? Vec<float>::set1(bias[r]) : Vec<float>::load(bias, left));
+      v[1] = v[1] + (out.bias_of_rows ? Vec<float>::set1(bias[r]) : Vec<float>::load(bias + 16, right));
     }
     if constexpr (same_type<T, float>) {
       if (out.residual != nullptr) {
@@ -203,96 +208,117 @@ template <class P, class T>
 void blocks_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* workspace, Crew& crew) {
   using Kind = Blocks<P>;
   constexpr int parts = Kind::parts;
-  constexpr int64_t kBytes = parts * kPartBytes;
   const AmxSession session;
+  const DepthBlocks depth = {g.k, plan.kc, g.k_images};
   unsigned char* const own = workspace + plan.private_at + static_cast<size_t>(crew.thread) * plan.private_bytes;
   float* const block_sums = reinterpret_cast<float*>(own);
-  const auto view = [&](unsigned char* data, int64_t panels, int64_t k, int64_t most_panels, int64_t most_k) {
-    return PackedBlocks{
-        data, reinterpret_cast<Range*>(data + packed_bytes(most_panels, most_k, parts)), panels, plan.kc, k, kBytes};
+  // Of `panels` panels from block of k `first` on, in memory for `bytes` of them.
+  const auto view = [&](unsigned char* data, int64_t bytes, int64_t panels, int64_t first) {
+    return PackedBlocks{data, reinterpret_cast<Range*>(data + bytes), panels, first, parts * kPartBytes, depth};
+  };
+  const auto of_image = [](const Source<T>& s, int64_t offset) {
+    Source<T> result = s;
+    result.p += offset;
+    if (s.saved != nullptr) result.saved += offset;
+    return result;
   };
 
-  for (int64_t k0 = 0; k0 == 0 || k0 < g.k; k0 += plan.ks) {
-    const int64_t k = smaller(plan.ks, g.k - k0);
-    const bool continued = k0 > 0, complete = k0 + k >= g.k;
+  const int64_t image_panels = ceil_div(g.n, kLanes), panels = g.images * image_panels, blocks = depth.count();
+  for (int64_t k0 = 0; k0 < blocks; k0 += plan.ks) {
+    const int64_t k1 = smaller(k0 + plan.ks, blocks);
     for (int64_t is = 0; is < g.m; is += plan.ms) {
       const int64_t rows = smaller(plan.ms, g.m - is);
-      const PackedBlocks shared =
-          view(workspace + plan.shared_at, ceil_div(rows, kLanes), k, plan.ms / kLanes, plan.ks);
-      const auto pack_a = [&](const PackedBlocks& to, int64_t to_kb, int64_t panel, int64_t row, int64_t last_row,
-                              int64_t kb) {
-        const int width = static_cast<int>(smaller<int64_t>(kLanes, last_row - row));
-        to.range(to_kb, panel) =
-            Kind::pack(true, g.a, row, width, k0 + kb * plan.kc, smaller(plan.kc, k - kb * plan.kc),
-                       to.block(to_kb, panel), g.a_sums != nullptr ? g.a_sums + row : nullptr);
+      const PackedBlocks shared = view(workspace, packed_bytes(plan.ms / kLanes, plan.ks * depth.most_chunks(), parts),
+                                       ceil_div(rows, kLanes), k0);
+      const auto pack_a = [&](const PackedBlocks& to, int64_t kb, int64_t panel, int64_t row, int64_t last_row) {
+        to.range(kb, panel) =
+            Kind::pack(true, of_image(g.a, depth.image(kb) * g.a_k_image), row,
+                       static_cast<int>(smaller<int64_t>(kLanes, last_row - row)), depth.first(kb), depth.length(kb),
+                       to.block(kb, panel), g.a_sums != nullptr ? g.a_sums + row : nullptr);
       };
       if (plan.share_a && !crew.share(shared.panels, [&](int64_t panel) {
-            for (int64_t kb = 0; kb == 0 || kb * plan.kc < k; ++kb)
-              pack_a(shared, kb, panel, is + panel * kLanes, is + rows, kb);
+            for (int64_t kb = k0; kb < k1; ++kb) pack_a(shared, kb, panel, is + panel * kLanes, is + rows);
           }))
         return;
 
-      const int64_t in_row = ceil_div(rows, plan.mb), in_column = ceil_div(g.n, plan.nb);
+      const int64_t in_row = ceil_div(rows, plan.mb), in_column = ceil_div(panels, plan.nb / kLanes);
       const bool stays = crew.share(in_row * in_column, [&](int64_t job) {
-        const int64_t i0 = is + job % in_row * plan.mb, j0 = job / in_row * plan.nb;
-        const int64_t i1 = smaller(i0 + plan.mb, is + rows), j1 = smaller(j0 + plan.nb, g.n);
-        const int64_t high = ceil_div(i1 - i0, kLanes), wide = ceil_div(j1 - j0, kLanes);
+        const int64_t i0 = is + job % in_row * plan.mb, i1 = smaller(i0 + plan.mb, is + rows);
+        const int64_t panel0 = job / in_row * (plan.nb / kLanes);
+        const int64_t high = ceil_div(i1 - i0, kLanes), wide = smaller(plan.nb / kLanes, panels - panel0);
+        struct Columns {
+          int64_t image, j;
+          int count;
+        };
+        const auto columns = [&](int64_t q) {
+          const int64_t j = (panel0 + q) % image_panels * kLanes;
+          return Columns{(panel0 + q) / image_panels, j, static_cast<int>(smaller<int64_t>(kLanes, g.n - j))};
+        };
+        const auto output = [&](int64_t image) {
+          Output<T> result = g.out;
+          result.y += image * g.y_image;
+          if (result.z != nullptr) result.z += image * g.y_image;
+          if (result.residual != nullptr) result.residual += image * g.y_image;
+          return result;
+        };
         const auto tile_sums = [&](int64_t p, int64_t q) { return block_sums + (p * wide + q) * kLanes * kLanes; };
         const auto tile_rows = [&](int64_t p) {
           return static_cast<int>(smaller<int64_t>(kLanes, i1 - i0 - p * kLanes));
         };
-        const auto tile_cols = [&](int64_t q) {
-          return static_cast<int>(smaller<int64_t>(kLanes, j1 - j0 - q * kLanes));
-        };
 
-        for (int64_t kb = 0; kb == 0 || kb * plan.kc < k; ++kb) {
-          const int64_t length = smaller(plan.kc, k - kb * plan.kc), chunks = ceil_div(length, kTileK);
-          const bool last = (kb + 1) * plan.kc >= k;
+        for (int64_t kb = k0; kb < k1; ++kb) {
+          const int64_t length = depth.length(kb), chunks = depth.chunks(kb);
           unsigned char* free = own + plan.mb * plan.nb * 4;
           PackedBlocks a = shared, b;
-          int64_t a_kb = kb, a_panel = (i0 - is) / kLanes, b_kb = 0, b_panel = 0;
+          int64_t a_panel = (i0 - is) / kLanes, b_panel = 0;
           if (!plan.share_a) {
-            a = view(free, high, length, plan.mb / kLanes, plan.kc);
-            free += packed_bytes(plan.mb / kLanes, plan.kc, parts) + 64;
-            a_kb = a_panel = 0;
-            for (int64_t p = 0; p < high; ++p) pack_a(a, 0, p, i0 + p * kLanes, i1, kb);
+            const int64_t bytes = packed_bytes(plan.mb / kLanes, depth.most_chunks(), parts);
+            a = view(free, bytes, high, kb);
+            free += bytes + 64;
+            a_panel = 0;
+            for (int64_t p = 0; p < high; ++p) pack_a(a, kb, p, i0 + p * kLanes, i1);
           }
           if (plan.b_packed) {
-            b = view(static_cast<unsigned char*>(const_cast<void*>(g.b_packed)), ceil_div(g.n, kLanes), g.k,
-                     ceil_div(g.n, kLanes), g.k);
-            b_kb = k0 / plan.kc + kb;
-            b_panel = j0 / kLanes;
+            b = view(static_cast<unsigned char*>(const_cast<void*>(g.b_packed)),
+                     packed_bytes(panels, depth.chunks_before(blocks), parts), panels, 0);
+            b_panel = panel0;
           } else {
-            b = view(free, wide, length, plan.nb / kLanes, plan.kc);
-            for (int64_t q = 0; q < wide; ++q)
-              b.range(0, q) = Kind::pack(false, g.b, j0 + q * kLanes, tile_cols(q), k0 + kb * plan.kc, length,
-                                         b.block(0, q), nullptr);
+            b = view(free, packed_bytes(plan.nb / kLanes, depth.most_chunks(), parts), wide, kb);
+            for (int64_t q = 0; q < wide; ++q) {
+              const Columns at = columns(q);
+              const Source<T> source = of_image(g.b, at.image * g.b_image + depth.image(kb) * g.b_k_image);
+              b.range(kb, q) =
+                  Kind::pack(false, source, at.j, at.count, depth.first(kb), length, b.block(kb, q), nullptr);
+            }
           }
           const int64_t step = chunks * Products<parts>::count * 4 * 64;  // bytes that a tile prefetches
           for (int64_t p = 0; p < high; ++p) {
-            const unsigned char* const row_block = a.block(a_kb, a_panel + p);
+            const unsigned char* const row_block = a.block(kb, a_panel + p);
             // The next panel of A, of this block of k or of the next one.
+            const bool next_block = p + 1 == high && plan.share_a && kb + 1 < k1;
             const unsigned char* const next =
-                p + 1 < high || !plan.share_a || last ? row_block + chunks * kBytes : a.block(a_kb + 1, a_panel);
+                next_block ? a.block(kb + 1, a_panel) : row_block + chunks * parts * kPartBytes;
             for (int64_t q = 0; q < wide; ++q) {
+              const Columns at = columns(q);
               float* const sums = tile_sums(p, q);
               if constexpr (same_type<T, float>) {
-                if (continued && kb == 0)
-                  load_tile(g.out, sums, i0 + p * kLanes, j0 + q * kLanes, tile_rows(p), tile_cols(q));
+                if (kb == k0 && k0 > 0)
+                  load_tile(output(at.image), sums, i0 + p * kLanes, at.j, tile_rows(p), at.count);
               }
-              multiply_blocks<parts>(chunks, length, row_block, a.range(a_kb, a_panel + p), b.block(b_kb, b_panel + q),
-                                     b.range(b_kb, b_panel + q), tile_rows(p), tile_cols(q), kb == 0 && !continued,
-                                     sums, next + q * step);
+              multiply_blocks<parts>(chunks, length, row_block, a.range(kb, a_panel + p), b.block(kb, b_panel + q),
+                                     b.range(kb, b_panel + q), tile_rows(p), at.count, kb == 0, sums, next + q * step);
             }
             // What the unit has stored is read a row of tiles later: loads right behind it would wait for it.
-            for (int64_t q = 0; last && q < wide; ++q) {
+            for (int64_t q = 0; kb + 1 == k1 && q < wide; ++q) {
+              const Columns at = columns(q);
+              const Output<T> out = output(at.image);
               if constexpr (same_type<T, float>) {
-                if (!complete) {
-                  store_tile(g.out, tile_sums(p, q), i0 + p * kLanes, j0 + q * kLanes, tile_rows(p), tile_cols(q));
+                if (k1 < blocks) {
+                  store_tile(out, tile_sums(p, q), i0 + p * kLanes, at.j, tile_rows(p), at.count);
                   continue;
                 }
               }
-              finish_tile(g.out, tile_sums(p, q), i0 + p * kLanes, j0 + q * kLanes, tile_rows(p), tile_cols(q));
+              finish_tile(out, tile_sums(p, q), i0 + p * kLanes, at.j, tile_rows(p), at.count);
             }
           }
         }
@@ -305,21 +331,23 @@ void blocks_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* worksp
 // The whole of B ahead of the product.
 template <class P, class T>
 size_t packed_blocks_bytes(const Gemm<T>& g) {
+  const DepthBlocks depth = {g.k, Blocks<P>::kc, 1};
   const int64_t panels = ceil_div(g.n, kLanes);
-  return aligned(packed_bytes(panels, g.k, Blocks<P>::parts) + range_bytes(panels, g.k, Blocks<P>::kc));
+  return aligned(packed_bytes(panels, depth.chunks_before(depth.count()), Blocks<P>::parts) +
+                 range_bytes(panels, depth.count()));
 }
 template <class P, class T>
 void pack_blocks(const Gemm<T>& g, void* to) {
   using Kind = Blocks<P>;
+  const DepthBlocks depth = {g.k, Kind::kc, 1};
   const int64_t panels = ceil_div(g.n, kLanes);
   unsigned char* const data = static_cast<unsigned char*>(to);
-  const PackedBlocks b = {data,   reinterpret_cast<Range*>(data + packed_bytes(panels, g.k, Kind::parts)),
-                          panels, Kind::kc,
-                          g.k,    Kind::parts * kPartBytes};
+  const int64_t bytes = packed_bytes(panels, depth.chunks_before(depth.count()), Kind::parts);
+  const PackedBlocks b = {data, reinterpret_cast<Range*>(data + bytes), panels, 0, Kind::parts * kPartBytes, depth};
   for (int64_t p = 0; p < panels; ++p)
-    for (int64_t kb = 0; kb * Kind::kc < g.k; ++kb)
+    for (int64_t kb = 0; kb < depth.count(); ++kb)
       b.range(kb, p) = Kind::pack(false, g.b, p * kLanes, static_cast<int>(smaller<int64_t>(kLanes, g.n - p * kLanes)),
-                                  kb * Kind::kc, smaller(Kind::kc, g.k - kb * Kind::kc), b.block(kb, p), nullptr);
+                                  depth.first(kb), depth.length(kb), b.block(kb, p), nullptr);
 }
 
 #endif

@@ -312,6 +312,7 @@ struct Output {
   Activation activation;
   bool stream = false;
   const T* residual = nullptr;  // null, or in the layout of y; only where T is the compute type
+  bool bias_of_rows = false;    // of products in blocks only: bias has m values instead
 };
 
 // The epilogue of complete sums: z, activations that are not computed in registers, and rounding.

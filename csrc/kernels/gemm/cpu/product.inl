@@ -13,6 +13,10 @@ struct Gemm {
   Output<T> out;
   Compute<T>* a_sums;              // null, or m elements, initially zero, to which the sums of A over k are added
   const void* b_packed = nullptr;  // B as pack_b makes it, instead of b
+  // Of products in blocks only (amx_blocks.inl). Several of them with one A: how many, and how far apart their B and
+  // out are. Or the sum of several: how many, and how far apart their A and B are.
+  int64_t images = 1, b_image = 0, y_image = 0;
+  int64_t k_images = 1, a_k_image = 0, b_k_image = 0;
 };
 
 struct GemmPlan {
@@ -24,8 +28,8 @@ struct GemmPlan {
   int64_t parts;             // jobs per strip: the shared operand is divided into this many parts
   int64_t a_panel, b_panel;  // elements of P between panels
   size_t shared_at, private_at, private_bytes, partial_at, total;
-  // Of a product in blocks (amx_blocks.inl), which uses what is above it but strips and panels:
-  bool blocked, share_b;
-  int64_t ms, ns;  // rows and columns whose operands are packed at a time
-  size_t b_at;     // of packed B; A is at shared_at
+  // A product in blocks (amx_blocks.inl): A is packed for ms rows and ks blocks of k at a time. Strips and panels are
+  // not used.
+  bool blocked;
+  int64_t ms;
 };

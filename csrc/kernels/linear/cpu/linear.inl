@@ -299,19 +299,19 @@ void plan_linear_backward(Plan<Call>& plan, const Bound<Call>& call, AsLinear as
 }
 
 #if defined(FASTOPS_HAS_AMX)
-// The least layers for which the matrix unit is faster than multiply-adds. Of float32 forward and its two gradients, on
-// Granite Rapids, one thread and two, times multiply-adds: 1024^3 1.60, 2048^3 1.60, 800 x 768 x 768 1.50, 2048 x 512 x
-// 512 1.50, 256^3 1.19, 64 x 512 x 512 1.25; but 128^3 0.95, 6272 x 256 x 64 0.97, 25088 x 64 x 64 0.93 (m x n x k).
-constexpr int64_t kPartsRows = 64, kPartsFeatures = 128, kPartsWork = 16 << 20;
+// Where the matrix unit is faster than multiply-adds: on Granite Rapids, one thread and two, m x n x k of 1024^3 1.60
+// times, 800 x 768 x 768 1.50, 256^3 1.19; 128^3 0.95, 25088 x 64 x 64 0.93. 25088 x 128 x 256 0.87 with gradients.
+constexpr int64_t kPartsRows = 64, kPartsFeatures = 128, kPartsWork = 16 << 20, kPartsManyRows = 8192;
 
 // body(bf16_parts<n>{}) for float32 layers that are faster by parts than by multiply-adds.
 template <class Args, class Body>
 inline void with_parts(const Args& args, Body&& body) {
-  const bool faster = args.m >= kPartsRows && args.n >= kPartsFeatures && args.k >= kPartsFeatures &&
-                      args.m * args.n * args.k >= kPartsWork;
-  const bool takes =
-      args.bf16_multiply == Bf16Multiply::automatic ? faster : args.bf16_multiply == Bf16Multiply::native;
-  if (!takes || args.m == 0 || args.n == 0 || args.k == 0) return;
+  bool faster = args.m >= kPartsRows && smaller(args.n, args.k) >= kPartsFeatures;
+  faster = faster && args.m * args.n * args.k >= kPartsWork;
+  // Many rows of few features are bound by memory, which parts read and write more of.
+  faster = faster && (args.m <= kPartsManyRows || smaller(args.n, args.k) >= 256);
+  const auto how = args.bf16_multiply;
+  if (!(how == Bf16Multiply::automatic ? faster : how == Bf16Multiply::native) || args.m * args.n * args.k == 0) return;
   if (args.precision == Precision::highest)
     body(bf16_parts<3>{});
   else if (args.precision == Precision::high)
