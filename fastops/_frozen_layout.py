@@ -176,15 +176,15 @@ _VIEWS = {
 }  # fmt: skip
 
 
-def suggests_channels_last(weight: Tensor) -> bool:
-    """Whether PyTorch takes a weight for channels_last: one of size 1x1 is contiguous, too."""
+def suggests_channels_last(tensor: Tensor) -> bool:
+    """Whether PyTorch takes a tensor for channels_last; one of size 1x1 or of one channel is contiguous, too."""
     least = 0
-    if weight.dim() != 4 or weight.stride(1) == 0:
+    if tensor.dim() != 4 or tensor.stride(1) == 0:
         return False
     for dim in (1, 3, 2, 0):
-        if weight.stride(dim) < least or (dim == 0 and least == weight.stride(1)):
+        if tensor.stride(dim) < least or (dim == 0 and least == tensor.stride(1)):
             return False
-        least = weight.stride(dim) * max(weight.size(dim), 1)
+        least = tensor.stride(dim) * max(tensor.size(dim), 1)
     return True
 
 
@@ -217,5 +217,4 @@ def _is_channels_last(sources: Any) -> bool | None:
         return known[0] if isinstance(sources, list) else all(known)
     if not isinstance(sources, Tensor) or sources.dim() != 4:
         return None
-    # vmap knows no is_contiguous(memory_format=torch.channels_last)
-    return sources.stride(1) == 1 and not sources.is_contiguous()
+    return suggests_channels_last(sources)

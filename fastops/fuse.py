@@ -373,8 +373,7 @@ class _Program:
         hooks = [value for key, value in vars(torch.nn.modules.module).items() if key.startswith("_global_")]
         empty = tuple(one for one in hooks if isinstance(one, dict))
         # torch.fx follows the model's own forward, and not a program.
-        place = vars(torch.fx._symbolic_trace)
-        entries[id(place), _FOLLOWING] = (place, _FOLLOWING, False)
+        entries[id(_TORCH_FX), _FOLLOWING] = (_TORCH_FX, _FOLLOWING, False)
         # A forward may go through its children, and so a child more is another forward.
         owners = [module for module in inlined if not is_layer(module)]
         sizes: dict[int, tuple[Any, int]] = {}
@@ -391,7 +390,7 @@ class _Program:
         return all(name in found and found[name].training is mode for name, mode in self.modes.items())
 
 
-_FOLLOWING = "_is_fx_tracing_flag"
+_TORCH_FX, _FOLLOWING = vars(torch.fx._symbolic_trace), "_is_fx_tracing_flag"  # what is_fx_tracing() reads, and warns
 
 # What a forward goes through itself.
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -511,7 +510,7 @@ def _again(module: nn.Module) -> _Program | None:
     state = vars(module)
     before = state["_fastops_program"]
     hooks_on_all_modules = any(before.watched[3])
-    if before.watched[0] != id(module) or hooks_on_all_modules or torch.fx._symbolic_trace.is_fx_tracing():
+    if before.watched[0] != id(module) or hooks_on_all_modules or _TORCH_FX[_FOLLOWING]:
         return None
     for program in state["_fastops_kept"]:  # written for the mode that it is in now
         if _C.unchanged(program.watched, module):

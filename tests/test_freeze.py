@@ -1246,6 +1246,25 @@ def test_what_is_written_through_views(view):
                 assert ours.stride() == theirs.stride(), (write, first, last)
 
 
+class Turned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.conv = nn.Linear(1, 1), nn.Conv2d(1, 4, 1)
+
+    def forward(self, x):
+        return self.conv(self.fc(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+def test_images_of_one_channel_may_be_channels_last():
+    plain, x = Turned().eval(), torch.randn(2, 1, 5, 6)
+    with torch.no_grad():
+        for last in (False, True):
+            x = x.contiguous(memory_format=torch.channels_last) if last else x
+            ours, theirs = fastops.freeze(plain)(x), plain(x)
+            assert ours.stride() == theirs.stride()
+            torch.testing.assert_close(ours, theirs)
+
+
 class Parallel(nn.Module):
     """Two MobileNet blocks, layer by layer."""
 
