@@ -6,6 +6,7 @@ are. A forward that is not traced may ask, and so may whatever it calls.
 
 import builtins
 import functools
+import inspect
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -117,6 +118,7 @@ def _asked(code: Code, variables: dict[str, Any], function: str, exact: _Questio
             if (
                 step.value == "__class__"
                 and not _is_of_self(code, i - 1)
+                and not _is_for_a_message(code, i)
                 and not _is_compared(code, i + 1, variables, exact)
             ):
                 asked |= {CLASSES, KINDS}
@@ -145,7 +147,31 @@ def _call(code: Code, i: int) -> int:
 
 def _is_of_self(code: Code, i: int) -> bool:
     step = code.steps[i]
-    return step.name.startswith("LOAD_FAST") and code.arguments[:1] == (step.value,)
+    return step.name.startswith("LOAD_FAST") and step.value == "self" and code.arguments[:1] == ("self",)
+
+
+def _is_for_a_message(code: Code, i: int) -> bool:
+    """Whether this step is the __class__ of f"{x.__class__.__name__}" in an error.
+
+    Or where x is args[0], by which decorators of methods name theirs.
+    """
+    steps = code.steps
+    name, text = (*steps[i + 1 : i + 3], None, None)[:2]
+    if not text or name.value not in ("__name__", "__qualname__") or not text.name.startswith("FORMAT"):
+        return False
+    end = i + 3
+    while end < len(steps) and steps[end].name.startswith(_MAKES_AN_ERROR) and not steps[end].joined:
+        end += 1
+    if end < len(steps) and steps[end].name == "RAISE_VARARGS":
+        return True
+    if i < 3 or code.code.co_argcount or not code.code.co_flags & inspect.CO_VARARGS:
+        return False
+    owner, index, item = steps[i - 3 : i]
+    of_args = owner.name.startswith("LOAD_FAST") and owner.value == code.code.co_varnames[len(code.arguments)]
+    return of_args and index.value == 0 and item.name in ("BINARY_SUBSCR", "BINARY_OP")
+
+
+_MAKES_AN_ERROR = ("LOAD_", "FORMAT_", "BUILD_STRING", "CALL", "KW_NAMES", "CONVERT_VALUE")
 
 
 def _is_compared(code: Code, begin: int, variables: dict[str, Any], question: _Question) -> bool:

@@ -73,9 +73,10 @@ def fuse(model: nn.Module) -> nn.Module:
     Returns:
         A module like a copy.deepcopy of the model that shares its parameters and buffers: the same class with another
         forward, names, state_dict, hooks and mode. It trains, and can be copied, pickled, moved and compiled;
-        torch.jit.script compiles the model's own forward. Optimizers of either model train both. `fastops_report`, a
-        FusionReport, says what became of each layer. A hook on a layer that is fused, another layer or attribute in its
-        place, or one that is parametrized are noticed at the next call, and such layers are called one by one.
+        torch.jit.script compiles the model's own forward. Optimizers of either model train both, and a buffer that
+        either gets later (as by pruning) is in the state_dict of both. `fastops_report`, a FusionReport, says what
+        became of each layer. A hook on a layer that is fused, another layer or attribute in its place, or one that is
+        parametrized are noticed at the next call, and such layers are called one by one.
 
     A forward that asks for `training` has a program for each mode, which is written when it is first called in that;
     the report is that of the mode that the model is in. What a forward reads from outside (global variables, those of

@@ -509,8 +509,18 @@ def all_linear(m):
     return all(isinstance(one, (nn.Linear, nn.ReLU)) for one in m.children())
 
 
+def has_class_of_linear(layer):
+    return layer.__class__ is nn.Linear
+
+
+def has_name_of_linear(*layers):
+    return layers[0].__class__.__name__ == "Linear"
+
+
 KINDS = nn.Linear, nn.Conv2d
 CHILDREN = {
+    "__class__ in a helper": lambda m, x: has_class_of_linear(m.a),
+    "a name in a helper": lambda m, x: has_name_of_linear(m.a),
     "isinstance": lambda m, x: isinstance(m.a, nn.Linear),
     "isinstance of several": lambda m, x: isinstance(m.a, KINDS),
     "isinstance in a helper": lambda m, x: is_linear(m.a),
@@ -571,6 +581,36 @@ def test_other_questions_leave_children_frozen():
     report = fastops.freeze(plain).fastops_report
     assert [row.name for row in report.frozen] == ["a", "b", "c"]
     assert len(fastops.fuse(plain).fastops_report.replaced) == 3
+
+
+def named(function):
+    @functools.wraps(function)
+    def inner(*arguments):
+        name = f"{arguments[0].__class__.__name__}.forward"
+        if len(arguments) != 2:
+            raise TypeError(f"{name} takes one argument")
+        return function(*arguments)
+
+    return inner
+
+
+class Names(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    @named
+    def forward(self, x):
+        if x.dim() != 2:
+            raise ValueError(f"{self.a.__class__.__name__} takes matrices, got {x.dim()} dimensions")
+        return torch.relu(self.a(x)) if x.sum() > 0 else self.b(x)
+
+
+def test_names_of_classes_in_messages():
+    """As in a decorator of Hugging Face's for arguments that have been renamed."""
+    plain = Names()
+    assert len(fastops.fuse(plain).fastops_report.replaced) == 2
+    assert len(fastops.freeze(plain).fastops_report.frozen) == 2
 
 
 def test_modules_that_stay_are_told():
