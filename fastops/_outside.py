@@ -73,8 +73,8 @@ class Outside:
         self.before: dict[tuple[int, Any], tuple[Place, Any]] = {}
         self.contents: dict[int, tuple[Any, Any]] = {}
 
-    def read(self, frame: types.FrameType) -> None:
-        """Notes what this function may read, before it runs."""
+    def read(self, frame: types.FrameType) -> str:
+        """Notes what this function may read, before it runs. Returns why it cannot be watched, or ""."""
         code = code_of(frame.f_code)
         self.names |= code.names
         found: list[Any] = []
@@ -84,7 +84,8 @@ class Outside:
             if not is_known(value) and not hasattr(value, "__fx_already_patched"):
                 self._note(place, value)
                 found.append(value)
-        for cell in _cells(frame, code):
+        cells = _cells(frame, code)
+        for cell in cells:
             self._note((cell, None), value_at((cell, None)))
         for value in frame.f_locals.values():
             if id(value) in self.own:
@@ -104,6 +105,9 @@ class Outside:
         for where in (*walk.contents.values(), *walk.dicts.values()):
             if id(where) not in self.contents:
                 self.contents[id(where)] = where, where.copy()
+        if code.free and not cells and not is_inner(frame):
+            return f"it calls {frame.f_code.co_name}, which gc.freeze() has hidden"
+        return ""
 
     def _note(self, place: Place, value: Any, root: bool = True) -> None:
         key = id(place[0]), place[1]

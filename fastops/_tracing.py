@@ -227,6 +227,7 @@ class _Tracer(torch.fx.Tracer):
             raise
         finally:
             self.refused, self.following = outer, was_following
+            sys.setprofile(self._heard)  # where it has raised an error, it is no longer told
         self.entered[name] = module
         return result
 
@@ -251,7 +252,9 @@ class _Tracer(torch.fx.Tracer):
             why = _forward_code.objection_to_call(frame)
             if _forward_code.is_users(frame):
                 why = why or _forward_code.objection_to_code(frame)
-                self.outside.read(frame)
+                unwatched = self.outside.read(frame)
+                if unwatched:
+                    raise self.refuse(TraceError(unwatched))  # it does not run: what it changes could not be taken back
                 self.ran.append((_forward_code.code_of(frame.f_code), _forward_code.settled_names(frame)))
         elif event == "c_call":
             why = _forward_code.objection_to_builtin(frame, what)

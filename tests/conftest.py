@@ -1,5 +1,6 @@
 """What every test may ask for: the ISA tiers of this machine; and one thread."""
 
+import gc
 import os
 
 # pytest-xdist runs a process on every core. A thread of PyTorch's that waits for one whose core is taken would spin for
@@ -21,6 +22,13 @@ def pytest_collection_modifyitems(items):
         return "isa" in params and not runs(params["isa"], params.get("dtype", torch.bfloat16))
 
     items[:] = [item for item in items if not repeats(item)]
+
+
+def pytest_collection_finish():
+    """What is there before the first test, a million objects, is not looked through again: fastops' tracer asks the
+    garbage collector for the functions that have a piece of code, and tests collect garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=TIERS)

@@ -85,7 +85,11 @@ def variable():
     return get, put
 
 
-GET, PUT = variable()
+@pytest.fixture(autouse=True)
+def _variable():
+    """Made after gc.freeze() (conftest.py), which hides functions from fastops' tracer."""
+    global GET, PUT
+    GET, PUT = variable()
 
 
 def scaled(x, by=[2.0]):  # noqa: B006
@@ -571,6 +575,23 @@ def test_what_a_forward_asks_of_its_children(what, traced):
                 assert same(way(plain)(X), plain(X))
 
 
+def test_a_function_that_gc_freeze_hides_is_not_traced():
+    """Nobody could tell that its variables have changed, or take back what it does to them: it does not even run."""
+    (get, put), (count, set_count) = variable(), variable()
+    plain = Net(lambda m, x: (set_count(count() + 1), on(m, x) if get() else off(m, x))[1]).eval()
+    parent = nn.Sequential(plain, nn.Linear(4, 4), nn.ReLU())
+    assert "gc.freeze" not in str(fastops.fuse(plain).fastops_report)
+    gc.freeze()
+    before = count()
+    fused = fastops.fuse(parent)
+    assert count() == before
+    assert [(row.name, "gc.freeze()" in row.result) for row in fused.fastops_report.untraced] == [("0", True)]
+    assert len(fused.fastops_report.fused) == 1
+    for value in (True, False):
+        put(value)
+        assert same(fused(X), parent(X))
+
+
 def test_other_questions_leave_children_frozen():
     def forward(m, x):
         if x.sum() > 1e9 or not isinstance(x, torch.Tensor) or not isinstance(m.a, nn.Module):
@@ -899,16 +920,6 @@ def scaling(function):
     return inner
 
 
-class Scaled(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    @scaling
-    def forward(self, x, shift=0.0, flag=False):
-        return self.layer(x).relu() + shift
-
-
 def renaming(function):
     @functools.wraps(function)
     def inner(self, values, *arguments, **named):
@@ -917,14 +928,28 @@ def renaming(function):
     return inner
 
 
-class Renamed(Scaled):
-    @renaming
-    def forward(self, x, shift=0.0):
-        return self.layer(x).relu() + shift
+def decorated():
+    """Two classes, made after gc.freeze() as _variable is."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        @scaling
+        def forward(self, x, shift=0.0, flag=False):
+            return self.layer(x).relu() + shift
+
+    class Renamed(Scaled):
+        @renaming
+        def forward(self, x, shift=0.0):
+            return self.layer(x).relu() + shift
+
+    return Scaled, Renamed
 
 
 def test_decorators_with_other_names():
-    plain, x = Renamed(), torch.randn(2, 4)
+    plain, x = decorated()[1](), torch.randn(2, 4)
     with torch.no_grad():
         for one in (fastops.fuse(plain), fastops.freeze(plain)):
             assert one.fastops_report.untraced == []
@@ -933,7 +958,7 @@ def test_decorators_with_other_names():
 
 
 def test_decorators_with_arguments_of_their_own():
-    plain, x = Scaled(), torch.randn(2, 4)
+    plain, x = decorated()[0](), torch.randn(2, 4)
     fused, frozen = fastops.fuse(plain), fastops.freeze(plain)
     assert fused.fastops_report.untraced == frozen.fastops_report.untraced == []
     calls = ({}, {"scale": 2.0}, {"flag": True}, {"flag": False}, {"shift": 1.0}, {"shift": 1.0, "scale": 3.0})
