@@ -1,6 +1,7 @@
 """What the first call of a process finds leaves nothing behind: modes, defaults, threads, a fork."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,25 @@ import pytest
 from every_op import declared, layer_input
 from modes import ENVIRONMENT
 
+import build_native
+
 TESTS = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="module")
-def outcomes():
-    """state -> "ok", or what is wrong after a first call in it."""
+def outcomes(tmp_path_factory):
+    """state -> "ok", or what is wrong after a first call in it. One process of pytest-xdist asks, for all."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    kept = folder / "first_call" / "outcomes.json"
+    with build_native.locked(kept.parent):
+        if not kept.exists():
+            kept.write_text(json.dumps(_ask()))
+    return json.loads(kept.read_text())
+
+
+def _ask():
     layers = [(name, arguments, layer_input(name).shape) for name, arguments in declared("OP_LAYERS")]
     run = subprocess.run(
         [sys.executable, TESTS / "first_call.py", json.dumps(layers)],
