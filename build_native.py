@@ -49,6 +49,11 @@ SANITIZE += ["-fno-sanitize=null,object-size,vptr"]
 # between pages that fault, where AddressSanitizer sees nothing in any tier. What other tiers alone have (vec.h,
 # FASTOPS_VEC_... and FASTOPS_HAS_...) is sanitized by `make sanitize TIERS=all` only.
 SANITIZED = ("scalar", "")
+# With which dtypes: one whose elements are what is computed with, and one whose are not. The bodies are templates that
+# ask for nothing else: bfloat16 and float16 differ in half.inl alone, float32 and float64 in the number of lanes and in
+# activations' formulas. So these rooms are sanitized with all dtypes, and others are tested with all as they are.
+SANITIZED_DTYPES = ("f32", "bf16")
+ALL_DTYPES_SANITIZED = ("activation", "mlp")
 # Uses after scope are seen in the scalar tier, whose scopes the others have too: softmax's avx512 kernels compile in
 # 8.5 s instead of 12.4 (Zen 3). Checks by calls (asan-instrumentation-with-call-threshold=0) compile sooner still, but
 # test_linear's scalar tier then takes more than 31 s to run instead of 16 (Zen 4).
@@ -627,12 +632,20 @@ def print_cuda_usage() -> int:
     return 1 if any(row.kernel.startswith(kernels) for row in spilling) else 0
 
 
-def build_cpp_tests(folder: Path, sources: list[Path], sanitized: Collection[str] = ()) -> list[Path]:
-    """Links each source with the kernels; returns the programs.
+class Program(NamedTuple):
+    """A test in C++, and what it is run with."""
+
+    path: Path
+    arguments: list[str]
+
+
+def build_cpp_tests(folder: Path, sources: list[Path], sanitized: Collection[str] = ()) -> list[Program]:
+    """Links each source with the kernels.
 
     The kernels are those of the extension, which are compiled already where that was built, but for the sanitized tiers
     ("" for code of none). A source's own code is not sanitized, unless it has kernels in it: what kernels are compared
-    with would take the sanitizers longer than they do.
+    with would take the sanitizers longer than they do. If the sanitized tiers are SANITIZED, a source that runs every
+    tier is two programs: one with kernels of SANITIZED_DTYPES under the sanitizers, and one with the extension's.
     """
     with locked(EXTENSION):
         ordinary = Build(EXTENSION)
@@ -640,34 +653,51 @@ def build_cpp_tests(folder: Path, sources: list[Path], sanitized: Collection[str
         ordinary.run()
     build = Build(folder)
     common = common_flags(compiler_version(build.compiler))
+    few = sanitized == SANITIZED
+    watched = dict(objects)
     for kernels in objects:
         if kernels.tier in sanitized:
-            wide = SANITIZE_WIDE if kernels.tier not in SANITIZED else []
-            objects[kernels] = build.compile_kernels(kernels, [*common, *SANITIZE, *wide])
+            flags = [*common, *SANITIZE, *(SANITIZE_WIDE if kernels.tier not in SANITIZED else [])]
+            if few and kernels.room not in ALL_DTYPES_SANITIZED:
+                flags.append("-DFASTOPS_TWO_DTYPES")
+            watched[kernels] = build.compile_kernels(kernels, flags)
     sanitize = SANITIZE if sanitized else []
+    quick = ["quick"] if sanitized else []  # those with thousands of random shapes try fewer of them
     programs = []
     for source in sources:
-        flags = sanitize if "bodies_prelude.h" in source.read_text() else []
+        text = source.read_text()
+        flags = sanitize if "bodies_prelude.h" in text else []
         test = build.compile(
             source, [*common, *(flags or ["-O2"]), "-ffp-contract=off", "-pthread", f"-I{ROOT / 'csrc'}"]
         )
-        programs.append(folder / source.stem)
-        build.link([test, *objects.values()], programs[-1], [*sanitize, "-pthread"])
+        program = Program(folder / source.stem, quick)
+        build.link([test, *watched.values()], program.path, [*sanitize, "-pthread"])
+        if few and "run_tiers(" in text:
+            dtypes = [] if source.stem.removeprefix("test_") in ALL_DTYPES_SANITIZED else SANITIZED_DTYPES
+            programs.append(Program(program.path, [*quick, "scalar", *dtypes]))
+            program = Program(folder / f"{source.stem}_as_built", quick)
+            build.link([test, *objects.values()], program.path, ["-pthread"])
+        programs.append(program)
     build.run()
     return programs
 
 
-def run_programs(programs: list[Path], arguments: list[str]) -> int:
+def run_programs(programs: list[Program], arguments: list[str]) -> int:
     """How many failed. They run side by side, one a core; each line is printed as it comes, with its program's name."""
 
-    def run(program: Path) -> bool:
+    def run(program: Program) -> bool:
+        name = program.path.name
         with subprocess.Popen(
-            [str(program), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            [str(program.path), *program.arguments, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
         ) as process:
             for line in process.stdout:
-                print(f"{program.name}: {line}", end="", flush=True)
+                print(f"{name}: {line}", end="", flush=True)
         if process.returncode != 0:
-            print(f"{program.name} failed with status {process.returncode}", flush=True)
+            print(f"{name} failed with status {process.returncode}", flush=True)
         return process.returncode != 0
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -677,10 +707,11 @@ def run_programs(programs: list[Path], arguments: list[str]) -> int:
 def main(arguments: list[str]) -> int:
     tests = ROOT / "tests" / "cpp"
     if arguments in (["sanitize"], ["sanitize", "all"]):
-        sources = sorted(tests.glob("test_*.cpp"))
+        slow = ["test_conv", "test_pool", "test_plans", "test_winograd", "test_linear"]
+        sources = sorted(tests.glob("test_*.cpp"), key=lambda path: (path.stem not in slow, path.stem))
         here = {kernels.tier for kernels in kernel_sources() if runs_here(TIERS.get(kernels.source.name, []))}
         programs = build_cpp_tests(ROOT / "build" / "sanitize", sources, here if arguments[1:] else SANITIZED)
-        arguments = ["sanitize", "quick"]  # those with thousands of random shapes try fewer of them
+        arguments = []
     elif arguments == ["cuda-usage"]:
         return print_cuda_usage()
     elif len(arguments) == 2 and arguments[0] == "library":

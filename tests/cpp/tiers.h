@@ -154,15 +154,21 @@ bool run_packed(Call call, typename Call::Pointers pointers, const Team& team, b
   return plan.packed > 0;
 }
 
-// What a test's main does. Arguments: "quick" for fewer cases, and the name of a tier to run that one alone.
-// body<T>(quick) runs the cases of one dtype on the tier that is set. by_parts: of a room where AMX takes float32 too;
-// for others that tier has avx512's kernels.
+// What a test's main does. Arguments: "quick" for fewer cases, the name of a tier to run that one alone, and names of
+// dtypes to run those alone. body<T>(quick) runs the cases of one dtype on the tier that is set. by_parts: of a room
+// where AMX takes float32 too; for others that tier has avx512's kernels.
 template <class Body>
 int run_tiers(int argc, char** argv, Body&& body, bool by_parts = false) {
-  bool quick = false;
+  const char* const dtypes[] = {"f32", "f64", "bf16", "f16"};  // as in DType
+  bool quick = false, all = true, wanted[4] = {};
   const char* only = nullptr;
   for (int i = 1; i < argc; ++i) {
-    if (std::strcmp(argv[i], "quick") == 0)
+    bool is_dtype = false;
+    for (int d = 0; d < 4; ++d)
+      if (std::strcmp(argv[i], dtypes[d]) == 0) is_dtype = wanted[d] = true;
+    if (is_dtype)
+      all = false;
+    else if (std::strcmp(argv[i], "quick") == 0)
       quick = true;
     else
       only = argv[i];
@@ -172,6 +178,7 @@ int run_tiers(int argc, char** argv, Body&& body, bool by_parts = false) {
     if ((only != nullptr && std::strcmp(only, isa_name(isa)) != 0) || !set_isa(isa)) continue;
     const auto run = [&]<class T>() {
       if (isa == Isa::amx && kDType<T> == DType::f32 && !by_parts) return;
+      if (!all && !wanted[static_cast<int>(kDType<T>)]) return;
       if (std::strcmp(kernels(kDType<T>).isa, isa_name(isa)) == 0) body.template operator()<T>(quick);
     };
     run.template operator()<float>();

@@ -9,6 +9,8 @@ inline auto with_dtype(DType dtype, Body&& body) {
 #if defined(FASTOPS_HAS_AVX512_BF16)
   (void)dtype;
   return body(bf16_t{});
+#elif defined(FASTOPS_TWO_DTYPES)  // under the sanitizers, see build_native.py
+  return dtype == DType::f32 ? body(float{}) : body(bf16_t{});
 #else
   switch (dtype) {
     case DType::f64:
