@@ -98,7 +98,7 @@ $(VENV)/installed: $(VENV)/built pyproject.toml setup.py
 
 # What the environment asks of the build; written where that has changed.
 $(VENV)/asked: $(VENV)/ninja FORCE
-	@echo "$$CXX|$$CXXFLAGS|$$LDFLAGS|$$FASTOPS_CUDA|$$TORCH_CUDA_ARCH_LIST|$$NVCCFLAGS" > $@.now
+	@echo "$$CXX|$$CXXFLAGS|$$LDFLAGS|$$FASTOPS_CUDA|$$FASTOPS_HURRY|$$TORCH_CUDA_ARCH_LIST|$$NVCCFLAGS" > $@.now
 	@cmp -s $@.now $@ || cp $@.now $@
 
 FORCE:
