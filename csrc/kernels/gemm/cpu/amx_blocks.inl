@@ -1,11 +1,12 @@
-// Products by AMX in blocks of C that stay in L2: C[i, j] is 256 x 256 elements, whose sums of one block of k after the
-// other are added in a tile-major scratch block, while the next blocks of A and B are prefetched from L3. Measured on
+// Products by AMX in blocks of C that stay in L2: C[i, j] is 1024 x 256 elements, whose sums of one block of k after
+// the other are added in a tile-major scratch block, while the next panel of A is prefetched from L3. Measured on
 // Granite Rapids (2 MB L2, registers alone 3500 GF/s): 256 x 256 x 256 is 1800 GF/s with A and B in L2, 1400 with both
-// in L3, 1600 with prefetching; longer blocks of k evict the panel of B from L1, wider ones of C leave L2.
+// in L3, 1600 with prefetching. With packing, 1024 x 256 was the fastest of six shapes, and blocks of 64 to 256 k
+// alike.
 //
-// Operands are packed as a whole by all threads, one that only one block of C needs by whoever computes that block.
-// Every element of C is a sum over blocks of k in order, whose length depends on the type alone: the result does not
-// depend on the number of threads.
+// All threads pack A, 1024 rows at a time; B is packed by whoever computes a block, and A where there is one block
+// only. Every element of C is a sum over blocks of k in order, whose length depends on the type alone: the result does
+// not depend on the number of threads.
 #pragma once
 
 #include "bf16_parts.inl"
@@ -27,7 +28,7 @@ struct Blocks<bf16_parts<n>> {
                                                  : "gemm_bf16x3",
                                         {kLanes, kLanes}};
   static constexpr int parts = n;
-  static constexpr int64_t kc = n == 1 ? 256 : n == 2 ? 192 : 128;  // a panel of B takes half of L1
+  static constexpr int64_t kc = n == 1 ? 256 : n == 2 ? 192 : 128;  // a panel takes half of L1
 
   static Range pack(bool of_a, const Source<float>& s, int64_t lane, int lanes, int64_t k0, int64_t k,
                     unsigned char* to, float* sums) {
@@ -59,7 +60,7 @@ struct Blocks<bf16_amx> {
 // A block of C has at most this many rows and columns.
 constexpr int64_t kBlockRows = 1024, kBlockColumns = 256;
 constexpr int64_t kSmallestBlock = 64;  // where there are few
-// Packed rows of A take at most this many bytes.
+// Packed rows of A take at most this many bytes, where sums can wait in y.
 constexpr int64_t kMostPacked = 32 << 20;
 
 // The blocks of k of a product, in order; none has a k of two images.

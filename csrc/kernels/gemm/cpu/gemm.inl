@@ -145,11 +145,11 @@ GemmPlan plan_strips(const Gemm<T>& g, int threads) {
 }
 
 // Products in blocks (amx_blocks.inl): not where A is read in place, nor where there is little to share.
-constexpr int64_t kBlockedRows = 256, kBlockedK = 768;
+constexpr int64_t kBlockedRows = 256, kBlockedK = 768, kMostBlockedK = 16384;  // 1024 packed rows are then 32 MB
 
 template <class P, class T>
 inline bool takes_blocks(const Gemm<T>& g) {
-  return Blocks<P>::some && g.m >= kBlockedRows && g.n > kDirectAColumns && g.k >= kBlockedK;
+  return Blocks<P>::some && g.m >= kBlockedRows && g.n > kDirectAColumns && g.k >= kBlockedK && g.k <= kMostBlockedK;
 }
 
 template <class P, class T>
