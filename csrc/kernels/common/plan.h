@@ -40,10 +40,9 @@ struct Queue {
 };
 
 // How bfloat16 products are computed on a tier with a bfloat16 instruction: by that instruction (`native`), or by
-// float32 multiply-adds on panels converted to float32; and float32 layers on one with a matrix unit: by their bf16
-// parts
-// (`native`), or by multiply-adds. `automatic` is the faster one on this processor; the other two are for tests and
-// measurements.
+// float32 multiply-adds on panels converted to float32. And how float32 layers are on one with a matrix unit: by bf16
+// parts (`native`) or by multiply-adds. `automatic` is the faster one on this processor; the other two are for tests
+// and measurements.
 enum class Bf16Multiply : int { automatic, float32, native };
 
 // What a plan is made for, besides the device.
