@@ -104,21 +104,24 @@ def fuse(model: nn.Module) -> nn.Module:
     1 fused, 0 apart, 0 untraced; 0 replaced, 0 skipped, 0 left alone
     """
     _check(model, "fuse")
-    result = _sharing_copy(model)
-    for module in result.modules():
+    result = sharing_copy(model)
+    fuse_in_place(result)
+    return result
+
+
+def fuse_in_place(model: nn.Module) -> FusionReport:
+    """What fuse does, to the model itself; unfuse and then restore_ undo it, module by module."""
+    for module in model.modules():
         unfuse(module)
-    swapped, _ = _replace(result, None, _kept(result))
+    swapped, _ = _replace(model, None, _kept(model))
     report = FusionReport()
-    if is_layer(result):
-        report.replaced, report.skipped, report.left = swapped.replaced, swapped.skipped, swapped.left
-        vars(result)["fastops_report"] = report
-        return result
-    vars(result)["fastops_report"] = report
-    _fuse(result, "", report)
+    vars(model)["fastops_report"] = report  # before its program is written, which watches how many attributes there are
+    if not is_layer(model):
+        _fuse(model, "", report)
     together = {name for row in report.fused for name in row.name.split(" + ")}
     for name in ("replaced", "skipped", "left"):
         getattr(report, name).extend(row for row in getattr(swapped, name) if row.name not in together)
-    return result
+    return report
 
 
 def _kept(model: nn.Module) -> dict[int, str]:
@@ -137,7 +140,7 @@ def _kept(model: nn.Module) -> dict[int, str]:
 # ---- the copy --------------------------------------------------------------------------------------------------------
 
 
-def _sharing_copy(model: nn.Module) -> nn.Module:
+def sharing_copy(model: nn.Module) -> nn.Module:
     """A copy.deepcopy that shares parameters, buffers and whatever else is a tensor."""
     shared: dict[int, Any] = {}
     for module in model.modules():
