@@ -65,7 +65,7 @@ SANITIZE_WIDE = ["-fno-sanitize-address-use-after-scope"]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 _AVX512_BF16 = [*_AVX512, "-mavx512bf16", "-mavx512vnni"]
-_AMX = [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
+_AMX = [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 TIERS = {
     "isa_scalar.cpp": [],
     "isa_avx2.cpp": _AVX2,

@@ -23,7 +23,7 @@ struct Cpu {
 
   template <class Call>
   Plan<Call> plan(const Call& call) const {
-    return kernels(dtype_of(call)).planners.plan(call, {.threads = threads});
+    return kernels_of(call).planners.plan(call, {.threads = threads});
   }
 };
 

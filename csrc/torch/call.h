@@ -89,7 +89,7 @@ class Plans {
 template <class Call>
 const Plan<Call>& planned(const Call& call, at::Device device, const Team& team) {
   static thread_local Plans<Call> plans;
-  if (device.is_cpu()) return plans.find(call, kernels(dtype_of(call)).planners, -1, team.threads);
+  if (device.is_cpu()) return plans.find(call, kernels_of(call).planners, -1, team.threads);
   return plans.find(call, gpu::planners(), device.index(), 1);
 }
 

@@ -11,6 +11,7 @@ TORCH_LIBRARY(fastops, m) {
       "linear_backward(Tensor grad_output, Tensor? saved, Tensor input, Tensor weight, str activation, float a, float "
       "b, "
       "bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def("linear_int8_forward(Tensor input, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
   m.def(
       "conv_forward(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
       "bool transposed, int groups, str activation, float a, float b, bool need_saved) -> "
@@ -88,6 +89,7 @@ TORCH_LIBRARY(fastops, m) {
 // What each op's file gives torch.ops.fastops, kernels for a device or Meta kernels, and what each file gives
 // fastops._C.
 void implement_linear(torch::Library& m, bool meta);
+void implement_linear_int8(torch::Library& m, bool meta);
 void implement_conv(torch::Library& m, bool meta);
 void implement_activation(torch::Library& m, bool meta);
 void implement_pool(torch::Library& m, bool meta);
@@ -97,6 +99,7 @@ void implement_layer_norm(torch::Library& m, bool meta);
 void implement_softmax(torch::Library& m, bool meta);
 void implement_attention(torch::Library& m, bool meta);
 void bind_linear(py::module_& m);
+void bind_linear_int8(py::module_& m);
 void bind_mlp(py::module_& m);
 void bind_conv(py::module_& m);
 void bind_conv_pool(py::module_& m);
@@ -118,8 +121,8 @@ void bind_aten(py::module_& m);
 // All but composites of torch's own ops have CUDA kernels as well.
 void implement(torch::Library& m, bool meta) {
   for (const auto function :
-       {implement_linear, implement_conv, implement_activation, implement_pool, implement_batch_norm, implement_loss,
-        implement_layer_norm, implement_softmax, implement_attention})
+       {implement_linear, implement_linear_int8, implement_conv, implement_activation, implement_pool,
+        implement_batch_norm, implement_loss, implement_layer_norm, implement_softmax, implement_attention})
     function(m, meta);
 }
 
@@ -129,6 +132,7 @@ TORCH_LIBRARY_IMPL(fastops, Meta, m) { implement(m, true); }
 
 PYBIND11_MODULE(_C, m) {
   bind_linear(m);
+  bind_linear_int8(m);
   bind_mlp(m);
   bind_conv(m);
   bind_conv_pool(m);

@@ -120,7 +120,7 @@ class Workspace {
 // The plan of a call on the tier that is set. It must have a kernel, and a name for it.
 template <class Call>
 Plan<Call> plan_of(const Call& call, const Target& target = {}) {
-  const Plan<Call> plan = kernels(call.dtype).planners.plan(call, target);
+  const Plan<Call> plan = kernels_of(call).planners.plan(call, target);
   if (plan.runner == nullptr || plan.name.algorithm == nullptr || plan.tier == nullptr) {
     std::printf("%s dtype %d: a call has no kernel\n", isa_name(isa_used()), static_cast<int>(call.dtype));
     std::abort();
@@ -156,9 +156,10 @@ bool run_packed(Call call, typename Call::Pointers pointers, const Team& team, b
 
 // What a test's main does. Arguments: "quick" for fewer cases, the name of a tier to run that one alone, and names of
 // dtypes to run those alone. body<T>(quick) runs the cases of one dtype on the tier that is set. by_parts: of a room
-// where AMX takes float32 too; for others that tier has avx512's kernels.
+// where AMX takes float32 too; for others that tier has avx512's kernels. integers: of a room of products of integers,
+// which every tier has for every dtype but float64.
 template <class Body>
-int run_tiers(int argc, char** argv, Body&& body, bool by_parts = false) {
+int run_tiers(int argc, char** argv, Body&& body, bool by_parts = false, bool integers = false) {
   const char* const dtypes[] = {"f32", "f64", "bf16", "f16"};  // as in DType
   bool quick = false, all = true, wanted[4] = {};
   const char* only = nullptr;
@@ -177,8 +178,9 @@ int run_tiers(int argc, char** argv, Body&& body, bool by_parts = false) {
     const Isa isa = static_cast<Isa>(i);
     if ((only != nullptr && std::strcmp(only, isa_name(isa)) != 0) || !set_isa(isa)) continue;
     const auto run = [&]<class T>() {
-      if (isa == Isa::amx && kDType<T> == DType::f32 && !by_parts) return;
       if (!all && !wanted[static_cast<int>(kDType<T>)]) return;
+      if (integers) return kDType<T> == DType::f64 ? void() : body.template operator()<T>(quick);
+      if (isa == Isa::amx && kDType<T> == DType::f32 && !by_parts) return;
       if (std::strcmp(kernels(kDType<T>).isa, isa_name(isa)) == 0) body.template operator()<T>(quick);
     };
     run.template operator()<float>();

@@ -9,6 +9,7 @@
 #include "../inverted_residual/inverted_residual.h"
 #include "../layer_norm/layer_norm.h"
 #include "../linear/linear.h"
+#include "../linear_int8/linear_int8.h"
 #include "../loss/loss.h"
 #include "../mlp/mlp.h"
 #include "../optim/optim.h"
@@ -22,6 +23,7 @@ namespace fastops {
 #define FASTOPS_CALLS(X) \
   FASTOPS_CALLS_activation(X) \
   FASTOPS_CALLS_linear(X) \
+  FASTOPS_CALLS_linear_int8(X) \
   FASTOPS_CALLS_mlp(X) \
   FASTOPS_CALLS_conv(X) \
   FASTOPS_CALLS_conv_pool(X) \

@@ -52,7 +52,7 @@ Isa detect() {
   if (!avx512) return Isa::avx2;
   const bool avx512_bf16 = bit(seven.c, 11) && bit(seven_one.a, 5);  // VNNI, BF16
   if (!avx512_bf16) return Isa::avx512;
-  const bool amx = amx_state && bit(seven.d, 24) && bit(seven.d, 22);  // TILE, BF16
+  const bool amx = amx_state && bit(seven.d, 24) && bit(seven.d, 22) && bit(seven.d, 25);  // TILE, BF16, INT8
   return amx && amx_permitted() ? Isa::amx : Isa::avx512_bf16;
 }
 

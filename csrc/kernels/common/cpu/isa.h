@@ -25,5 +25,15 @@ const char* cpu_name();  // the processor's brand string
 
 // The kernels of isa_used(), or of the best lower tier with kernels for this dtype.
 const KernelTable& kernels(DType dtype);
+// The kernels of isa_used(), for products of integers.
+const KernelTable& integer_kernels();
+
+template <class Call>
+const KernelTable& kernels_of(const Call& call) {
+  if constexpr (requires { Call::integer_products; })
+    return integer_kernels();
+  else
+    return kernels(dtype_of(call));
+}
 
 }  // namespace fastops

@@ -1,4 +1,4 @@
-// The amx tier. Compiled with the avx512_bf16 tier's flags and -mamx-tile -mamx-bf16.
+// The amx tier. Compiled with the avx512_bf16 tier's flags and -mamx-tile -mamx-bf16 -mamx-int8.
 #define FASTOPS_TIER amx
 #define FASTOPS_LOWER_TIER avx512
 #define FASTOPS_VEC_AVX512

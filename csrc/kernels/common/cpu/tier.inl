@@ -36,16 +36,16 @@ namespace {
 constexpr const char* kTier = FASTOPS_TEXT(FASTOPS_TIER);
 #include FASTOPS_BODIES
 }  // namespace
-
-#if defined(FASTOPS_LOWER_TIER)
-// bfloat16, some calls of float32, and the lower tier's.
-#define FASTOPS_FILL(Call)                                           \
-  template <>                                                        \
-  void fill_plan(Plan<Call>& plan) {                                 \
-    plan.tier = kTier;                                               \
-    if (dtype_of(plan.call) == DType::bf16) return plan_call(plan);  \
-    if (dtype_of(plan.call) == DType::f32) plan_float32(plan);       \
-    if (plan.runner == nullptr) FASTOPS_LOWER_TIER::fill_plan(plan); \
+#if defined(FASTOPS_LOWER_TIER)  // products of integers, bfloat16, some calls of float32, and the lower tier's
+template <class Call>
+constexpr bool of_integers = requires { Call::integer_products; };
+#define FASTOPS_FILL(Call)                                                               \
+  template <>                                                                            \
+  void fill_plan(Plan<Call>& plan) {                                                     \
+    plan.tier = kTier;                                                                   \
+    if (of_integers<Call> || dtype_of(plan.call) == DType::bf16) return plan_call(plan); \
+    if (dtype_of(plan.call) == DType::f32) plan_float32(plan);                           \
+    if (plan.runner == nullptr) FASTOPS_LOWER_TIER::fill_plan(plan);                     \
   }
 #else
 #define FASTOPS_FILL(Call)           \
