@@ -174,6 +174,14 @@ def _base(cls: type) -> type | None:
     return next((c for c in cls.__mro__ if c in _TO_FASTOPS or c in _TO_TORCH or c in PLAIN), None)
 
 
+def _sharded_counterpart(module: nn.Module) -> type | None:
+    """Ours for a class that fully_shard made from a layer's (FSDPLinear), to which it only adds methods."""
+    sharded = any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+    if not sharded or _base(type(module)) not in _TO_FASTOPS or parametrize.is_parametrized(module):
+        return None
+    return counterpart(type(module), _TO_FASTOPS)
+
+
 def _name(cls: type) -> str:
     """As people write it: torch.nn.Linear, fastops.nn.ReLU. What a tool made: FSDPLinear (torch.nn.Linear)."""
     for package in (nn, fnn):
@@ -195,7 +203,7 @@ def _replace(
     read_directly = _read_directly(model) | (kept or {})
     for name, module in model.named_modules():
         cls = type(module)
-        ours = _TO_FASTOPS.get(cls)
+        ours = _TO_FASTOPS.get(cls) or _sharded_counterpart(module)
         if ours is None:
             why = _why_not_type(module)
         else:
@@ -303,7 +311,7 @@ def _why_not_type(module: nn.Module) -> str:
     if base is None:
         return ""
     if counterpart(cls, _TO_FASTOPS) is not None:
-        return f"a class that a tool such as fully_shard made from {_name(base)}: replace_ has to come before it"
+        return f"a class that a tool made from {_name(base)}: replace_ has to come before it"
     return f"a subclass of {_name(base)}: its forward may differ"
 
 
@@ -314,8 +322,8 @@ def _why_not(module: nn.Module, ours: type) -> str:
     if issubclass(ours, Fusable) and hasattr(module, "activation"):
         return f"it already has an attribute named activation, which {_name(ours)} reserves"
     for name, tensor in module.named_parameters(recurse=False):
-        if type(tensor).__name__ == "DTensor":
-            return f"{name} is a DTensor: replace_ has to come before the model is sharded"
+        if type(tensor).__name__ == "DTensor":  # fully_shard makes it plain for a call, and linear takes it as it is
+            tensor = nn.Parameter(tensor.to_local(), tensor.requires_grad)
         if type(tensor) is not nn.Parameter:
             return f"{name} is a {type(tensor).__name__}, a tensor subclass"
         if tensor.layout is not torch.strided:

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 over two gloo processes: the weights of PyTorch, and of one process with all data."""
+"""DDP, FSDP2, tensor parallelism over two gloo processes: the weights of PyTorch, and of one process with all data."""
 
 import subprocess
 import sys
@@ -33,6 +33,10 @@ def outcomes(tmp_path_factory):
     return dict(line.split(": ", 1) for line in results[0][0].splitlines())
 
 
-@pytest.mark.parametrize("configuration", [*ddp.CONFIGURATIONS, *ddp.SHARDED])
+@pytest.mark.parametrize(
+    "configuration", [*ddp.CONFIGURATIONS, *ddp.SHARDED, *ddp.TENSOR_PARALLEL, ddp.PLACEMENTS, *ddp.LIGHTNING]
+)
 def test_same_weights(outcomes, configuration):
+    if configuration in ddp.LIGHTNING:
+        pytest.importorskip("lightning")
     assert outcomes.get(configuration, "did not run") == "ok"

@@ -754,13 +754,59 @@ def test_sharded_layers(mesh, activation):
 
 
 def test_layers_that_are_sharded_already(mesh):
-    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
-    torch.distributed.fsdp.fully_shard(model[0], mesh=mesh)
-    torch.distributed.fsdp.fully_shard(model, mesh=mesh)
-    reasons = {row.name: row.result for row in fastops.replace_(model).skipped}
-    assert list(reasons) == ["0", "1"]
-    for reason in reasons.values():
-        assert "replace_ has to come before" in reason
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.BatchNorm1d(5), nn.Linear(5, 3)), torch.randn(4, 4)
+    plain = copy.deepcopy(model)
+    shard(model, mesh)
+    report = fastops.replace_(model)
+    assert names(report.replaced) == ["0", "1", "2", "3"]
+    assert report.replaced[0] == ("0", "FSDPLinear (torch.nn.Linear)", "FSDPLinear (fastops.nn.Linear)")
+    assert ops(model, x) == ["linear", "relu", "batch_norm", "linear"]
+    torch.testing.assert_close(train(model, x), train(plain, x), atol=1e-5, rtol=1e-5)
+    fastops.restore_(model)
+    assert on_fastops(model) == []
+    assert isinstance(model[0], torch.distributed.fsdp.FSDPModule)
+
+
+def test_a_class_that_another_tool_made():
+    layer = nn.Linear(4, 5)
+    layer.__class__ = type("ScaledLinear", (nn.Linear,), {"extra": 1})
+    (row,) = fastops.replace_(layer).skipped
+    assert row.result == "a class that a tool made from torch.nn.Linear: replace_ has to come before it"
+
+
+@pytest.mark.parametrize("way", [fastops.replace_, fastops.fuse])
+def test_data_parallel(way):
+    """On a CPU it calls its module. On GPUs it calls copies, whose parameters are plain tensors."""
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5)
+    model, x = nn.Sequential(*layers), torch.randn(2, 3, 8, 8)
+    expected = copy.deepcopy(model)(x)
+    if way is fastops.fuse:
+        model = fastops.fuse(model)
+        expected_ops = ops(copy.deepcopy(model), x)
+    else:
+        way(model)
+        expected_ops = ["conv2d", "batch_norm", "relu", "max_pool2d", "linear"]
+    wrapped = nn.DataParallel(copy.deepcopy(model))
+    torch.testing.assert_close(wrapped(x), expected)
+    assert ops(nn.DataParallel(copy.deepcopy(model)), x) == expected_ops
+
+    # What torch.nn.parallel.replicate makes, of one device.
+    modules = list(model.modules())
+    replicas = {module: module._replicate_for_data_parallel() for module in modules}
+    for module, replica in replicas.items():
+        for name, child in module.named_children():
+            setattr(replica, name, replicas[child])
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(replica, name, parameter * 1)
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(replica, name, buffer.clone())
+    replica = replicas[model]
+    with fastops.record() as calls:
+        y = replica(x)
+        y.square().sum().backward()
+    torch.testing.assert_close(y, expected)
+    assert all(call.kernel != "aten" for call in calls)
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 # ---- torch.jit.script ------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def _general_linear(input: Any, weight: Any, bias: Any, activation: Activation) 
         return handle_torch_function(linear, tensors, input, weight, bias, activation=activation)
     if general(*tensors) and not multiplied_better_by_torch(input, weight):
         cast = _linear_ops.cast(input, weight, bias)
-        if _linear_ops.supports(*cast) and valid(kind, a, b):
+        if (_linear_ops.supports(*cast) or _linear_ops.supports_sharded(*cast)) and valid(kind, a, b):
             return _linear_ops.linear(*cast, kind, float(a), float(b))
     return torch_activate(torch_op("linear", _explain_linear, F.linear, input, weight, bias), kind, a, b)
 

@@ -36,6 +36,10 @@ DTYPES = frozenset([torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Exact types. What a subclass does with an op it has never heard of is anybody's guess: it gets PyTorch's own.
 _TYPES = frozenset([torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor])
 
+# A tensor on its way from other processes, as tensor parallelism has them. Any op that gets one waits for it. By its
+# name: importing its class imports all of torch.distributed.
+_ARRIVING = "AsyncCollectiveTensor"
+
 
 def gpu_takes(kind: str, index: int | None) -> bool:
     """Whether this is a CUDA device that fastops' CUDA kernels run on."""
@@ -49,7 +53,7 @@ gpu_takes._dynamo_marked_constant = True
 def supported(tensor: torch.Tensor, on_gpu: bool = False) -> bool:
     """Whether fastops has kernels (or, on meta, shapes) for this tensor; on_gpu: of an op that has CUDA kernels."""
     return (
-        type(tensor) in _TYPES
+        (type(tensor) in _TYPES or type(tensor).__name__ == _ARRIVING)
         and tensor.dtype in DTYPES
         and tensor.layout is torch.strided
         and (tensor.device.type in ("cpu", "meta") or (on_gpu and gpu_takes(tensor.device.type, tensor.device.index)))

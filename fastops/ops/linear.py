@@ -11,6 +11,7 @@ from fastops import _C
 from fastops._activations import saved_by_linear
 from fastops.ops import autocast, records, register, to_front, viewed
 from fastops.ops._layer import alike, layer, slope_times
+from fastops.ops._sharded import are_sharded
 from fastops.ops.activation import activation as apply_activation
 from fastops.ops.activation import decomposed_layer
 
@@ -29,8 +30,17 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, 
 
 def supports(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `linear` takes these tensors: supported, one dtype, one device, fitting shapes."""
+    return alike(input, weight, bias) and _fit(input, weight, bias)
+
+
+def supports_sharded(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `linear` takes these DTensors: each process then computes its part of them."""
+    return not is_compiling() and are_sharded(input, weight, bias) and _fit(input, weight, bias)
+
+
+def _fit(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     # PyTorch's own also takes a weight of one row, and spreads a bias of other shapes.
-    if not alike(input, weight, bias) or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+    if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         return False
     return is_compiling() or not _C.linear_problem(input, weight, bias)
 
