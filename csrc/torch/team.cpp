@@ -130,12 +130,12 @@ std::atomic<TeamChoice> choice{[] {
 namespace contention {
 
 constexpr int64_t kBetweenReadings = 4000000;  // of a thread; a reading takes 5 us
-// The own team takes over when threads have waited for more than an eighth of this time, which is the sum over all. On
-// an idle machine it is less than a hundredth.
-constexpr int64_t kWindow = 40000000;
-// It hands back after a window in which they waited for less than a fiftieth, and otherwise on trial, as beside
-// PyTorch's pool its threads wait for those of that pool, too. A trial takes a window; after one that failed, the next
-// comes after twice the time.
+// The own team takes over when threads have waited for more than kShare of this time, which is the sum over all. On an
+// idle machine it is less than a hundredth. Beside loops at nice 19, which get one part in seventy, it is some
+// hundredths; but whoever waits at a barrier waits as well.
+constexpr int64_t kWindow = 40000000, kShare = 25;
+// It hands back on trial. How long its own threads wait says little, as they sleep where others would spin. A trial
+// takes a window; after one that failed, the next comes after twice the time.
 constexpr int64_t kFirstTrial = 100000000, kLastTrial = 800000000, kCalm = 1000000000;
 
 std::atomic<bool> contended{false};
@@ -151,12 +151,12 @@ void decide(int64_t now) {
   waited.store(0, std::memory_order_relaxed);
   const bool own = contended.load(std::memory_order_relaxed);
   const int64_t since = now - changed;
-  if (!own && waiting * 8 > total) {
+  if (!own && waiting * kShare > total) {
     patience = since > kCalm ? kFirstTrial : std::min(2 * patience, kLastTrial);
     short_waits::begin();
     contended.store(true, std::memory_order_relaxed);
     changed = now;
-  } else if (own && (waiting * 50 < total || since > patience)) {
+  } else if (own && since > patience) {
     contended.store(false, std::memory_order_relaxed);
     short_waits::end();
     changed = now;
