@@ -5,6 +5,7 @@ beside it, at the same priority or at nice 19; a turn begins when it has had the
 all calls of a turn, as the slow ones are what counts here; of several turns, the median.
 """
 
+import io
 import json
 import os
 import platform
@@ -76,6 +77,48 @@ def _mlp_step(ours: bool) -> Callable[[], object]:
     return step
 
 
+class _Jpegs(torch.utils.data.Dataset):
+    """Noisy JPEG files of 256 x 256, in memory, decoded and halved when they are asked for."""
+
+    def __init__(self) -> None:
+        from PIL import Image
+
+        self.files = []
+        for seed in range(16):
+            coarse = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+            pixels = (255 * F.interpolate(coarse, (256, 256), mode="bilinear")[0]).byte().permute(1, 2, 0)
+            file = io.BytesIO()
+            Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=90)
+            self.files.append(file.getvalue())
+
+    def __len__(self) -> int:
+        return 1 << 20
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        image = Image.open(io.BytesIO(self.files[index % 16])).resize((128, 128))
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(128, 128, 3)
+        return pixels.permute(2, 0, 1).float() / 255, index % 10
+
+
+def _loader_step(ours: bool) -> Callable[[], object]:
+    """A step waits for images only where the two processes that decode them are late: they want the cores, too."""
+    model = resnet18((3, 128, 128))
+    fused = fastops.fuse(model) if ours else model
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    batches = iter(torch.utils.data.DataLoader(_Jpegs(), 16, num_workers=2))
+
+    def step() -> None:
+        x, target = next(batches)
+        with torch.enable_grad():
+            optimizer.zero_grad()
+            F.cross_entropy(fused(x), target).backward()
+            optimizer.step()
+
+    return step
+
+
 def _mixed(ours: bool) -> Callable[[], object]:
     conv, linear = (FF.conv2d, FF.linear) if ours else (F.conv2d, F.linear)
     x, filters, bias = torch.randn(4, 32, 28, 28), 0.1 * torch.randn(32, 32, 3, 3), torch.randn(32)
@@ -91,6 +134,7 @@ def _mixed(ours: bool) -> Callable[[], object]:
 WORK = {
     "ResNet-18, batch 2, inference": _resnet,
     "MLP 784-512-512-10, batch 64, training step": _mlp_step,
+    "ResNet-18, 16 images of 128 x 128, training step, two processes that decode JPEGs": _loader_step,
     "conv, aten::add, linear, aten::softmax": _mixed,
 }
 
