@@ -389,8 +389,9 @@ def test_compiled_graph_holds_large_norms():
 def test_compiled_graph_holds_what_is_faster_than_the_compilers(slow, monkeypatch):
     """Convolutions and, where MKL is slow, large linear layers; what a compiler fuses is PyTorch's."""
     limit = 1 << 15 if slow else 1 << 62
-    for module in (fastops.functional._general, sys.modules["fastops.nn.linear"]):
-        monkeypatch.setattr(module, "COMPILED_LINEAR_FROM", limit)
+    monkeypatch.setattr(fastops.functional._general, "COMPILED_LINEAR_FROM", limit)
+    monkeypatch.setattr(fastops.functional._general, "MATRIX_UNIT", False)
+    monkeypatch.setattr(sys.modules["fastops.nn.linear"], "COMPILED_WEIGHT_FROM", limit)
     torch._dynamo.reset()
     targets = []
 
@@ -406,6 +407,25 @@ def test_compiled_graph_holds_what_is_faster_than_the_compilers(slow, monkeypatc
     ours = [name for name in targets if name.startswith("fastops.")]
     assert ours == ["fastops.conv_forward", "fastops.max_pool_forward", *(["fastops.linear_forward"] if slow else [])]
     assert sum("linear" in name for name in targets) == 2
+
+
+@pytest.mark.parametrize(("rows", "dtype", "ours"), [(8192, None, 2), (1024, None, 0), (8192, torch.bfloat16, 0)])
+def test_compiled_graph_holds_float32_layers_that_the_matrix_unit_multiplies(rows, dtype, ours, monkeypatch):
+    monkeypatch.setattr(fastops.functional._general, "COMPILED_LINEAR_FROM", 1 << 62)
+    monkeypatch.setattr(fastops.functional._general, "MATRIX_UNIT", True)
+    monkeypatch.setattr(sys.modules["fastops.nn.linear"], "COMPILED_WEIGHT_FROM", 1 << 14)
+    torch._dynamo.reset()
+    targets = []
+
+    def backend(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    model = nn.Sequential(fnn.Linear(128, 256), fnn.Linear(256, 128, activation="relu"), fnn.Linear(128, 8)).to(dtype)
+    x = torch.randn(rows, 128, dtype=dtype)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=backend)(x), model(x))
+    assert sum(name.startswith("fastops.linear") for name in targets) == ours
+    assert sum("linear" in name for name in targets) == 3
 
 
 def test_compile_inplace_and_autocast():

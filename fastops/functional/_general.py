@@ -9,6 +9,7 @@ from torch.compiler import is_dynamo_compiling as _is_compiling
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastops import _C
 from fastops.export import exports_aten
 from fastops.record import aten as _aten
 
@@ -118,17 +119,31 @@ def _is_amd() -> bool:
 
 
 # The weight's elements from which on a linear layer in a compiled function is ours. MKL, which multiplies float32 for
-# PyTorch, reaches half of what AMD's processors can do, and what Intel's can: there it is none. And calling an op costs
-# a compiled function some microseconds more than calling PyTorch's addmm. Inductor, two threads, Zen 5, against
-# PyTorch's: 64x64 with a batch of 32 0.93; 256x256 with 64 1.26; 784x128 and 128x10 with 64 1.30.
+# PyTorch, reaches half of what AMD's processors can do, and what the multiply-adds of Intel's can: there it is none.
+# And calling an op costs a compiled function some microseconds more than calling PyTorch's addmm. Inductor, two
+# threads, Zen 5, against PyTorch's: 64x64 with a batch of 32 0.93; 256x256 with 64 1.26; 784x128 and 128x10 with 64 1.30.
 COMPILED_LINEAR_FROM = 1 << 15 if _is_amd() else 1 << 62
+# With AMX (linear.inl) float32 layers are ours from this many multiply-adds on, where none of their sides is shorter.
+# Inductor, two threads, Emerald Rapids, against PyTorch's, forward and with backward: four layers of 512 x 256 -> 256
+# with GELU 0.65 to 0.78 and 0.92; 512 x 256 -> 1024 -> 256 0.83 to 1.11 and 1.13; 1024 x 768 -> 3072 -> 768 1.29 to 1.47
+# and 1.26 to 1.38.
+MATRIX_UNIT = _C.isa_used() == "amx"
+_UNIT_WORK, _UNIT_SIDE = 1 << 28, 128
+# With fewer elements the layer is PyTorch's whatever its input.
+COMPILED_WEIGHT_FROM = min(COMPILED_LINEAR_FROM, _UNIT_SIDE**2 if MATRIX_UNIT else 1 << 62)
 
 
 def multiplied_better_by_torch(input: Tensor, weight: Tensor) -> bool:
     """Whether a linear layer is PyTorch's because torch.compile compiles this call, and ours would not be faster."""
     if not _is_compiling() or torch.compiler._is_exporting_flag or input.device.type != "cpu":
         return False
-    return weight.numel() < COMPILED_LINEAR_FROM
+    if weight.numel() >= COMPILED_LINEAR_FROM:
+        return False
+    if not MATRIX_UNIT or weight.dtype is not torch.float32 or weight.dim() != 2 or min(weight.shape) < _UNIT_SIDE:
+        return True
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    return guard_or_true(input.numel() * weight.shape[0] < _UNIT_WORK)
 
 
 def _is_functionalizing() -> bool:

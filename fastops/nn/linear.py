@@ -11,7 +11,7 @@ import fastops.functional as FF
 from fastops import _C
 from fastops._traced import traced_as
 from fastops.functional._activation import Activation
-from fastops.functional._general import COMPILED_LINEAR_FROM
+from fastops.functional._general import COMPILED_WEIGHT_FROM
 from fastops.nn._fused import Fusable, Fused, pair, scripted_activation, weight_and_bias
 
 __all__ = ["Linear"]
@@ -74,7 +74,7 @@ class Linear(Fusable, nn.Linear):
 def _in_a_graph(self: nn.Module, input: Tensor) -> Tensor:
     """Linear.forward for Dynamo: functional.linear's policy, with fewer guards where the layer is PyTorch's."""
     weight = self.weight
-    if weight.is_cpu and weight.numel() < COMPILED_LINEAR_FROM:
+    if weight.is_cpu and weight.numel() < COMPILED_WEIGHT_FROM:
         return F.linear(input, weight, self.bias)
     return FF.linear(input, weight, self.bias)
 
