@@ -121,12 +121,13 @@ def _is_amd() -> bool:
 # The weight's elements from which on a linear layer in a compiled function is ours. MKL, which multiplies float32 for
 # PyTorch, reaches half of what AMD's processors can do, and what the multiply-adds of Intel's can: there it is none.
 # And calling an op costs a compiled function some microseconds more than calling PyTorch's addmm. Inductor, two
-# threads, Zen 5, against PyTorch's: 64x64 with a batch of 32 0.93; 256x256 with 64 1.26; 784x128 and 128x10 with 64 1.30.
+# threads, Zen 5, against PyTorch's: 64x64 with a batch of 32 0.93; 256x256 with 64 1.26; 784x128 and 128x10 with 64
+# 1.30.
 COMPILED_LINEAR_FROM = 1 << 15 if _is_amd() else 1 << 62
 # With AMX (linear.inl) float32 layers are ours from this many multiply-adds on, where none of their sides is shorter.
 # Inductor, two threads, Emerald Rapids, against PyTorch's, forward and with backward: four layers of 512 x 256 -> 256
-# with GELU 0.65 to 0.78 and 0.92; 512 x 256 -> 1024 -> 256 0.83 to 1.11 and 1.13; 1024 x 768 -> 3072 -> 768 1.29 to 1.47
-# and 1.26 to 1.38.
+# with GELU 0.65 to 0.78 and 0.92; 512 x 256 -> 1024 -> 256 0.83 to 1.11 and 1.13; 1024 x 768 -> 3072 -> 768 1.29 to
+# 1.47 and 1.26 to 1.38.
 MATRIX_UNIT = _C.isa_used() == "amx"
 _UNIT_WORK, _UNIT_SIDE = 1 << 28, 128
 # With fewer elements the layer is PyTorch's whatever its input.
