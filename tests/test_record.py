@@ -1,16 +1,20 @@
 """fastops.record() and FASTOPS_VERBOSE: which kernels ran."""
 
+import itertools
+import json
 import os
 import re
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
 from calls import spatial
 from every_op import OPS
 from reference import DTYPES
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastops
 import fastops.functional as FF
@@ -155,3 +159,70 @@ def test_names_of_kernels(isa, dtype):
     tier = "avx512" if isa in ("avx512_bf16", "amx") and dtype != torch.bfloat16 else isa
     expected = expected_kernels(dtype)
     assert algorithms(run_calls(dtype), tier, expected) == set(expected)
+
+
+# ---- sums and timelines ----------------------------------------------------------------------------------------------
+
+
+def test_floating_point_operations():
+    """Of products, as PyTorch's counter has them; other ops have none."""
+    x, image = torch.randn(16, 10), torch.randn(2, 4, 9, 9)
+    w, filters = torch.randn(5, 10, requires_grad=True), torch.randn(6, 4, 3, 3, requires_grad=True)
+    q = torch.randn(2, 3, 7, 8, requires_grad=True)
+
+    def step(x, image, w, filters, q):
+        FF.linear(x, w).sum().backward()
+        FF.conv2d(image, filters, stride=2).sum().backward()
+        FF.scaled_dot_product_attention(q, q, q).sum().backward()
+        FF.gelu(x)
+
+    with fastops.record() as calls:
+        step(x, image, w, filters, q)
+    found = {row.op: row.flops for row in calls}
+    with FlopCounterMode(display=False) as counter:
+        step(*(one.detach().requires_grad_(one.requires_grad) for one in (x, image, w, filters, q)))
+    assert found["gelu"] == 0
+    assert found["linear"] == found["linear_backward"] == 2 * 16 * 10 * 5
+    assert found["conv2d"] == 2 * 2 * 6 * 4 * 4 * 4 * 9
+    assert sum(row.flops for row in calls) == counter.get_total_flops()
+
+
+def test_sums():
+    x, w, b = operands()
+    with fastops.record() as calls:
+        for _ in range(3):
+            FF.relu(FF.linear(x, w, b))
+        FF.relu(torch.arange(3))
+    times = calls.times()
+    assert set(times) == {"linear", "relu"}
+    assert times["linear"] == sum(row.microseconds for row in calls if row.op == "linear")
+    assert list(times.values()) == sorted(times.values(), reverse=True)
+    assert "aten" in calls.times("kernel")
+    with pytest.raises(ValueError, match="by must be one of op, kernel, shapes, dtype, got 'name'"):
+        calls.times("name")
+
+
+def test_timeline(tmp_path):
+    x, w, b = operands()
+    begin = time.perf_counter() * 1e6
+    with fastops.record() as calls:
+        FF.linear(x, w, b)
+        thread = threading.Thread(target=lambda: FF.relu(x))
+        thread.start()
+        thread.join()
+        FF.relu(torch.arange(3))  # PyTorch's
+    end = time.perf_counter() * 1e6
+    assert all(begin <= row.begin <= row.begin + row.microseconds <= end for row in calls)
+    calls.save_trace(tmp_path / "trace.json")
+    name, *bars = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert name["ph"] == "M"
+    assert [(bar["name"], bar["cat"], bar["ph"]) for bar in bars] == [
+        ("linear", "fastops", "X"), ("relu", "fastops", "X"), ("relu", "aten", "X")
+    ]  # fmt: skip
+    assert bars[0]["ts"] == 0
+    assert all(one["ts"] + one["dur"] <= two["ts"] for one, two in itertools.pairwise(bars))
+    assert bars[0]["tid"] == bars[2]["tid"] == threading.get_native_id() != bars[1]["tid"]
+    assert bars[0]["args"]["shapes"] == "16x10, 5x10, 5"
+    assert bars[0]["args"]["flops"] == 1600
+    assert bars[0]["args"]["GFLOP/s"] == pytest.approx(1.6 / bars[0]["dur"])
+    assert "flops" not in bars[1]["args"]

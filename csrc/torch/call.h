@@ -93,6 +93,41 @@ const Plan<Call>& planned(const Call& call, at::Device device, const Team& team)
   return plans.find(call, gpu::planners(), device.index(), 1);
 }
 
+// The floating point operations that the formula of a call asks for; 0 where that is no product.
+template <class Call>
+double flops_of(const Call& c) {
+  double products = 1;  // with_grad_x and with_grad_w: each is one as large as forward's
+  if constexpr (requires { c.with_grad_x, c.with_grad_w; })
+    products = (c.with_grad_x ? 1 : 0) + (c.with_grad_w ? 1 : 0);
+  else if constexpr (requires { c.with_grad_w; })
+    products = c.with_grad_w ? 1 : 0;
+  const auto times = [](auto... sizes) { return (2.0 * ... * static_cast<double>(sizes)); };
+  if constexpr (requires { c.geometry.out_channels; }) {
+    const ConvGeometry& g = c.geometry;
+    return products * times(g.batch, g.out_channels, g.in_channels / g.groups, g.out[0], g.out[1], g.out[2],
+                            g.kernel[0], g.kernel[1], g.kernel[2]);
+  } else if constexpr (requires { c.attention.queries; }) {
+    const AttentionShape& a = c.attention;
+    const double scores = times(a.batch, a.heads, a.queries, a.keys, a.size);
+    const double values = times(a.batch, a.heads, a.queries, a.keys, a.value_size);
+    constexpr bool backward = requires { c.grad_y_strides; };  // computes the scores once more
+    return backward ? 3 * scores + 2 * values : scores + values;
+  } else if constexpr (requires { c.shape.layers; }) {
+    double sum = 0;
+    for (int l = 0; l < c.shape.layers; ++l) sum += times(c.shape.m, c.shape.widths[l], c.shape.widths[l + 1]);
+    constexpr bool backward = requires { c.grad_y_row_stride; };
+    return backward ? 2 * sum : sum;
+  } else if constexpr (requires { c.wide_channels; }) {
+    const double expand = c.with_expand ? times(c.batch, c.in[0], c.in[1], c.in_channels, c.wide_channels) : 0;
+    const double taps = static_cast<double>(c.kernel[0] * c.kernel[1] + (c.with_project ? c.out_channels : 0));
+    return expand + taps * times(c.batch, c.out[0], c.out[1], c.wide_channels);
+  } else if constexpr (requires { c.m, c.n, c.k; }) {
+    return products * times(c.m, c.n, c.k);
+  } else {
+    return 0;
+  }
+}
+
 // Runs the kernel for this call on the device of its operands. row() is what record() and errors show, but for the
 // kernel's name.
 template <class Call, class Describe>
@@ -100,6 +135,7 @@ void run(const Call& call, const typename Call::Pointers& pointers, at::Device d
   const auto named = [&](const Plan<Call>& plan) {
     record::Row result = row();
     result.kernel = record::kernel_text(plan.name, plan.tier);
+    result.flops = flops_of(call);
     return result;
   };
   const auto check = [&](const Plan<Call>& plan) {

@@ -20,10 +20,11 @@ struct Fingerprint {
     mix(reinterpret_cast<uint64_t>(tensor.unsafeGetTensorImpl()));
     if (!tensor.is_inference()) mix(static_cast<uint64_t>(tensor._version()));
     if (!tensor.has_storage()) return;
-    mix(reinterpret_cast<uint64_t>(tensor.storage().unsafeGetStorageImpl()->data()));
+    const void* const data = tensor.storage().unsafeGetStorageImpl()->data();  // null: of a fake tensor
+    mix(reinterpret_cast<uint64_t>(data));
     mix(static_cast<uint64_t>(tensor.storage_offset()));
     const int64_t size = static_cast<int64_t>(tensor.element_size()), elements = tensor.numel();
-    if (!tensor.is_cpu() || !tensor.is_non_overlapping_and_dense() || elements == 0) return;
+    if (data == nullptr || !tensor.is_cpu() || !tensor.is_non_overlapping_and_dense() || elements == 0) return;
     const auto* const bytes = static_cast<const unsigned char*>(tensor.const_data_ptr());
     for (int64_t i = 0; i < kElements; ++i) {
       uint64_t element = 0;

@@ -84,6 +84,7 @@ Tensor run_packed(PackedPlans<Call>& plans, Call call, const Pointers& pointers,
       [&] {
         record::Row result = row();
         result.kernel = record::kernel_text(entry->plan.name, entry->plan.tier);
+        result.flops = flops_of(call);
         return result;
       },
       [&] { entry->plan.run(packed, workspace.get(), team); });
@@ -187,8 +188,11 @@ class FrozenConvPool {
     const Workspace workspace(entry->plan.workspace);
     record::timed(
         [&] {
-          return record::Row{conv_pool_name(conv), record::kernel_text(entry->plan.name, entry->plan.tier),
-                             record::shapes_of({input, weight_}), dtype_name(type)};
+          return record::Row{.op = conv_pool_name(conv),
+                             .kernel = record::kernel_text(entry->plan.name, entry->plan.tier),
+                             .shapes = record::shapes_of({input, weight_}),
+                             .dtype = dtype_name(type),
+                             .flops = flops_of(call)};
         },
         [&] {
           entry->plan.run({x.const_data_ptr(), read, data_or_null(bias_.value_or(Tensor())), y.mutable_data_ptr()},
@@ -316,10 +320,12 @@ class FrozenInvertedResidual {
     const Workspace workspace(entry->plan.workspace);
     record::timed(
         [&] {
-          return record::Row{"inverted_residual", record::kernel_text(entry->plan.name, entry->plan.tier),
-                             record::shapes_of({input, layers_[0].weight.value_or(Tensor()), *layers_[1].weight,
-                                                layers_[2].weight.value_or(Tensor())}),
-                             dtype_name(type)};
+          return record::Row{.op = "inverted_residual",
+                             .kernel = record::kernel_text(entry->plan.name, entry->plan.tier),
+                             .shapes = record::shapes_of({input, layers_[0].weight.value_or(Tensor()),
+                                                          *layers_[1].weight, layers_[2].weight.value_or(Tensor())}),
+                             .dtype = dtype_name(type),
+                             .flops = flops_of(call)};
         },
         [&] {
           entry->plan.run({x.const_data_ptr(), entry->packed.const_data_ptr(), y.mutable_data_ptr(),

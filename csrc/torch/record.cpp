@@ -1,5 +1,7 @@
 #include <ATen/SequenceNumber.h>
 #include <ATen/core/grad_mode.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cctype>
@@ -43,6 +45,7 @@ std::vector<Row> stop() {
 }
 
 void add(Row row) {
+  row.thread = syscall(SYS_gettid);
   const std::lock_guard<std::mutex> lock(mutex);
   if (verbose)
     std::fprintf(stderr, "fastops: %-22s %-32s %-10s %10.1f us  %s\n", row.op.c_str(), row.kernel.c_str(),
@@ -116,7 +119,8 @@ namespace {
 py::list record_stop() {
   py::list rows;
   for (const record::Row& row : record::stop())
-    rows.append(py::make_tuple(row.op, row.kernel, row.shapes, row.dtype, row.microseconds));
+    rows.append(
+        py::make_tuple(row.op, row.kernel, row.shapes, row.dtype, row.microseconds, row.flops, row.begin, row.thread));
   return rows;
 }
 
@@ -126,10 +130,15 @@ void bind_record(py::module_& m) {
   m.def("record_enabled", &record::enabled);
   m.def("record_start", &record::start);
   m.def("record_stop", &record_stop);
-  m.def("record_add",
-        [](std::string op, std::string kernel, std::string shapes, std::string dtype, double microseconds) {
-          record::add({std::move(op), std::move(kernel), std::move(shapes), std::move(dtype), microseconds});
-        });
+  m.def("record_add", [](std::string op, std::string kernel, std::string shapes, std::string dtype, double microseconds,
+                         double begin) {
+    record::add({.op = std::move(op),
+                 .kernel = std::move(kernel),
+                 .shapes = std::move(shapes),
+                 .dtype = std::move(dtype),
+                 .microseconds = microseconds,
+                 .begin = begin});
+  });
 }
 
 }  // namespace fastops

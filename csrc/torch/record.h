@@ -20,13 +20,16 @@ namespace fastops::record {
 struct Row {
   std::string op, kernel, shapes, dtype;
   double microseconds = 0;
+  double flops = 0;  // that the formula asks for; 0 where that is no product
+  double begin = 0;  // microseconds of the steady clock, which Python calls time.perf_counter
+  int64_t thread = 0;
 };
 
 extern std::atomic<int> listeners;
 inline bool enabled() { return listeners.load(std::memory_order_relaxed) != 0; }  // whether somebody listens
 void start();                                                                     // begins a recording; recordings nest
 std::vector<Row> stop();  // ends the innermost one: its rows, in order of call
-void add(Row row);
+void add(Row row);        // of this thread
 
 // The name of a kernel by the rule of csrc/kernels/common/kernel_name.h: "gemm_12x32_avx512".
 std::string kernel_text(const KernelName& name, const char* tier);
@@ -45,6 +48,7 @@ void timed(Describe&& describe, Call&& call) {
   const std::chrono::duration<double, std::micro> elapsed = std::chrono::steady_clock::now() - begin;
   Row row = describe();
   row.microseconds = elapsed.count();
+  row.begin = std::chrono::duration<double, std::micro>(begin.time_since_epoch()).count();
   add(std::move(row));
 }
 
