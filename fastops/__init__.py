@@ -10,6 +10,7 @@ freeze                         a model for inference: batch norms folded, weight
 enable, disable, enabled       fastops' kernels under PyTorch's own operators, for code that is not to be changed
 nn, functional                 torch.nn's layers and functions on fastops' kernels
 optim                          torch.optim's SGD, Adam and AdamW, whose step is one call
+register                       classes of other libraries that are replaced, too
 record                         which kernels ran, and for how long
 info                           what is running, and why
 memory                         the pool that large outputs come from
@@ -34,6 +35,7 @@ from fastops.fuse import fuse  # noqa: E402
 from fastops.info import info  # noqa: E402
 from fastops.precision import get_conv_precision, set_conv_precision  # noqa: E402
 from fastops.record import record  # noqa: E402
+from fastops.registry import register  # noqa: E402
 from fastops.replace import replace_, replaced, restore_  # noqa: E402
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "op_library",
     "optim",
     "record",
+    "register",
     "replace_",
     "replaced",
     "restore_",

@@ -53,6 +53,9 @@ def unpack(value: Any, count: int) -> Any:
     return items
 
 
+# node.meta[LAYER]: the layer of another library (registry.py) whose forward made the node.
+LAYER = "fastops_layer"
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # ---- what the classes and functions of torch are to fastops ----------------------------------------------------------
@@ -344,7 +347,8 @@ class Nodes:
         return node.target if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
 
     def modules_of(self, nodes: list[Node]) -> tuple[str, ...]:
-        return tuple(node.target for node in nodes if node.op == "call_module")
+        names = (node.target if node.op == "call_module" else node.meta.get(LAYER) for node in nodes)
+        return tuple(dict.fromkeys(name for name in names if name))
 
     def why_apart(self, module: nn.Module | None) -> str:
         if not isinstance(module, _BASES):

@@ -27,10 +27,11 @@ from torch.fx.proxy import Proxy, TraceError
 from torch.overrides import TorchFunctionMode
 
 from fastops import _forward_code
-from fastops._nodes import has_its_own_call, in_the_way, in_the_way_of_forward, unpack
+from fastops._nodes import LAYER, has_its_own_call, in_the_way, in_the_way_of_forward, unpack
 from fastops._outside import Outside, Place
 from fastops._proxies import Input
 from fastops._states import State, ambient, random_state, same_random_state
+from fastops.registry import registered
 
 
 class Traced:
@@ -60,6 +61,11 @@ def is_frozen(module: nn.Module) -> bool:
 def plain_class(module: nn.Module) -> type:
     """The class that fastops.fuse found: a program is no forward to be traced."""
     return getattr(type(module), "_fastops_plain", type(module))
+
+
+def _forward(module: nn.Module) -> Callable[..., Any]:
+    """What a call of the module does: in the place of a forward that is registered, ours."""
+    return (registered(module) or plain_class(module)).forward
 
 
 def trace(root: nn.Module, inputs: list[str], named_inputs: list[str], training: bool | None = None) -> Traced:
@@ -135,6 +141,7 @@ class _Tracer(torch.fx.Tracer):
         self.ran: list[tuple[_forward_code.Code, frozenset[str]]] = []  # the functions, and what is no input in them
         self.may_be_none: list[torch.fx.Node] = []
         self.parameter_proxies: dict[str, Proxy] = {}
+        self.layer = ""  # the layer of another library that is being traced through
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         names = [*self.inputs, *self.named_inputs]
@@ -145,7 +152,7 @@ class _Tracer(torch.fx.Tracer):
 
         def call(root: nn.Module, *values: Any) -> Any:
             named = dict(zip(self.named_inputs, values[count:], strict=True))
-            forward = plain_class(root).forward if is_module else root_fn
+            forward = _forward(root) if is_module else root_fn
             result = self._follow(root, "", lambda: forward(root, *values[:count], **named))
             if any(type(one) is torch.Size for one in _pieces(result)):  # torch.fx makes a tuple of it
                 raise TraceError("its forward makes a Size")
@@ -173,8 +180,10 @@ class _Tracer(torch.fx.Tracer):
                 last = next(iter(reversed(self.graph.nodes)), None)
                 found = self.entered, self.leaves, self.decided, self.ran
                 before = [len(one) for one in found]
-                cls = plain_class(m)
-                plain = forward if cls is type(m) else functools.partial(cls.forward, m)
+                plain = _forward(m)
+                plain = forward if plain is type(m).forward else functools.partial(plain, m)
+                outer = self.layer
+                self.layer = name if registered(m) else outer
                 try:
                     return self._follow(m, name, lambda: plain(*args, **kwargs), (args, kwargs))
                 except Exception as error:
@@ -185,6 +194,8 @@ class _Tracer(torch.fx.Tracer):
                         while len(one) > count:
                             one.popitem() if isinstance(one, dict) else one.pop()
                     why, tried = reason(error), True
+                finally:
+                    self.layer = outer
             self.leaves[name] = why, tried
         return self.create_proxy("call_module", name, args, kwargs)
 
@@ -214,7 +225,7 @@ class _Tracer(torch.fx.Tracer):
                     arguments, lambda one: given.append(one) if issubclass(type(one), Proxy) else None
                 )
                 of_arguments = any(self._may_give_none(one.node) for one in given)
-                own = getattr(plain_class(module).forward, "__code__", None)
+                own = getattr(_forward(module), "__code__", None)
                 if any(
                     _forward_code.asks_for_none(*one, of_arguments or one[0].code is not own, True)
                     for one in self.ran[first:]
@@ -325,6 +336,8 @@ class _Tracer(torch.fx.Tracer):
         if now != before or modes > modes_before:
             raise TraceError("its forward has a block such as no_grad, autocast or checkpoint")
         node = super().create_node(*args, **kwargs)
+        if self.layer:
+            node.meta[LAYER] = self.layer
         if self._may_give_none(node):
             self.may_be_none.append(node)
         return node

@@ -2,7 +2,7 @@
 
 A swap is one assignment to module.__class__. The classes of fastops.nn keep no state that torch.nn's do not have, so
 parameters, buffers, hooks, optimizers' references, tied weights, state_dict keys, device, mode and the root module stay
-what they are. What was bound to a layer before a swap runs after it.
+what they are. What was bound to a layer before a swap runs after it. Which class becomes which, registry.py knows.
 """
 
 import functools
@@ -20,11 +20,9 @@ from torch.nn.utils import parametrize
 import fastops.nn as fnn
 from fastops.nn._fused import PLAIN, Fusable, Fused, counterpart, made_by_a_tool
 from fastops.ops import DTYPES, supported
+from fastops.registry import TO_FASTOPS, TO_THEIRS, know_libraries, why_not
 
 __all__ = ["Report", "Row", "replace_", "replaced", "restore_"]
-
-_TO_FASTOPS: dict[type, type] = {getattr(nn, name): getattr(fnn, name) for name in fnn.LAYERS}
-_TO_TORCH = {ours: theirs for theirs, ours in _TO_FASTOPS.items()}
 
 # fastops' calls the layers whose weights torch.nn's reads.
 _CALLS_ITS_LAYERS = (nn.TransformerEncoderLayer, fnn.TransformerEncoderLayer)
@@ -84,6 +82,8 @@ def _listed(names: list[str]) -> str:
 
 def replace_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Report:
     """Replaces, in place, every torch.nn module that fastops has kernels for; a second call finds nothing left to do.
+
+    So does it with layers of other libraries whose classes `register` has made known.
 
     Args:
         model: any module; it may itself be such a layer, and stays the same object.
@@ -167,19 +167,20 @@ def replaced(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
 def _check(model: nn.Module, function: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+    know_libraries()
 
 
 def _base(cls: type) -> type | None:
     """The class that a swap knows, of those that cls is or is derived from."""
-    return next((c for c in cls.__mro__ if c in _TO_FASTOPS or c in _TO_TORCH or c in PLAIN), None)
+    return next((c for c in cls.__mro__ if c in TO_FASTOPS or c in TO_THEIRS or c in PLAIN), None)
 
 
 def _sharded_counterpart(module: nn.Module) -> type | None:
     """Ours for a class that fully_shard made from a layer's (FSDPLinear), to which it only adds methods."""
     sharded = any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
-    if not sharded or _base(type(module)) not in _TO_FASTOPS or parametrize.is_parametrized(module):
+    if not sharded or _base(type(module)) not in TO_FASTOPS or parametrize.is_parametrized(module):
         return None
-    return counterpart(type(module), _TO_FASTOPS)
+    return counterpart(type(module), TO_FASTOPS)
 
 
 def _name(cls: type) -> str:
@@ -203,7 +204,7 @@ def _replace(
     read_directly = _read_directly(model) | (kept or {})
     for name, module in model.named_modules():
         cls = type(module)
-        ours = _TO_FASTOPS.get(cls) or _sharded_counterpart(module)
+        ours = TO_FASTOPS.get(cls) or _sharded_counterpart(module)
         if ours is None:
             why = _why_not_type(module)
         else:
@@ -229,12 +230,12 @@ def _replace(
 def _restore(module: nn.Module, name: str, report: Report) -> None:
     cls = type(module)
     base = _base(cls)
-    if base is None or base in _TO_FASTOPS:
+    if base is None or base in TO_FASTOPS:
         return
-    theirs = counterpart(cls, _TO_TORCH)
+    theirs = counterpart(cls, TO_THEIRS)
     if theirs is None:
         if isinstance(module, Fused):
-            why = f"activation={module.activation!r} has no equal in {_name(_TO_TORCH[PLAIN[base]])}"
+            why = f"activation={module.activation!r} has no equal in {_name(TO_THEIRS[PLAIN[base]])}"
         else:
             why = f"a user-defined subclass of {_name(base)}: change its base class to restore it"
         report.skipped.append(Row(name, _name(cls), why))
@@ -293,7 +294,7 @@ def _why_not_type(module: nn.Module) -> str:
     """Why a module whose class is not one of those that are replaced is not; "" where nobody would expect it to be."""
     cls = type(module)
     base = _base(cls)
-    if base is not None and base not in _TO_FASTOPS:
+    if base is not None and base not in TO_FASTOPS:
         return "already a fastops module" if cls is base else f"already derived from {_name(base)}"
     if isinstance(module, torch.jit.ScriptModule):
         original = getattr(module, "original_name", "")
@@ -310,7 +311,7 @@ def _why_not_type(module: nn.Module) -> str:
         return "lazy: has no weight before its first call"
     if base is None:
         return ""
-    if counterpart(cls, _TO_FASTOPS) is not None:
+    if counterpart(cls, TO_FASTOPS) is not None:
         return f"a class that a tool made from {_name(base)}: replace_ has to come before it"
     return f"a subclass of {_name(base)}: its forward may differ"
 
@@ -332,4 +333,4 @@ def _why_not(module: nn.Module, ours: type) -> str:
             return f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, which no fastops kernel takes"
         if not supported(tensor, on_gpu=True):
             return f"{name} is on {tensor.device}: no fastops kernel for it there"
-    return ""
+    return why_not(module)
