@@ -16,7 +16,7 @@ from torch.nn.modules.utils import _pair
 
 import fastops.functional as FF
 from fastops._activations import ACTIVATIONS, valid
-from fastops._frozen_graph import Child, Either, FrozenGraph
+from fastops._frozen_graph import Child, Either, FrozenGraph, InPlace, freeze_in_place
 from fastops._frozen_layers import (
     LAYERS,
     FrozenInvertedResidual,
@@ -29,7 +29,7 @@ from fastops._frozen_layers import (
 from fastops._frozen_layout import restore_layouts, suggests_channels_last
 from fastops._frozen_norms import NORMS, Apart, folded
 from fastops._fusion import rewrite
-from fastops._nodes import Nodes, in_the_way
+from fastops._nodes import LAYER, Nodes, in_the_way
 from fastops._outside import is_known
 from fastops._reached_code import CLASSES, asked_of_children
 from fastops._signature import Signature
@@ -37,6 +37,7 @@ from fastops._states import version
 from fastops._tracing import Traced, is_frozen, reason, trace
 from fastops.functional._activation import resolve_activation
 from fastops.fuse import copy_of_modules, find_tensors, is_layer, unfuse
+from fastops.registry import registered
 from fastops.replace import Row, _name, replace_
 
 _CONVOLUTIONS = {f"{name}{n}d": getattr(FF, f"{name}{n}d") for name in ("conv", "conv_max_pool") for n in (1, 2, 3)}
@@ -50,6 +51,19 @@ def freeze_module(model: nn.Module, name: str, report: Any, channels_last: bool)
         return model
     if is_layer(model) and not isinstance(model, torch.jit.ScriptModule):
         return _freeze_layer(model, name, report, channels_last)
+    frozen, for_all_calls = _frozen_graph(model, name, report, channels_last)
+    if frozen is None:
+        return _with_frozen_children(model, name, report, channels_last)
+    if for_all_calls:
+        return frozen
+    return Either(frozen, _with_frozen_children(model, name, type(report)(), channels_last))
+
+
+def _frozen_graph(model: nn.Module, name: str, report: Any, channels_last: bool) -> tuple[FrozenGraph | None, bool]:
+    """The graph of a call with the defaults of forward's options, and whether that is every call.
+
+    None where none can be traced, and the report says why.
+    """
     why = "" if isinstance(model, torch.jit.ScriptModule) else in_the_way(model)
     if not why:
         try:
@@ -59,12 +73,10 @@ def freeze_module(model: nn.Module, name: str, report: Any, channels_last: bool)
         else:
             frozen = _Freezer(model, traced.graph, name, report, channels_last).run()
             signature = Signature(type(model).forward)
-            if signature.declared == signature.inputs[:1] and not traced.may_take_none:
-                return frozen
-            return Either(frozen, _with_frozen_children(model, name, type(report)(), channels_last))
+            return frozen, signature.declared == signature.inputs[:1] and not traced.may_take_none
     if type(model) not in _CONTAINERS:
         report.untraced.append(Row(name, _name(type(model)), why))
-    return _with_frozen_children(model, name, report, channels_last)
+    return None, False
 
 
 def with_its_own_modes(model: nn.Module, report: Any) -> nn.Module | None:
@@ -122,14 +134,8 @@ def _with_frozen_children(model: nn.Module, name: str, report: Any, channels_las
                     {key: buffer if buffer is None else buffer.clone() for key, buffer in one._buffers.items()}
                 )
         if asked:
-            below = (f"{name}.{child_name}" if name else child_name for child_name, _ in model.named_children())
-            report.left += [
-                Row(one, _name(type(child)), f"in {_name(type(model))}, {min(asked)}")
-                for one, child in zip(below, model.children(), strict=False)
-            ]
-            if CLASSES not in asked:
-                replace_(result)
-            return result.train(False)
+            _freeze_below(result.train(False), name, report, channels_last)
+            return result
         for child_name, child in model.named_children():
             below = f"{name}.{child_name}" if name else child_name
             frozen = freeze_module(child, below, report, channels_last)
@@ -137,6 +143,29 @@ def _with_frozen_children(model: nn.Module, name: str, report: Any, channels_las
                 frozen.stand_in_for(result._modules[child_name])
             result._modules[child_name] = frozen
     return result.train(False)
+
+
+def _freeze_below(module: nn.Module, name: str, report: Any, channels_last: bool) -> None:
+    """Freezes what is below a copy. Every module there stays the object that it is, of a class from its own."""
+    keeps_classes = CLASSES in asked_of_children(module)
+    for child_name, child in module.named_children():
+        below = f"{name}.{child_name}" if name else child_name
+        if keeps_classes:
+            report.left.append(Row(below, _name(type(child)), f"in {_name(type(module))}, {CLASSES}"))
+        elif is_frozen(child) or isinstance(child, InPlace | torch.jit.ScriptModule):  # shared, and done already
+            continue
+        elif is_layer(child):
+            frozen = _freeze_layer(child, below, report, channels_last)
+            if isinstance(frozen, FrozenGraph):
+                freeze_in_place(child, frozen)
+            else:
+                replace_(child)
+        else:
+            frozen, for_all_calls = _frozen_graph(child, below, report, channels_last)
+            if not for_all_calls:
+                _freeze_below(child, below, report if frozen is None else type(report)(), channels_last)
+            if frozen is not None:
+                freeze_in_place(child, frozen)
 
 
 def _trace(model: nn.Module) -> Traced:
@@ -209,6 +238,7 @@ class _Freezer:
         return name
 
     def run(self) -> GraphModule:
+        self._transpose_weights()
         self._fold()
         rewrite(self.graph, self.module, residuals=False)
         for node in tuple(self.graph.nodes):
@@ -232,6 +262,25 @@ class _Freezer:
         result = FrozenGraph(self.module, self.graph, type(self.source).__name__)
         result.train(False)
         return result
+
+    def _transpose_weights(self) -> None:
+        """weight.t(), of a layer that keeps its weight transposed, is a tensor like any other."""
+        changes = Nodes(self.graph, self.module).may_change_something
+        for node in tuple(self.graph.nodes):
+            if node.op != "call_method" or node.target != "t" or len(node.args) != 1 or node.args[0].op != "get_attr":
+                continue
+            target = node.args[0].target
+            same = [one for one in self.graph.nodes if one.op == "get_attr" and one.target == target]
+            if target not in self.module._buffers or any(changes(user) for one in same for user in one.users):
+                continue
+            name = self._free_name(f"{target}_t")
+            self.names[name] = self.names[target]
+            self.module.register_buffer(name, self.module._buffers[target].t())
+            with self.graph.inserting_before(node):
+                transposed = self.graph.get_attr(name)
+            transposed.meta = dict(node.meta)
+            node.replace_all_uses_with(transposed)
+            self.graph.erase_node(node)
 
     # ---- batch norms
 
@@ -312,6 +361,10 @@ class _Freezer:
 
     def _name_of(self, weight: Node) -> str:
         """What the model calls the layer with this weight."""
+        if LAYER in weight.meta:
+            return self.prefix + weight.meta[LAYER]
+        if registered(self.source):
+            return self.prefix.rstrip(".") or "(root)"
         module, _, key = weight.target.rpartition(".")
         return self.names[module] if module else self.names[key].removesuffix("weight").rstrip("._") or "(root)"
 

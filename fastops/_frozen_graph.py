@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling as _is_compiling
 from torch.fx import Graph, GraphModule, Node
 
+from fastops import _C
 from fastops._frozen_layers import LAYERS
+from fastops._frozen_watch import Watch
 from fastops._nodes import in_the_way
 from fastops._signature import Signature
 
@@ -109,17 +112,7 @@ class Either(_StandsIn):
         self._choose()
 
     def _choose(self) -> None:
-        signature = Signature(type(self.general).forward)
-        graph, general = signature.free_names("graph", "general")
-        source = f"""\
-def choose({", ".join([graph, general, *signature.declared])}):
-    if {" and ".join(signature.tests) or "True"}:
-        return {graph}({", ".join([*signature.inputs, *signature.named_inputs])})
-    return {general}({", ".join(signature.passed)})
-"""
-        space = dict(signature.defaults)
-        exec(compile(source, "<fastops.freeze>", "exec"), space)
-        vars(self)["choose"] = space["choose"]
+        vars(self)["choose"] = _chooser(type(self.general).forward)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.choose(self.graph, self.general, *args, **kwargs)
@@ -134,6 +127,89 @@ def choose({", ".join([graph, general, *signature.declared])}):
     def _apply(self, *args: Any, **kwargs: Any) -> "Either":
         self.general._apply(*args, **kwargs)
         return super()._apply(*args, **kwargs)
+
+
+def _chooser(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """choose(graph, general, *arguments of forward): calls the graph where all options are the defaults."""
+    signature = Signature(forward)
+    graph, general = signature.free_names("graph", "general")
+    source = f"""\
+def choose({", ".join([graph, general, *signature.declared])}):
+    if {" and ".join(signature.tests) or "True"}:
+        return {graph}({", ".join([*signature.inputs, *signature.named_inputs])})
+    return {general}({", ".join(signature.passed)})
+"""
+    space = dict(signature.defaults)
+    exec(compile(source, "<fastops.freeze>", "exec"), space)
+    return space["choose"]
+
+
+class InPlace(nn.Module):
+    """What a module's class has besides where a call of it is one of a frozen graph, and all else is what it was.
+
+    For a parent that asks what its children are, or goes through their parameters. Such a parent may also change them:
+    then the graph's packed weights are old, and the module computes what its own forward does.
+    """
+
+    _fastops_own: type  # the class that it was
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """These classes are not for those who count or change the classes derived from theirs."""
+
+    def use(self, graph: FrozenGraph) -> None:
+        """Has calls run this graph, which was made from the module as it is now."""
+        own, state = self._fastops_own.forward, vars(self)
+        state["_fastops_graph"], state["_fastops_watch"] = graph, Watch(self)
+        state["_fastops_run"] = functools.partial(_chooser(own), quick_call(graph), functools.partial(own, self))
+
+    def _is_as_frozen(self) -> bool:
+        watch = vars(self)["_fastops_watch"]
+        return _C.fingerprint(watch.where) == watch.fingerprint
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if _is_compiling() or not self._is_as_frozen():
+            return self._fastops_own.forward(self, *args, **kwargs)
+        return self.__dict__["_fastops_run"](*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "InPlace":
+        as_frozen = self._is_as_frozen()
+        super()._apply(*args, **kwargs)
+        graph = vars(self)["_fastops_graph"]._apply(*args, **kwargs)
+        if as_frozen:
+            self.use(graph)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        function, (_, *arguments), state, *rest = super().__reduce_ex__(protocol)
+        kept = {key: value for key, value in state.items() if key not in ("_fastops_watch", "_fastops_run")}
+        if not self._is_as_frozen():
+            kept["_fastops_graph"] = None
+        return _new_in_place, (function, self._fastops_own, *arguments), kept, *rest
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        graph = state.pop("_fastops_graph")
+        super().__setstate__(state)
+        if graph is None:
+            object.__setattr__(self, "__class__", self._fastops_own)
+        else:
+            self.use(graph)
+
+
+def _new_in_place(function: Callable[..., Any], own: type, *arguments: Any) -> nn.Module:
+    return function(_in_place_class(own), *arguments)
+
+
+def _in_place_class(own: type) -> type:
+    for known in own.__subclasses__():
+        if vars(known).get("_fastops_own") is own:
+            return known
+    return type(f"Frozen{own.__name__}", (InPlace, own), {"_fastops_own": own, "__module__": own.__module__})
+
+
+def freeze_in_place(module: nn.Module, graph: FrozenGraph) -> None:
+    """Has a module call this graph, which was made from it."""
+    object.__setattr__(module, "__class__", _in_place_class(type(module)))
+    module.use(graph)
 
 
 class Child(nn.Module):

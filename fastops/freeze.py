@@ -74,8 +74,8 @@ def freeze(model: nn.Module, *, channels_last: bool | None = None) -> nn.Module:
     was made from has its own: it takes memory for speed. Drop the model to free its weights.
 
     It is in eval mode and stays there: train() does nothing to it, so that it can be a part of a model that is trained.
-    Where a forward could not be followed and asks what modules are (isinstance, type), or goes through their
-    parameters, they are copies that are not frozen. What its forward reads from outside the model, such as global
+    Where a forward could not be followed and asks for the exact classes of modules, they are copies that are not
+    frozen. What its forward reads from outside the model, such as global
     variables and configuration objects, is what it was when the model was frozen, as far as the forward could be
     followed.
 

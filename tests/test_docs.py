@@ -66,7 +66,13 @@ def test_what_is_missing_is_found() -> None:
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 # What a page's examples need beside fastops.
-NEEDS = {"docs/checkpoints.md": ["safetensors"], "docs/federated.md": ["flwr"], "docs/lightning.md": ["lightning"]}
+NEEDS = {
+    "docs/checkpoints.md": ["safetensors"],
+    "docs/federated.md": ["flwr"],
+    "docs/huggingface.md": ["transformers", "peft"],
+    "docs/lightning.md": ["lightning"],
+    "docs/monitoring.md": ["tensorboard"],
+}
 
 
 def blocks(language: str, page: str = "README.md") -> list[str]:
@@ -92,8 +98,9 @@ def test_python_in_the_pages_runs(page: str, capsys: pytest.CaptureFixture, tmp_
 
 def test_commands_in_the_readme_exist() -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    commands = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    commands += re.findall(r"`((?:make|fastops) [^`]+)`", README)
+    lines = [line for page in PAGES for block in blocks("sh", page) for line in block.splitlines()]
+    commands = [line.split("#")[0].strip() for line in lines]
+    commands += [one for page in PAGES for one in re.findall(r"`((?:make|fastops) [^`]+)`", (ROOT / page).read_text())]
     assert commands
     for command in commands:
         program, *arguments = shlex.split(command)
@@ -105,7 +112,9 @@ def test_commands_in_the_readme_exist() -> None:
             assert arguments[0] == "-S"
             assert (ROOT / arguments[1] / "CMakeLists.txt").exists()
         else:
-            assert command == "pip install ."
+            installs = re.fullmatch(r"pip install (?:\.|fastops\[(\w+)\])", command)
+            assert installs, command
+            assert installs[1] is None or f"\n{installs[1]} = [" in (ROOT / "pyproject.toml").read_text(), command
 
 
 def test_readme_names_every_environment_variable() -> None:
