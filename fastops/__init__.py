@@ -12,6 +12,8 @@ nn, functional                 torch.nn's layers and functions on fastops' kerne
 optim                          torch.optim's SGD, Adam and AdamW, whose step is one call
 register                       classes of other libraries that are replaced, too
 record                         which kernels ran, and for how long
+explain                        what fastops would gain for a model, and by which call
+monitor                        losses, times and kernels of a training run, for TensorBoard
 info                           what is running, and why
 memory                         the pool that large outputs come from
 set_conv_precision             what convolutions may trade for speed
@@ -26,9 +28,10 @@ from fastops._load import load as _load
 
 _load()
 
-from fastops import functional, memory, nn, optim  # noqa: E402
+from fastops import functional, memory, monitor, nn, optim  # noqa: E402
 from fastops._version import __version__  # noqa: E402
 from fastops.enable import disable, enable, enabled  # noqa: E402
+from fastops.explain import explain  # noqa: E402
 from fastops.export import decompositions, export_kernels, op_library  # noqa: E402
 from fastops.freeze import freeze  # noqa: E402
 from fastops.fuse import fuse  # noqa: E402
@@ -44,6 +47,7 @@ __all__ = [
     "disable",
     "enable",
     "enabled",
+    "explain",
     "export_kernels",
     "freeze",
     "functional",
@@ -51,6 +55,7 @@ __all__ = [
     "get_conv_precision",
     "info",
     "memory",
+    "monitor",
     "nn",
     "op_library",
     "optim",

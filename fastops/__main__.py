@@ -1,4 +1,4 @@
-"""The command line: `fastops info | demo | bench`, also `python -m fastops ...`."""
+"""The command line: `fastops info | doctor | demo | bench`, also `python -m fastops ...`."""
 
 import argparse
 import sys
@@ -9,14 +9,18 @@ import fastops
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     from fastops import demo
+    from fastops.explain import add_arguments, run
 
     parser = argparse.ArgumentParser(
         prog="fastops", description="Ordinary PyTorch models, faster, without changing them."
     )
     parser.add_argument("--version", action="version", version=f"fastops {fastops.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo | bench")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | doctor | demo | bench")
     info = commands.add_parser("info", help="what is running, and why")
     info.set_defaults(run=_info)
+    looks = commands.add_parser("doctor", help="what fastops would gain for a model of yours, and by which call")
+    looks.set_defaults(run=run)
+    add_arguments(looks)
     trains = commands.add_parser("demo", help="train real models with PyTorch and with fastops, side by side")
     trains.set_defaults(run=demo.run)
     demo.add_arguments(trains)

@@ -2,6 +2,9 @@
 
 import copy
 import importlib.util
+import re
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ pytestmark = pytest.mark.skipif(
 if not missing:
     from transformers import activations, pytorch_utils
 
+EXAMPLE = Path(__file__).parent.parent / "examples" / "huggingface.py"
 VOCABULARY = 64
 
 
@@ -296,3 +300,16 @@ def test_trainer(tmp_path):
     assert type(model.classifier) is fastops.nn.Linear
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-3, atol=1e-4)
+
+
+def test_example(capsys):
+    main = runpy.run_path(str(EXAMPLE))["main"]
+    main(["--steps", "10", "--width", "32"])
+    printed = capsys.readouterr().out
+    expected, losses = (
+        [float(loss) for loss in re.search(rf"losses with {side}: (.*)", printed)[1].split()]
+        for side in ("PyTorch", "fastops")
+    )
+    assert len(losses) == 5
+    assert losses == pytest.approx(expected, abs=1e-3)
+    assert "merged and frozen" in printed
