@@ -21,12 +21,9 @@ td, th { padding: .25rem .6rem .25rem 0; vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.bar { width: 35%; }
 .bar div { background: #2f6fde; height: .8rem; border-radius: 2px; min-width: 1px; }
-.bar div.torch { background: #9aa5b8; }
-code { background: #f3f5f9; padding: 0 .25rem; }
 @media (prefers-color-scheme: dark) {
   body { color: #dfe4ee; background: #14181f; }
   .advice { background: #1d2a42; }
-  code { background: #232a36; }
 }
 """
 

@@ -153,7 +153,7 @@ class Explanation:
                     lines.append(f"  {way.name:<9}{text}{'; ' + way.problem if way.problem else ''}")
                 else:
                     lines.append(f"  {way.name:<9}not measured: {way.problem}")
-        lines.append("take: " + self.advice())
+        lines.append("advice: " + self.advice())
         lines.append("time: " + ", ".join(_told(layer) for layer in self.layers[:4]))
         rest = self.left()
         lines += [f"left to PyTorch: {share:.0%} in {what}: {why}" for share, what, why in rest[:3]]
@@ -168,6 +168,8 @@ class Explanation:
             way = self.best(mode)
             gain = f"{way.call} for {mode}, {way.ratio:.2f} times as fast" if way else f"nothing for {mode}"
             found.append(gain)
+        if not any(map(self.best, self.milliseconds)):
+            return "leave the model as it is, nothing was faster in every round"
         return "; ".join(found)
 
     def save_html(self, path: str) -> None:

@@ -7,6 +7,7 @@ A class of ours is derived from theirs, has another forward and no state of its 
 import importlib
 import inspect
 import sys
+import warnings
 from collections.abc import Callable
 
 from torch import nn
@@ -90,7 +91,13 @@ def know_libraries() -> None:
     for ours, theirs in tuple(_LIBRARIES.items()):
         if all(name in sys.modules for name in theirs):
             del _LIBRARIES[ours]
-            importlib.import_module(ours)
+            try:
+                importlib.import_module(ours)
+            except (ImportError, AttributeError) as error:
+                library = theirs[0].partition(".")[0]
+                warnings.warn(
+                    f"fastops does not know this version of {library}, whose own layers stay: {error}", stacklevel=4
+                )
 
 
 def registered(module: nn.Module) -> type | None:

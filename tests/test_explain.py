@@ -106,7 +106,7 @@ def test_text(explanation):
     assert len(lines) <= 16
     assert lines[0].startswith("Net, 4x1x12x12 float32; ")
     assert any(re.fullmatch(r"  freeze +[\d.e-]+ ms, [\d.]+ times as fast \([\d.]+ - [\d.]+\)", line) for line in lines)
-    assert any(line.startswith("take: ") for line in lines)
+    assert any(line.startswith("advice: ") for line in lines)
     assert re.search(r"^left to PyTorch: \d+% in 1 x GroupNorm: no fastops kernel$", str(explanation), re.MULTILINE)
 
 
@@ -128,7 +128,10 @@ def test_advice(explanation):
     assert found.best().name == "replace_"
     assert found.best("training step") is None
     assert found.advice() == ("fastops.replace_(model) for inference, 1.50 times as fast; nothing for training step")
-    found.ways[1] = way("fuse", "inference", 1.60, 1.50)
+    found.ways[0] = way("replace_", "inference", 1.50, 0.90)
+    found.ways[1] = way("fuse", "inference", 1.51, 0.80)
+    assert found.advice() == "leave the model as it is, nothing was faster in every round"
+    found.ways[:2] = [way("replace_", "inference", 1.50, 1.40), way("fuse", "inference", 1.60, 1.50)]
     assert found.best().name == "fuse"
 
 

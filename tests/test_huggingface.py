@@ -145,6 +145,19 @@ def test_frozen_without_labels_and_with_other_shapes():
             torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-5)
 
 
+def test_attention_under_enable():
+    """transformers calls attention as a function; enable() covers what neither replace_ nor freeze sees."""
+    model = gpt2().eval()
+    frozen, inputs = fastops.freeze(model), batch(model)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with fastops.enabled(), fastops.record() as calls:
+            torch.testing.assert_close(frozen(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    attention = [row.kernel for row in calls if row.op == "scaled_dot_product_attention"]
+    assert len(attention) == 2
+    assert "aten" not in attention
+
+
 def test_generation():
     model = llama().eval()
     ids = torch.randint(3, VOCABULARY, (2, 4))

@@ -247,7 +247,9 @@ for mode in ("replace", "fuse"):
     model = Digits.load_from_checkpoint(path)
     net = torch.load(f"{sys.argv[2]}/{mode}-given.ckpt", weights_only=False)["hyper_parameters"]["net"]
     print(type(net), type(net[1]))
-trainer = lightning.pytorch.Trainer(max_epochs=2, logger=False, enable_progress_bar=False, enable_checkpointing=False)
+trainer = lightning.pytorch.Trainer(
+    max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False
+)
 trainer.fit(model, loaders()[0], ckpt_path=path)
 print(trainer.global_step)
 """

@@ -208,6 +208,17 @@ def test_errors():
             fastops.register(cls, replacement)
 
 
+def test_another_version_of_a_library(monkeypatch):
+    """What it has no more is no reason for replace_ to fail."""
+    monkeypatch.setitem(registry._LIBRARIES, "fastops.no_such_module", ("torch.nn", "torch"))
+    layer = nn.Linear(3, 4)
+    with pytest.warns(
+        UserWarning, match="fastops does not know this version of torch, whose own layers stay: No module"
+    ):
+        assert len(fastops.replace_(layer).replaced) == 1
+    assert "fastops.no_such_module" not in registry._LIBRARIES
+
+
 def test_importing_fastops_imports_no_other_library():
     program = "import fastops, sys; sys.exit(bool({'transformers', 'timm', 'tensorboard'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, check=False).returncode == 0
