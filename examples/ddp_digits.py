@@ -8,7 +8,6 @@ checkpoint. For more than one machine: examples/multi_node.sh.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -56,7 +55,7 @@ def train(
         first = saved["step"] + 1
         print(f"process {rank} goes on at step {first}", flush=True)
     for step in range(first, steps + 1):
-        if step == fail_at and rank == processes - 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+        if step == fail_at and rank == processes - 1 and first == 1:
             raise RuntimeError(f"process {rank} was told to fail at step {step}")
         mine = batch(step, rank, processes)
         optimizer.zero_grad()
@@ -72,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--checkpoint", type=Path, help="a file to write every ten steps, and to go on from")
-    parser.add_argument("--fail-at", type=int, default=0, metavar="STEP")
+    parser.add_argument("--fail-at", type=int, default=0, metavar="STEP", help="stop a process, unless it has gone on")
     options = parser.parse_args()
     dist.init_process_group("gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()

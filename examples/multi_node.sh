@@ -7,6 +7,9 @@
 # again, once, and go on from the checkpoint. ADDRESS is this machine's, if the others do not know it by its name.
 endpoint=$1 machines=$2
 shift 2
+# By default the processes meet at a store that outlives a failure, and after one they may look for it in different
+# places (torch 2.13).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "${PYTHON:-python}" -m torch.distributed.run --nnodes "$machines" --nproc-per-node "${PROCESSES:-1}" \
   --rdzv-backend c10d --rdzv-id digits --rdzv-endpoint "$endpoint" ${ADDRESS:+--local-addr "$ADDRESS"} \
   --max-restarts 1 "$(dirname "$0")/ddp_digits.py" "$@"

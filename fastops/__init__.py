@@ -15,6 +15,7 @@ record                         which kernels ran, and for how long
 explain                        what fastops would gain for a model, and by which call
 monitor                        losses, times and kernels of a training run, for TensorBoard
 info                           what is running, and why
+lightning                      FastOps, a callback for PyTorch Lightning; import fastops.lightning
 memory                         the pool that large outputs come from
 set_conv_precision             what convolutions may trade for speed
 export_kernels, decompositions whether torch.export keeps fastops' ops, and how to turn them into PyTorch's

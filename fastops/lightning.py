@@ -134,7 +134,7 @@ class FastOps(_lightning.Callback):
                 counts["fastops/fused"] = len(self.report.fused)
             for logger in trainer.loggers:
                 logger.log_metrics(counts, step=trainer.global_step)
-                add_text = getattr(logger.experiment, "add_text", None)
+                add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
                 if add_text is not None:
                     add_text("fastops", "\n".join(f"    {line}" for line in str(self.report).splitlines()))
 

@@ -51,9 +51,16 @@ TENSOR_PARALLEL = {
     "tensor parallel, replaced after": "after",
     "tensor parallel, layers with an activation": "fused",
     "sequence parallel": "sequence",
+    "tensor parallel and fully_shard": "both",
 }
 PLACEMENTS = "every sharding of linear"
-LIGHTNING = {"lightning, ddp": "replace", "lightning, ddp, fuse": "fuse", "lightning, fully_shard": "sharded"}
+# name -> what the callback does, or how the model is sharded before it comes
+LIGHTNING = {
+    "lightning, ddp": "replace",
+    "lightning, ddp, fuse": "fuse",
+    "lightning, fully_shard": "sharded",
+    "lightning, tensor parallel": "split",
+}
 
 
 def model(fused: bool = False) -> nn.Module:
@@ -182,7 +189,12 @@ def tensor_parallel(when: str, mesh: DeviceMesh) -> str:
             "3": SequenceParallel(),
             "4": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
         }
-    parallelize_module(ours, mesh, plan)
+    if when == "both":
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+        parallelize_module(ours, mesh["tensor"], plan)
+        fully_shard(ours, mesh=mesh["data"])
+    else:
+        parallelize_module(ours, mesh, plan)
     if when == "after":
         assert len(fastops.replace_(ours).replaced) == 5
     if when == "fused":  # which comes last: PyTorch shards a torch.nn.Linear, which a layer with an activation is not
@@ -259,6 +271,9 @@ def in_lightning(way: str, rank: int, everything: torch.Tensor) -> str:
         def configure_model(self) -> None:
             if way == "sharded":
                 fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+            elif way == "split":
+                plan = {"5": ColwiseParallel(), "7": RowwiseParallel()}
+                parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
 
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
             return self.net(batch).square().mean()
@@ -273,13 +288,20 @@ def in_lightning(way: str, rank: int, everything: torch.Tensor) -> str:
             seen.append([type(layer).__module__.split(".")[0] for layer in ours.net])
 
     train(alone, list(everything.flatten(1, 2)))
+    if way in ("sharded", "split"):
+        strategy = ModelParallelStrategy(*((2, 1) if way == "sharded" else (1, 2)))
+    else:
+        strategy = DDPStrategy(process_group_backend="gloo")
     trainer = pl.Trainer(
         max_epochs=1, accelerator="cpu", devices=2, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        strategy=ModelParallelStrategy(2, 1) if way == "sharded" else DDPStrategy(process_group_backend="gloo"),
+        strategy=strategy,
         callbacks=[FastOps("fuse" if way == "fuse" else "replace", trial=1 if way == "replace" else 0), Look()],
     )  # fmt: skip
-    data = torch.utils.data.DataLoader(list(everything[:, rank].flatten(0, 1)), BATCH)
+    if way == "split":
+        data = torch.utils.data.DataLoader(list(everything.flatten(0, 2)), 2 * BATCH)
+    else:
+        data = torch.utils.data.DataLoader(list(everything[:, rank].flatten(0, 1)), BATCH)
     with fastops.record() as calls:
         trainer.fit(ours, data)
     restored = {type(layer).__module__.split(".")[0] for layer in ours.net}

@@ -32,7 +32,11 @@ def test_two_machines_and_a_failure(tmp_path):
                          env=environment)
         for _ in range(2)
     ]  # fmt: skip
-    results = [machine.communicate(timeout=600) for machine in machines]
+    try:
+        results = [machine.communicate(timeout=300) for machine in machines]
+    finally:
+        for machine in machines:
+            machine.terminate()  # torchrun takes its processes with it
     errors = "".join(error for _, error in results)
     assert [machine.returncode for machine in machines] == [0, 0], errors
     said = "".join(output for output, _ in results)

@@ -1,5 +1,6 @@
 """fastops.lightning.FastOps: Lightning trains as without it, on our kernels, and keeps nothing of it."""
 
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -381,44 +382,53 @@ def test_documentation():
     assert docs.failed_examples(FastOps, "FastOps") == ""
 
 
-def test_without_lightning():
-    program = """
-import sys
-sys.modules["lightning"] = sys.modules["pytorch_lightning"] = None
-import fastops.lightning
-"""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert run.returncode == 1
-    assert run.stderr.splitlines()[-1] == (
-        "ModuleNotFoundError: fastops.lightning needs Lightning: pip install fastops[lightning]"
-    )
+@pytest.fixture
+def imported_again(monkeypatch):
+    """Imports fastops.lightning as if for the first time; afterwards it is what it was."""
+
+    def again():
+        monkeypatch.delitem(sys.modules, "fastops.lightning", raising=False)
+        return importlib.import_module("fastops.lightning")
+
+    monkeypatch.setattr(fastops, "lightning", getattr(fastops, "lightning", None), raising=False)
+    return again
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pytorch_lightning") is None, reason="pytorch_lightning is not installed")
-def test_under_the_other_name():
-    program = """
-import pytorch_lightning as pl, torch, fastops
-from torch import nn
-from fastops.lightning import FastOps
-assert issubclass(FastOps, pl.Callback)
-class Model(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Linear(4, 1)
-    def training_step(self, batch, batch_idx):
-        return self.net(batch).square().mean()
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-model = Model()
-trainer = pl.Trainer(max_steps=2, logger=False, enable_progress_bar=False, enable_checkpointing=False,
-                     callbacks=[FastOps()], accelerator="cpu")
-with fastops.record() as calls:
-    trainer.fit(model, torch.utils.data.DataLoader(torch.randn(8, 4), 4))
-print(sorted({row.op for row in calls if row.kernel != "aten"}), type(model.net) is nn.Linear)
-"""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines()[-1] == "['linear', 'linear_backward'] True"
+def test_without_lightning(imported_again, monkeypatch):
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModuleNotFoundError) as raised:
+        imported_again()
+    assert str(raised.value) == "fastops.lightning needs Lightning: pip install fastops[lightning]"
+
+
+@needs_lightning
+def test_under_the_other_name(imported_again, monkeypatch):
+    """pytorch_lightning's Callback, where that is the package that is in use."""
+    other = pytest.importorskip("pytorch_lightning")
+    monkeypatch.delitem(sys.modules, "lightning.pytorch")
+    callback = imported_again().FastOps()
+    assert isinstance(callback, other.Callback)
+
+    class Model(other.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 1)
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    model = Model()
+    with fastops.record() as calls:
+        other.Trainer(max_steps=2, callbacks=[callback], **options).fit(
+            model, torch.utils.data.DataLoader(torch.randn(8, 4), 4)
+        )
+    assert kernels(calls) == {"linear", "linear_backward"}
+    assert type(model.net) is nn.Linear
 
 
 def test_layers_are_those_of_fastops():
