@@ -59,6 +59,7 @@ LIGHTNING = {
     "lightning, ddp": "replace",
     "lightning, ddp, fuse": "fuse",
     "lightning, fully_shard": "sharded",
+    "lightning, fully_shard, fuse": "sharded, fuse",
     "lightning, tensor parallel": "split",
 }
 
@@ -269,7 +270,7 @@ def in_lightning(way: str, rank: int, everything: torch.Tensor) -> str:
             self.net = model()
 
         def configure_model(self) -> None:
-            if way == "sharded":
+            if "sharded" in way:
                 fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
             elif way == "split":
                 plan = {"5": ColwiseParallel(), "7": RowwiseParallel()}
@@ -288,15 +289,15 @@ def in_lightning(way: str, rank: int, everything: torch.Tensor) -> str:
             seen.append([type(layer).__module__.split(".")[0] for layer in ours.net])
 
     train(alone, list(everything.flatten(1, 2)))
-    if way in ("sharded", "split"):
-        strategy = ModelParallelStrategy(*((2, 1) if way == "sharded" else (1, 2)))
+    if "sharded" in way or way == "split":
+        strategy = ModelParallelStrategy(*((1, 2) if way == "split" else (2, 1)))
     else:
         strategy = DDPStrategy(process_group_backend="gloo")
     trainer = pl.Trainer(
         max_epochs=1, accelerator="cpu", devices=2, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
         strategy=strategy,
-        callbacks=[FastOps("fuse" if way == "fuse" else "replace", trial=1 if way == "replace" else 0), Look()],
+        callbacks=[FastOps("fuse" if "fuse" in way else "replace", trial=1 if way == "replace" else 0), Look()],
     )  # fmt: skip
     if way == "split":
         data = torch.utils.data.DataLoader(list(everything.flatten(0, 2)), 2 * BATCH)
