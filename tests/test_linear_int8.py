@@ -226,7 +226,9 @@ def test_root_and_errors():
     assert light.quantize_(nn.Linear(4, 4).double()).skipped[0].result.startswith("weight has dtype float64")
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got int"):
         light.quantize_(3)
-    with pytest.raises(ValueError, match=r"config must be one of 'int8_dynamic', got 'int4'"):
+    with pytest.raises(
+        ValueError, match=r"config must be one of 'int8_dynamic', 'int8_weight', 'int4_weight', got 'int4'"
+    ):
         light.quantize_(linear, "int4")
     with pytest.raises(RuntimeError, match="input must be float32, bfloat16 or float16, got float64"):
         linear(torch.randn(2, 4).double())

@@ -1,24 +1,19 @@
 """A linear layer with int8 weights, whose input is rounded to 8 bits row by row."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling as _is_compiling
 
 from fastops import _C
-from fastops._activations import KIND
-from fastops.export import exports_aten
-from fastops.functional._activation import Activation, resolve_activation, torch_activate
-from fastops.nn._fused import Fused
-from fastops.ops import autocast
+from fastops.functional._activation import Activation
+from fastops.light._quantized import QuantizedLinear, activation_of, become
 from fastops.ops.linear_int8 import by_torch, dequantized, linear_int8
 
 __all__ = ["LinearInt8"]
 
 
-class LinearInt8(nn.Module):
+class LinearInt8(QuantizedLinear):
     """torch.nn.Linear with weights of 8 bits: y = f(x W^T + b), W = scale * weight.
 
     Each row of the input is rounded to 256 levels between its smallest and its largest element, and 0 is one of them.
@@ -58,7 +53,7 @@ class LinearInt8(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        _become(self, torch.zeros(out_features, in_features), activation)
+        become(self, type(self), torch.zeros(out_features, in_features), activation)
 
     @classmethod
     def from_linear(cls, linear: nn.Module) -> "LinearInt8":
@@ -68,31 +63,10 @@ class LinearInt8(nn.Module):
         >>> light.LinearInt8.from_linear(fnn.Linear(8, 2, activation="relu"))
         LinearInt8(in_features=8, out_features=2, bias=True, activation='relu')
         """
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            bias=False,
-            activation=linear.activation if isinstance(linear, Fused) else None,
-        )
+        layer = cls(linear.in_features, linear.out_features, bias=False, activation=activation_of(linear))
         layer.bias = linear.bias
-        layer.weight, layer.scale = quantized(linear.weight.detach())
+        layer._set(linear.weight.detach())
         return layer.train(linear.training)
-
-    def forward(self, input: Tensor) -> Tensor:
-        kind, a, b = resolve_activation(self.activation)
-        weight, scale, bias = self.weight, self.scale, self.bias
-        if not _is_compiling():
-            packed = self.__dict__.get("_packed")
-            if packed is None:
-                packed = self.__dict__["_packed"] = _C.Int8Weight()
-            result = packed(input, weight, scale, bias, KIND[kind], a, b)
-            if result is not NotImplemented:
-                return result
-        input, bias = autocast(input, bias)
-        if bias is not None and bias.dtype != input.dtype:
-            bias = bias.to(input.dtype)
-        aten = exports_aten() or (not _is_compiling() and torch.jit.is_tracing())
-        return torch_activate((by_torch if aten else linear_int8)(input, weight, scale, bias), kind, a, b)
 
     def dequantized(self) -> Tensor:
         """The weight as float32, (out_features, in_features).
@@ -104,19 +78,25 @@ class LinearInt8(nn.Module):
         """
         return dequantized(self.weight, self.scale, torch.float32)
 
-    def extra_repr(self) -> str:
-        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return text if self.activation is None else f"{text}, activation={self.activation!r}"
+    def _set(self, weight: Tensor) -> None:
+        levels, scale = quantized(weight)
+        self.register_buffer("weight", levels)
+        self.register_buffer("scale", scale)
+
+    def _fast(self, input: Tensor, activation: tuple[int, float, float]) -> Any:
+        packed = self.__dict__.get("_packed")
+        if packed is None:
+            packed = self.__dict__["_packed"] = _C.Int8Weight()
+        return packed(input, self.weight, self.scale, self.bias, *activation)
+
+    def _general(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        return linear_int8(input, self.weight, self.scale, bias)
+
+    def _by_torch(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        return by_torch(input, self.weight, self.scale, bias)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_packed"}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LinearInt8":
-        scale = self.scale
-        super()._apply(fn, recurse)
-        if self.scale.dtype != torch.float32:
-            self.scale = scale.to(self.scale.device)
-        return self
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,21 +110,3 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.where(largest.isfinite(), scale, torch.nan)
     levels = torch.round(w / scale.unsqueeze(1)).clamp(-127, 127).nan_to_num(0)
     return levels.to(torch.int8), scale
-
-
-def _become(module: nn.Module, weight: Tensor, activation: Activation) -> None:
-    """Gives a module the state of a LinearInt8, in the place of its parameter `weight`."""
-    resolve_activation(activation)
-    module._parameters.pop("weight", None)
-    levels, scale = quantized(weight.detach())
-    module.register_buffer("weight", levels)
-    module.register_buffer("scale", scale)
-    # Past nn.Module, which would make a child of an activation module.
-    module.__dict__["activation"] = activation
-
-
-def quantize_linear_(linear: nn.Module) -> None:
-    """Turns a torch.nn.Linear or fastops.nn.Linear into a LinearInt8 where it is: hooks, bias and name stay."""
-    weight, activation = linear.weight, linear.activation if isinstance(linear, Fused) else None
-    linear.__class__ = LinearInt8
-    _become(linear, weight, activation)

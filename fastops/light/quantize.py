@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 import fastops.nn as fnn
-from fastops.light.linear_int8 import LinearInt8, quantize_linear_
+from fastops.light._quantized import QuantizedLinear, activation_of, become
+from fastops.light.linear_int8 import LinearInt8
+from fastops.light.weight_only import LinearWeightOnly, checked_group_size
 from fastops.nn._fused import FUSED
 from fastops.replace import Report, Row
 from fastops.replace import _name as class_name
@@ -17,7 +19,7 @@ from fastops.replace import _works as works
 
 __all__ = ["quantize_"]
 
-_CONFIGS = ("int8_dynamic",)
+_CONFIGS = ("int8_dynamic", "int8_weight", "int4_weight")
 _FUSED = FUSED[fnn.Linear]
 _LINEAR = (nn.Linear, fnn.Linear, _FUSED)
 # Fewer weights than these are as fast in float32, where a call takes some microseconds. PyTorch's float32 layer and
@@ -28,26 +30,37 @@ _MOST_FEATURES = 65536  # whose products of 8 bits fit 32 (linear_int8.h)
 
 
 def quantize_(
-    model: nn.Module, config: str = "int8_dynamic", filter_fn: Callable[[nn.Module, str], bool] | None = None
+    model: nn.Module,
+    config: str = "int8_dynamic",
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    group_size: int | None = None,
 ) -> Report:
-    """Turns the weights of a model's layers into 8-bit integers, in place. It cannot be undone: keep a checkpoint.
+    """Turns the weights of a model's linear layers into integers, in place. It cannot be undone: keep a checkpoint.
 
-    "int8_dynamic": torch.nn.Linear and fastops.nn.Linear become LinearInt8. Weights have a scale for each output
-    feature, and inputs are rounded to 8 bits row by row as they come; nothing has to be calibrated. The weights take a
-    quarter of float32's bytes on disk, and half of them in memory, where packed weights are kept, too.
+    torch.nn.Linear and fastops.nn.Linear become, with
+
+    - "int8_dynamic": LinearInt8. Weights have 8 bits and a scale for each output feature; inputs are rounded to 8 bits
+      row by row as they come. The fastest one from some rows on. The weights take a quarter of float32's bytes on disk,
+      and half of them in memory, where packed weights are kept, too.
+    - "int8_weight": LinearWeightOnly with 8 bits. Inputs are not rounded. A quarter of float32's bytes. For few rows.
+    - "int4_weight": LinearWeightOnly with 4 bits. With groups of 128, 0.14 of float32's bytes. For few rows.
+
+    Nothing has to be calibrated.
 
     Args:
         model: any module; it may itself be such a layer, and stays the same object. state_dict keys stay, and each
-            quantized layer has one more, `scale`.
-        config: "int8_dynamic".
+            quantized layer has more, `scale` and perhaps `offset`.
+        config: one of these names.
         filter_fn: filter_fn(module, fqn) -> bool says which of the layers to quantize; None means those of 8192
             weights and more, as smaller ones would not be faster.
+        group_size: of weight-only layers, how many weights of a row have one scale: a power of two from 16 on. None:
+            128 for "int4_weight", the whole row for "int8_weight".
 
     Returns:
         A Report as replace_ makes it: what was quantized, what was skipped and why, and what else computes something.
 
     Raises:
-        TypeError: model is not a torch.nn.Module. ValueError: config is not one of these.
+        TypeError: model is not a torch.nn.Module. ValueError: config or group_size is not one of these.
         What filter_fn raises; the model is then what it was.
 
     Source: torchao's quantize_, whose names these are.
@@ -62,43 +75,65 @@ def quantize_(
         raise TypeError(f"quantize_: model must be a torch.nn.Module, got {type(model).__name__}")
     if config not in _CONFIGS:
         raise ValueError(f"quantize_: config must be one of {', '.join(map(repr, _CONFIGS))}, got {config!r}")
+    if config == "int8_dynamic":
+        if group_size is not None:
+            raise ValueError(f"quantize_: group_size is for weight-only layers, got {group_size!r} with {config!r}")
+        result, options = LinearInt8, {}
+    else:
+        bits = 8 if config == "int8_weight" else 4
+        try:
+            checked_group_size(bits, group_size, 1)
+        except ValueError as error:
+            raise ValueError(f"quantize_: {error}") from None
+        result, options = LinearWeightOnly, {"bits": bits, "group_size": group_size}
+
     report, chosen = Report(), []
     direct = read_directly(model)
     for name, module in model.named_modules():
         cls = type(module)
         why = direct.get(id(module), "")
         if cls in _LINEAR:
-            why = why or why_not(module, LinearInt8 if cls is _FUSED else fnn.Linear) or _no_kernel(module)
+            why = why or why_not(module, result if cls is _FUSED else fnn.Linear) or _no_kernel(module, config)
             if not why and filter_fn is None:
                 why = _too_small(module)
             elif not why and not filter_fn(module, name):
                 why = "filter_fn said no"
             if not why:
-                report.replaced.append(Row(name, class_name(cls), "fastops.light.LinearInt8"))
+                report.replaced.append(Row(name, class_name(cls), f"fastops.light.{result.__name__}"))
                 chosen.append(module)
-        elif cls is LinearInt8:
+        elif isinstance(module, QuantizedLinear):
             why = "already quantized"
         elif isinstance(module, nn.Linear):
             why = why or why_not_type(module)
         elif works(module):
-            report.left.append(Row(name, class_name(cls), "no int8 kernel"))
+            report.left.append(Row(name, class_name(cls), f"no {config} kernel"))
         if why:
             report.skipped.append(Row(name, class_name(cls), why))
     for module in chosen:  # only now that filter_fn has not raised
-        quantize_linear_(module)
+        _change(module, result, **options)
     return report
+
+
+def _change(
+    linear: nn.Module, cls: type[QuantizedLinear], bits: int | None = None, group_size: int | None = None
+) -> None:
+    """Turns a linear layer into a quantized one where it is: hooks, bias and name stay."""
+    activation = activation_of(linear)
+    if bits is not None:
+        linear.bits, linear.group_size = bits, checked_group_size(bits, group_size, linear.in_features)
+    become(linear, cls, linear.weight, activation)
 
 
 def _too_small(module: nn.Module) -> str:
     small = module.weight.numel() < _LEAST_WEIGHTS
-    return f"fewer than {_LEAST_WEIGHTS} weights, which int8 makes no faster" if small else ""
+    return f"fewer than {_LEAST_WEIGHTS} weights, which would be no faster" if small else ""
 
 
-def _no_kernel(module: nn.Module) -> str:
-    if module.in_features > _MOST_FEATURES:
+def _no_kernel(module: nn.Module, config: str) -> str:
+    if config == "int8_dynamic" and module.in_features > _MOST_FEATURES:
         return f"it has more than {_MOST_FEATURES} in_features, whose products need not fit 32 bits"
     if not module.weight.is_cpu:
-        return f"weight is on {module.weight.device}: the int8 kernels are the CPU's"
+        return f"weight is on {module.weight.device}: the kernels of {config} are the CPU's"
     if module.weight.dtype is torch.float64:
-        return "weight has dtype float64, which no int8 kernel takes"
+        return f"weight has dtype float64, which no {config} kernel takes"
     return ""

@@ -181,7 +181,7 @@ int main(int argc, char** argv) {
         // Sums that wait for the next block of k in several tiles, and blocks for several threads.
         test<T>({70, 300, 1100, ActivationKind::relu});
         test<T>({140, 520, 260});
-        for (int i = 0; i < (quick ? 5 : 40); ++i)
+        for (int i = 0; i < (quick ? 5 : 30); ++i)
           test<T>({between(1, 150), between(1, 150), between(1, 1500),
                    coin() ? ActivationKind::relu : ActivationKind::silu, static_cast<Rows>(between(0, 3)),
                    static_cast<Rows>(between(0, 3)), between(0, 2), coin(), static_cast<Values>(between(0, 7))});

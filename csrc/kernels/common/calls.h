@@ -15,6 +15,7 @@
 #include "../optim/optim.h"
 #include "../pool/pool.h"
 #include "../softmax/softmax.h"
+#include "../weight_only/weight_only.h"
 #include "plan.h"
 
 namespace fastops {
@@ -24,6 +25,7 @@ namespace fastops {
   FASTOPS_CALLS_activation(X) \
   FASTOPS_CALLS_linear(X) \
   FASTOPS_CALLS_linear_int8(X) \
+  FASTOPS_CALLS_weight_only(X) \
   FASTOPS_CALLS_mlp(X) \
   FASTOPS_CALLS_conv(X) \
   FASTOPS_CALLS_conv_pool(X) \

@@ -1,0 +1,85 @@
+"""What the linear layers with quantized weights share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling as _is_compiling
+
+from fastops._activations import KIND
+from fastops.export import exports_aten
+from fastops.functional._activation import Activation, resolve_activation, torch_activate
+from fastops.nn._fused import Fused
+from fastops.ops import autocast
+
+
+class QuantizedLinear(nn.Module):
+    """y = f(x W^T + b), where buffers stand for W. A subclass says which, and computes x W^T + b three ways."""
+
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+    activation: Activation
+
+    def _set(self, weight: Tensor) -> None:
+        """Makes the buffers of a float weight."""
+        raise NotImplementedError
+
+    def _fast(self, input: Tensor, activation: tuple[int, float, float]) -> Any:
+        """The output, or NotImplemented for a call that is not plain."""
+        raise NotImplementedError
+
+    def _general(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + b by the general door."""
+        raise NotImplementedError
+
+    def _by_torch(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """The same in PyTorch's ops."""
+        raise NotImplementedError
+
+    def dequantized(self) -> Tensor:
+        """The weight as float32, (out_features, in_features)."""
+        raise NotImplementedError
+
+    # What stays float32, whatever the model is cast to.
+    _float32: tuple[str, ...] = ("scale",)
+
+    def forward(self, input: Tensor) -> Tensor:
+        kind, a, b = resolve_activation(self.activation)
+        if not _is_compiling():
+            result = self._fast(input, (KIND[kind], a, b))
+            if result is not NotImplemented:
+                return result
+        input, bias = autocast(input, self.bias)
+        if bias is not None and bias.dtype != input.dtype:
+            bias = bias.to(input.dtype)
+        aten = exports_aten() or (not _is_compiling() and torch.jit.is_tracing())
+        return torch_activate((self._by_torch if aten else self._general)(input, bias), kind, a, b)
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        before = {name: getattr(self, name) for name in self._float32}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            if tensor is not None and getattr(self, name).dtype != torch.float32:
+                setattr(self, name, tensor.to(getattr(self, name).device))
+        return self
+
+
+def become(module: nn.Module, cls: type[QuantizedLinear], weight: Tensor, activation: Activation) -> None:
+    """Gives a module the class, and its state in the place of its parameter `weight`."""
+    resolve_activation(activation)
+    module._parameters.pop("weight", None)
+    module.__class__ = cls
+    # Past nn.Module, which would make a child of an activation module.
+    module.__dict__["activation"] = activation
+    module._set(weight.detach())
+
+
+def activation_of(linear: nn.Module) -> Activation:
+    """A layer's own; an attribute of that name that torch.nn.Linear happens to have is none."""
+    return linear.activation if isinstance(linear, Fused) else None

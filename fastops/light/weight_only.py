@@ -1,0 +1,158 @@
+"""A linear layer with weights of 8 or 4 bits, which become float32 in registers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastops import _C
+from fastops.functional._activation import Activation
+from fastops.light._quantized import QuantizedLinear, activation_of, become
+from fastops.ops.weight_only import by_torch, dequantized, weight_only
+
+__all__ = ["LinearWeightOnly"]
+
+
+class LinearWeightOnly(QuantizedLinear):
+    """torch.nn.Linear with weights of 8 or 4 bits: y = f(x W^T + b), W = scale * weight + offset.
+
+    Each `group_size` weights of a row share a scale: the largest of 8 bits stands for the group's largest magnitude
+    (and there is no offset), those of 4 bits for 16 levels between its smallest and its largest weight. The input is
+    not rounded. For one row and a few, which are bound by the time to read the weights, such a layer is faster than a
+    float one; for many rows `LinearInt8` is.
+
+    Gradients reach the input and the bias, not the weight.
+
+    Args:
+        in_features, out_features: any.
+        bias: whether there is one.
+        bits: 8 or 4.
+        group_size: a power of two from 16 on; None for 128 with 4 bits and the whole row with 8.
+        activation: f, as in fastops.nn.Linear.
+
+    Attributes:
+        weight: int8 (out_features, in_features); or uint8 (out_features, (in_features + 1) // 2), two weights in a
+            byte, the first in its low half; a buffer.
+        scale, offset: (out_features, groups), float32, whatever the model is cast to; buffers. offset is None with 8
+            bits.
+        bias: (out_features), in the model's dtype; a parameter, or None.
+
+    Shape:
+        input (*, in_features), float32, bfloat16 or float16 -> (*, out_features) in input's dtype.
+
+    Raises:
+        ValueError: bits or group_size is not one of these.
+        RuntimeError: input's last dimension or dtype does not fit, or it is not on the CPU.
+
+    Source: torchao's int8 and int4 weight-only quantization; Frantar et al., "GPTQ" (2022), for the groups.
+
+    >>> from fastops import light
+    >>> layer = light.LinearWeightOnly.from_linear(nn.Linear(256, 10), bits=4)
+    >>> layer(torch.randn(256)).shape
+    torch.Size([10])
+    """
+
+    _float32 = ("scale", "offset")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        bits: int = 8,
+        group_size: int | None = None,
+        activation: Activation = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.bits, self.group_size = bits, checked_group_size(bits, group_size, in_features)
+        become(self, type(self), torch.zeros(out_features, in_features), activation)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, bits: int = 8, group_size: int | None = None) -> "LinearWeightOnly":
+        """A quantized copy of a linear layer, fastops' with an activation too; it shares the bias.
+
+        >>> from fastops import light
+        >>> light.LinearWeightOnly.from_linear(nn.Linear(64, 2), bits=4, group_size=32)
+        LinearWeightOnly(in_features=64, out_features=2, bias=True, bits=4, group_size=32)
+        """
+        n, k, f = linear.out_features, linear.in_features, activation_of(linear)
+        layer = cls(k, n, bias=False, bits=bits, group_size=group_size, activation=f)
+        layer.bias = linear.bias
+        layer._set(linear.weight.detach())
+        return layer.train(linear.training)
+
+    def dequantized(self) -> Tensor:
+        """The weight as float32, (out_features, in_features).
+
+        >>> from fastops import light
+        >>> layer = light.LinearWeightOnly.from_linear(nn.Linear(64, 10))
+        >>> layer.dequantized().shape
+        torch.Size([10, 64])
+        """
+        return dequantized(self.weight, self.scale, self.offset, self.group_size, self.in_features)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
+
+    def _set(self, weight: Tensor) -> None:
+        levels, scale, offset = quantized(weight, self.bits, self.group_size)
+        self.register_buffer("weight", levels)
+        self.register_buffer("scale", scale)
+        self.register_buffer("offset", offset)
+
+    def _fast(self, input: Tensor, activation: tuple[int, float, float]) -> Any:
+        return _C.weight_only(input, self.weight, self.scale, self.offset, self.bias, self.group_size, *activation)
+
+    def _general(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        return weight_only(input, self.weight, self.scale, self.offset, bias, self.group_size)
+
+    def _by_torch(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        return by_torch(input, self.weight, self.scale, self.offset, bias, self.group_size)
+
+
+def checked_group_size(bits: int, group_size: int | None, in_features: int) -> int:
+    """The group size for these arguments.
+
+    Raises:
+        ValueError: they are not those of a LinearWeightOnly.
+    """
+    if bits not in (8, 4):
+        raise ValueError(f"bits must be 8 or 4, got {bits!r}")
+    if group_size is None:
+        return 128 if bits == 4 else max(in_features, 1)
+    if not isinstance(group_size, int) or group_size < 16 or group_size & (group_size - 1):
+        raise ValueError(f"group_size must be a power of two from 16 on, or None, got {group_size!r}")
+    return group_size
+
+
+def quantized(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weights (n, k) as the buffers weight, scale and offset. A group with an infinity or NaN has the scale NaN."""
+    n, k = weight.shape
+    groups = -(-k // group_size)
+    tiny = torch.finfo(torch.float32).tiny
+    w = weight.float()
+    # The last group of a row may be short: its last weight is repeated, which changes neither end of its range.
+    if groups * group_size > k:
+        w = torch.cat([w, w[:, -1:].expand(n, groups * group_size - k)], 1)
+    w = w.view(n, groups, group_size)
+    if groups == 0:
+        w = w.new_zeros(n, 0, 1)
+    low, high = w.amin(2, keepdim=True), w.amax(2, keepdim=True)
+    finite = low.isfinite() & high.isfinite()
+    if bits == 8:
+        scale = (torch.maximum(-low, high) / 127).clamp(min=tiny)
+        levels = torch.round(w / scale).clamp(-127, 127).nan_to_num(0).to(torch.int8)
+        offset = None
+    else:
+        scale = (high / 15 - low / 15).clamp(min=tiny)
+        levels = torch.round((w - low) / scale).clamp(0, 15).nan_to_num(0).to(torch.uint8)
+        offset = low[..., 0].contiguous()
+    levels = levels.flatten(1)[:, :k]
+    if bits == 4:
+        if k % 2:
+            levels = torch.cat([levels, levels.new_zeros(n, 1)], 1)
+        levels = levels[:, ::2] | levels[:, 1::2] << 4
+    scale = torch.where(finite, scale, torch.nan)[..., 0].contiguous()
+    return levels.contiguous(), scale, offset
