@@ -21,10 +21,10 @@ def test_every_function_has_its_opinfo():
 
 
 def _samples(op, dtypes, **options):
-    """Each sample in each dtype; of more than 200, as max pools have, each in one of the dtypes."""
+    """Each sample in each dtype; of more than 50, as convolutions and pools have, each in one of the dtypes."""
     for i, dtype in enumerate(dtypes):
         samples = list(op.sample_inputs("cpu", dtype, **options))
-        yield from ((dtype, sample) for sample in (samples if len(samples) <= 200 else samples[i :: len(dtypes)]))
+        yield from ((dtype, sample) for sample in (samples if len(samples) <= 50 else samples[i :: len(dtypes)]))
 
 
 def _seeded(function):
