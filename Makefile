@@ -13,7 +13,7 @@ PYTHON3 ?= python3
 SOURCES := $(shell find csrc -type f) build_native.py setup.py
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test bench scoreboard gpu readme check format sanitize ulp cuda-usage library clean
+.PHONY: build demo test bench scoreboard gpu readme check format sanitize ulp cuda-usage library docs clean
 
 build: $(VENV)/installed $(VENV)/built
 
@@ -69,6 +69,10 @@ PREFIX ?= build/library
 library: $(VENV)/ninja
 	$(PYTHON) build_native.py library $(PREFIX)
 
+# The documentation site, into build/docs. A link that leads nowhere is an error.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastops/_build.py fastops/*.so
 
@@ -82,6 +86,10 @@ $(VENV)/ninja: requirements.txt
 
 $(VENV)/requirements: requirements.txt $(VENV)/ninja
 	$(INSTALL) -r requirements.txt
+	touch $@
+
+$(VENV)/docs: docs/requirements.txt $(VENV)/ninja
+	$(INSTALL) -r docs/requirements.txt
 	touch $@
 
 $(VENV)/kernels: $(VENV)/ninja $(VENV)/asked $(SOURCES)

@@ -67,6 +67,7 @@ PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").g
 
 # What a page's examples need beside fastops.
 NEEDS = {
+    "docs/automl.md": ["optuna"],
     "docs/checkpoints.md": ["safetensors"],
     "docs/federated.md": ["flwr"],
     "docs/huggingface.md": ["transformers", "peft"],
@@ -96,7 +97,7 @@ def test_python_in_the_pages_runs(page: str, capsys: pytest.CaptureFixture, tmp_
     assert page != "README.md" or "fastops" in names
 
 
-def test_commands_in_the_readme_exist() -> None:
+def test_commands_in_the_pages_exist() -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     lines = [line for page in PAGES for block in blocks("sh", page) for line in block.splitlines()]
     commands = [line.split("#")[0].strip() for line in lines]
@@ -119,7 +120,19 @@ def test_commands_in_the_readme_exist() -> None:
             assert installs[1] is None or f"\n{installs[1]} = [" in (ROOT / "pyproject.toml").read_text(), command
 
 
-def test_readme_names_every_environment_variable() -> None:
+def test_the_site_names_every_page() -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+
+    def named(entry: object) -> list[str]:
+        parts = entry.values() if isinstance(entry, dict) else entry
+        return [entry] if isinstance(entry, str) else [page for part in parts for page in named(part)]
+
+    pages = named(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert len(set(pages)) == len(pages)
+    assert {*PAGES, "CONTRIBUTING.md"} == {page for page in pages if not page.startswith(("reference/", "benchmarks/"))}
+
+
+def test_every_environment_variable_is_named() -> None:
     sources = [ROOT / "setup.py", ROOT / "build_native.py", ROOT / "tests" / "gpu.py"]
     sources += [path for folder in ("fastops", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     # The scoreboard sets those of other libraries, for its workers.
@@ -132,7 +145,7 @@ def test_readme_names_every_environment_variable() -> None:
             if "environ" in line or "getenv(" in line:
                 read |= set(re.findall(r'"([A-Z][A-Z_]+)"', f"{before} {line}"))
     assert {"FASTOPS_ISA", "FASTOPS_VERBOSE", "MAX_JOBS", "CUDA_PATH", "VIRTUAL_ENV"} <= read
-    table = README.split("## Environment variables")[1].split("\n## ")[0]
+    table = (ROOT / "docs" / "environment.md").read_text()
     assert read - set(re.findall(r"`([A-Z][A-Z_]+)`", table)) == set()
 
 
@@ -146,7 +159,7 @@ def test_links_in_the_pages_lead_somewhere() -> None:
                 continue
             text = file.read_text()
             anchors = [
-                re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+                re.sub(r"[^a-z0-9_ -]", "", title.lower()).replace(" ", "-")
                 for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
             ]
             assert not anchor or anchor in anchors, target

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from modes import ENVIRONMENT
@@ -11,6 +12,8 @@ from modes import ENVIRONMENT
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("keras") is None, reason="keras is not installed: pip install fastops[keras]"
 )
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 # Keras chooses its backend when it is imported, so this has a process of its own.
 PROGRAM = """
@@ -58,3 +61,29 @@ def test_fit_and_predict():
     assert theirs[3] == []
     forward = {"conv2d", "max_pool2d", "mm", "relu", "gelu", "tanh"}
     assert forward | {"conv2d_backward_weight", "max_pool2d_backward", "gelu_backward"} <= set(ours[3])
+
+
+EXAMPLE = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import keras_digits, fastops
+
+assert str(fastops.replace_(keras_digits.network())).endswith("0 replaced, 0 skipped, 0 left alone")
+_, theirs = keras_digits.run("plain", 2)
+with fastops.record() as calls:
+    _, ours = keras_digits.run("fastops", 2)
+ops = sorted({row.op for row in calls if row.kernel != "aten"})
+print(json.dumps([theirs["losses"], ours["losses"], float(ours["accuracy"]), ops]))
+"""
+
+
+def test_example():
+    """examples/keras_digits.py learns the same on our kernels, and learns something."""
+    environment = {**ENVIRONMENT, "KERAS_BACKEND": "torch"}
+    command = [sys.executable, "-c", EXAMPLE, str(EXAMPLES)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    theirs, ours, accuracy, ops = json.loads(run.stdout.splitlines()[-1])
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert accuracy > 0.85
+    assert {"conv2d", "max_pool2d", "mm", "relu", "conv2d_backward_weight"} <= set(ops)

@@ -1,6 +1,6 @@
 """Layers with an activation are no torch.nn layers, and what tools that look at classes do with replaced models.
 
-TOOLS is README's list of them: a tool that is not here has not been tried.
+TOOLS is the list of docs/other-tools.md: a tool that is not here has not been tried.
 """
 
 import contextlib
