@@ -312,3 +312,19 @@ def test_inside_replaced_fused_and_frozen_models():
             torch.testing.assert_close(other(x), y, rtol=1e-3, atol=1e-3)
         fastops.replace_(model)
         torch.testing.assert_close(model(x), y, rtol=1e-3, atol=1e-3)
+
+
+def test_sharded_weights_are_left_alone(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(128, 128))
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, []))
+        (row,) = light.quantize_(model).skipped
+        assert row.result == "weight is a DTensor, a tensor subclass"
+        assert type(model[0].weight.data) is DTensor
+    finally:
+        dist.destroy_process_group()

@@ -132,6 +132,8 @@ def _too_small(module: nn.Module) -> str:
 def _no_kernel(module: nn.Module, config: str) -> str:
     if config == "int8_dynamic" and module.in_features > _MOST_FEATURES:
         return f"it has more than {_MOST_FEATURES} in_features, whose products need not fit 32 bits"
+    if type(module.weight) is not nn.Parameter:  # a DTensor
+        return f"weight is a {type(module.weight).__name__}, a tensor subclass"
     if not module.weight.is_cpu:
         return f"weight is on {module.weight.device}: the kernels of {config} are the CPU's"
     if module.weight.dtype is torch.float64:
