@@ -322,7 +322,7 @@ def test_sharded_weights_are_left_alone(tmp_path):
     try:
         model = nn.Sequential(nn.Linear(128, 128))
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-        model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, []))
+        model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh))
         (row,) = light.quantize_(model).skipped
         assert row.result == "weight is a DTensor, a tensor subclass"
         assert type(model[0].weight.data) is DTensor
