@@ -278,13 +278,16 @@ def _works(module: nn.Module) -> bool:
     return next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None
 
 
-def _read_directly(model: nn.Module) -> dict[int, str]:
-    """Modules whose parent reads their parameters and, on its fast path, never calls them."""
+def _read_directly(model: nn.Module, calling: tuple[type, ...] = _CALLS_ITS_LAYERS) -> dict[int, str]:
+    """Modules whose parent reads their parameters and, on its fast path, never calls them.
+
+    calling: the TransformerEncoderLayers that will call theirs.
+    """
     found = {}
     for parent in model.modules():
         if isinstance(parent, nn.MultiheadAttention):
             found[id(parent.out_proj)] = "torch.nn.MultiheadAttention reads its weight directly"
-        elif isinstance(parent, nn.TransformerEncoderLayer) and type(parent) not in _CALLS_ITS_LAYERS:
+        elif isinstance(parent, nn.TransformerEncoderLayer) and type(parent) not in calling:
             for child in (parent.linear1, parent.linear2):
                 found[id(child)] = "torch.nn.TransformerEncoderLayer reads its weight directly"
     return found

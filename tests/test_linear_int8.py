@@ -11,6 +11,7 @@ from tiers import BEST, TIERS
 from torch import nn
 from torch.func import functional_call, jvp, vmap
 from torch.library import opcheck
+from torch.nn.utils import prune
 
 import fastops
 import fastops.nn as fnn
@@ -212,7 +213,7 @@ def test_quantize_():
         model[0](torch.randn(2, 16))
     assert handle == [1]
     assert model[2].activation == "gelu"
-    assert [key for key in model.state_dict() if key not in ("0.scale", "2.scale")].sort() == keys.sort()
+    assert sorted(key for key in model.state_dict() if key not in ("0.scale", "2.scale")) == sorted(keys)
     report = str(light.quantize_(model, "int8_dynamic"))
     assert "already quantized" in report
     assert "fewer than 8192 weights" in report
@@ -236,6 +237,67 @@ def test_root_and_errors():
         linear(torch.randn(2, 5))
     with pytest.raises(RuntimeError, match="input must have shape"):
         linear(torch.tensor(1.0))
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match=r"LinearInt8: in_features must be at most 65536, .* got 65537"):
+        light.LinearInt8(65537, 1)
+    for layer in (nn.Bilinear(8, 8, 8), make(8, 8)):
+        with pytest.raises(
+            TypeError, match=f"must be a torch.nn.Linear or fastops.nn.Linear, got {type(layer).__name__}"
+        ):
+            light.LinearInt8.from_linear(layer)
+    layer = make(8, 8)
+    with pytest.raises(ValueError, match="activation must be one of"):
+        layer.activation = "none"
+    layer.activation = nn.LeakyReLU(0.2)
+    assert not list(layer.children())
+
+
+def test_after_replace_():
+    model = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 128))
+    fastops.replace_(model)
+    assert [row.name for row in light.quantize_(model).replaced] == ["0", "2"]
+    assert all(type(model[i]) is light.LinearInt8 for i in (0, 2))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda layer: prune.l1_unstructured(layer, "weight", 0.5), nn.utils.weight_norm, nn.utils.spectral_norm]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_weights_that_are_computed_stay(change):
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128)).eval()
+    change(model[1])
+    report = light.quantize_(model)
+    assert [row.name for row in report.replaced] == ["0"]
+    assert report.skipped[0].result.startswith("its weight is computed at every call")
+    model(torch.randn(2, 128)).sum().backward()
+
+
+def test_transformer_encoder_layers_stay():
+    """They read the weights of their linear layers, fastops' too where it leaves a call to PyTorch's kernel."""
+    for change in (lambda model: None, fastops.replace_):
+        model = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 2, 256, batch_first=True), 1).eval()
+        change(model)
+        x, padding = torch.randn(2, 5, 64), torch.arange(5).expand(2, 5) > 3
+        with torch.no_grad():
+            expected = model(x), model(x, src_key_padding_mask=padding)
+            report = light.quantize_(model)
+            assert not report.replaced
+            assert "0.linear2 torch.nn.TransformerEncoderLayer reads its weight" in "\n".join(
+                f"{row.name.removeprefix('layers.')} {row.result}" for row in report.skipped
+            )
+            assert torch.equal(model(x), expected[0])
+            assert torch.equal(model(x, src_key_padding_mask=padding), expected[1])
+
+
+def test_float_weights_are_not_loaded_as_integers():
+    linear, layer = nn.Linear(16, 8), make(16, 8)
+    weight = layer.weight.clone()
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="weight must be int8, got float32: load float weights before quantize_"):
+            layer.load_state_dict(linear.state_dict(), strict=strict)
+    assert torch.equal(layer.weight, weight)
 
 
 def test_filter_that_raises_changes_nothing():
@@ -268,6 +330,17 @@ def test_copies_and_checkpoints(tmp_path):
         assert torch.equal(torch.load(buffer, weights_only=False)(x), y)
 
 
+@pytest.mark.parametrize("config", ["int8_dynamic", "int8_weight", "int4_weight"])
+def test_quantized_in_inference_mode(config):
+    model = nn.Linear(128, 64)
+    with torch.inference_mode():
+        light.quantize_(model, config)
+    model.load_state_dict(model.state_dict())
+    x = torch.randn(2, 128, requires_grad=True)
+    model(x).sum().backward()
+    torch.testing.assert_close(x.grad, model.dequantized().sum(0).expand(2, 128))
+
+
 def test_a_changed_weight_is_noticed():
     module, x = make(16, 8), torch.randn(4, 16)
     with torch.no_grad():
@@ -284,6 +357,8 @@ def test_casts_keep_the_scale():
     assert module.half().scale.dtype == torch.float32
     assert torch.equal(module.scale, scale)
     assert module.bias.dtype == torch.float16
+    assert module.type(torch.bfloat16).weight.dtype == torch.int8
+    assert module.bias.dtype == torch.bfloat16
     assert module.to("meta").scale.is_meta
 
 

@@ -235,6 +235,14 @@ def test_quantize_(config):
         assert torch.equal(fresh(x), model(x))
 
 
+def test_groups_longer_than_a_row():
+    """They take no more memory than the row."""
+    linear = nn.Linear(256, 32)
+    long, row = (light.LinearWeightOnly.from_linear(linear, 4, group) for group in (2**40, 256))
+    x = torch.randn(2, 256)
+    assert torch.equal(long(x), row(x))
+
+
 def test_errors():
     with pytest.raises(ValueError, match="bits must be 8 or 4, got 2"):
         light.LinearWeightOnly(64, 64, bits=2)

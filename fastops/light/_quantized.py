@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling as _is_compiling
 
+import fastops.nn as fnn
 from fastops._activations import KIND
 from fastops.export import exports_aten
 from fastops.functional._activation import Activation, resolve_activation, torch_activate
@@ -42,8 +43,16 @@ class QuantizedLinear(nn.Module):
         """The weight as float32, (out_features, in_features)."""
         raise NotImplementedError
 
-    # What stays float32, whatever the model is cast to.
-    _float32: tuple[str, ...] = ("scale",)
+    # The buffers, whose dtypes stay, whatever the model is cast to.
+    _buffer_names: tuple[str, ...] = ("weight", "scale")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activation":
+            resolve_activation(value)
+            # Past nn.Module, which would make a child of an activation module.
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
         kind, a, b = resolve_activation(self.activation)
@@ -51,6 +60,8 @@ class QuantizedLinear(nn.Module):
             result = self._fast(input, (KIND[kind], a, b))
             if result is not NotImplemented:
                 return result
+        if not isinstance(input, Tensor):
+            raise TypeError(f"{type(self).__name__}: input must be a Tensor, got {type(input).__name__}")
         input, bias = autocast(input, self.bias)
         if bias is not None and bias.dtype != input.dtype:
             bias = bias.to(input.dtype)
@@ -61,11 +72,20 @@ class QuantizedLinear(nn.Module):
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return text if self.activation is None else f"{text}, activation={self.activation!r}"
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        loaded = state_dict.get(f"{prefix}weight")
+        if isinstance(loaded, Tensor) and loaded.dtype != self.weight.dtype:
+            *_, error_msgs = args
+            hint = ": load float weights before quantize_" if loaded.is_floating_point() else ""
+            error_msgs.append(f"{prefix}weight must be {_dtype_name(self.weight)}, got {_dtype_name(loaded)}{hint}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
-        before = {name: getattr(self, name) for name in self._float32}
+        before = {name: getattr(self, name) for name in self._buffer_names}
         super()._apply(fn, recurse)
         for name, tensor in before.items():
-            if tensor is not None and getattr(self, name).dtype != torch.float32:
+            if tensor is not None and getattr(self, name).dtype != tensor.dtype:
                 setattr(self, name, tensor.to(getattr(self, name).device))
         return self
 
@@ -75,9 +95,24 @@ def become(module: nn.Module, cls: type[QuantizedLinear], weight: Tensor, activa
     resolve_activation(activation)
     module._parameters.pop("weight", None)
     module.__class__ = cls
-    # Past nn.Module, which would make a child of an activation module.
-    module.__dict__["activation"] = activation
+    module.activation = activation
     module._set(weight.detach())
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def checked_linear(linear: Any) -> None:
+    """Checks the layer that from_linear is given.
+
+    Raises:
+        TypeError: it is no linear layer with float weights.
+    """
+    if not isinstance(linear, (nn.Linear, fnn.Linear)):
+        raise TypeError(
+            f"from_linear: linear must be a torch.nn.Linear or fastops.nn.Linear, got {type(linear).__name__}"
+        )
 
 
 def activation_of(linear: nn.Module) -> Activation:

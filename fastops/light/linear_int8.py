@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from fastops import _C
 from fastops.functional._activation import Activation
-from fastops.light._quantized import QuantizedLinear, activation_of, become
+from fastops.light._quantized import QuantizedLinear, activation_of, become, checked_linear
 from fastops.ops.linear_int8 import by_torch, dequantized, linear_int8
 
 __all__ = ["LinearInt8"]
+
+MOST_FEATURES = 65536  # whose products of 8 bits fit 32 (linear_int8.h)
 
 
 class LinearInt8(QuantizedLinear):
@@ -21,7 +23,8 @@ class LinearInt8(QuantizedLinear):
     have the same bits on every processor and for any number of threads.
 
     The kernels keep a packed copy of the weight, which is made at the first call and again after the weight has
-    changed; it is not saved. Gradients reach the input (past its rounding) and the bias, not the weight.
+    changed; it is not saved. A few elements that are written through `weight.data` or NumPy go unnoticed. Gradients
+    reach the input (past its rounding) and the bias, not the weight.
 
     Args:
         in_features: at most 65536.
@@ -38,6 +41,7 @@ class LinearInt8(QuantizedLinear):
         input (*, in_features), float32, bfloat16 or float16 -> (*, out_features) in input's dtype.
 
     Raises:
+        ValueError: in_features is more than that. TypeError: from_linear gets another layer.
         RuntimeError: input's last dimension or dtype does not fit, or it is not on the CPU.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
@@ -51,6 +55,10 @@ class LinearInt8(QuantizedLinear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: Activation = None) -> None:
         super().__init__()
+        if in_features > MOST_FEATURES:
+            raise ValueError(
+                f"LinearInt8: in_features must be at most {MOST_FEATURES}, for sums of 32 bits, got {in_features}"
+            )
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         become(self, type(self), torch.zeros(out_features, in_features), activation)
@@ -63,6 +71,7 @@ class LinearInt8(QuantizedLinear):
         >>> light.LinearInt8.from_linear(fnn.Linear(8, 2, activation="relu"))
         LinearInt8(in_features=8, out_features=2, bias=True, activation='relu')
         """
+        checked_linear(linear)
         layer = cls(linear.in_features, linear.out_features, bias=False, activation=activation_of(linear))
         layer.bias = linear.bias
         layer._set(linear.weight.detach())
@@ -99,6 +108,8 @@ class LinearInt8(QuantizedLinear):
         return {key: value for key, value in self.__dict__.items() if key != "_packed"}
 
 
+# Tensors made in inference mode cannot be saved for a backward, nor loaded into.
+@torch.inference_mode(False)
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weights (n, k) as int8 between -127 and 127, and a float32 scale (n) for each row.
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import fastops.nn as fnn
 from fastops.light._quantized import QuantizedLinear, activation_of, become
-from fastops.light.linear_int8 import LinearInt8
+from fastops.light.linear_int8 import MOST_FEATURES, LinearInt8
 from fastops.light.weight_only import LinearWeightOnly, checked_group_size
 from fastops.nn._fused import FUSED
 from fastops.replace import Report, Row
@@ -26,7 +26,6 @@ _LINEAR = (nn.Linear, fnn.Linear, _FUSED)
 # LinearInt8, 2 threads, Emerald Rapids, us: 64 x 128 -> 10 11.4 and 11.8; 1 x 64 -> 64 7.2 and 7.6; 100 x 10 -> 5 8.9
 # and 13.2; 1 x 784 -> 128 13.5 and 10.0.
 _LEAST_WEIGHTS = 8192
-_MOST_FEATURES = 65536  # whose products of 8 bits fit 32 (linear_int8.h)
 
 
 def quantize_(
@@ -88,12 +87,14 @@ def quantize_(
         result, options = LinearWeightOnly, {"bits": bits, "group_size": group_size}
 
     report, chosen = Report(), []
-    direct = read_directly(model)
+    # fastops' TransformerEncoderLayer reads weights, too, where it leaves a call to PyTorch's.
+    direct = read_directly(model, calling=())
     for name, module in model.named_modules():
         cls = type(module)
         why = direct.get(id(module), "")
         if cls in _LINEAR:
-            why = why or why_not(module, result if cls is _FUSED else fnn.Linear) or _no_kernel(module, config)
+            # fastops' own have an attribute named activation.
+            why = why or why_not(module, fnn.Linear if cls is nn.Linear else result) or _no_kernel(module, config)
             if not why and filter_fn is None:
                 why = _too_small(module)
             elif not why and not filter_fn(module, name):
@@ -130,8 +131,10 @@ def _too_small(module: nn.Module) -> str:
 
 
 def _no_kernel(module: nn.Module, config: str) -> str:
-    if config == "int8_dynamic" and module.in_features > _MOST_FEATURES:
-        return f"it has more than {_MOST_FEATURES} in_features, whose products need not fit 32 bits"
+    if "weight" not in module._parameters:
+        return "its weight is computed at every call: prune.remove, remove_weight_norm or the like ends that"
+    if config == "int8_dynamic" and module.in_features > MOST_FEATURES:
+        return f"it has more than {MOST_FEATURES} in_features, whose products need not fit 32 bits"
     if type(module.weight) is not nn.Parameter:  # a DTensor
         return f"weight is a {type(module.weight).__name__}, a tensor subclass"
     if not module.weight.is_cpu:

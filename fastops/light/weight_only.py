@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastops import _C
 from fastops.functional._activation import Activation
-from fastops.light._quantized import QuantizedLinear, activation_of, become
+from fastops.light._quantized import QuantizedLinear, activation_of, become, checked_linear
 from fastops.ops.weight_only import by_torch, dequantized, weight_only
 
 __all__ = ["LinearWeightOnly"]
@@ -41,7 +41,7 @@ class LinearWeightOnly(QuantizedLinear):
         input (*, in_features), float32, bfloat16 or float16 -> (*, out_features) in input's dtype.
 
     Raises:
-        ValueError: bits or group_size is not one of these.
+        ValueError: bits or group_size is not one of these. TypeError: from_linear gets another layer.
         RuntimeError: input's last dimension or dtype does not fit, or it is not on the CPU.
 
     Source: torchao's int8 and int4 weight-only quantization; Frantar et al., "GPTQ" (2022), for the groups.
@@ -52,7 +52,7 @@ class LinearWeightOnly(QuantizedLinear):
     torch.Size([10])
     """
 
-    _float32 = ("scale", "offset")
+    _buffer_names = ("weight", "scale", "offset")
 
     def __init__(
         self,
@@ -77,6 +77,7 @@ class LinearWeightOnly(QuantizedLinear):
         >>> light.LinearWeightOnly.from_linear(nn.Linear(64, 2), bits=4, group_size=32)
         LinearWeightOnly(in_features=64, out_features=2, bias=True, bits=4, group_size=32)
         """
+        checked_linear(linear)
         n, k, f = linear.out_features, linear.in_features, activation_of(linear)
         layer = cls(k, n, bias=False, bits=bits, group_size=group_size, activation=f)
         layer.bias = linear.bias
@@ -118,7 +119,7 @@ def checked_group_size(bits: int, group_size: int | None, in_features: int) -> i
     Raises:
         ValueError: they are not those of a LinearWeightOnly.
     """
-    if bits not in (8, 4):
+    if not isinstance(bits, int) or bits not in (8, 4):
         raise ValueError(f"bits must be 8 or 4, got {bits!r}")
     if group_size is None:
         return 128 if bits == 4 else max(in_features, 1)
@@ -127,9 +128,12 @@ def checked_group_size(bits: int, group_size: int | None, in_features: int) -> i
     return group_size
 
 
+# Tensors made in inference mode cannot be saved for a backward, nor loaded into.
+@torch.inference_mode(False)
 def quantized(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Weights (n, k) as the buffers weight, scale and offset. A group with an infinity or NaN has the scale NaN."""
     n, k = weight.shape
+    group_size = min(group_size, max(k, 1))
     groups = -(-k // group_size)
     tiny = torch.finfo(torch.float32).tiny
     w = weight.float()
