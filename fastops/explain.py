@@ -3,6 +3,7 @@
 import argparse
 import copy
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fastops import _C
 from fastops.enable import enabled
@@ -202,8 +204,8 @@ def explain(
     else the mean of squares.
 
     Args:
-        model: any module that can be copied. Nothing of it is changed, nor is the state of random numbers.
-        example_inputs: the arguments of a typical call.
+        model: any module that can be copied. Nothing of it is changed, nor is the state of torch's random numbers.
+        example_inputs: the arguments of a typical call. What a call writes, it writes to copies of their tensors.
         kwargs: arguments of that call by name.
         ways: which of "replace_", "enable", "fuse", "freeze" and "backend" to try. "backend" compiles, which takes
             seconds.
@@ -236,7 +238,7 @@ def explain(
         raise RuntimeError(
             "explain: PyTorch's ops are fastops' now, and there is nothing to compare: call disable() first"
         )
-    given = example_inputs, dict(kwargs or {})
+    given = tree_map_only(Tensor, _copied_input, (example_inputs, dict(kwargs or {})))
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         return _Measurement(model, given, [one for one in _CALLS if one in ways], training, rounds).run()
 
@@ -353,6 +355,11 @@ def _copy(model: nn.Module) -> nn.Module:
         raise TypeError(message) from error
 
 
+def _copied_input(tensor: Tensor) -> Tensor:
+    """With the same strides, and a gradient of its own."""
+    return copy.deepcopy(tensor.detach()).requires_grad_(tensor.requires_grad)
+
+
 def _in_turn(sides: dict[str, _Side], rounds: int) -> dict[str, list[float]]:
     """Seconds of a call of each side in each round. The sides take turns at being first."""
     calls = {}
@@ -452,7 +459,11 @@ def _difference(expected: list[Tensor], got: list[Tensor]) -> float:
     for a, b in zip(expected, got, strict=True):
         if a.numel():
             a, b = a.double(), b.double()
-            worst = max(worst, ((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).item())
+            # The same infinity or NaN is no difference, another one is infinite.
+            apart = (a - b).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+            apart = apart.masked_fill((a == b) | (a.isnan() & b.isnan()), 0.0)
+            largest = a.nan_to_num(0.0, 0.0, 0.0).abs().max()
+            worst = max(worst, (apart.max() / largest.clamp_min(1e-30)).item())
     return worst
 
 
@@ -493,8 +504,8 @@ def run(options: argparse.Namespace) -> int:
         model, inputs, kwargs = _built(options.model)
         if options.rounds < 1:
             raise _Unusable(f"--rounds must be 1 or more, got {options.rounds}")
-        if options.html and not Path(options.html).resolve().parent.is_dir():
-            raise _Unusable(f"--html: there is no folder {Path(options.html).resolve().parent}")
+        if options.html:
+            _check_page(Path(options.html).resolve())
     except _Unusable as error:
         print(f"fastops doctor: {error}", file=sys.stderr)
         return 2
@@ -510,6 +521,15 @@ def run(options: argparse.Namespace) -> int:
         explanation.save_html(options.html)
         print(f"page: {options.html}")
     return 0
+
+
+def _check_page(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise _Unusable(f"--html: there is no folder {path.parent}")
+    if path.is_dir():
+        raise _Unusable(f"--html: {path} is a folder")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise _Unusable(f"--html: {path} cannot be written")
 
 
 def _built(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:

@@ -101,6 +101,19 @@ def test_nothing_is_changed():
     assert torch.equal(x, given)
 
 
+def test_inputs_are_not_changed():
+    class InPlace(nn.Linear):
+        def forward(self, x, y):
+            return super().forward(x["x"].mul_(2)) + y
+
+    x, y = torch.randn(8, 4)[::2], torch.randn(4, requires_grad=True)
+    given = x.clone()
+    found = fastops.explain(InPlace(4, 4), {"x": x}, y, rounds=1, ways=["replace_"])
+    assert "training step" in found.milliseconds
+    assert torch.equal(x, given)
+    assert y.grad is None
+
+
 def test_text(explanation):
     lines = str(explanation).splitlines()
     assert len(lines) <= 16
@@ -167,6 +180,25 @@ def test_results_that_differ_are_said(monkeypatch):
     found = fastops.explain(nn.Linear(3, 4), torch.randn(2, 3), ways=["fuse"], rounds=1, training=False)
     assert found.ways[0].problem.startswith("but its results differ by ")
     assert found.best() is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_infinities_and_nan(value, monkeypatch):
+    """Where PyTorch has them, too, they are no difference; elsewhere they are one."""
+
+    class Spoils(nn.Module):
+        def __init__(self, inner, column):
+            super().__init__()
+            self.inner, self.column = inner, column
+
+        def forward(self, x):
+            return self.inner(x).index_fill(1, torch.tensor([self.column]), value)
+
+    monkeypatch.setattr(sys.modules["fastops.explain"], "fuse", lambda model: Spoils(model, 1))
+    for column, differs in ((1, False), (0, True)):
+        model = Spoils(nn.Linear(3, 4), column)
+        found = fastops.explain(model, torch.randn(2, 3), ways=["fuse"], rounds=1, training=False)
+        assert found.ways[0].problem == ("but its results differ by inf" if differs else "")
 
 
 def test_errors():
@@ -328,5 +360,7 @@ def test_doctor_says_what_to_mend(target, status, message, program, capsys):
 def test_doctor_checks_its_options_first(program, capsys):
     assert doctor(f"{program}:build", "--html", "/no/such/folder/page.html") == 2
     assert "--html: there is no folder /no/such/folder" in capsys.readouterr().err
+    assert doctor(f"{program}:build", "--html", program.parent) == 2
+    assert f"--html: {program.parent} is a folder" in capsys.readouterr().err
     assert command_line.main(["doctor", f"{program}:build", "--rounds", "0"]) == 2
     assert "--rounds must be 1 or more, got 0" in capsys.readouterr().err
