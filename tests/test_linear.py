@@ -491,6 +491,22 @@ def test_float32_by_bf16_parts(precision, parts, error):
         assert ((got - right).pow(2).mean() / right.pow(2).mean()).sqrt() < error
 
 
+@pytest.mark.skipif(BEST != "amx", reason="of processors with AMX")
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_bf16_parts_of_numbers_near_the_limits(precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        x, w = torch.randn(300, 260), torch.randn(270, 260) / 10
+        for row, value in enumerate((1e34, -3e38, float("inf"), -float("inf"), float("nan"), 1e-40)):
+            x[40 * row, 11 * row] = value
+        y = FF.linear(x, w)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    expected = (x.double() @ w.double().t()).float()
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=0.1, equal_nan=True)
+
+
 def calls(size):
     for m, n, k in ((6, 5, 4), (2, 70, 300), (1, 400, 400), (130, 70, 90)):
         yield call("linear", (m, k), (n, k), (n,))

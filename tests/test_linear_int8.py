@@ -274,6 +274,21 @@ def test_weights_that_are_computed_stay(change):
     model(torch.randn(2, 128)).sum().backward()
 
 
+def test_tensors_on_different_devices():
+    layers = make(8, 4), light.LinearWeightOnly.from_linear(nn.Linear(8, 4), 4)
+    for layer in layers:
+        x = torch.randn(2, 8)
+        with pytest.raises(
+            RuntimeError, match="weight must be a dense tensor on the input's device, meta, got one on cpu"
+        ):
+            layer(x.to("meta"))
+        with pytest.raises(RuntimeError, match="weight must be a dense tensor on the CPU, got one on meta"):
+            layer.to("meta")(x)
+        assert layer(x.to("meta")).is_meta
+        with pytest.raises(TypeError, match="input must be a Tensor, got list"):
+            layer([1.0])
+
+
 def test_transformer_encoder_layers_stay():
     """They read the weights of their linear layers, fastops' too where it leaves a call to PyTorch's kernel."""
     for change in (lambda model: None, fastops.replace_):

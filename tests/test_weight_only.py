@@ -138,6 +138,19 @@ def test_infinity_and_nan(bits):
 
 
 @BITS
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), 3e38])
+def test_few_rows_are_finite_where_many_are(value, bits, tier):
+    """Sums of one row and two are scaled late."""
+    module = make(300, 70, bits, bias=False)
+    for rows in (1, 2, 3, 9):
+        x = torch.randn(rows, 300)
+        x[0, 7] = value
+        with torch.no_grad():
+            y = module(x)
+        torch.testing.assert_close(y, x @ module.dequantized().t(), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@BITS
 @pytest.mark.parametrize("activation", ["relu", "gelu", nn.LeakyReLU(0.2)])
 def test_activation(activation, bits):
     linear = fnn.Linear(64, 40, activation=activation)

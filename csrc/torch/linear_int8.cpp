@@ -7,6 +7,7 @@
 #include "binding.h"
 #include "call.h"
 #include "fingerprint.h"
+#include "quantized.h"
 #include "sizes.h"
 
 namespace fastops {
@@ -30,14 +31,13 @@ std::string linear_int8_problem(const Tensor& input, const Tensor& weight, const
   return {};
 }
 
-bool has_kernel(at::ScalarType type) { return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf; }
-
 template <class Int>
 Tensor new_output(const Tensor& input, const Tensor& weight, const Tensor& scale, const optional<Tensor>& bias) {
-  for (const auto& [tensor, name] : {std::pair(&input, "input"), {&weight, "weight"}, {&scale, "scale"}})
-    TORCH_CHECK((tensor->is_cpu() || tensor->is_meta()) && tensor->layout() == at::kStrided, kOp, ": ", name,
-                " must be a dense tensor on the CPU, got one on ", tensor->device(), " with layout ", tensor->layout());
-  TORCH_CHECK(has_kernel(input.scalar_type()), kOp, ": input must be float32, bfloat16 or float16, got ",
+  check_dense_on_cpu(input, input, kOp, "input");
+  check_dense_on_cpu(weight, input, kOp, "weight");
+  check_dense_on_cpu(scale, input, kOp, "scale");
+  if (bias) check_dense_on_cpu(*bias, input, kOp, "bias");
+  TORCH_CHECK(has_quantized_kernel(input.scalar_type()), kOp, ": input must be float32, bfloat16 or float16, got ",
               dtype_name(input.scalar_type()));
   TORCH_CHECK(weight.scalar_type() == at::kChar, kOp, ": weight must be int8, got ", dtype_name(weight.scalar_type()));
   TORCH_CHECK(scale.scalar_type() == at::kFloat, kOp, ": scale must be float32, got ", dtype_name(scale.scalar_type()));
@@ -104,7 +104,8 @@ class Int8Weight {
                  &s = THPVariable_Unpack(scale.ptr());
     optional<Tensor> bias_tensor = has_bias ? optional<Tensor>(THPVariable_Unpack(bias.ptr())) : std::nullopt;
     const bool recorded = at::GradMode::is_enabled() && (needs_grad(x) || (has_bias && needs_grad(*bias_tensor)));
-    if (!x.is_cpu() || at::autocast::is_autocast_enabled(at::kCPU) || recorded || !has_kernel(x.scalar_type()))
+    if (!x.is_cpu() || at::autocast::is_autocast_enabled(at::kCPU) || recorded ||
+        !has_quantized_kernel(x.scalar_type()))
       return not_implemented();
     if (has_bias && bias_tensor->scalar_type() != x.scalar_type()) return not_implemented();
     const at::AutoDispatchBelowADInplaceOrView guard;

@@ -4,14 +4,13 @@
 
 #include "binding.h"
 #include "call.h"
+#include "quantized.h"
 #include "sizes.h"
 
 namespace fastops {
 namespace {
 
 constexpr const char* kOp = "weight_only";
-
-bool has_kernel(at::ScalarType type) { return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf; }
 
 bool is_group(int64_t group) { return group >= 16 && (group & (group - 1)) == 0; }
 
@@ -42,23 +41,19 @@ std::string weight_only_problem(const Tensor& input, const Tensor& weight, const
 template <class Int>
 Tensor new_output(const Tensor& input, const Tensor& weight, const Tensor& scale, const optional<Tensor>& offset,
                   const optional<Tensor>& bias, int64_t group) {
-  const auto check = [](const Tensor& tensor, const char* name) {
-    TORCH_CHECK((tensor.is_cpu() || tensor.is_meta()) && tensor.layout() == at::kStrided, kOp, ": ", name,
-                " must be a dense tensor on the CPU, got one on ", tensor.device(), " with layout ", tensor.layout());
-  };
-  check(input, "input");
-  check(weight, "weight");
-  TORCH_CHECK(has_kernel(input.scalar_type()), kOp, ": input must be float32, bfloat16 or float16, got ",
+  check_dense_on_cpu(input, input, kOp, "input");
+  check_dense_on_cpu(weight, input, kOp, "weight");
+  TORCH_CHECK(has_quantized_kernel(input.scalar_type()), kOp, ": input must be float32, bfloat16 or float16, got ",
               dtype_name(input.scalar_type()));
   TORCH_CHECK(weight.scalar_type() == at::kChar || weight.scalar_type() == at::kByte, kOp,
               ": weight must be int8, or uint8 for two weights in a byte, got ", dtype_name(weight.scalar_type()));
   for (const auto& [tensor, name] : {std::pair(&scale, "scale"), {offset ? &*offset : &scale, "offset"}}) {
-    check(*tensor, name);
+    check_dense_on_cpu(*tensor, input, kOp, name);
     TORCH_CHECK(tensor->scalar_type() == at::kFloat, kOp, ": ", name, " must be float32, got ",
                 dtype_name(tensor->scalar_type()));
   }
   if (bias) {
-    check(*bias, "bias");
+    check_dense_on_cpu(*bias, input, kOp, "bias");
     check_dtype(*bias, input.scalar_type(), kOp, "bias");
   }
   TORCH_CHECK(group > 0, kOp, ": group_size must be positive, got ", group);
@@ -125,8 +120,9 @@ py::object weight_only_fast(py::handle input, py::handle weight, py::handle scal
     return operand.is_none() ? optional<Tensor>() : THPVariable_Unpack(operand.ptr());
   };
   const optional<Tensor> x = tensor(input), w = tensor(weight), s = tensor(scale), o = tensor(offset), c = tensor(bias);
-  if (!x || !w || !s || (recorded && at::GradMode::is_enabled()) || !x->is_cpu() || !has_kernel(x->scalar_type()) ||
-      at::autocast::is_autocast_enabled(at::kCPU) || (c && c->scalar_type() != x->scalar_type()))
+  if (!x || !w || !s || (recorded && at::GradMode::is_enabled()) || !x->is_cpu() ||
+      !has_quantized_kernel(x->scalar_type()) || at::autocast::is_autocast_enabled(at::kCPU) ||
+      (c && c->scalar_type() != x->scalar_type()))
     return not_implemented();
   const at::AutoDispatchBelowADInplaceOrView guard;
   return wrap(without_gil([] { return kOp; },

@@ -58,6 +58,12 @@ inline __m512 round_to_bf16(__m512 x) {
 // The parts of two vectors, a number of the first one in the lower half of an element, one of the second in the upper.
 template <int parts>
 inline void split(__m512 first, __m512 second, __m512i* to) {
+  if constexpr (parts == 1) {
+    // By the processor's conversion, which takes infinities and what is near them. Denormals are zero, as to the unit.
+    const auto rounded = [](__m512 x) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)); };
+    to[0] = _mm512_or_si512(rounded(first), _mm512_slli_epi32(rounded(second), 16));
+    return;
+  }
 #pragma GCC unroll 3
   for (int i = 0; i < parts; ++i) {
     const bool rest = i == 2;  // has 8 bits

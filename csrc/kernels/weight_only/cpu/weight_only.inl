@@ -131,7 +131,8 @@ constexpr int kTogether[kMostRows + 1] = {0, 4, 4, 2, 2, 2, 2, 2, 2};
 constexpr int kMostRows = 4;
 constexpr int kTogether[kMostRows + 1] = {0, 4, 2, 2, 2};
 #endif
-// With so few rows, sums of a block are scaled; with more, the weights are.
+// With so few rows, sums of a block are scaled; with more, the weights are. Where such a sum overflows or is not a
+// number, what it stands for need not: a unit of outputs that are not finite is computed again as with more rows.
 constexpr int kLateRows = 2;
 // Sums of so much of x, which stays in L1, before the next part of it.
 constexpr int64_t kXBytes = 32 << 10;
@@ -294,13 +295,28 @@ void weight_only_member(const Bound<WeightOnlyForward>& args, const WeightOnlyPl
       const int64_t n0 = unit * kOutputs, n1 = smaller(n0 + kOutputs, args.n);
       for (int64_t i = 0; i < rows; i += kMostRows) {
         const int64_t high = smaller<int64_t>(kMostRows, rows - i);
-        const auto kernel = RowsKernel<bits, offset>::find(high, groups.log < 0);
+        auto kernel = RowsKernel<bits, offset>::find(high, groups.log < 0);
         const int64_t most =
             larger<int64_t>(1, kXBytes / (high * kOrdered<bits> * static_cast<int64_t>(sizeof(float))));
-        for (int64_t b = 0; b < plan.blocks; b += most)
+        const auto add = [&] {
+          for (int64_t b = 0; b < plan.blocks; b += most)
+            for (int64_t n = n0; n < n1; n += kernel.outputs)
+              kernel.add(args, groups, x + i * x_stride, x_stride, n, n1, b, smaller(b + most, plan.blocks),
+                         partial + (n - n0) * kMostRows);
+        };
+        add();
+        if (high <= kLateRows && plan.blocks > 0) {
+          V finite = V::zero();  // or NaN
           for (int64_t n = n0; n < n1; n += kernel.outputs)
-            kernel.add(args, groups, x + i * x_stride, x_stride, n, n1, b, smaller(b + most, plan.blocks),
-                       partial + (n - n0) * kMostRows);
+            for (int64_t v = 0; v < high * kernel.outputs; ++v) {
+              const V sum = partial[(n - n0) * kMostRows + v];
+              finite = finite + (sum - sum);
+            }
+          if (reduce_add(finite) != 0) {
+            kernel = RowsKernel<bits, offset>::template of<kLateRows + 2>(groups.log < 0);
+            add();  // rows behind these may hold anything
+          }
+        }
         for (int64_t r = 0; r < high; ++r) {
           alignas(64) float row[kOutputs];
           const int count = static_cast<int>(n1 - n0);
