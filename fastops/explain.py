@@ -232,8 +232,8 @@ def explain(
     unknown = [one for one in ways if one not in _CALLS]
     if unknown:
         raise ValueError(f"explain: ways must be among {', '.join(_CALLS)}, got {unknown[0]!r}")
-    if rounds < 1:
-        raise ValueError(f"explain: rounds must be 1 or more, got {rounds}")
+    if not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"explain: rounds must be 1 or more, got {rounds!r}")
     if _C.is_enabled():
         raise RuntimeError(
             "explain: PyTorch's ops are fastops' now, and there is nothing to compare: call disable() first"

@@ -44,7 +44,7 @@ def register(cls: type, replacement: type, why_not: Callable[[nn.Module], str] |
 
     Raises:
         TypeError: cls is no class of modules, or is one of torch.nn's or fastops.nn's that is known; replacement is not
-            derived from it, has no forward of its own, another signature, or an `__init__`.
+            derived from it, has no forward of its own, another signature, or an `__init__`; why_not is no function.
 
     Source: fastops' own.
 
@@ -79,6 +79,8 @@ def register(cls: type, replacement: type, why_not: Callable[[nn.Module], str] |
         )
     if replacement.__init__ is not cls.__init__:
         raise TypeError(f"register: replacement must have no __init__ of its own, {name} has one: replace_ calls none")
+    if why_not is not None and not callable(why_not):
+        raise TypeError(f"register: why_not must be a function of a module, or None, got {why_not!r}")
     TO_THEIRS.pop(TO_FASTOPS.get(cls), None)
     TO_FASTOPS[cls], TO_THEIRS[replacement] = replacement, cls
     _WHY_NOT.pop(cls, None)

@@ -207,8 +207,9 @@ def test_errors():
         fastops.explain(lambda x: x, x)
     with pytest.raises(ValueError, match=r"explain: ways must be among replace_, .*, got 'faster'"):
         fastops.explain(Net(), x, ways=["faster"])
-    with pytest.raises(ValueError, match="explain: rounds must be 1 or more, got 0"):
-        fastops.explain(Net(), x, rounds=0)
+    for rounds in (0, 1.5, "3"):
+        with pytest.raises(ValueError, match=f"explain: rounds must be 1 or more, got {rounds!r}"):
+            fastops.explain(Net(), x, rounds=rounds)
     with pytest.raises(RuntimeError, match="size"):
         fastops.explain(Net(), torch.randn(4, 7))
     with fastops.enabled(), pytest.raises(RuntimeError, match="explain: PyTorch's ops are fastops' now"):

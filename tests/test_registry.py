@@ -206,6 +206,8 @@ def test_errors():
     ):
         with pytest.raises(TypeError, match=message):
             fastops.register(cls, replacement)
+    with pytest.raises(TypeError, match="why_not must be a function of a module, or None, got 'never'"):
+        fastops.register(Dense, FastDense, "never")
 
 
 def test_another_version_of_a_library(monkeypatch):
