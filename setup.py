@@ -92,10 +92,15 @@ class BuildExtension(build_ext):
 
 
 class DistInfo(dist_info):
-    """Says that torch is missing before pip starts to download one that nothing was compiled against."""
+    """Says that torch is missing before pip starts to download one that nothing was compiled against.
+
+    What is built runs with the minor version of torch that it is compiled against, and asks for that one.
+    """
 
     def run(self) -> None:
-        find_torch()
+        _, version = find_torch()
+        only = [f"torch=={'.'.join(version.split('.')[:2])}.*"]
+        self.distribution.install_requires = self.distribution.metadata.install_requires = only
         super().run()
 
 
