@@ -72,7 +72,7 @@ library: $(VENV)/ninja
 
 # The documentation site, into build/docs. A link that leads nowhere is an error.
 docs: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 # A wheel for the torch of .venv, into dist. torch's libraries stay outside: those of the torch that is imported are used.
 wheel: $(VENV)/built $(VENV)/packaging
