@@ -507,6 +507,18 @@ def test_bf16_parts_of_numbers_near_the_limits(precision):
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=0.1, equal_nan=True)
 
 
+@pytest.mark.skipif(BEST != "amx", reason="of processors with AMX")
+def test_long_sums_of_bf16_parts():
+    """No less exact than PyTorch's, as sums of blocks are added up."""
+    x, w = torch.rand(128, 16384), torch.rand(128, 16384)
+    with fastops.record() as rows:
+        y = FF.linear(x, w)
+    assert rows[0].kernel.startswith("gemm_bf16x3")
+    expected = x.double() @ w.double().t()
+    error, torchs = ((got - expected).square().mean().sqrt() for got in (y, F.linear(x, w)))
+    assert error < 2 * torchs + torch.finfo(torch.float32).eps / 2 * expected.square().mean().sqrt()
+
+
 def calls(size):
     for m, n, k in ((6, 5, 4), (2, 70, 300), (1, 400, 400), (130, 70, 90)):
         yield call("linear", (m, k), (n, k), (n,))
