@@ -10,7 +10,7 @@ import itertools
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -36,6 +36,7 @@ def _load() -> ModuleType:
     spec.loader.exec_module(module)
     _C.use_cuda_emulator(module.configure(*USUAL))
     torch.utils.rename_privateuse1_backend("emulated")
+    stream = SimpleNamespace(synchronize=lambda: None)
     torch._register_device_module(
         "emulated",
         SimpleNamespace(
@@ -47,6 +48,9 @@ def _load() -> ModuleType:
             manual_seed_all=lambda seed: None,
             get_rng_state=lambda device=None: torch.empty(0, dtype=torch.uint8),  # no op here draws numbers
             set_rng_state=lambda state, device=None: None,
+            # What runs, has run: torch.distributed.checkpoint asks for streams of whatever device there is.
+            current_stream=lambda device=None: stream,
+            stream=lambda stream: nullcontext(),
         ),
     )
     return module

@@ -68,7 +68,7 @@ def test_version() -> None:
 def test_no_command_prints_usage() -> None:
     result = command()
     assert result.returncode == 2
-    assert "info | demo | bench" in result.stderr
+    assert "info | doctor | demo | bench" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["scalar", "avx2", "avx512", "avx512_bf16", "amx"])

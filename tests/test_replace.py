@@ -775,8 +775,10 @@ def test_a_class_that_another_tool_made():
 
 
 @pytest.mark.parametrize("way", [fastops.replace_, fastops.fuse])
-def test_data_parallel(way):
+def test_data_parallel(way, monkeypatch):
     """On a CPU it calls its module. On GPUs it calls copies, whose parameters are plain tensors."""
+    # Another test of this process may have brought the emulator, which is no device to copy to.
+    monkeypatch.setattr(sys.modules["torch.nn.parallel.data_parallel"], "_get_available_device_type", lambda: None)
     layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5)
     model, x = nn.Sequential(*layers), torch.randn(2, 3, 8, 8)
     expected = copy.deepcopy(model)(x)
