@@ -43,6 +43,23 @@ class QuantizedLinear(nn.Module):
         """The weight as float32, (out_features, in_features)."""
         raise NotImplementedError
 
+    @classmethod
+    def _copy_of(cls, linear: nn.Module, **options: Any) -> Any:
+        """A quantized copy of a linear layer, which shares the bias. options: arguments of cls.
+
+        Raises:
+            TypeError: linear is no linear layer with float weights.
+        """
+        if not isinstance(linear, (nn.Linear, fnn.Linear)):
+            raise TypeError(
+                f"from_linear: linear must be a torch.nn.Linear or fastops.nn.Linear, got {type(linear).__name__}"
+            )
+        activation = activation_of(linear)
+        layer = cls(linear.in_features, linear.out_features, bias=False, activation=activation, **options)
+        layer.bias = linear.bias
+        layer._set(linear.weight.detach())
+        return layer.train(linear.training)
+
     # The buffers, whose dtypes stay, whatever the model is cast to.
     _buffer_names: tuple[str, ...] = ("weight", "scale")
 
@@ -101,18 +118,6 @@ def become(module: nn.Module, cls: type[QuantizedLinear], weight: Tensor, activa
 
 def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def checked_linear(linear: Any) -> None:
-    """Checks the layer that from_linear is given.
-
-    Raises:
-        TypeError: it is no linear layer with float weights.
-    """
-    if not isinstance(linear, (nn.Linear, fnn.Linear)):
-        raise TypeError(
-            f"from_linear: linear must be a torch.nn.Linear or fastops.nn.Linear, got {type(linear).__name__}"
-        )
 
 
 def activation_of(linear: nn.Module) -> Activation:

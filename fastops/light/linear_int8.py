@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastops import _C
 from fastops.functional._activation import Activation
-from fastops.light._quantized import QuantizedLinear, activation_of, become, checked_linear
+from fastops.light._quantized import QuantizedLinear, become
 from fastops.ops.linear_int8 import by_torch, dequantized, linear_int8
 
 __all__ = ["LinearInt8"]
@@ -71,11 +71,7 @@ class LinearInt8(QuantizedLinear):
         >>> light.LinearInt8.from_linear(fnn.Linear(8, 2, activation="relu"))
         LinearInt8(in_features=8, out_features=2, bias=True, activation='relu')
         """
-        checked_linear(linear)
-        layer = cls(linear.in_features, linear.out_features, bias=False, activation=activation_of(linear))
-        layer.bias = linear.bias
-        layer._set(linear.weight.detach())
-        return layer.train(linear.training)
+        return cls._copy_of(linear)
 
     def dequantized(self) -> Tensor:
         """The weight as float32, (out_features, in_features).

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastops import _C
 from fastops.functional._activation import Activation
-from fastops.light._quantized import QuantizedLinear, activation_of, become, checked_linear
+from fastops.light._quantized import QuantizedLinear, become
 from fastops.ops.weight_only import by_torch, dequantized, weight_only
 
 __all__ = ["LinearWeightOnly"]
@@ -77,12 +77,7 @@ class LinearWeightOnly(QuantizedLinear):
         >>> light.LinearWeightOnly.from_linear(nn.Linear(64, 2), bits=4, group_size=32)
         LinearWeightOnly(in_features=64, out_features=2, bias=True, bits=4, group_size=32)
         """
-        checked_linear(linear)
-        n, k, f = linear.out_features, linear.in_features, activation_of(linear)
-        layer = cls(k, n, bias=False, bits=bits, group_size=group_size, activation=f)
-        layer.bias = linear.bias
-        layer._set(linear.weight.detach())
-        return layer.train(linear.training)
+        return cls._copy_of(linear, bits=bits, group_size=group_size)
 
     def dequantized(self) -> Tensor:
         """The weight as float32, (out_features, in_features).
