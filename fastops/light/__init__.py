@@ -8,13 +8,19 @@
 left alone, no int8_dynamic kernel: 1 x torch.nn.ReLU
 1 replaced, 1 skipped, 1 left alone
 
+prune_channels_    takes channels and neurons out: smaller layers of the same kind
+Changes            what such a function did to which layer
+take_masks_        makes the masks of torch.nn.utils.prune permanent
 quantize_          the weights of a model as integers of 8 or 4 bits
 LinearInt8         a linear layer with int8 weights, whose input is rounded to 8 bits as well
 LinearWeightOnly   one with weights of 8 or 4 bits, whose input is not
 """
 
+from fastops.light._changes import Changes
+from fastops.light.channels import prune_channels_
 from fastops.light.linear_int8 import LinearInt8
 from fastops.light.quantize import quantize_
 from fastops.light.weight_only import LinearWeightOnly
+from fastops.light.weights import take_masks_
 
-__all__ = ["LinearInt8", "LinearWeightOnly", "quantize_"]
+__all__ = ["Changes", "LinearInt8", "LinearWeightOnly", "prune_channels_", "quantize_", "take_masks_"]
