@@ -10,6 +10,10 @@ left alone, no int8_dynamic kernel: 1 x torch.nn.ReLU
 
 prune_channels_    takes channels and neurons out: smaller layers of the same kind
 Changes            what such a function did to which layer
+prune_weights_     makes the smallest weights 0, in blocks or 2 of 4, too
+Pruner             the same step by step while a model is trained, by magnitude or movement
+cubic_sparsity     how sparse it is when
+sparsity_mask      which weights stay
 take_masks_        makes the masks of torch.nn.utils.prune permanent
 quantize_          the weights of a model as integers of 8 or 4 bits
 LinearInt8         a linear layer with int8 weights, whose input is rounded to 8 bits as well
@@ -21,6 +25,17 @@ from fastops.light.channels import prune_channels_
 from fastops.light.linear_int8 import LinearInt8
 from fastops.light.quantize import quantize_
 from fastops.light.weight_only import LinearWeightOnly
-from fastops.light.weights import take_masks_
+from fastops.light.weights import Pruner, cubic_sparsity, prune_weights_, sparsity_mask, take_masks_
 
-__all__ = ["Changes", "LinearInt8", "LinearWeightOnly", "prune_channels_", "quantize_", "take_masks_"]
+__all__ = [
+    "Changes",
+    "LinearInt8",
+    "LinearWeightOnly",
+    "Pruner",
+    "cubic_sparsity",
+    "prune_channels_",
+    "prune_weights_",
+    "quantize_",
+    "sparsity_mask",
+    "take_masks_",
+]
