@@ -15,6 +15,7 @@ Pruner             the same step by step while a model is trained, by magnitude 
 cubic_sparsity     how sparse it is when
 sparsity_mask      which weights stay
 take_masks_        makes the masks of torch.nn.utils.prune permanent
+low_rank_          two small layers in the place of each large one
 quantize_          the weights of a model as integers of 8 or 4 bits
 LinearInt8         a linear layer with int8 weights, whose input is rounded to 8 bits as well
 LinearWeightOnly   one with weights of 8 or 4 bits, whose input is not
@@ -23,6 +24,7 @@ LinearWeightOnly   one with weights of 8 or 4 bits, whose input is not
 from fastops.light._changes import Changes
 from fastops.light.channels import prune_channels_
 from fastops.light.linear_int8 import LinearInt8
+from fastops.light.low_rank import low_rank_
 from fastops.light.quantize import quantize_
 from fastops.light.weight_only import LinearWeightOnly
 from fastops.light.weights import Pruner, cubic_sparsity, prune_weights_, sparsity_mask, take_masks_
@@ -33,6 +35,7 @@ __all__ = [
     "LinearWeightOnly",
     "Pruner",
     "cubic_sparsity",
+    "low_rank_",
     "prune_channels_",
     "prune_weights_",
     "quantize_",

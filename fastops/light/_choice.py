@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fastops.light._flow import Flows, Layer, kind_of
-from fastops.light._flow_rules import BATCH_NORMS, TRANSPOSED
+from fastops.light._flow import Flows, Layer
+from fastops.light._layers import BATCH_NORMS, TRANSPOSED, kind_of
 
 IMPORTANCES = ("l1", "l2", "batch_norm")
 Importance = str | Callable[[str, nn.Module], Tensor]

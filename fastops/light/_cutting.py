@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastops.light._flow import Layer, kind_of
-from fastops.light._flow_rules import CONVOLUTIONS, TRANSPOSED
+from fastops.light._flow import Layer
+from fastops.light._layers import CONVOLUTIONS, TRANSPOSED, kind_of
 
 # Of a layer without weights across channels: what counts them.
 _COUNTS = ("num_features", "num_channels", "num_parameters")

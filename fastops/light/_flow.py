@@ -12,24 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Interpreter, Node
-from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastops._nodes import in_the_way, unpack
 from fastops.functional._activation import resolve_activation, torch_activate
 from fastops.light._channels import Channels, compact, varies, varying
 from fastops.light._flow_rules import LAYERS, MODULES, RULES
-from fastops.nn._fused import PLAIN
+from fastops.light._layers import kind_of, why_not
 
 _FILES = ("activation", "dropout", "flatten", "linear", "padding", "pixelshuffle", "pooling", "upsampling")
 _TORCH = {f"torch.nn.modules.{name}" for name in _FILES}
 # Parameters that a forward reads itself have a label for each element, up to as many.
 _MOST_LABELS = 1 << 20
-
-
-def kind_of(module: nn.Module) -> type:
-    """The class by which a module is known; fastops' layers with an activation are torch.nn's."""
-    return PLAIN.get(type(module), type(module))
 
 
 @dataclass
@@ -183,7 +177,7 @@ class Flow(Interpreter):
         plain = isinstance(input, Node) and isinstance(self.env[input], Tensor)
         rule = LAYERS.get(_base(kind)) if plain else None
         if rule is not None:
-            why = why_not(module, self.flows)
+            why = why_not(module, name, self.flows.owners)
             if why:
                 return value, self.unknown(node, value, f"{name}: {why}")
             labels = rule(self, node, module, self.labels[input], value)
@@ -248,21 +242,6 @@ class Flow(Interpreter):
             self.channels.keep(columns[kept], why)
             self.layer(module).constants = torch.where(kept, 0, worth)
         return columns
-
-
-def why_not(module: nn.Module, flows: Flows) -> str:
-    """Why a layer cannot be cut; "" where it can."""
-    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
-        return "its weight is computed at every call"
-    for key, parameter in module._parameters.items():
-        if parameter is None:
-            continue
-        if type(parameter) is not nn.Parameter or parameter.layout is not torch.strided:
-            return f"its {key} is a {type(parameter).__name__} of layout {parameter.layout}"
-        others = flows.owners[id(parameter)] - {flows.names[id(module)]}
-        if others:
-            return f"its {key} is also that of {min(others)}"
-    return in_the_way(module)
 
 
 def _has_tensors(value: Any) -> bool:

@@ -11,14 +11,10 @@ from torch.fx import Node
 
 from fastops._activations import ACTIVATIONS
 from fastops.light._channels import compact, varies, varying
+from fastops.light._layers import BATCH_NORMS, CONVOLUTIONS, INSTANCE_NORMS, TRANSPOSED
 
 if TYPE_CHECKING:
     from fastops.light._flow import Flow
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 # ---- element by element ----------------------------------------------------------------------------------------------
 

@@ -1,7 +1,6 @@
 """fastops.light.prune_channels_."""
 
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +15,8 @@ from fastops.light._changes import Changes, parameters_of
 from fastops.light._channels import Channels, compact, varying
 from fastops.light._choice import IMPORTANCES, Importance, chosen, groups_of
 from fastops.light._cutting import cut, put
-from fastops.light._flow import Flow, Flows, Layer, kind_of, why_not
-from fastops.light._flow_rules import CONVOLUTIONS, TRANSPOSED
+from fastops.light._flow import Flow, Flows, Layer
+from fastops.light._layers import CONVOLUTIONS, TRANSPOSED, kind_of, owners_of, why_not
 from fastops.light.weights import take_masks_
 from fastops.replace import Row
 from fastops.replace import _name as class_name
@@ -188,12 +187,8 @@ def _shapes(value: Any) -> list[tuple[int, ...]]:
 
 
 def _flows(model: nn.Module, through_layer_norms: bool) -> Flows:
-    owners: dict[int, set[str]] = defaultdict(set)
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            owners[id(parameter)].add(name)
     names = {id(module): name for name, module in model.named_modules()}
-    flows = Flows(Channels(), names, owners, through_layer_norms, {}, {}, [])
+    flows = Flows(Channels(), names, owners_of(model), through_layer_norms, {}, {}, [])
     for module in model.modules():
         if isinstance(module, _TRANSFORMER_LAYERS) and is_layer(module):
             _feed_forward(module, flows)
@@ -203,7 +198,8 @@ def _flows(model: nn.Module, through_layer_norms: bool) -> Flows:
 def _feed_forward(layer: nn.Module, flows: Flows) -> None:
     """The two linear layers of a transformer's, which no other module sees between."""
     first, second = layer.linear1, layer.linear2
-    if {type(first), type(second)} <= {nn.Linear} and not (why_not(first, flows) or why_not(second, flows)):
+    why = [why_not(one, flows.names[id(one)], flows.owners) for one in (first, second)]
+    if {type(first), type(second)} <= {nn.Linear} and not any(why):
         hidden = flows.channels.fresh(first.out_features)
         worth = layer.activation(torch.zeros(1))
         if bool(worth == 0) or second.bias is not None:

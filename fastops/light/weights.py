@@ -5,17 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import prune
 
 from fastops.light._changes import Changes, parameters_of
-from fastops.light._flow import kind_of
+from fastops.light._layers import CONVOLUTIONS, kind_of, why_not_written
 from fastops.light._masks import Pattern, checked_pattern, staying, units_of
 from fastops.replace import Row
 from fastops.replace import _name as class_name
 
 __all__ = ["Pruner", "cubic_sparsity", "prune_weights_", "sparsity_mask", "take_masks_"]
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LAYERS = (nn.Linear, *CONVOLUTIONS)
 _METHODS = ("magnitude", "movement")
 
 
@@ -157,7 +157,7 @@ class Pruner:
         for name, module in model.named_modules():
             if issubclass(kind_of(module), _LAYERS) and (filter_fn is None or filter_fn(module, name)):
                 path = f"{name}.weight" if name else "weight"
-                why = _why_not(module)
+                why = why_not_written(module)
                 if why:
                     self._kept.append(Row(path, class_name(type(module)), why))
                 elif not any(one.weight is module.weight for one, _ in self._weights.values()):
@@ -357,15 +357,6 @@ def take_masks_(model: nn.Module) -> Changes:
 
 def _zeros(stay: Tensor) -> str:
     return f"{1 - int(stay.sum()) / max(stay.numel(), 1):.1%} zeros"
-
-
-def _why_not(module: nn.Module) -> str:
-    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
-        return "its weight is computed at every call"
-    weight = module.weight
-    if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
-        return f"its weight is a {type(weight).__name__} of layout {weight.layout}"
-    return ""
 
 
 def _check_sparsity(function: str, sparsity: float, pattern: Pattern) -> None:
