@@ -16,6 +16,9 @@ cubic_sparsity     how sparse it is when
 sparsity_mask      which weights stay
 take_masks_        makes the masks of torch.nn.utils.prune permanent
 low_rank_          two small layers in the place of each large one
+distill            trains a small model to say what a large one says
+Distiller          the same as a loss and a step, for a loop of one's own
+distillation_loss, feature_loss    its parts, as functions
 quantize_          the weights of a model as integers of 8 or 4 bits
 LinearInt8         a linear layer with int8 weights, whose input is rounded to 8 bits as well
 LinearWeightOnly   one with weights of 8 or 4 bits, whose input is not
@@ -23,6 +26,7 @@ LinearWeightOnly   one with weights of 8 or 4 bits, whose input is not
 
 from fastops.light._changes import Changes
 from fastops.light.channels import prune_channels_
+from fastops.light.distillation import Distiller, distill, distillation_loss, feature_loss
 from fastops.light.linear_int8 import LinearInt8
 from fastops.light.low_rank import low_rank_
 from fastops.light.quantize import quantize_
@@ -31,10 +35,14 @@ from fastops.light.weights import Pruner, cubic_sparsity, prune_weights_, sparsi
 
 __all__ = [
     "Changes",
+    "Distiller",
     "LinearInt8",
     "LinearWeightOnly",
     "Pruner",
     "cubic_sparsity",
+    "distill",
+    "distillation_loss",
+    "feature_loss",
     "low_rank_",
     "prune_channels_",
     "prune_weights_",
