@@ -19,6 +19,7 @@ low_rank_          two small layers in the place of each large one
 distill            trains a small model to say what a large one says
 Distiller          the same as a loss and a step, for a loop of one's own
 distillation_loss, feature_loss    its parts, as functions
+Comparison         size, memory, time and accuracy after each of these steps, as a table and a picture
 quantize_          the weights of a model as integers of 8 or 4 bits
 LinearInt8         a linear layer with int8 weights, whose input is rounded to 8 bits as well
 LinearWeightOnly   one with weights of 8 or 4 bits, whose input is not
@@ -26,6 +27,7 @@ LinearWeightOnly   one with weights of 8 or 4 bits, whose input is not
 
 from fastops.light._changes import Changes
 from fastops.light.channels import prune_channels_
+from fastops.light.comparison import Comparison, Measured
 from fastops.light.distillation import Distiller, distill, distillation_loss, feature_loss
 from fastops.light.linear_int8 import LinearInt8
 from fastops.light.low_rank import low_rank_
@@ -35,9 +37,11 @@ from fastops.light.weights import Pruner, cubic_sparsity, prune_weights_, sparsi
 
 __all__ = [
     "Changes",
+    "Comparison",
     "Distiller",
     "LinearInt8",
     "LinearWeightOnly",
+    "Measured",
     "Pruner",
     "cubic_sparsity",
     "distill",
