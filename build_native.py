@@ -32,10 +32,13 @@ ROOT = Path(__file__).resolve().parent
 KERNELS = ROOT / "csrc" / "kernels"  # a room an op: <op>/<op>.h, <op>/cpu, <op>/cuda
 SAVED = KERNELS / "activation" / "cpu" / "saved.cpp"  # what each activation saves
 TORCH_LAYER = ROOT / "csrc" / "torch"
+RUNTIME = ROOT / "csrc" / "runtime"  # models from a file, without torch
 EMULATOR = ROOT / "tests" / "emulator"
 EXTENSION = ROOT / "build" / "extension"
 # What lies beside the extension: the kernels, and the ops of torch.ops.fastops for programs without Python.
 KERNEL_LIBRARY, OP_LIBRARY = LIBRARIES = ("libfastops_kernels.so", "libfastops_torch.so")
+# What runs a file of fastops.light.save: a library, and a command.
+RUN_LIBRARY, RUN_COMMAND = RUN = ("libfastops_run.so", "fastops-run")
 
 COMMON = ["-std=c++20", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden"]
 OPTIMIZE = ["-O3"]
@@ -445,6 +448,23 @@ def add_kernels(build: Build, cuda: Cuda) -> list[Path]:
     return cpu + gpu
 
 
+def add_runtime(build: Build, kernels: list[Path], folder: Path) -> None:
+    """Adds what runs models without torch, RUN in this folder, on these kernels: objects, or a library beside it."""
+    version = re.search(r'"(.+)"', (ROOT / "fastops" / "_version.py").read_text())[1]
+    flags = [*common_flags(compiler_version(build.compiler)), *OPTIMIZE, *KERNEL_FLAGS, "-pthread"]
+    command, library = [], []
+    for source in sorted(RUNTIME.glob("*.cpp")):
+        object_ = build.compile(source, [*flags, f'-DFASTOPS_VERSION="{version}"'])
+        if source.name in ("main.cpp", "npy.cpp", "graph.cpp"):
+            command.append(object_)
+        if source.name not in ("main.cpp", "npy.cpp"):
+            library.append(object_)
+    beside = ["-Wl,-rpath,$ORIGIN", "-Wl,-rpath,$ORIGIN/../lib", "-pthread"]
+    result = folder / RUN_LIBRARY
+    build.link([*library, *kernels], result, ["-shared", f"-Wl,-soname,{RUN_LIBRARY}", *beside])
+    build.link([*command, result], folder / RUN_COMMAND, beside)
+
+
 def build_kernels() -> None:
     """What build_extension compiles that needs no torch; it then finds it done."""
     with locked(EXTENSION):
@@ -510,6 +530,7 @@ def build_extension(
     # The CUDA runtime's symbols stay inside: torch may bring another one.
     runtime = [] if cuda.why_not else [*cuda.library_flags, "-Wl,--exclude-libs,libcudart_static.a"]
     build.link(add_kernels(build, cuda), kernels, ["-shared", f"-Wl,-soname,{kernels.name}", *runtime])
+    add_runtime(build, [kernels], result.parent)
     # linear.cpp compiles in 9.5 s with torch's headers read ahead, and in 15.8 without (Zen 5).
     precompiled = build.precompile(TORCH_LAYER / "precompiled.h", torch_layer, into=torch_tag)
     objects = []

@@ -87,7 +87,7 @@ class BuildExtension(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
-        for name in (*self._written, *build_native.LIBRARIES):
+        for name in (*self._written, *build_native.LIBRARIES, *build_native.RUN):
             self.copy_file(str(self._package / name), str(HERE / "fastops" / name))
 
 

@@ -109,6 +109,8 @@ def test_commands_in_the_pages_exist() -> None:
             assert arguments[0] in targets, command
         elif program == "fastops":
             command_line.parser().parse_args([one for one in arguments if one != "--help"])
+        elif program == "fastops-run":  # tests/test_light_runtime.py runs it
+            assert arguments[0] == "model.fops"
         elif program == "cmake":  # tests/test_cpp_library.py runs it
             assert arguments[0] == "-S"
             assert (ROOT / arguments[1] / "CMakeLists.txt").exists()

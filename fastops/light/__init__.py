@@ -23,6 +23,8 @@ Comparison         size, memory, time and accuracy after each of these steps, as
 quantize_          the weights of a model as integers of 8 or 4 bits
 LinearInt8         a linear layer with int8 weights, whose input is rounded to 8 bits as well
 LinearWeightOnly   one with weights of 8 or 4 bits, whose input is not
+save               a model as a file that runs without PyTorch
+Saved              what it wrote
 """
 
 from fastops.light._changes import Changes
@@ -32,6 +34,7 @@ from fastops.light.distillation import Distiller, distill, distillation_loss, fe
 from fastops.light.linear_int8 import LinearInt8
 from fastops.light.low_rank import low_rank_
 from fastops.light.quantize import quantize_
+from fastops.light.save import Saved, save
 from fastops.light.weight_only import LinearWeightOnly
 from fastops.light.weights import Pruner, cubic_sparsity, prune_weights_, sparsity_mask, take_masks_
 
@@ -43,6 +46,7 @@ __all__ = [
     "LinearWeightOnly",
     "Measured",
     "Pruner",
+    "Saved",
     "cubic_sparsity",
     "distill",
     "distillation_loss",
@@ -51,6 +55,7 @@ __all__ = [
     "prune_channels_",
     "prune_weights_",
     "quantize_",
+    "save",
     "sparsity_mask",
     "take_masks_",
 ]

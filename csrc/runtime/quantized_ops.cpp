@@ -1,0 +1,101 @@
+// Layers whose weights are integers.
+#include "ops.h"
+
+namespace fastops::runtime {
+namespace {
+
+struct Operands {
+  Rows x;
+  View y;
+  const void* bias;
+};
+
+// x (*, k) -> y (*, n), with a bias (n) as argument `bias`.
+Operands operands_of(Builder& b, int64_t k, int64_t n, size_t bias) {
+  const View input = b.input(0);
+  b.require(input.shape.rank >= 1 && input.shape[input.shape.rank - 1] == k, "its input has to have ", k,
+            " features, got shape ", input.shape);
+  const void* bias_data = nullptr;
+  if (b.has(bias)) {
+    const View view = b.weight(bias, input.type, 1);
+    b.require(view.shape[0] == n, "its bias has to have ", n, " elements, got shape ", view.shape);
+    bias_data = b.data(view);
+  }
+  Shape shape = input.shape;
+  shape.dims[shape.rank - 1] = n;
+  return {rows_of(b, input), b.make(input.type, shape), bias_data};
+}
+
+// x (*, k), w (n, k) of int8, scale (n), bias (n)?; texts: activation; floats: a, b
+View linear_int8(Builder& b) {
+  const View w = b.weight(1, Element::i8, 2), scale = b.weight(2, Element::f32, 1);
+  const int64_t n = w.shape[0], k = w.shape[1];
+  b.require(k <= kMostInt8Features && scale.shape[0] == n, "weights ", w.shape, " and ", scale.shape[0],
+            " scales do not fit");
+  const auto [x, y, bias] = operands_of(b, k, n, 3);
+  if (y.shape.elements() == 0) return y;
+  const LinearInt8Forward call{.dtype = dtype_of(y),
+                               .m = x.rows,
+                               .n = n,
+                               .k = k,
+                               .x_row_stride = x.stride,
+                               .w_row_stride = k,
+                               .y_row_stride = n,
+                               .with_bias = bias != nullptr,
+                               .activation = b.activation(),
+                               .packed_w = true};
+  const auto plan = b.plan(call);
+  b.require(plan != nullptr, "this processor has no kernel for it");
+  const void* const packed = b.pack(*plan, b.data(w));
+  const auto* const scales = static_cast<const float*>(b.data(scale));
+  b.kernel(plan, {x.view, y}, [=, x = x.view, y = y, bias = bias](const Run& run) {
+    return LinearInt8Forward::Pointers{run.at(x), packed, scales, bias, run.at(y)};
+  });
+  return y;
+}
+
+// x (*, k), w (n, bytes of a row) of int8 or uint8, scale and offset? (n, groups), bias (n)?; ints: bits, group, k;
+// texts: activation; floats: a, b
+View linear_weight_only(Builder& b) {
+  const int64_t bits = b.integer(0, 4, 8), group = b.integer(1, 1), k = b.integer(2, 0);
+  b.require(bits == 4 || bits == 8, "weights of ", bits, " bits are not known");
+  const View w = b.weight(1, bits == 8 ? Element::i8 : Element::u8, 2), scale = b.weight(2, Element::f32, 2);
+  const int64_t n = w.shape[0], groups = (k + group - 1) / group;
+  b.require(w.shape[1] == (k * bits + 7) / 8, "weights ", w.shape, " have no rows of ", k, " weights");
+  b.require(group >= k || (group >= 16 && (group & (group - 1)) == 0), "groups of ", group, " are not known");
+  const Shape parameters{2, {n, groups}};
+  b.require(scale.shape == parameters, "its scales have to have shape ", parameters, ", got ", scale.shape);
+  const auto* const scales = static_cast<const float*>(b.data(scale));
+  const float* offsets = nullptr;
+  if (b.has(3)) {
+    const View offset = b.weight(3, Element::f32, 2);
+    b.require(offset.shape == parameters, "its offsets have to have shape ", parameters, ", got ", offset.shape);
+    offsets = static_cast<const float*>(b.data(offset));
+  }
+  const auto [x, y, bias] = operands_of(b, k, n, 4);
+  if (y.shape.elements() == 0) return y;
+  const WeightOnlyForward call{.dtype = dtype_of(y),
+                               .bits = static_cast<int>(bits),
+                               .m = x.rows,
+                               .n = n,
+                               .k = k,
+                               .group = group,
+                               .x_row_stride = x.stride,
+                               .w_row_stride = w.shape[1],
+                               .y_row_stride = n,
+                               .with_offset = offsets != nullptr,
+                               .with_bias = bias != nullptr,
+                               .activation = b.activation()};
+  b.kernel(call, {x.view, y}, [=, x = x.view, y = y, bias = bias, w = b.data(w)](const Run& run) {
+    return WeightOnlyForward::Pointers{run.at(x), w, scales, offsets, bias, run.at(y)};
+  });
+  return y;
+}
+
+constexpr OpEntry kQuantizedOps[] = {{"linear_int8", linear_int8}, {"linear_weight_only", linear_weight_only}};
+
+}  // namespace
+
+const OpTable quantized_ops{kQuantizedOps, std::size(kQuantizedOps)};
+
+}  // namespace fastops::runtime
