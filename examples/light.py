@@ -111,7 +111,7 @@ def run(
     comparison.add("distilled, a quarter", student)
 
     low_rank = copy.deepcopy(model)
-    say(progress, light.low_rank_(low_rank, parameters=0.25))
+    say(progress, light.low_rank_(low_rank, parameters=0.25, filter_fn=lambda module, name: name == "fc1"))
     comparison.add("low rank, a quarter", course.train(low_rank, steps // 2))
 
     rounded = copy.deepcopy(model)

@@ -360,6 +360,35 @@ def test_layers_that_stay():
     assert kept(filtered)["conv1"] == "filter_fn said no"
 
 
+class Named(nn.Linear):
+    """With the forward of its base."""
+
+
+class Normed(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(super().forward(x))
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+class Watched(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias) * self.weight.square().mean()
+
+
+def test_classes_derived_from_layers():
+    layers = [Normed(3, 8, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(8), Normed(8, 8, 3, groups=8)]
+    model = nn.Sequential(*layers, nn.Flatten(), Named(288, 12), nn.Softplus(), Named(12, 2))
+    changes = check(model, images())
+    assert changes.removed.keys() == {"0", "1", "2", "4"}
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Standardized(8, 8, 3), Watched(8, 4, 3), nn.Conv2d(4, 2, 1))
+    changes = check(model, images(), smaller=False)
+    assert kept(changes)["0"].startswith("conv2d does not treat channels one by one")
+
+
 def test_amounts_and_multiples():
     def sizes(**options):
         model = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 2))

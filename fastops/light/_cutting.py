@@ -66,10 +66,14 @@ def _cut_convolution(layer: Layer, inputs: Tensor | None, outputs: Tensor | None
     parts = weight.view(groups, weight.shape[0] // groups, *weight.shape[1:])
     rows, columns = (ins, outs) if transposed else (outs, ins)
     rows, columns = rows.view(groups, -1), columns.view(groups, -1)
-    stay = [i for i in range(groups) if bool(rows[i].any())]
-    weight = torch.cat([parts[i][rows[i]][:, columns[i]] for i in stay])
+    stay = rows.any(1)
+    parts, rows, columns = parts[stay], rows[stay], columns[stay]
+    if bool(rows.all()) and bool(columns.all()):  # whole groups go, such as a depthwise layer's
+        weight = parts.flatten(0, 1)
+    else:
+        weight = torch.cat([part[row][:, column] for part, row, column in zip(parts, rows, columns, strict=True)])
     put(module, "weight", weight)
-    module.groups, module.in_channels, module.out_channels = len(stay), int(ins.sum()), int(outs.sum())
+    module.groups, module.in_channels, module.out_channels = len(parts), int(ins.sum()), int(outs.sum())
 
 
 def _constants(layer: Layer, inputs: Tensor) -> Tensor | None:

@@ -18,10 +18,12 @@ from fastops._nodes import in_the_way, unpack
 from fastops.functional._activation import resolve_activation, torch_activate
 from fastops.light._channels import Channels, compact, varies, varying
 from fastops.light._flow_rules import LAYERS, MODULES, RULES
-from fastops.light._layers import kind_of, why_not
+from fastops.light._layers import CONVOLUTIONS, TRANSPOSED, kind_of, why_not
 
 _FILES = ("activation", "dropout", "flatten", "linear", "padding", "pixelshuffle", "pooling", "upsampling")
 _TORCH = {f"torch.nn.modules.{name}" for name in _FILES}
+_FUNCTIONS = {"linear": nn.Linear}
+_FUNCTIONS |= {one.__name__.replace("Transpose", "_transpose").lower(): one for one in (*CONVOLUTIONS, *TRANSPOSED)}
 # Parameters that a forward reads itself have a label for each element, up to as many.
 _MOST_LABELS = 1 << 20
 
@@ -135,6 +137,9 @@ class Flow(Interpreter):
             return value, self.unknown(node, value)
         if not _has_tensors(value):
             return value, self._number(node, name)
+        module = self._own_weight(node, name)
+        if module is not None:
+            return self._layer(node, module, value)
         rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
         return value, self._by(rule, node, value)
 
@@ -175,19 +180,8 @@ class Flow(Interpreter):
         kind, name = kind_of(module), self.flows.names[id(module)]
         input = node.args[0] if len(node.args) == 1 and not node.kwargs else None
         plain = isinstance(input, Node) and isinstance(self.env[input], Tensor)
-        rule = LAYERS.get(_base(kind)) if plain else None
-        if rule is not None:
-            why = why_not(module, name, self.flows.owners)
-            if why:
-                return value, self.unknown(node, value, f"{name}: {why}")
-            labels = rule(self, node, module, self.labels[input], value)
-            if labels is None:
-                return value, self.unknown(node, value)
-            if module._parameters.get("weight") is not None:
-                value = torch.zeros_like(value)
-            if kind is not type(module):  # it has an activation
-                value = torch_activate(value, *resolve_activation(module.activation))
-            return value, compact(labels)
+        if plain and _base(kind) in LAYERS:
+            return self._layer(node, module, value)
         by_name = MODULES.get(_base(kind).__name__) if plain and _base(kind).__module__ in _TORCH else None
         why = in_the_way(module)
         if why:
@@ -195,6 +189,35 @@ class Flow(Interpreter):
         if by_name is None and next(module.children(), None) is not None:
             self.flows.apart.append((module, self.value(node.args), self.value(node.kwargs)))
         return value, self._by(by_name, node, value)
+
+    def _own_weight(self, node: Node, name: str) -> nn.Module | None:
+        """The layer whose forward calls linear or a convolution, of a class derived from torch.nn's."""
+        weight = self.argument(node, 1, "weight")
+        if name not in _FUNCTIONS or not isinstance(weight, Node) or weight.op != "get_attr":
+            return None
+        if len(weight.users) > 1 or not node.args or not isinstance(node.args[0], Node):
+            return None
+        path, _, key = weight.target.rpartition(".")
+        module = self.root.get_submodule(path)
+        if key != "weight" or not isinstance(module, _FUNCTIONS[name]) or "weight" not in module._parameters:
+            return None
+        for key in module._parameters:  # they are the layer's, and cut with it
+            self.flows.parameters.pop((self.flows.names[id(module)], key), None)
+        return module
+
+    def _layer(self, node: Node, module: nn.Module, value: Any) -> tuple[Any, Any]:
+        why = why_not(module, self.flows.names[id(module)], self.flows.owners)
+        if why:
+            return value, self.unknown(node, value, f"{self.flows.names[id(module)]}: {why}")
+        rule = next(LAYERS[_base(cls)] for cls in kind_of(module).__mro__ if _base(cls) in LAYERS)
+        labels = rule(self, node, module, self.labels[node.args[0]], value)
+        if labels is None:
+            return value, self.unknown(node, value)
+        if module._parameters.get("weight") is not None:
+            value = torch.zeros_like(value)
+        if kind_of(module) is not type(module):  # it has an activation
+            value = torch_activate(value, *resolve_activation(module.activation))
+        return value, compact(labels)
 
     def layer(self, module: nn.Module, inputs: Tensor | None = None, outputs: Tensor | None = None) -> Layer:
         """Notes the labels of a module's channels; at a second call of it they are the same channels."""
@@ -254,8 +277,8 @@ def _ends(labels: Tensor, d: int) -> Tensor | None:
 
 
 def _is_known(function: Callable[..., Any]) -> bool:
-    package = getattr(function, "__module__", None) or ""
-    known = package.startswith(("torch", "_operator", "fastops", "math", "builtins"))
+    package = (getattr(function, "__module__", None) or "").partition(".")[0]
+    known = package in ("torch", "_operator", "fastops", "math", "builtins", "torchvision")
     return known or function is unpack or type(function) in (type(torch.relu), type(len))
 
 

@@ -366,7 +366,7 @@ _ARITHMETIC = """
     expm1 log log1p log2 log10 sqrt rsqrt square reciprocal sin cos erf sign round floor ceil clamp clip clamp_min
     clamp_max maximum minimum fmax fmin lerp addcmul addcdiv where nan_to_num masked_fill eq ne lt le gt ge
     logical_and logical_or logical_not iadd isub imul itruediv ipow float half bfloat16 double to type type_as clone
-    detach contiguous cpu cuda requires_grad
+    detach contiguous cpu cuda requires_grad stochastic_depth
 """
 _WINDOWS = [f"{kind}{n}d" for n in (1, 2, 3) for kind in ("max_pool", "avg_pool", "adaptive_avg_pool",
             "adaptive_max_pool", "lp_pool")]  # fmt: skip
