@@ -15,6 +15,7 @@ import fastops
 import fastops.nn as fnn
 from fastops import light
 from fastops.benchmarks.scoreboard import networks
+from fastops.light import _choice
 
 # ---- the reference ---------------------------------------------------------------------------------------------------
 
@@ -410,6 +411,23 @@ def test_amounts_and_multiples():
     assert torch.equal(changes.removed["2"], torch.arange(15, 30))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_budget_of_parameters(seed, monkeypatch):
+    """What is counted before the cut is what is left after it."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    part, scope, counted = rng.choice([0.4, 0.6, 0.8]), rng.choice(["layer", "global"]), {}
+    fewer = _choice._fewer
+    monkeypatch.setattr(_choice, "_fewer", lambda flows, gone: counted.setdefault(int(gone.sum()), fewer(flows, gone)))
+    model = Random(rng)
+    changes = check(model, images(), parameters=part, scope=scope)
+    assert (part - 0.25) * changes.before < changes.after <= part * changes.before
+    assert changes.before - changes.after in counted.values()
+    least = light.prune_channels_(model, images().double(), parameters=1e-6)
+    assert least.after < changes.after
+    assert model(images().double()).shape == (3, 3)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -418,6 +436,7 @@ def test_amounts_and_multiples():
         ({"importance": "l3"}, "importance must be 'l1', 'l2', 'batch_norm' or a function, got 'l3'"),
         ({"importance": lambda name, layer: torch.ones(3)}, r"of shape \(8,\) for 0, got \(3,\)"),
         ({"scope": "all"}, "scope must be"),
+        ({"parameters": 0}, "parameters must be more than 0 and at most 1, got 0"),
         ({"round_to": 0}, "round_to must be a positive int, got 0"),
     ],
 )

@@ -124,3 +124,37 @@ def _amount_of(group: tuple[tuple[str, int], ...], amount: float | Mapping[str, 
     if len(set(found.values())) > 1:
         raise ValueError(f"prune_channels_: these layers' channels hang together, and must have one amount: {found}")
     return next(iter(found.values()), 0.0)
+
+
+def fitting(flows: Flows, classes: Tensor, count: int, budget: float, of_amount: Callable[[float], set[int]]) -> Tensor:
+    """The labels that go for the smallest amount with which a model of `count` parameters has at most `budget`."""
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        amount = (low + high) / 2
+        fits = count - _fewer(flows, labels_of(classes, of_amount(amount))) <= budget
+        low, high = (low, amount) if fits else (amount, high)
+    return labels_of(classes, of_amount(high))
+
+
+def labels_of(classes: Tensor, gone: set[int]) -> Tensor:
+    """Which labels are of these classes."""
+    return torch.isin(classes, torch.tensor(sorted(gone), dtype=torch.long))
+
+
+def _fewer(flows: Flows, gone: Tensor) -> int:
+    """How many parameters are lost with these labels."""
+    lost = 0
+    for layer in flows.layers.values():
+        sizes = {key: one.numel() for key, one in layer.module._parameters.items() if one is not None}
+        outs, ins = (_staying(labels, gone) for labels in (layer.outputs, layer.inputs))
+        groups = getattr(layer.module, "groups", 1)
+        if groups > 1:  # a group that goes takes its inputs along; the others lose as many each
+            alive = int((~gone[layer.inputs]).view(groups, -1).any(1).sum()) / groups
+            ins /= max(alive, 1 / groups)
+        left = {key: size * outs * (ins if key == "weight" else 1) for key, size in sizes.items()}
+        lost += sum(sizes.values()) - round(sum(left.values()))
+    return lost + sum(int(gone[labels].sum()) for _, labels in flows.parameters.values())
+
+
+def _staying(labels: Tensor | None, gone: Tensor) -> float:
+    return 1.0 if labels is None else 1 - int(gone[labels].sum()) / max(len(labels), 1)

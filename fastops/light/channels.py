@@ -13,7 +13,7 @@ from fastops._tracing import is_frozen, plain_class, reason, trace
 from fastops.fuse import is_layer
 from fastops.light._changes import Changes, parameters_of
 from fastops.light._channels import Channels, compact, varying
-from fastops.light._choice import IMPORTANCES, Importance, chosen, groups_of
+from fastops.light._choice import IMPORTANCES, Importance, chosen, fitting, groups_of, labels_of
 from fastops.light._cutting import cut, put
 from fastops.light._flow import Flow, Flows, Layer
 from fastops.light._layers import CONVOLUTIONS, TRANSPOSED, kind_of, owners_of, why_not
@@ -37,6 +37,7 @@ def prune_channels_(
     round_to: int = 1,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     through_layer_norms: bool = False,
+    parameters: float | None = None,
 ) -> Changes:
     """Takes the least important channels and neurons out of a model, in place: its layers are smaller ones afterwards.
 
@@ -63,6 +64,8 @@ def prune_channels_(
         filter_fn: filter_fn(module, fqn) -> bool says of which layers channels may go; None means of all.
         through_layer_norms: whether channels go that LayerNorm or RMSNorm takes its mean over, which changes that mean:
             such a model has to be trained on.
+        parameters: in the place of amount: the part of the model's parameters that is left at most, from 0 to 1. The
+            smallest amount is taken with which it is, or one that leaves each layer its last channels.
 
     Returns:
         Changes: which layers have how many channels left, and which ones have all, and why: the model's input and
@@ -71,8 +74,8 @@ def prune_channels_(
 
     Raises:
         TypeError: model is not a torch.nn.Module, or cannot be called with inputs.
-        ValueError: amount, importance, scope or round_to is not one of these, or amount names a layer that has no
-            channels to remove.
+        ValueError: amount, importance, scope, round_to or parameters is not one of these, or amount names a layer that
+            has no channels to remove.
         RuntimeError: the smaller model cannot be called, or gives other shapes; it is then what it was.
         What filter_fn and importance raise.
 
@@ -87,7 +90,7 @@ def prune_channels_(
     3  torch.nn.Linear  kept:  the model's output
     11850 parameters -> 5930, 1 of 2.00
     """
-    _check(model, amount, importance, scope, round_to)
+    _check(model, amount, importance, scope, round_to, parameters)
     args, named = _arguments(model, inputs)
     take_masks_(model)
     changes = Changes(before=parameters_of(model))
@@ -106,8 +109,12 @@ def prune_channels_(
     classes = _classes(flows)
     kept = flows.channels.kept(classes)
     groups = groups_of(layers, flows, classes, kept, importance)
-    gone = chosen(groups, layers, amount, scope, round_to)
-    gone = torch.isin(classes, torch.tensor(sorted(gone), dtype=torch.long))
+    if parameters is None:
+        gone = labels_of(classes, chosen(groups, layers, amount, scope, round_to))
+    else:
+        budget = parameters * changes.before
+        of_amount = lambda part: chosen(groups, layers, part, scope, round_to)  # noqa: E731
+        gone = fitting(flows, classes, changes.before, budget, of_amount)
 
     undo = [(one, _state(one)) for one in {id(m): m for m in _cut_modules(flows, gone)}.values()]
     try:
@@ -136,7 +143,7 @@ def prune_channels_(
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _check(model: Any, amount: Any, importance: Any, scope: Any, round_to: Any) -> None:
+def _check(model: Any, amount: Any, importance: Any, scope: Any, round_to: Any, parameters: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"prune_channels_: model must be a torch.nn.Module, got {type(model).__name__}")
     made = [name for name, one in model.named_modules() if plain_class(one) is not type(one) or is_frozen(one)]
@@ -152,6 +159,8 @@ def _check(model: Any, amount: Any, importance: Any, scope: Any, round_to: Any) 
         raise ValueError(f"prune_channels_: scope must be 'layer', or 'global' with one amount, got {scope!r}")
     if type(round_to) is not int or round_to < 1:
         raise ValueError(f"prune_channels_: round_to must be a positive int, got {round_to!r}")
+    if parameters is not None and (not isinstance(parameters, (int, float)) or not 0 < parameters <= 1):
+        raise ValueError(f"prune_channels_: parameters must be more than 0 and at most 1, got {parameters!r}")
 
 
 def _arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
