@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 import fastops.functional as FF
 from fastops import _C
 from fastops._activations import ACTIVATIONS, KIND
-from fastops._nodes import IDENTITY, OURS, Activation, Layer, Nodes, Norm, Resolved, is_clamp
+from fastops._nodes import IDENTITY, OURS, Activation, Layer, Nodes, Norm, Resolved, asks_only, is_clamp, is_view
 from fastops.functional._activation import NAMES, resolve_activation
 
 
@@ -108,6 +108,26 @@ def convolve(
     return _add(getattr(FF, f"conv{dims}d")(*args), residual, how, activation)
 
 
+def attend(
+    whole: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: Any = 0.0,
+    is_causal: Any = False, scale: Any = None, enable_gqa: Any = False,
+) -> Tensor:  # fmt: skip
+    """F.scaled_dot_product_attention of what may be parts of `whole`, which has no other user.
+
+    Where they are, and cover it, its gradient is written at once, and not put together from three.
+    """
+    ours = (
+        attn_mask is None and dropout_p == 0.0 and enable_gqa is False and isinstance(scale, (float, int, type(None)))
+    )
+    if ours and type(is_causal) is bool and not _is_compiling():
+        result = _C.attention_of_parts(whole, query, key, value, None, is_causal, scale)
+        if result is not NotImplemented:
+            return result
+    return FF.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
 def _add(output: Tensor, residual: Any, how: str, activation: Any) -> Tensor:
     """As the model has it: y + r, r + y or y += r. The strides of the sum follow the first operand."""
     if how == "y += r":
@@ -171,6 +191,8 @@ class _Rewriter(Nodes):
             self._lone_activation(activation)
         elif node.op == "call_function" and node.target in OURS:
             node.target = OURS[node.target]
+            if node.target is FF.scaled_dot_product_attention:
+                self._attention(node)
 
     # ---- groups
 
@@ -268,6 +290,21 @@ class _Rewriter(Nodes):
                 return
             arguments["inplace"] = True
         self._put([activation.node], row.function, getattr(FF, row.function), arguments)
+
+    def _attention(self, node: Node) -> None:
+        """One of query, key and value that are views of one value, and what they are made by has no other user."""
+        bound = inspect.signature(FF.scaled_dot_product_attention).bind(*node.args, **node.kwargs).arguments
+        whole, views = None, {node}
+        for name in ("query", "key", "value"):
+            value = bound[name]
+            while is_view(value):
+                views.add(value)
+                value = value.args[0]
+            if not isinstance(value, Node) or whole not in (None, value):
+                return
+            whole = value
+        if all(user in views or asks_only(user) for view in views if view is not node for user in view.users):
+            node.target, node.args = attend, (whole, *node.args)
 
     def _is_changed_later(self, node: Node, resolved: Resolved) -> bool:
         """Whether a result is changed in place that a fused layer may keep for backward, and PyTorch does not."""

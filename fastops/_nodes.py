@@ -122,6 +122,12 @@ _KINDS_OF: dict[str, list[str]] = {}
 for _kind in ACTIVATIONS.values():
     _KINDS_OF.setdefault(_kind.function, []).append(_kind.name)
 
+_VIEWS = {
+    "chunk", "flatten", "movedim", "permute", "reshape", "select", "split", "squeeze", "swapaxes", "transpose",
+    "unbind", "unflatten", "unsqueeze", "view",
+}  # fmt: skip
+_VIEW_FUNCTIONS = {operator.getitem, unpack, *(getattr(torch, name) for name in _VIEWS if hasattr(torch, name))}
+
 # What torch.fx writes for x += y and so on, which Python's operators do in place.
 _INPLACE_OPERATORS = {
     getattr(operator, name)
@@ -359,6 +365,24 @@ class Nodes:
             return "parametrized: its weight is computed at every call"
         base = next(cls for cls in type(module).__mro__ if cls in _BASES)
         return f"a subclass of torch.nn.{base.__name__}: its forward may differ" if base.__module__ in _TORCH else ""
+
+
+def is_view(value: Any) -> bool:
+    """Whether a value is a node that gives a view of its first argument, or may: reshape copies where it has to."""
+    if not isinstance(value, Node) or not value.args:
+        return False
+    if value.op == "call_method":
+        return value.target in _VIEWS
+    return value.op == "call_function" and value.target in _VIEW_FUNCTIONS
+
+
+def asks_only(node: Node) -> bool:
+    """Whether a node asks what a tensor is, such as its shape, and not for its elements."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel", "stride")
+    return (
+        node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
+    )
 
 
 def is_clamp(node: Node) -> bool:

@@ -17,6 +17,7 @@ from torch.library import opcheck
 import fastops
 import fastops.functional as FF
 import fastops.nn as fnn
+from fastops._fusion import attend
 from fastops.ops import attention as attention_ops
 
 OPS = torch.ops.fastops
@@ -451,6 +452,162 @@ def calls(size):
 
 def kernels(dtype, on_gpu):
     return {} if on_gpu and dtype.itemsize == 2 else {"attention": 2}
+
+
+# How models take queries, keys and values, (batch, heads, length, size) each, from the output of one linear layer,
+# (batch, length, 3 * heads * size), for 2 heads.
+
+
+def by_permute(y):
+    q, k, v = y.unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def by_index(y):
+    y = y.reshape(y.shape[0], y.shape[1], 3, 2, -1).permute(2, 0, 3, 1, 4)
+    return y[0], y[1], y[2]
+
+
+def by_unbind(y):
+    q, k, v = y.unflatten(2, (3, 2, -1)).unbind(2)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def by_split(y):
+    q, k, v = y.split(y.shape[2] // 3, dim=2)
+    size = q.shape[0], q.shape[1], 2, q.size(2) // 2
+    return q.view(size).transpose(1, 2), k.view(size).transpose(1, 2), v.view(size).transpose(1, 2)
+
+
+def by_chunk(y):
+    q, k, v = torch.chunk(y, 3, -1)
+    return tuple(part.unflatten(2, (2, -1)).transpose(1, 2) for part in (q, k, v))
+
+
+def by_heads(y):
+    y = y.unflatten(2, (2, 3, -1))
+    return tuple(y[:, :, :, i].transpose(1, 2) for i in range(3))
+
+
+def keys_first(y):
+    k, q, v = by_permute(y)
+    return q, k, v
+
+
+WAYS = {way.__name__: way for way in (by_permute, by_index, by_unbind, by_split, by_chunk, by_heads, keys_first)}
+
+
+def parts(way, x):
+    """A tensor that is not a leaf, and its parts."""
+    whole = x * 1
+    return whole, *WAYS[way](whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", WAYS)
+def test_parts_of_one_tensor(way, dtype):
+    """Their gradient is one tensor, and has the bits that three put together have."""
+    x = torch.randn(2, 7, 48).to(dtype).requires_grad_()
+    for causal in (False, True):
+        whole, *three = parts(way, x)
+        y = attend(whole, *three, is_causal=causal)
+        assert [node for node, _ in y.grad_fn.next_functions] == [whole.grad_fn]
+        grad = torch.randn_like(y)
+        expected = FF.scaled_dot_product_attention(*parts(way, x)[1:], is_causal=causal)
+        exact(y, expected)
+        exact(*gradients(y, grad, x), *gradients(expected, grad, x))
+    with torch.no_grad():
+        exact(attend(*parts(way, x)), FF.scaled_dot_product_attention(*parts(way, x)[1:]))
+
+
+def test_parts_of_one_tensor_again():
+    """Of a gradient that is differentiated, that is batched, and of a graph that is used twice."""
+    x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+    for way in WAYS:
+        assert torch.autograd.gradcheck(lambda x, way=way: attend(*parts(way, x)), x, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(lambda x, way=way: attend(*parts(way, x)), x)
+    y = attend(*parts("by_chunk", x))
+    grad = torch.randn_like(y)
+    one, two = (torch.autograd.grad(y, x, grad, retain_graph=True) for _ in range(2))
+    exact(*one, *two)
+
+
+OTHERS = {
+    "not all of it": lambda y: [y.unflatten(2, (4, 2, -1)).permute(2, 0, 3, 1, 4)[i] for i in range(3)],
+    "with a gap": lambda y: [y.unflatten(2, (4, 2, -1)).permute(2, 0, 3, 1, 4)[i] for i in (0, 1, 3)],
+    "one twice": lambda y: [y.unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)[i] for i in (0, 1, 1)],
+    "copies": lambda y: [t.clone() for t in by_chunk(y)],
+    "one copy": lambda y: [*by_chunk(y)[:2], by_chunk(y)[2].clone()],
+    "of another": lambda y: by_chunk(y + 1),
+    "overlapping": lambda y: [y.unfold(2, 24, 12)[:, :, i].unflatten(2, (2, -1)).transpose(1, 2) for i in range(3)],
+    "other sizes": lambda y: [t.unflatten(2, (2, -1)).transpose(1, 2) for t in y.split([12, 12, 24], 2)],
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_is_not_three_parts(case):
+    x = torch.randn(2, 7, 48, requires_grad=True)
+    whole = x * 1
+    results = [
+        function(*OTHERS[case](whole)) for function in (FF.scaled_dot_product_attention, lambda *t: attend(whole, *t))
+    ]
+    exact(*results)
+    assert len(results[1].grad_fn.next_functions) == 3
+    grad = torch.randn_like(results[0])
+    exact(*(g for y in results for g in torch.autograd.grad(y, x, grad, retain_graph=True)))
+
+
+class Block(nn.Module):
+    """way: a function of the linear layer's output; after: one of attention's result, and of all that led to it."""
+
+    def __init__(self, way, after=lambda y, *_: y):
+        super().__init__()
+        self.qkv, self.way, self.after = nn.Linear(8, 24), way, after
+
+    def forward(self, x):
+        whole = self.qkv(x)
+        q, k, v = self.way(whole)
+        return self.after(F.scaled_dot_product_attention(q, k, v), whole, q, k, v)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_fused_model_has_one_gradient_of_all_parts(way):
+    torch.manual_seed(0)
+    model, x = Block(WAYS[way]), torch.randn(2, 7, 8)
+    fused = fastops.fuse(model)
+    y = fused(x)
+    assert len(y.grad_fn.next_functions) == 1
+    results = [gradients(m(x), torch.ones_like(y), *m.parameters()) for m in (fused, model)]
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda y, whole, q, k, v: (y, q),
+        lambda y, whole, q, k, v: y + k.sum(),
+        lambda y, whole, q, k, v: y * whole.sum(),
+        lambda y, whole, q, k, v: y + q.mul_(2),
+    ],
+    ids=["given", "read", "whole", "changed"],
+)
+def test_a_fused_model_whose_parts_have_other_users(after):
+    model, x = Block(by_chunk, after), torch.randn(2, 7, 8)
+    fused = fastops.fuse(model)
+    results = []
+    for m in (fused, model):
+        try:
+            y = m(x)
+            y = y if isinstance(y, torch.Tensor) else y[0] * y[1]
+            results.append(gradients(y, torch.ones_like(y), *m.parameters()))
+        except RuntimeError as error:  # what was changed is needed
+            results.append(str(error)[:60])
+    if isinstance(results[1], str):
+        assert results[0] == results[1]
+        return
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-5)
 
 
 def random_attention(rng):

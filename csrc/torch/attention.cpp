@@ -2,11 +2,14 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "aten.h"
 #include "binding.h"
 #include "call.h"
+#include "memory.h"
 #include "node.h"
 #include "sizes.h"
 
@@ -150,11 +153,12 @@ AttentionOutput attention_forward(const Tensor& query, const Tensor& key, const 
   return out;
 }
 
-// The gradients of query, key and value; those that are not wanted are undefined.
+// The gradients of query, key and value; those that are not wanted are undefined. out: where they go, if somebody has
+// made room for them.
 std::array<Tensor, 3> attention_backward(const Tensor& grad_output, const Tensor& query, const Tensor& key,
                                          const Tensor& value, const optional<Tensor>& mask, const Tensor& output,
-                                         const Tensor& lse, const AttentionArgs& args,
-                                         std::array<bool, 3> output_mask) {
+                                         const Tensor& lse, const AttentionArgs& args, std::array<bool, 3> output_mask,
+                                         std::array<Tensor, 3> out = {}) {
   check_attention<int64_t>(query, key, value, mask);
   constexpr const char* op = "attention_backward";
   for (const Tensor* tensor : {&grad_output, &output}) {
@@ -168,10 +172,9 @@ std::array<Tensor, 3> attention_backward(const Tensor& grad_output, const Tensor
   TORCH_CHECK(lse.sizes() == query.sizes().slice(0, 3) && lse.scalar_type() == lse_type(query), op,
               ": lse must have shape ", query.sizes().slice(0, 3), " and dtype ", lse_type(query), ", got ",
               lse.sizes(), " and ", lse.scalar_type());
-  std::array<Tensor, 3> out;
   const Tensor* const operands[] = {&query, &key, &value};
   for (size_t i = 0; i < 3; ++i)
-    if (output_mask[i]) out[i] = empty_like_order<int64_t>(operands[i]->sizes(), *operands[i]);
+    if (output_mask[i] && !out[i].defined()) out[i] = empty_like_order<int64_t>(operands[i]->sizes(), *operands[i]);
   if (query.numel() == 0 || value.numel() == 0) {
     for (Tensor& tensor : out)
       if (tensor.defined()) tensor.zero_();
@@ -241,11 +244,87 @@ struct AttentionOp {
   }
 };
 
+// Query, key and value that are three parts of one tensor, which they cover: of the output of one linear layer.
+struct Parts {
+  std::array<size_t, 3> order;  // which comes first in memory
+  // (3, batch, heads, length, size): from the slowest dimension in memory to the fastest, as the tensor has them.
+  std::array<int64_t, 5> permutation;
+};
+
+optional<Parts> parts_of(const Tensor& whole, const Tensor& query, const Tensor& key, const Tensor& value) {
+  const Tensor* const parts[] = {&query, &key, &value};
+  if (!whole.is_contiguous() || whole.numel() == 0) return std::nullopt;
+  for (const Tensor* part : parts)
+    if (!part->is_alias_of(whole) || part->scalar_type() != whole.scalar_type() || part->sizes() != query.sizes() ||
+        part->strides() != query.strides())
+      return std::nullopt;
+  Parts found{{0, 1, 2}, {0, 1, 2, 3, 4}};
+  std::sort(found.order.begin(), found.order.end(),
+            [&](size_t a, size_t b) { return parts[a]->storage_offset() < parts[b]->storage_offset(); });
+  const auto offset = [&](size_t i) { return parts[found.order[i]]->storage_offset() - whole.storage_offset(); };
+  const int64_t step = offset(1);
+  if (offset(0) != 0 || offset(2) != 2 * step) return std::nullopt;
+  const std::array<int64_t, 5> sizes{3, query.size(0), query.size(1), query.size(2), query.size(3)},
+      strides{step, query.stride(0), query.stride(1), query.stride(2), query.stride(3)};
+  std::sort(found.permutation.begin(), found.permutation.end(), [&](int64_t a, int64_t b) {
+    const auto key_of = [&](int64_t i) {  // a dimension of one element may have any stride
+      return std::pair(sizes[static_cast<size_t>(i)] == 1 ? INT64_MAX : strides[static_cast<size_t>(i)], -i);
+    };
+    return key_of(a) > key_of(b);
+  });
+  int64_t expected = 1;
+  for (size_t i = 5; i-- > 0;) {
+    const auto d = static_cast<size_t>(found.permutation[i]);
+    if (sizes[d] != 1 && strides[d] != expected) return std::nullopt;
+    expected *= sizes[d];
+  }
+  if (expected != whole.numel()) return std::nullopt;
+  return found;
+}
+
+// The attention of three parts of one tensor, as an op of that tensor: its gradient is written where it belongs, which
+// saves three tensors of zeros as large as all of it, with a part copied into each, and their sum. saved: as
+// AttentionOp's, and the whole tensor.
+struct AttentionOfPartsOp {
+  using Args = AttentionOp::Args;
+  static constexpr auto name = AttentionOp::name;
+  static constexpr auto pack = AttentionOp::pack;
+  static constexpr auto unpack = AttentionOp::unpack;
+
+  static variable_list gradients(const Args& args, at::TensorList saved, const variable_list& grads, Needs needs) {
+    if (!grads[0].defined() || !needs(0)) return variable_list(1);
+    const optional<Tensor> mask = args.with_mask ? optional<Tensor>(saved[3]) : std::nullopt;
+    constexpr std::array<bool, 3> wanted{true, true, true};
+    const Tensor& whole = saved[6];
+    if (!at::GradMode::is_enabled() && fast_door::is_plain(grads[0])) {
+      const Tensor gradient = empty_output(whole.sizes(), whole.scalar_type(), whole.device());
+      std::array<Tensor, 3> out;
+      for (size_t i = 0; i < 3; ++i)
+        out[i] = gradient.as_strided(saved[i].sizes(), saved[i].strides(),
+                                     saved[i].storage_offset() - whole.storage_offset());
+      attention_backward(grads[0], saved[0], saved[1], saved[2], mask, saved[4], saved[5], args, wanted, out);
+      return {gradient};
+    }
+    const auto out = differentiable_attention_backward(grads[0], saved[0], saved[1], saved[2], mask, args, wanted);
+    const auto parts = parts_of(whole, saved[0], saved[1], saved[2]);
+    TORCH_INTERNAL_ASSERT(parts);
+    const Tensor stacked = at::stack({out[parts->order[0]], out[parts->order[1]], out[parts->order[2]]});
+    return {stacked.permute(parts->permutation).reshape(whole.sizes())};
+  }
+};
+
+// whole: what query, key and value are parts of and nobody else reads; undefined if nobody says.
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const optional<Tensor>& mask,
-                 const AttentionArgs& args) {
+                 const AttentionArgs& args, const Tensor& whole = none) {
   const bool records = is_recorded(needs_grad(query) || needs_grad(key) || needs_grad(value), query, key, value);
   const AttentionOutput out = attention_forward(query, key, value, mask, args, records);
   if (!records) return out.y;
+  if (whole.defined() && whole.requires_grad() && !whole.is_view() && parts_of(whole, query, key, value)) {
+    const auto node = make_node<AttentionOfPartsOp>({args, mask.has_value()}, whole);
+    torch::autograd::set_history(out.y, node);
+    save(node, query, key, value, mask ? *mask : none, out.y, out.lse, whole);
+    return out.y;
+  }
   const auto node = make_node<AttentionOp>({args, mask.has_value()}, query, key, value);
   torch::autograd::set_history(out.y, node);
   save(node, query, key, value, mask ? *mask : none, out.y, out.lse);
@@ -297,13 +376,15 @@ Tensor cast(const Tensor& tensor) {
   return at::autocast::cached_cast(at::autocast::get_autocast_dtype(at::kCPU), tensor, at::kCPU);
 }
 
-py::object attention_fast(py::handle query, py::handle key, py::handle value, py::handle mask, py::handle is_causal,
-                          py::handle scale) {
+py::object attention_of_parts_fast(py::handle whole, py::handle query, py::handle key, py::handle value,
+                                   py::handle mask, py::handle is_causal, py::handle scale) {
   bool causal = false;
   if (!read_bool(is_causal.ptr(), causal) || (causal && !mask.is_none())) return not_implemented();
   if (!fast_door::ambient_is_plain()) return not_implemented();
   for (const py::handle tensor : {query, key, value})
     if (!fast_door::is_plain(tensor.ptr())) return not_implemented();
+  if (!whole.is_none() && !fast_door::is_plain(whole.ptr())) return not_implemented();
+  const Tensor w = whole.is_none() ? none : THPVariable_Unpack(whole.ptr());
   const Tensor q = cast(THPVariable_Unpack(query.ptr())), k = cast(THPVariable_Unpack(key.ptr())),
                v = cast(THPVariable_Unpack(value.ptr()));
   if ((!q.is_cpu() && at::autocast::is_autocast_enabled(q.device().type())) || !has_kernel(q) || q.dim() != 4)
@@ -327,7 +408,12 @@ py::object attention_fast(py::handle query, py::handle key, py::handle value, py
   const double factor = scale.is_none() ? 1 / std::sqrt(static_cast<double>(q.size(3))) : PyFloat_AsDouble(scale.ptr());
   if (PyErr_Occurred()) throw py::error_already_set();
   return wrap(without_gil([] { return "scaled_dot_product_attention"; },
-                          [&] { return fastops::attention(q, k, v, m, {causal, factor}); }, q, k, v, m));
+                          [&] { return fastops::attention(q, k, v, m, {causal, factor}, w); }, q, k, v, m));
+}
+
+py::object attention_fast(py::handle query, py::handle key, py::handle value, py::handle mask, py::handle is_causal,
+                          py::handle scale) {
+  return attention_of_parts_fast(py::none(), query, key, value, mask, is_causal, scale);
 }
 
 }  // namespace
@@ -343,6 +429,7 @@ void implement_attention(torch::Library& m, bool meta) {
 
 void bind_attention(py::module_& m) {
   fast_def<&attention_fast>(m, "scaled_dot_product_attention");
+  fast_def<&attention_of_parts_fast>(m, "attention_of_parts");
   m.def("attention_pays", &attention_pays);
 }
 
