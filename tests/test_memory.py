@@ -92,10 +92,10 @@ def test_the_process_hardly_outgrows_its_own_peak():
     for count in (1, 3, 2, 4, 1, 2):
         outputs = [FF.relu(x) for _ in range(count)]
         stats = memory.stats()
-        assert stats["allocated_bytes"] + stats["cached_bytes"] <= stats["peak_allocated_bytes"] * 9 / 8
+        assert stats["allocated_bytes"] + stats["cached_bytes"] <= stats["peak_allocated_bytes"] * 25 / 24 + 2**21
         del outputs
         stats = memory.stats()
-        assert stats["allocated_bytes"] + stats["cached_bytes"] <= stats["peak_allocated_bytes"] * 9 / 8
+        assert stats["allocated_bytes"] + stats["cached_bytes"] <= stats["peak_allocated_bytes"] * 25 / 24 + 2**21
 
 
 def test_views_keep_their_block():

@@ -20,8 +20,10 @@
 namespace fastops {
 namespace {
 
-// Blocks are whole 2 MiB pages; from 3 MiB on the rounding is at most a third of a block.
+// What is mapped is whole huge pages of 2 MiB. Blocks are parts of that: from 3 MiB on the rounding is at most a
+// twelfth.
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kGranule = size_t{256} << 10;
 constexpr size_t kThreshold = size_t{3} << 20;
 constexpr size_t kDefaultLimit = size_t{1} << 30;
 
@@ -71,6 +73,7 @@ class Pool final : public c10::Allocator {
                    [] { instance().mutex_.unlock(); });
   }
 
+  static size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
   static int64_t as_int(size_t bytes) { return static_cast<int64_t>(bytes); }
 
   static void release(void* data) {
@@ -80,7 +83,7 @@ class Pool final : public c10::Allocator {
   }
 
   void* take(size_t bytes) {
-    const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    const size_t size = round_up(bytes, kGranule);
     const std::lock_guard<std::mutex> lock(mutex_);
     // Best fit. What is left of a larger block stays free; it comes together again when this part is given back.
     auto best = free_.end();
@@ -95,9 +98,11 @@ class Pool final : public c10::Allocator {
       cached_ -= size;
       ++hits_;
     } else {
-      const size_t high_water = std::max(peak_ + peak_ / 8, live_ + size);
-      shrink_cache_to(high_water - live_ - size);
-      data = map(size);
+      const size_t mapped = round_up(size, kHugePage);
+      const size_t high_water = std::max(peak_ + peak_ / 24, live_ + mapped);
+      shrink_cache_to(high_water - live_ - mapped);
+      data = map(mapped);
+      if (mapped > size) keep(data + size, mapped - size);
       ++misses_;
     }
     sizes_.emplace(data, size);
@@ -109,10 +114,16 @@ class Pool final : public c10::Allocator {
   void give_back(void* pointer) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto it = sizes_.find(pointer);
-    char* data = static_cast<char*>(pointer);
-    size_t size = it->second;
+    char* const data = static_cast<char*>(pointer);
+    const size_t size = it->second;
     sizes_.erase(it);
     live_ -= size;
+    keep(data, size);
+    shrink_cache_to(limit_);
+  }
+
+  // A free block, together with its free neighbours.
+  void keep(char* data, size_t size) {
     cached_ += size;
     // With the free blocks on both sides it is one; it does not matter whether they were mapped together.
     auto next = free_.lower_bound(data);
@@ -129,7 +140,6 @@ class Pool final : public c10::Allocator {
       }
     }
     free_.emplace(data, Free{size, ++frees_});
-    shrink_cache_to(limit_);
   }
 
   // Oldest first: a block that nobody has wanted for long is the least likely to be wanted next. Of the last one only
@@ -138,7 +148,7 @@ class Pool final : public c10::Allocator {
     while (cached_ > bytes) {
       const auto oldest = std::min_element(
           free_.begin(), free_.end(), [](const auto& a, const auto& b) { return a.second.freed < b.second.freed; });
-      const size_t excess = (cached_ - bytes + kHugePage - 1) / kHugePage * kHugePage;
+      const size_t excess = round_up(cached_ - bytes, kGranule);
       const Free block = oldest->second;
       const size_t gone = std::min(block.size, excess);
       char* const end = oldest->first + block.size;
