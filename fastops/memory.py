@@ -2,8 +2,8 @@
 
 PyTorch's CPU allocator gives a large block back to the system when it is freed, so the next output of that size pays
 for its page faults again. fastops keeps freed blocks, on huge pages, for the next outputs. It never keeps more than the
-limit, and live and cached bytes together never exceed the most that was live at one time by more than a
-twenty-fourth and 2 MiB.
+limit, and live and cached bytes together never exceed the most that was live at one time by more than
+1.6% and 2 MiB.
 """
 
 from fastops import _C
@@ -19,7 +19,7 @@ def stats() -> dict[str, int]:
         peak_allocated_bytes: the most that tensors alive at the same time have held,
         limit_bytes: the bound on cached_bytes,
         threshold_bytes: outputs of this size and larger come from the pool,
-        hits, misses: outputs that came from the cache, and from the system.
+        hits, misses: outputs that came from the cache, and in whole or in part from the system.
 
     Raises nothing. Source: fastops' own, named after torch.cuda.memory_stats.
 

@@ -87,15 +87,37 @@ def test_limit():
         memory.set_limit("1 GB")
 
 
+def test_blocks_are_divided_joined_and_moved():
+    """Outputs of random sizes that live for a random time keep what is in them; few are mapped once there are some."""
+    rng, live, misses = random.Random(0), [], 0
+    memory.empty_cache()
+    for i in range(400):
+        if len(live) > 8 or (live and rng.random() < 0.45):
+            y, value = live.pop(rng.randrange(len(live)))
+            assert bool((y == value).all())
+            del y
+        else:
+            x = torch.full((rng.randint(800_000, 4_000_000),), float(i + 1))
+            live.append((FF.relu(x), float(i + 1)))
+        stats = memory.stats()
+        assert stats["allocated_bytes"] + stats["cached_bytes"] <= stats["peak_allocated_bytes"] * 65 / 64 + 2**21
+        if i == 200:
+            misses = stats["misses"]
+    assert memory.stats()["misses"] - misses < 20
+    del live
+    memory.empty_cache()
+    assert memory.stats()["cached_bytes"] == 0
+
+
 def test_the_process_hardly_outgrows_its_own_peak():
     x = large(16)
     for count in (1, 3, 2, 4, 1, 2):
         outputs = [FF.relu(x) for _ in range(count)]
         stats = memory.stats()
-        assert stats["allocated_bytes"] + stats["cached_bytes"] <= stats["peak_allocated_bytes"] * 25 / 24 + 2**21
+        assert stats["allocated_bytes"] + stats["cached_bytes"] <= stats["peak_allocated_bytes"] * 65 / 64 + 2**21
         del outputs
         stats = memory.stats()
-        assert stats["allocated_bytes"] + stats["cached_bytes"] <= stats["peak_allocated_bytes"] * 25 / 24 + 2**21
+        assert stats["allocated_bytes"] + stats["cached_bytes"] <= stats["peak_allocated_bytes"] * 65 / 64 + 2**21
 
 
 def test_views_keep_their_block():

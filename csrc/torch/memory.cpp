@@ -14,6 +14,7 @@
 #include <map>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
 
 #include "binding.h"
 
@@ -98,12 +99,7 @@ class Pool final : public c10::Allocator {
       cached_ -= size;
       ++hits_;
     } else {
-      const size_t mapped = round_up(size, kHugePage);
-      const size_t high_water = std::max(peak_ + peak_ / 24, live_ + mapped);
-      shrink_cache_to(high_water - live_ - mapped);
-      data = map(mapped);
-      if (mapped > size) keep(data + size, mapped - size);
-      ++misses_;
+      data = put_together(size);
     }
     sizes_.emplace(data, size);
     live_ += size;
@@ -120,6 +116,52 @@ class Pool final : public c10::Allocator {
     live_ -= size;
     keep(data, size);
     shrink_cache_to(limit_);
+  }
+
+  // A block for which no free one is large enough: the huge pages of free ones, moved to addresses that follow each
+  // other, which costs no page faults; and new ones for what is missing.
+  char* put_together(size_t size) {
+    const size_t mapped = round_up(size, kHugePage);
+    char* const data = map(mapped);
+    size_t filled = 0;
+    while (filled < mapped) {
+      auto best = free_.end();
+      size_t most = 0;
+      for (auto it = free_.begin(); it != free_.end(); ++it) {
+        const auto [first, bytes] = huge_pages(it->first, it->second.size);
+        if (bytes > most) best = it, most = bytes;
+      }
+      if (most == 0) break;
+      const auto [first, bytes] = huge_pages(best->first, best->second.size);
+      const size_t taken = std::min(bytes, mapped - filled);
+      if (mremap(first, taken, taken, MREMAP_MAYMOVE | MREMAP_FIXED, data + filled) == MAP_FAILED) break;
+      filled += taken;
+      cached_ -= taken;
+      const Free block = best->second;
+      char* const begin = best->first;
+      const auto before = static_cast<size_t>(first - begin);
+      free_.erase(best);
+      if (before > 0) free_.emplace(begin, Free{before, block.freed});
+      if (block.size > before + taken) free_.emplace(first + taken, Free{block.size - before - taken, block.freed});
+    }
+    if (filled == mapped) {
+      ++hits_;
+    } else {
+      ++misses_;
+      shrink_cache_to(std::max(peak_ + peak_ / 64, live_ + mapped) - live_ - mapped);
+    }
+    if (mapped > size) {
+      keep(data + size, mapped - size);
+      shrink_cache_to(limit_);
+    }
+    return data;
+  }
+
+  // The whole huge pages in a block.
+  static std::pair<char*, size_t> huge_pages(char* data, size_t size) {
+    const size_t head = round_up(reinterpret_cast<uintptr_t>(data), kHugePage) - reinterpret_cast<uintptr_t>(data);
+    if (size < head + kHugePage) return {data, 0};
+    return {data + head, (size - head) / kHugePage * kHugePage};
   }
 
   // A free block, together with its free neighbours.
