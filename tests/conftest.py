@@ -6,6 +6,9 @@ import os
 # pytest-xdist runs a process on every core. A thread of PyTorch's that waits for one whose core is taken would spin for
 # milliseconds at every barrier; it sleeps instead. libgomp reads this when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# What the inductor writes is compiled here, not by a pool of processes that import torch, and not optimized.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("AOT_INDUCTOR_DEBUG_COMPILE", "1")
 
 import pytest
 import torch

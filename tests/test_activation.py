@@ -482,7 +482,7 @@ def test_modules(name):
         ours.load_state_dict(theirs.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["relu", "hardtanh", "gelu", "tanh", "prelu", "glu"])
+@pytest.mark.parametrize("kind", ["relu", "gelu", "prelu", "glu"])
 def test_large_outputs_have_the_bits_of_small_ones(isa, kind):
     """From 32 MB up a kernel writes past the caches, in pieces; the end is no whole piece, and no whole vector."""
     length = (32 << 18) + 1037

@@ -79,6 +79,8 @@ def compare_all(conv, tensors, activation=None, theirs=lambda z: z, roundings=2.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("conv", [*CONVS, *TILES], ids=str)
 def test_values_and_gradients(conv, dtype):
+    if dtype in (torch.float64, torch.float16) and conv not in KINDS:
+        pytest.skip("float32 and bfloat16 have the same indices")
     for i, last in enumerate((False, True) if len(conv.size) > 1 else (False,)):
         tensors = placed(conv, operands(conv, dtype), last)
         for chip in CHIPS if conv in TILES and dtype in (torch.float32, torch.bfloat16) else CHIPS[i::2]:
@@ -100,7 +102,7 @@ def test_activations(name, dtype):
 
 
 @LASTS
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("conv", KINDS, ids=str)
 def test_integers_are_exact_in_every_schedule(conv, dtype, last):
     """And so is every sum: the order of threads and blocks changes no bit."""

@@ -119,7 +119,8 @@ def assert_all_close(actual, expected, **tolerance):
 
 
 def _samples(op, dtype, **kwargs):
-    for sample in op.sample_inputs("cpu", dtype, **kwargs):
+    samples = list(op.sample_inputs("cpu", dtype, **kwargs))
+    for sample in samples[:: 1 + len(samples) // 200]:  # max pools have hundreds
         yield sample
         if not kwargs:
             yield sample.noncontiguous()

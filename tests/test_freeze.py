@@ -445,7 +445,7 @@ def test_results_have_the_layout_that_the_model_gives_them(name, padding):
         prepared(model).to(memory_format=weights)
         for inputs in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(2, 4, 6, 8).contiguous(memory_format=inputs)
-            for channels_last in (None, False):
+            for channels_last in (None, False) if padding in ("zeros", "circular") else (None,):
                 frozen = agrees(model, x, channels_last=channels_last)
                 with torch.no_grad():
                     assert frozen(x).stride() == model(x).stride(), (weights, inputs, channels_last)

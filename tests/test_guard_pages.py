@@ -1,6 +1,7 @@
 """No kernel touches a byte outside its operands: every buffer ends, or begins, at a page that may not be touched.
 
-A stray access is a segmentation fault of the whole test process; that is the failure this file exists for.
+A stray access is a segmentation fault of the whole test process; that is the failure this file exists for. The best
+tier runs here: tests/cpp does the same with random shapes on every tier.
 """
 
 import ctypes
@@ -48,7 +49,7 @@ def _shapes():
 
 @SIDES
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear(isa, dtype, at_end):
+def test_linear(dtype, at_end):
     ops = torch.ops.fastops
     for m, n, k in dict.fromkeys(_shapes()):
         arenas = iter(ARENAS)
@@ -70,7 +71,7 @@ def test_linear(isa, dtype, at_end):
 
 @SIDES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_read_in_place(isa, dtype, at_end):
+def test_linear_read_in_place(dtype, at_end):
     """Too large for the stack, with few columns: rows of whole lines are not packed, to the last one."""
     w = ARENAS[0].tensor(torch.randint(-2, 3, (40, 64)).to(dtype), at_end)
     for m in range(224, 257):
@@ -81,7 +82,7 @@ def test_linear_read_in_place(isa, dtype, at_end):
 
 @SIDES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_transposed_and_sliced(isa, dtype, at_end):
+def test_linear_transposed_and_sliced(dtype, at_end):
     """Strided operands, whose last row ends before its stride does."""
     for m, n, k in ((1, 33, 17), (5, 7, 3), (13, 35, 33), (40, 40, 40)):
         x = ARENAS[0].tensor(torch.randint(-2, 3, (k, m)).to(dtype), at_end).mT
@@ -102,7 +103,7 @@ def test_linear_transposed_and_sliced(isa, dtype, at_end):
 
 @SIDES
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_of_any_strides(isa, dtype, at_end):
+def test_linear_of_any_strides(dtype, at_end):
     """Expanded, overlapping and gappy operands, each in memory that ends, or begins, where they do."""
     random = torch.Generator().manual_seed(0)
 
@@ -153,7 +154,7 @@ def _convs():
 @SIDES
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-def test_conv(isa, dtype, last, at_end):
+def test_conv(dtype, last, at_end):
     ops = torch.ops.fastops
     for conv in _convs():
         if last and len(conv.size) != 2:
@@ -186,7 +187,7 @@ def test_conv(isa, dtype, last, at_end):
 @SIDES
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ACTIVATIONS, ids=str)
-def test_activation(isa, case, dtype, at_end):
+def test_activation(case, dtype, at_end):
     ops, args = torch.ops.fastops, (case.kind, case.a, case.b)
     kinds = ["input"] if case.from_input else []
     if case.saves == "mask":
@@ -215,7 +216,7 @@ def _numbers(case):
 
 @SIDES
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_prelu_and_glu(isa, dtype, at_end):
+def test_prelu_and_glu(dtype, at_end):
     ops = torch.ops.fastops
     for channels, inner in ((1, 1), (3, 1), (17, 1), (33, 1), (3, 5), (3, 16), (2, 33), (65, 3)):
         shape = (3, channels, inner)
@@ -256,7 +257,7 @@ def _pools():
 @SIDES
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-def test_pool(isa, dtype, last, at_end):
+def test_pool(dtype, last, at_end):
     def place(arena, source):
         if not last:
             return ARENAS[arena].tensor(source.contiguous(), at_end)

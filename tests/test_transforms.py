@@ -116,8 +116,7 @@ def conv_nets():
     return ours, theirs
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize(("backend", "last"), [("aot_eager", False), ("aot_eager", True), ("inductor", True)])
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_compile_conv(backend, last):
     torch._dynamo.reset()
