@@ -344,6 +344,75 @@ def test_forwards_that_ask_for_training_or_cannot_be_followed():
     assert kept(changes)["0"] == "1 does not treat channels one by one, as far as is known"
 
 
+class Checked(nn.Module):
+    """A forward that looks at its input, and calls all of its layers, one of them in training mode alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.deep, self.up = nn.Conv2d(8, 8, 3, groups=8), nn.Linear(64, 12)
+        self.scale = nn.Parameter(torch.ones(8, 1, 1))
+        self.head, self.other = nn.Linear(12, 2), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != 3 or x.abs().max() > 1e6:
+            raise ValueError(x.shape)
+        y = self.norm(self.a(x) + self.b(x)).clamp_min(0)
+        y = F.max_pool2d(torch.cat([self.deep(y), self.scale * y[..., 1:-1, 1:-1].tanh()], dim=1), 2, ceil_mode=True)
+        y = self.up(y.flatten(1)[:, :].contiguous())
+        y = 1 - torch.sigmoid(y)
+        return self.head(y) + (self.other(y) if self.training else 0)
+
+
+def test_one_call_of_a_forward_that_cannot_be_traced():
+    torch.manual_seed(0)
+    changes = check(Checked(), images())
+    assert changes.removed.keys() == {"a", "b", "norm", "deep", "scale", "up"}
+    assert {"head", "other"} <= {row.name for row in changes.changed}
+    assert [row[0::2] for row in changes.untraced] == [
+        ("", "its forward decides by an input; one call of it was followed")
+    ]
+    inside = nn.Sequential(nn.Conv2d(3, 3, 1), Checked())
+    inside[1].up = nn.Linear(64, 12)
+    assert len(check(inside, images()).removed) == 6
+    assert light.prune_channels_(inside, images().double(), through_layer_norms=True).removed.keys() == set()
+
+
+def test_one_call_that_does_not_tell_all():
+    class Holder:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    def by_their_number(m, x):
+        assert x.sum() < 1e9
+        y = m.stem(x)
+        return m.head(y / int(y.shape[1]))
+
+    def assigns(m, x):
+        y = m.stem(x)
+        y[:, 0] = 1
+        return m.head(y)
+
+    def views(m, x):
+        assert x.sum() < 1e9
+        y = m.stem(x)
+        return m.head(y.view(len(y), 2, y.shape[1] // 2).transpose(1, 2).reshape(len(y), y.shape[1]))
+
+    def holds(m, x):
+        return Holder(m.head(m.stem(x))) if x.sum() < 1e9 else None
+
+    x = torch.randn(3, 4)
+    for forward, why in ((assigns, "__setitem__ does not treat"), (views, "view has their number"), (holds, "")):
+        model = Net(forward, stem=nn.Linear(4, 8), head=nn.Linear(8, 2))
+        changes = light.prune_channels_(model, x)
+        assert not changes.removed
+        assert kept(changes)["stem"].startswith(why) if why else changes.untraced
+    model = Net(by_their_number, stem=nn.Linear(4, 8), head=nn.Linear(8, 2))
+    with pytest.raises(RuntimeError, match="its output is another one than with the removed channels at 0"):
+        light.prune_channels_(model, x)
+    assert model.stem.out_features == 8
+
+
 def test_layers_that_stay():
     hooked, shared = nn.Linear(6, 8), nn.Linear(8, 8)
     hooked.register_forward_hook(lambda *_: None)

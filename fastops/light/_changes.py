@@ -16,8 +16,8 @@ class Changes:
     Attributes:
         changed: a Row for every layer that is another now.
         kept: a Row for every layer that could have been and was not, and why.
-        untraced: a Row for every module whose forward could not be followed, and why; what it calls was looked at on
-            its own.
+        untraced: a Row for every module whose forward could not be traced, and why; one call of it was followed
+            instead where that calls all of its layers, and what it calls on its own where not.
         before, after: how many parameters the model had, and has. Those that are 0 count.
         removed: of prune_channels_: which channels each layer, norm and parameter lost, ascending, by name.
     """

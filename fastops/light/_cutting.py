@@ -36,6 +36,21 @@ def cut(layer: Layer, inputs: Tensor | None, outputs: Tensor | None) -> None:
                 module.normalized_shape = (int(outputs.sum()),)
 
 
+def clear(module: nn.Module, outputs: Tensor) -> None:
+    """Makes the weights, biases and scales of these output channels 0."""
+    kind = kind_of(module)
+    with torch.no_grad():
+        weight = module._parameters.get("weight")
+        outputs = outputs if weight is None else outputs.to(weight.device)
+        if issubclass(kind, TRANSPOSED):
+            parts = weight.view(module.groups, -1, module.out_channels // module.groups, weight[0, 0].numel())
+            parts.masked_fill_(outputs.view(module.groups, 1, -1, 1), 0)
+        elif weight is not None:
+            (weight.t() if issubclass(kind, nn.Embedding) else weight)[outputs] = 0
+        if module._parameters.get("bias") is not None:
+            module.bias[outputs] = 0
+
+
 def _cut_linear(layer: Layer, inputs: Tensor | None, outputs: Tensor | None) -> None:
     module, weight = layer.module, layer.module.weight
     if inputs is not None:

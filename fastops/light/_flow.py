@@ -47,6 +47,7 @@ class Flows:
 
     layers: by name, those with weights that can be cut. parameters: labels of what forwards read themselves, by the
     module that has it and its name there. apart: calls of modules that no graph goes through, with their arguments.
+    in_one_call: whether a graph is that of one call (_called.py).
     """
 
     channels: Channels
@@ -56,6 +57,7 @@ class Flows:
     layers: dict[str, Layer]
     parameters: dict[tuple[str, str], tuple[nn.Module, Tensor]]
     apart: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
+    in_one_call: bool = False
 
 
 class Flow(Interpreter):
@@ -135,12 +137,14 @@ class Flow(Interpreter):
         name = self.called(node)
         if node.op == "call_function" and not _is_known(node.target):
             return value, self.unknown(node, value)
+        if value is None:  # it has changed what it was given
+            return value, self.unknown(node, value)
         if not _has_tensors(value):
             return value, self._number(node, name)
         module = self._own_weight(node, name)
         if module is not None:
             return self._layer(node, module, value)
-        rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
+        rule = RULES.get(name) or RULES.get(name.strip("_"))
         return value, self._by(rule, node, value)
 
     def _by(self, rule: Callable[["Flow", Node, Any], Any] | None, node: Node, value: Any) -> Any:
@@ -255,15 +259,16 @@ class Flow(Interpreter):
         worth = values[:, 0] if values.shape[1] else values.new_zeros(len(values))
         worth = torch.where((values == worth.unsqueeze(1)).all(1), worth, torch.nan).cpu()  # NaN: no one number
         known = self.flows.layers.get(name)
-        if known is not None and known.inputs is not None:
-            folds, lost = False, (worth != 0) | (0 if known.constants is None else known.constants != 0)
+        if known is not None and known.inputs is not None:  # called again: with the same, or nothing is taken up
+            before = torch.zeros_like(worth) if known.constants is None else known.constants
+            kept = worth != before
         else:
-            lost = worth != 0
-        if bool(lost.any()):
-            kept = lost & ~worth.isfinite() if folds and module.bias is not None else lost
+            kept = ~worth.isfinite() if folds and module.bias is not None else worth != 0
+            if bool((worth != 0).any()):
+                self.layer(module).constants = torch.where(kept, 0, worth)
+        if bool(kept.any()):
             why = f"what comes to {name} is not 0 where its channel is, which its bias cannot take up"
             self.channels.keep(columns[kept], why)
-            self.layer(module).constants = torch.where(kept, 0, worth)
         return columns
 
 

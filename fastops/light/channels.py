@@ -1,5 +1,6 @@
 """fastops.light.prune_channels_."""
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -7,14 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph
 
 from fastops._signature import Signature
 from fastops._tracing import is_frozen, plain_class, reason, trace
+from fastops.explain import _TOLERANCE
 from fastops.fuse import is_layer
+from fastops.light._called import calls_of
 from fastops.light._changes import Changes, parameters_of
 from fastops.light._channels import Channels, compact, varying
 from fastops.light._choice import IMPORTANCES, Importance, chosen, fitting, groups_of, labels_of
-from fastops.light._cutting import cut, put
+from fastops.light._cutting import clear, cut, put
 from fastops.light._flow import Flow, Flows, Layer
 from fastops.light._layers import CONVOLUTIONS, TRANSPOSED, kind_of, owners_of, why_not
 from fastops.light.weights import take_masks_
@@ -67,6 +71,9 @@ def prune_channels_(
         parameters: in the place of amount: the part of the model's parameters that is left at most, from 0 to 1. The
             smallest amount is taken with which it is, or one that leaves each layer its last channels.
 
+    A forward that cannot be traced is followed in one call, with these inputs: where that calls all of its layers. What
+    the smaller model gives is then compared with what the model gives whose removed channels are 0.
+
     Returns:
         Changes: which layers have how many channels left, and which ones have all, and why: the model's input and
         output, what a forward counts by a constant (`x.view(-1, 320)`: write `x.flatten(1)`), layers with hooks,
@@ -76,7 +83,7 @@ def prune_channels_(
         TypeError: model is not a torch.nn.Module, or cannot be called with inputs.
         ValueError: amount, importance, scope, round_to or parameters is not one of these, or amount names a layer that
             has no channels to remove.
-        RuntimeError: the smaller model cannot be called, or gives other shapes; it is then what it was.
+        RuntimeError: the smaller model cannot be called, or gives something else; the model is then what it was.
         What filter_fn and importance raise.
 
     Source: Li et al., "Pruning Filters for Efficient ConvNets" (2016); Liu et al., "Network Slimming" (2017), for
@@ -116,13 +123,16 @@ def prune_channels_(
         of_amount = lambda part: chosen(groups, layers, part, scope, round_to)  # noqa: E731
         gone = fitting(flows, classes, changes.before, budget, of_amount)
 
+    wanted = _without(model, flows, gone, args, named) if flows.in_one_call else None
     undo = [(one, _state(one)) for one in {id(m): m for m in _cut_modules(flows, gone)}.values()]
     try:
         _cut(flows, gone, changes)
         with _evaluating(model):
-            after = _shapes(model(*args, **named))
-        if after != shapes:
-            raise RuntimeError(f"its output has the shapes {after} and not {shapes}")
+            result = model(*args, **named)
+        if _shapes(result) != shapes:
+            raise RuntimeError(f"its output has the shapes {_shapes(result)} and not {shapes}")
+        if wanted is not None:
+            _compare(result, wanted)
     except Exception as error:
         for module, state in undo:
             vars(module).clear()
@@ -231,19 +241,16 @@ def _follow(
     done.add(id(module))
     name = flows.names[id(module)]
     try:
-        forward = type(module).forward
-        signature = Signature(forward)
-        if "forward" in vars(module):
-            raise TypeError("its forward has been overridden on the instance")
-        bound = inspect.signature(forward).bind(module, *args, **named).arguments
-        names = [*signature.inputs, *signature.named_inputs]
-        graphs = [trace(module, signature.inputs, signature.named_inputs, training=False)]
-        if graphs[0].decided:
-            graphs.append(trace(module, signature.inputs, signature.named_inputs, training=True))
-        for traced in graphs:
-            Flow(module, traced.graph, flows, ends).run(*(bound[one] for one in names))
+        for graph, values in _traced(module, args, named):
+            Flow(module, graph, flows, ends).run(*values)
     except Exception as error:  # whatever a forward raises that is given proxies, or parts of zeros
-        changes.untraced.append(Row(name, class_name(type(module)), reason(error)))
+        why = reason(error)
+    else:
+        why = ""
+    if why and _follow_call(module, args, named, flows, ends):
+        changes.untraced.append(Row(name, class_name(type(module)), f"{why}; one call of it was followed"))
+    elif why:
+        changes.untraced.append(Row(name, class_name(type(module)), why))
         for below in module.modules():
             layer = flows.layers.get(flows.names[id(below)])
             for labels in (layer.inputs, layer.outputs) if layer else ():
@@ -254,6 +261,33 @@ def _follow(
     while flows.apart:
         child, one_args, one_named = flows.apart.pop()
         _follow(child, one_args, one_named, flows, changes, f"{flows.names[id(child)]}'s", done)
+
+
+def _traced(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Iterator[tuple[Graph, list[Any]]]:
+    """A module's graphs, in both modes where it asks for them, and the values of their placeholders."""
+    forward = type(module).forward
+    signature = Signature(forward)
+    if "forward" in vars(module):
+        raise TypeError("its forward has been overridden on the instance")
+    bound = inspect.signature(forward).bind(module, *args, **named).arguments
+    values = [bound[one] for one in (*signature.inputs, *signature.named_inputs)]
+    first = trace(module, signature.inputs, signature.named_inputs, training=False)
+    yield first.graph, values
+    if first.decided:
+        yield trace(module, signature.inputs, signature.named_inputs, training=True).graph, values
+
+
+def _follow_call(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], flows: Flows, ends: str) -> bool:
+    """Follows what one call does; whether that could be done. Layer norms would leave nothing to compare it with."""
+    if flows.through_layer_norms:
+        return False
+    try:
+        for call in calls_of(module, args, named):
+            Flow(module, call.graph, flows, ends).run(*call.values)
+    except Exception:  # of a forward that is called in another mode, or of parts of zeros
+        return False
+    flows.in_one_call = True
+    return True
 
 
 def _calls_below(
@@ -304,6 +338,28 @@ def _cut_modules(flows: Flows, gone: Tensor) -> Iterator[nn.Module]:
     for owner, labels in flows.parameters.values():
         if bool(gone[labels].any()):
             yield owner
+
+
+def _without(model: nn.Module, flows: Flows, gone: Tensor, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """What the model gives when the channels that go are 0."""
+    result = copy.deepcopy(model)
+    for name, layer in flows.layers.items():
+        if layer.outputs is not None and bool(gone[layer.outputs].any()):
+            clear(result.get_submodule(name), gone[layer.outputs])
+    with _evaluating(result):
+        for (name, key), (_, labels) in flows.parameters.items():
+            value = getattr(result.get_submodule(name), key)
+            value.masked_fill_(gone[labels].to(value.device), 0)
+        return result(*args, **named)
+
+
+def _compare(result: Any, wanted: Any) -> None:
+    leaves = (torch.utils._pytree.tree_leaves(one) for one in (result, wanted))
+    for one, other in zip(*leaves, strict=True):
+        if isinstance(one, Tensor) and one.is_floating_point() and one.numel():
+            largest = float(other.nan_to_num().abs().max())
+            if float((one - other).nan_to_num().abs().max()) > _TOLERANCE.get(one.dtype, 0.1) * largest:
+                raise RuntimeError("its output is another one than with the removed channels at 0")
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
