@@ -63,7 +63,9 @@ class Plans {
   }
   // From what differs between the layers of a model.
   static uint64_t spread(const Call& c) {
-    if constexpr (requires { c.geometry.out_channels; })
+    if constexpr (requires { c.weight.blocks; })
+      return mixed({c.images, c.m, c.weight.n, c.weight.k, c.weight.blocks});
+    else if constexpr (requires { c.geometry.out_channels; })
       return mixed({c.geometry.batch, c.geometry.in_channels, c.geometry.out_channels, c.geometry.in[1],
                     c.geometry.in[2], c.geometry.kernel[2], c.geometry.stride[2]});
     else if constexpr (requires { c.geometry; })
@@ -102,7 +104,10 @@ double flops_of(const Call& c) {
   else if constexpr (requires { c.with_grad_w; })
     products = c.with_grad_w ? 1 : 0;
   const auto times = [](auto... sizes) { return (2.0 * ... * static_cast<double>(sizes)); };
-  if constexpr (requires { c.geometry.out_channels; }) {
+  if constexpr (requires { c.weight.blocks; }) {
+    if constexpr (requires { c.with_grad_x; }) products = (c.with_grad_x ? 1 : 0) + (c.with_grad_values ? 1 : 0);
+    return products * times(c.images, c.m, c.weight.blocks, c.weight.block_rows, c.weight.block_cols);
+  } else if constexpr (requires { c.geometry.out_channels; }) {
     const ConvGeometry& g = c.geometry;
     return products * times(g.batch, g.out_channels, g.in_channels / g.groups, g.out[0], g.out[1], g.out[2],
                             g.kernel[0], g.kernel[1], g.kernel[2]);

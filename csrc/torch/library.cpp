@@ -14,6 +14,12 @@ TORCH_LIBRARY(fastops, m) {
   m.def(
       "weight_only_forward(Tensor input, Tensor weight, Tensor scale, Tensor? offset, Tensor? bias, int group_size) -> "
       "Tensor");
+  m.def(
+      "sparse_linear_forward(Tensor input, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor? bias, "
+      "int out_features, int dim) -> Tensor");
+  m.def(
+      "sparse_linear_backward(Tensor grad_output, Tensor input, Tensor crow_indices, Tensor col_indices, "
+      "Tensor values, int out_features, int dim, bool[2] output_mask) -> (Tensor grad_input, Tensor grad_values)");
   m.def("linear_int8_forward(Tensor input, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
   m.def(
       "conv_forward(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
@@ -94,6 +100,7 @@ TORCH_LIBRARY(fastops, m) {
 void implement_linear(torch::Library& m, bool meta);
 void implement_linear_int8(torch::Library& m, bool meta);
 void implement_weight_only(torch::Library& m, bool meta);
+void implement_sparse_linear(torch::Library& m, bool meta);
 void implement_conv(torch::Library& m, bool meta);
 void implement_activation(torch::Library& m, bool meta);
 void implement_pool(torch::Library& m, bool meta);
@@ -105,6 +112,7 @@ void implement_attention(torch::Library& m, bool meta);
 void bind_linear(py::module_& m);
 void bind_linear_int8(py::module_& m);
 void bind_weight_only(py::module_& m);
+void bind_sparse_linear(py::module_& m);
 void bind_mlp(py::module_& m);
 void bind_conv(py::module_& m);
 void bind_conv_pool(py::module_& m);
@@ -125,9 +133,9 @@ void bind_aten(py::module_& m);
 
 // All but composites of torch's own ops have CUDA kernels as well.
 void implement(torch::Library& m, bool meta) {
-  for (const auto function : {implement_linear, implement_linear_int8, implement_weight_only, implement_conv,
-                              implement_activation, implement_pool, implement_batch_norm, implement_loss,
-                              implement_layer_norm, implement_softmax, implement_attention})
+  for (const auto function : {implement_linear, implement_linear_int8, implement_weight_only, implement_sparse_linear,
+                              implement_conv, implement_activation, implement_pool, implement_batch_norm,
+                              implement_loss, implement_layer_norm, implement_softmax, implement_attention})
     function(m, meta);
 }
 
@@ -139,6 +147,7 @@ PYBIND11_MODULE(_C, m) {
   bind_linear(m);
   bind_linear_int8(m);
   bind_weight_only(m);
+  bind_sparse_linear(m);
   bind_mlp(m);
   bind_conv(m);
   bind_conv_pool(m);

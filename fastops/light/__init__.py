@@ -25,6 +25,9 @@ LinearInt8         a linear layer with int8 weights, whose input is rounded to 8
 LinearWeightOnly   one with weights of 8 or 4 bits, whose input is not
 save               a model as a file that runs without PyTorch
 Saved              what it wrote
+sparsify_          layers whose weights are mostly zeros store and multiply the others alone; densify_ is the inverse
+LinearSparse       a linear layer with a sparse weight
+Conv2d1x1Sparse    a 1 x 1 convolution with one
 """
 
 from fastops.light._changes import Changes
@@ -35,19 +38,24 @@ from fastops.light.linear_int8 import LinearInt8
 from fastops.light.low_rank import low_rank_
 from fastops.light.quantize import quantize_
 from fastops.light.save import Saved, save
+from fastops.light.sparse_linear import Conv2d1x1Sparse, LinearSparse
+from fastops.light.sparsify import densify_, sparsify_
 from fastops.light.weight_only import LinearWeightOnly
 from fastops.light.weights import Pruner, cubic_sparsity, prune_weights_, sparsity_mask, take_masks_
 
 __all__ = [
     "Changes",
     "Comparison",
+    "Conv2d1x1Sparse",
     "Distiller",
     "LinearInt8",
+    "LinearSparse",
     "LinearWeightOnly",
     "Measured",
     "Pruner",
     "Saved",
     "cubic_sparsity",
+    "densify_",
     "distill",
     "distillation_loss",
     "feature_loss",
@@ -56,6 +64,7 @@ __all__ = [
     "prune_weights_",
     "quantize_",
     "save",
+    "sparsify_",
     "sparsity_mask",
     "take_masks_",
 ]

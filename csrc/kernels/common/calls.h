@@ -15,6 +15,7 @@
 #include "../optim/optim.h"
 #include "../pool/pool.h"
 #include "../softmax/softmax.h"
+#include "../sparse_linear/sparse_linear.h"
 #include "../weight_only/weight_only.h"
 #include "plan.h"
 
@@ -36,6 +37,7 @@ namespace fastops {
   FASTOPS_CALLS_optim(X) \
   FASTOPS_CALLS_layer_norm(X) \
   FASTOPS_CALLS_softmax(X) \
+  FASTOPS_CALLS_sparse_linear(X) \
   FASTOPS_CALLS_attention(X)
 // clang-format on
 
