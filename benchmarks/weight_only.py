@@ -11,8 +11,14 @@ from fastops import light
 from fastops.benchmarks.harness import DTYPES, FORWARD, Case, Sides
 
 SHAPE = "MxKxN"
-FUNCTIONS = {"weight_only, 8 bits": 8, "weight_only, 4 bits": 4}
-SHAPES = ("1x4096x4096", "1x4096x11008", "4x4096x4096", "8x4096x4096", "32x4096x4096", "1x768x3072")
+# What from_linear gets.
+FUNCTIONS = {
+    "weight_only, 8 bits": {"bits": 8},
+    "weight_only, 4 bits": {"bits": 4},
+    "weight_only, float8": {"float8": True},
+}
+SHAPES = ("1x4096x4096", "1x4096x11008", "4x4096x4096", "8x4096x4096", "16x4096x4096", "32x4096x4096", "512x4096x4096")
+SHAPES += ("1x768x3072", "64x768x3072")
 
 
 def prepare(case: Case) -> Sides:
@@ -20,7 +26,7 @@ def prepare(case: Case) -> Sides:
     torch.manual_seed(0)
     dtype = DTYPES[case.dtype]
     linear, x = nn.Linear(k, n).to(dtype), torch.randn(m, k).to(dtype)
-    ours = light.LinearWeightOnly.from_linear(linear, FUNCTIONS[case.op])
+    ours = light.LinearWeightOnly.from_linear(linear, **FUNCTIONS[case.op])
     exact = x.double() @ ours.dequantized().double().t() + ours.bias.double()
     error = float((ours(x).double() - exact).abs().max() / exact.abs().max())
     # Errors of k products and of as many sums, which add up like a random walk's steps.
@@ -29,7 +35,7 @@ def prepare(case: Case) -> Sides:
 
 def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | None = None) -> Case:
     m, k, n = map(int, shape.split("x"))
-    traffic = DTYPES[dtype].itemsize * m * (k + n) + k * n * FUNCTIONS[op] / 8
+    traffic = DTYPES[dtype].itemsize * m * (k + n) + k * n * FUNCTIONS[op].get("bits", 8) / 8
     bound = "bytes" if m < 8 else "flops"
     return Case(op, shape, dtype, FORWARD, threads, 2.0 * m * k * n, traffic, prepare, bound, isa)
 

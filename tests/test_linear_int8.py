@@ -228,7 +228,8 @@ def test_root_and_errors():
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got int"):
         light.quantize_(3)
     with pytest.raises(
-        ValueError, match=r"config must be one of 'int8_dynamic', 'int8_weight', 'int4_weight', got 'int4'"
+        ValueError,
+        match=r"config must be one of 'int8_dynamic', 'int8_weight', 'int4_weight', 'fp8_weight', got 'int4'",
     ):
         light.quantize_(linear, "int4")
     with pytest.raises(RuntimeError, match="input must be float32, bfloat16 or float16, got float64"):
@@ -313,6 +314,67 @@ def test_float_weights_are_not_loaded_as_integers():
         with pytest.raises(RuntimeError, match="weight must be int8, got float32: load float weights before quantize_"):
             layer.load_state_dict(linear.state_dict(), strict=strict)
     assert torch.equal(layer.weight, weight)
+
+
+def test_layers_whose_weight_a_forward_reads_stay():
+    """Such a forward casts to the dtype of a weight, as T5's does, which knows int8 alone."""
+
+    class Casts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.wo = nn.Linear(128, 128), nn.Linear(128, 128)
+
+        def forward(self, x):
+            return self.wo(self.first(x).to(self.wo.weight.dtype))
+
+    class KnowsInt8(Casts):
+        def forward(self, x):
+            x = self.first(x)
+            return self.wo(x if self.wo.weight.dtype == torch.int8 else x.to(self.wo.weight.dtype))
+
+    for cls, config, quantized in [
+        (Casts, "int8_dynamic", ["first"]),
+        (KnowsInt8, "int8_weight", ["first", "wo"]),
+        (KnowsInt8, "int4_weight", ["first"]),
+        (KnowsInt8, "fp8_weight", ["first"]),
+    ]:
+        model, x = cls(), torch.randn(2, 128)
+        with torch.no_grad():
+            y = model(x)
+            report = light.quantize_(model, config)
+            assert [row.name for row in report.replaced] == quantized
+            assert all("reads its weight directly" in row.result for row in report.skipped)
+            assert (model(x) - y).abs().max() < 0.3 * y.abs().max()
+
+
+@pytest.mark.parametrize("config", ["int8_dynamic", "int8_weight", "int4_weight", "fp8_weight"])
+def test_models_on_the_meta_device(config):
+    """They get their weights from a checkpoint."""
+    model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 65))
+    light.quantize_(model, config)
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 65))
+    assert len(light.quantize_(empty, config).replaced) == 2
+    empty.load_state_dict(model.state_dict(), assign=True)
+    x = torch.randn(2, 128)
+    with torch.no_grad():
+        assert torch.equal(empty(x), model(x))
+
+
+def test_symbolic_trace():
+    """A quantized or sparse layer is a leaf."""
+    layers = make(128, 64), light.LinearWeightOnly(64, 32, bits=4), light.LinearSparse(32, 8)
+    model = nn.Sequential(*layers, nn.Unflatten(1, (8, 1, 1)), light.Conv2d1x1Sparse(8, 4))
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2", "3", "4"]
+    x = torch.randn(2, 128)
+    assert torch.equal(traced(x), model(x))
+
+
+def test_export_without_features():
+    module = make(0, 3)
+    program = torch.export.export(module, (torch.randn(2, 0),))
+    assert torch.equal(program.module()(torch.randn(2, 0)), module.bias.expand(2, 3))
 
 
 def test_filter_that_raises_changes_nothing():

@@ -17,7 +17,8 @@ from fastops import _C, light
 
 OPS = torch.ops.fastops
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BITS = pytest.mark.parametrize("bits", [8, 4])
+BITS = pytest.mark.parametrize("bits", [8, 4, "fp8"])
+NAMES = {8: "int8", 4: "int4", "fp8": "fp8"}
 
 
 @pytest.fixture(params=TIERS)
@@ -27,8 +28,14 @@ def tier(request):
     _C.set_isa(BEST)
 
 
+def quantized(linear, bits, group_size=None):
+    if bits == "fp8":
+        return light.LinearWeightOnly.from_linear(linear, float8=True)
+    return light.LinearWeightOnly.from_linear(linear, bits, group_size)
+
+
 def make(k, n, bits, group_size=32, bias=True, dtype=torch.float32):
-    return light.LinearWeightOnly.from_linear(nn.Linear(k, n, bias=bias), bits, group_size).to(dtype)
+    return quantized(nn.Linear(k, n, bias=bias), bits, group_size).to(dtype)
 
 
 def close(module, x, actual, activation=lambda y: y):
@@ -47,7 +54,7 @@ def close(module, x, actual, activation=lambda y: y):
 
 @BITS
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 64, 33), (9, 65, 31), (1, 784, 10), (2, 1025, 70), (5, 3, 40)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 64, 33), (9, 65, 31), (1, 784, 10), (2, 1025, 70), (40, 67, 35)])
 def test_against_pytorch(shape, bits, dtype, tier):
     m, k, n = shape
     module, x = make(k, n, bits, dtype=dtype), torch.randn(m, k).to(dtype)
@@ -55,11 +62,11 @@ def test_against_pytorch(shape, bits, dtype, tier):
         close(module, x, module(x))
     (call,) = calls
     assert call.op == "weight_only"
-    assert f"dot_int{bits}_weight" in call.kernel
+    assert f"{'gemm' if m > 23 else 'dot'}_{NAMES[bits]}_weight" in call.kernel
     assert (tier if runs(tier, dtype) else "avx512") in call.kernel
 
 
-@BITS
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("group_size", [None, 16, 64, 256, 2048])
 def test_levels(group_size, bits):
     """The weights are as near as the levels of their group allow, and its ends are levels."""
@@ -76,6 +83,42 @@ def test_levels(group_size, bits):
     bytes_ = sum(buffer.nbytes for buffer in module.buffers())
     if group_size is None:
         assert bytes_ / linear.weight.nbytes < (0.26 if bits == 8 else 0.16)
+
+
+def test_float8_levels():
+    """The weights are torch's float8 numbers, and a row's largest one is the largest of these."""
+    linear = nn.Linear(300, 20)
+    module = quantized(linear, "fp8")
+    assert module.weight.dtype is torch.float8_e4m3fn
+    assert module.scale.shape == (20, 1)
+    assert module.offset is None
+    assert torch.equal(module.weight.float().abs().amax(1), torch.full((20,), 448.0))
+    with torch.no_grad():
+        error = (linear.weight - module.dequantized()).abs()
+        assert (error <= linear.weight.abs() / 16 + module.scale * 2**-10).all()
+    assert sum(buffer.nbytes for buffer in module.buffers()) / linear.weight.nbytes < 0.26
+
+
+def test_every_float8_number(tier):
+    """Also denormal ones and NaN, which a checkpoint may bring, in kernels for few rows and for many."""
+    module = quantized(nn.Linear(256, 256, bias=False), "fp8")
+    numbers = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
+    x = torch.eye(256)
+    with torch.no_grad():
+        module.scale.fill_(0.5)
+        for shift in (0, 5):  # another place in the words
+            module.weight.copy_(torch.stack([numbers.view(torch.uint8).roll(shift)] * 256).view(torch.float8_e4m3fn))
+            wanted = 0.5 * module.weight.float().t().nan_to_num(nan=0)
+            finite = module.weight.float().isfinite()[0]
+            for rows in (1, 3, 64):
+                y = torch.cat([module(x[i : i + rows].clone()) for i in range(0, 256, rows)])
+                # A NaN in a row of the weight spoils each of its outputs.
+                assert y.isnan().all()
+            nan = module.weight.view(torch.uint8) & 127 == 127
+            module.weight.view(torch.uint8)[nan] = 0
+            for rows in (1, 3, 64):
+                y = torch.cat([module(x[i : i + rows].clone()) for i in range(0, 256, rows)])
+                assert torch.equal(y[finite], wanted[finite])
 
 
 LAYOUTS = {
@@ -131,7 +174,7 @@ def test_infinity_and_nan(bits):
         linear = nn.Linear(64, 3, bias=False)
         linear.weight[1, 5] = float("inf")
         linear.weight[2] = 0
-        y = light.LinearWeightOnly.from_linear(linear, bits, 32)(torch.randn(2, 64))
+        y = quantized(linear, bits, 32)(torch.randn(2, 64))
     assert y[:, 1].isnan().all()
     assert (y[:, 2] == 0).all()
     assert y[:, 0].isfinite().all()
@@ -142,7 +185,7 @@ def test_infinity_and_nan(bits):
 def test_few_rows_are_finite_where_many_are(value, bits, tier):
     """Sums of one row and two are scaled late."""
     module = make(300, 70, bits, bias=False)
-    for rows in (1, 2, 3, 9):
+    for rows in (1, 2, 3, 9, 25):
         x = torch.randn(rows, 300)
         x[0, 7] = value
         with torch.no_grad():
@@ -154,7 +197,7 @@ def test_few_rows_are_finite_where_many_are(value, bits, tier):
 @pytest.mark.parametrize("activation", ["relu", "gelu", nn.LeakyReLU(0.2)])
 def test_activation(activation, bits):
     linear = fnn.Linear(64, 40, activation=activation)
-    module = light.LinearWeightOnly.from_linear(linear, bits)
+    module = quantized(linear, bits)
     f = activation if isinstance(activation, nn.Module) else getattr(F, activation)
     x = torch.randn(9, 64)
     with torch.no_grad():
@@ -176,8 +219,13 @@ def test_gradients(bits):
 def test_opcheck(bits):
     module = make(30, 20, bits)
     x = torch.randn(7, 30, requires_grad=True)
-    opcheck(OPS.weight_only_forward, (x, module.weight, module.scale, module.offset, module.bias, 32))
-    opcheck(OPS.weight_only_forward, (x.bfloat16(), module.weight, module.scale, None, None, 32))
+    group = module.group_size
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if bits == "fp8":
+        checks.remove("test_schema")  # which multiplies float8 tensors, what torch has no kernel for
+    weight, scale, offset = module.weight, module.scale, module.offset
+    opcheck(OPS.weight_only_forward, (x, weight, scale, offset, module.bias, group), test_utils=checks)
+    opcheck(OPS.weight_only_forward, (x.bfloat16(), weight, scale, None, None, group), test_utils=checks)
 
 
 @BITS
@@ -224,7 +272,7 @@ def test_autocast_and_modes(bits):
     assert y.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("config", ["int8_weight", "int4_weight"])
+@pytest.mark.parametrize("config", ["int8_weight", "int4_weight", "fp8_weight"])
 def test_quantize_(config):
     model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), fnn.Linear(64, 256, activation="gelu"), nn.Linear(256, 4))
     x = torch.randn(3, 256)
@@ -234,7 +282,7 @@ def test_quantize_(config):
         assert [row.name for row in report.replaced] == ["0", "2"]
         assert all(type(model[i]) is light.LinearWeightOnly for i in (0, 2))
         assert model[2].activation == "gelu"
-        assert (model(x) - y).abs().max() < (0.02 if config == "int8_weight" else 0.3) * y.abs().max()
+        assert (model(x) - y).abs().max() < {"int8_weight": 0.02, "fp8_weight": 0.05}.get(config, 0.3) * y.abs().max()
         for other in (
             copy.deepcopy(model),
             pickle.loads(pickle.dumps(model)),
@@ -265,6 +313,15 @@ def test_errors():
         light.quantize_(nn.Linear(128, 128), "int4_weight", group_size=8)
     with pytest.raises(ValueError, match="group_size is for weight-only layers, got 32 with 'int8_dynamic'"):
         light.quantize_(nn.Linear(128, 128), "int8_dynamic", group_size=32)
+    with pytest.raises(ValueError, match="float8 weights have 8 bits and no group_size, got bits=4, group_size=None"):
+        light.LinearWeightOnly(64, 64, bits=4, float8=True)
+    with pytest.raises(ValueError, match=r"quantize_: float8 weights have 8 bits and no group_size, got .*=32"):
+        light.quantize_(nn.Linear(128, 128), "fp8_weight", group_size=32)
+    module = make(64, 32, "fp8")
+    with pytest.raises(RuntimeError, match="group_size must be in_features for float8 weights, got 32"):
+        OPS.weight_only_forward(torch.randn(2, 64), module.weight, module.scale, None, None, 32)
+    with pytest.raises(RuntimeError, match="float8 weights have no offset"):
+        OPS.weight_only_forward(torch.randn(2, 64), module.weight, module.scale, module.scale, None, 64)
     module = make(64, 32, 4)
     with pytest.raises(RuntimeError, match="input must be float32, bfloat16 or float16, got float64"):
         module(torch.randn(2, 64).double())

@@ -14,8 +14,21 @@ constexpr const char* kOp = "weight_only";
 
 bool is_group(int64_t group) { return group >= 16 && (group & (group - 1)) == 0; }
 
-// What of these shapes does not fit; "" where everything does. weight: int8 has a byte for each weight, uint8 one for
-// two.
+// What a weight's dtype says that its elements are.
+optional<WeightFormat> format_of(const Tensor& weight) {
+  switch (weight.scalar_type()) {
+    case at::kChar:
+      return WeightFormat::int8;
+    case at::kByte:
+      return WeightFormat::uint4;
+    case at::kFloat8_e4m3fn:
+      return WeightFormat::float8;
+    default:
+      return std::nullopt;
+  }
+}
+
+// What of these shapes does not fit; "" where everything does.
 template <class Int>
 std::string weight_only_problem(const Tensor& input, const Tensor& weight, const Tensor& scale,
                                 const optional<Tensor>& offset, const optional<Tensor>& bias, int64_t group) {
@@ -26,6 +39,8 @@ std::string weight_only_problem(const Tensor& input, const Tensor& weight, const
   if (w.size() != 2 || differ(w[1], bytes))
     return c10::str("weight must have shape (out_features, ", bytes, ") for in_features = ", k,
                     " (input's last dimension)", halves ? ", two weights in a byte" : "", ", got ", w);
+  if (weight.scalar_type() == at::kFloat8_e4m3fn && less(Int(group), k))
+    return c10::str("group_size must be in_features for float8 weights, got ", group);
   if (!is_group(group) && less(Int(group), k))
     return c10::str("group_size must be a power of two from 16 on, or in_features, got ", group);
   const Int groups = (k + Int(group - 1)) / Int(group);
@@ -45,8 +60,9 @@ Tensor new_output(const Tensor& input, const Tensor& weight, const Tensor& scale
   check_dense_on_cpu(weight, input, kOp, "weight");
   TORCH_CHECK(has_quantized_kernel(input.scalar_type()), kOp, ": input must be float32, bfloat16 or float16, got ",
               dtype_name(input.scalar_type()));
-  TORCH_CHECK(weight.scalar_type() == at::kChar || weight.scalar_type() == at::kByte, kOp,
-              ": weight must be int8, or uint8 for two weights in a byte, got ", dtype_name(weight.scalar_type()));
+  TORCH_CHECK(format_of(weight), kOp, ": weight must be int8, float8_e4m3fn, or uint8 for two weights in a byte, got ",
+              dtype_name(weight.scalar_type()));
+  TORCH_CHECK(!offset || weight.scalar_type() != at::kFloat8_e4m3fn, kOp, ": float8 weights have no offset");
   for (const auto& [tensor, name] : {std::pair(&scale, "scale"), {offset ? &*offset : &scale, "offset"}}) {
     check_dense_on_cpu(*tensor, input, kOp, name);
     TORCH_CHECK(tensor->scalar_type() == at::kFloat, kOp, ": ", name, " must be float32, got ",
@@ -75,7 +91,7 @@ Tensor weight_only_forward(const Tensor& input, const Tensor& weight, const Tens
   const Tensor s = scale.contiguous(), o = offset ? offset->contiguous() : Tensor(),
                b = bias ? bias->contiguous() : Tensor();
   const WeightOnlyForward call{.dtype = to_dtype(type),
-                               .bits = w.scalar_type() == at::kByte ? 4 : 8,
+                               .format = *format_of(w),
                                .m = m,
                                .n = n,
                                .k = k,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.compiler import is_dynamo_compiling as _is_compiling
 
 import fastops.nn as fnn
@@ -72,6 +72,9 @@ class QuantizedLinear(nn.Module):
             super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
+        # A layer is a leaf of any trace but its own, as torch.nn's are.
+        if isinstance(input, fx.Proxy) and getattr(input.tracer, "root", self) is not self:
+            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
         kind, a, b = resolve_activation(self.activation)
         if not _is_compiling():
             result = self._fast(input, (KIND[kind], a, b))

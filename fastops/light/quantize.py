@@ -1,6 +1,8 @@
 """fastops.light.quantize_."""
 
+import dis
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from torch import nn
 import fastops.nn as fnn
 from fastops.light._quantized import QuantizedLinear, activation_of, become
 from fastops.light.linear_int8 import MOST_FEATURES, LinearInt8
+from fastops.light.sparse_linear import Conv2d1x1Sparse, LinearSparse
 from fastops.light.weight_only import LinearWeightOnly, checked_group_size
 from fastops.nn._fused import FUSED
 from fastops.replace import Report, Row
@@ -19,7 +22,9 @@ from fastops.replace import _works as works
 
 __all__ = ["quantize_"]
 
-_CONFIGS = ("int8_dynamic", "int8_weight", "int4_weight")
+# The options of the weight-only ones.
+_WEIGHT_ONLY = {"int8_weight": {"bits": 8}, "int4_weight": {"bits": 4}, "fp8_weight": {"bits": 8, "float8": True}}
+_CONFIGS = ("int8_dynamic", *_WEIGHT_ONLY)
 _FUSED = FUSED[fnn.Linear]
 _LINEAR = (nn.Linear, fnn.Linear, _FUSED)
 # Fewer weights than these are as fast in float32, where a call takes some microseconds. PyTorch's float32 layer and
@@ -43,6 +48,8 @@ def quantize_(
       and half of them in memory, where packed weights are kept, too.
     - "int8_weight": LinearWeightOnly with 8 bits. Inputs are not rounded. A quarter of float32's bytes. For few rows.
     - "int4_weight": LinearWeightOnly with 4 bits. With groups of 128, 0.14 of float32's bytes. For few rows.
+    - "fp8_weight": LinearWeightOnly with float8 (e4m3) weights: as "int8_weight", but a weight's rounding error is a
+      part of the weight, and not of the largest of its row.
 
     Nothing has to be calibrated.
 
@@ -79,16 +86,15 @@ def quantize_(
             raise ValueError(f"quantize_: group_size is for weight-only layers, got {group_size!r} with {config!r}")
         result, options = LinearInt8, {}
     else:
-        bits = 8 if config == "int8_weight" else 4
+        result, options = LinearWeightOnly, {**_WEIGHT_ONLY[config], "group_size": group_size}
         try:
-            checked_group_size(bits, group_size, 1)
+            checked_group_size(in_features=1, **options)
         except ValueError as error:
             raise ValueError(f"quantize_: {error}") from None
-        result, options = LinearWeightOnly, {"bits": bits, "group_size": group_size}
 
     report, chosen = Report(), []
     # fastops' TransformerEncoderLayer reads weights, too, where it leaves a call to PyTorch's.
-    direct = read_directly(model, calling=())
+    direct = {**_read_in_forward(model, config), **read_directly(model, calling=())}
     for name, module in model.named_modules():
         cls = type(module)
         why = direct.get(id(module), "")
@@ -103,7 +109,7 @@ def quantize_(
                 report.replaced.append(Row(name, class_name(cls), f"fastops.light.{result.__name__}"))
                 chosen.append(module)
         elif isinstance(module, QuantizedLinear):
-            why = "already quantized"
+            why = "sparse" if isinstance(module, (LinearSparse, Conv2d1x1Sparse)) else "already quantized"
         elif isinstance(module, nn.Linear):
             why = why or why_not_type(module)
         elif works(module):
@@ -116,13 +122,34 @@ def quantize_(
 
 
 def _change(
-    linear: nn.Module, cls: type[QuantizedLinear], bits: int | None = None, group_size: int | None = None
+    linear: nn.Module,
+    cls: type[QuantizedLinear],
+    bits: int | None = None,
+    group_size: int | None = None,
+    float8: bool = False,
 ) -> None:
     """Turns a linear layer into a quantized one where it is: hooks, bias and name stay."""
     activation = activation_of(linear)
     if bits is not None:
-        linear.bits, linear.group_size = bits, checked_group_size(bits, group_size, linear.in_features)
+        linear.bits, linear.float8 = bits, float8
+        linear.group_size = checked_group_size(bits, group_size, linear.in_features, float8)
     become(linear, cls, linear.weight, activation)
+
+
+def _read_in_forward(model: nn.Module, config: str) -> dict[int, str]:
+    """Layers whose parents' forwards read `self.layer.weight`, as many of transformers' do to cast what they give the
+    layer to its dtype, and why they stay, by id. Some of these know torch.int8.
+    """
+    found = {}
+    for parent in model.modules():
+        code = getattr(type(parent).forward, "__code__", None)
+        if code is None or (config.startswith("int8") and "int8" in code.co_names):
+            continue
+        for one, after in pairwise(dis.get_instructions(code)):
+            child = parent._modules.get(one.argval) if one.opname == "LOAD_ATTR" else None
+            if child is not None and after.opname == "LOAD_ATTR" and after.argval == "weight":
+                found[id(child)] = f"{class_name(type(parent))} reads its weight directly"
+    return found
 
 
 def _too_small(module: nn.Module) -> str:
@@ -137,7 +164,7 @@ def _no_kernel(module: nn.Module, config: str) -> str:
         return f"it has more than {MOST_FEATURES} in_features, whose products need not fit 32 bits"
     if type(module.weight) is not nn.Parameter:  # a DTensor
         return f"weight is a {type(module.weight).__name__}, a tensor subclass"
-    if not module.weight.is_cpu:
+    if not module.weight.is_cpu and not module.weight.is_meta:
         return f"weight is on {module.weight.device}: the kernels of {config} are the CPU's"
     if module.weight.dtype is torch.float64:
         return f"weight has dtype float64, which no {config} kernel takes"

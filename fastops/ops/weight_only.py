@@ -19,8 +19,8 @@ def weight_only(
 ) -> Tensor:
     """input W^T + bias, W = scale * weight + offset, a scale and an offset for each group_size elements of a row.
 
-    Shapes: input (*, k); weight (n, k) int8, or (n, (k + 1) // 2) uint8, two weights from 0 to 15 in a byte; scale and
-    offset (n, groups) float32; bias (n) in input's dtype -> (*, n).
+    Shapes: input (*, k); weight (n, k) int8 or float8_e4m3fn, or (n, (k + 1) // 2) uint8, two weights from 0 to 15 in a
+    byte; scale and offset (n, groups) float32; bias (n) in input's dtype -> (*, n).
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit.

@@ -1,59 +1,16 @@
-// Linear layers with weights of 8 or 4 bits. The contract is csrc/kernels/weight_only/weight_only.h.
+// Linear layers with weights of 8 or 4 bits, few rows and many. The contract is csrc/kernels/weight_only/weight_only.h.
 //
-// Words of 32 bits hold several weights that are neighbours along k, and a vector of words is unpacked by shifts: lane
-// i of its j-th vector of weights is element j of word i. x is widened and put into that order first, `block` elements
-// at a time:
-//   x[block][j][i] = x[block * kBlock + i * kPerWord + j]
-// Weights are read once for kMostRows rows of x. For one row the kernel is bound by memory.
+// A vector of words is unpacked by shifts, so that its j-th vector of weights does not hold neighbours. x is widened
+// and put into that order first, `block` elements at a time:
+//   x[block][j][i] = x[block * kBlock + Words::index(i, j)]
+// Weights are read once for kMostRows rows of x. For one row the kernel is bound by memory. For many rows,
+// many_rows.inl unpacks them once for all.
 #pragma once
 
 #include "../../activation/cpu/rows.inl"
 #include "../../common/cpu/common.inl"
-
-template <int bits>
-struct Words {
-  static constexpr int kPerWord = 32 / bits;
-  static constexpr int kLanes = Vec<float>::size;
-  static constexpr int kBlock = kPerWord * kLanes;  // weights of a vector of words
-  static constexpr int kBytes = 4 * kLanes;
-
-#if defined(FASTOPS_VEC_AVX512)
-  __m512i v;
-  static Words load(const void* p) { return {_mm512_loadu_si512(p)}; }
-  template <int j>
-  Vec<float> get() const {
-    if constexpr (bits == 4) {
-      const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      return {_mm512_permutexvar_ps(_mm512_srli_epi32(v, 4 * j), values)};  // which looks at four bits
-    }
-    return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * j), 24))};
-  }
-#elif defined(FASTOPS_VEC_AVX2)
-  __m256i v;
-  static Words load(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
-  template <int j>
-  Vec<float> get() const {
-    if constexpr (bits == 4)
-      return {_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(v, 4 * j), _mm256_set1_epi32(15)))};
-    return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * j), 24))};
-  }
-#else
-  uint32_t v[kLanes];
-  static Words load(const void* p) {
-    Words words;
-    __builtin_memcpy(words.v, p, sizeof words.v);
-    return words;
-  }
-  template <int j>
-  Vec<float> get() const {
-    Vec<float> result;
-    for (int i = 0; i < kLanes; ++i)
-      result.v[i] = bits == 4 ? static_cast<float>(v[i] >> 4 * j & 15)
-                              : static_cast<float>(static_cast<int8_t>(v[i] >> 8 * j & 255));
-    return result;
-  }
-#endif
-};
+#include "many_rows.inl"
+#include "weight_formats.inl"
 
 // Lane i is p[i >> shift]; of p, `count` elements may be read.
 inline Vec<float> spread(const float* p, int shift, int count) {
@@ -71,9 +28,9 @@ inline Vec<float> spread(const float* p, int shift, int count) {
 }
 
 // The groups of a row. Their sizes are powers of two, and so are those of blocks.
-template <int bits>
+template <WeightFormat format>
 struct Groups {
-  using W = Words<bits>;
+  using W = Words<format>;
   int64_t count;  // of a row
   int log = 0;    // a group has 2^log blocks; -1: a block has several groups
   int lanes = 0;  // which then have the elements of 2^lanes lanes
@@ -99,13 +56,13 @@ struct Groups {
 };
 
 // x in the order of the words, `blocks` blocks a row, zero behind k; behind each block the sum over j for each lane.
-template <int bits>
-constexpr int kOrdered = Words<bits>::kBlock + Words<bits>::kLanes;
+template <WeightFormat format>
+constexpr int kOrdered = Words<format>::kBlock + Words<format>::kLanes;
 
-template <int bits, class T>
+template <WeightFormat format, class T>
 void order_row(const T* x, int64_t k, int64_t blocks, float* to) {
-  using W = Words<bits>;
-  for (int64_t b = 0; b < blocks; ++b, to += kOrdered<bits>) {
+  using W = Words<format>;
+  for (int64_t b = 0; b < blocks; ++b, to += kOrdered<format>) {
     alignas(64) float values[W::kBlock];
     const int64_t left = k - b * W::kBlock;
     if (left < W::kBlock)
@@ -114,8 +71,8 @@ void order_row(const T* x, int64_t k, int64_t blocks, float* to) {
     for (int i = 0; i < W::kLanes; ++i) {
       float sum = 0;
       for (int j = 0; j < W::kPerWord; ++j) {
-        to[j * W::kLanes + i] = values[i * W::kPerWord + j];
-        sum += values[i * W::kPerWord + j];
+        to[j * W::kLanes + i] = values[W::index(i, j)];
+        sum += values[W::index(i, j)];
       }
       to[W::kBlock + i] = sum;
     }
@@ -145,13 +102,13 @@ struct WeightOnlyPlan {
 };
 
 // body<j>() for each weight of a word.
-template <int bits, class Body>
+template <WeightFormat format, class Body>
 __attribute__((always_inline)) inline void for_each_weight(Body&& body) {
   body.template operator()<0>();
   body.template operator()<1>();
   body.template operator()<2>();
   body.template operator()<3>();
-  if constexpr (bits == 4) {
+  if constexpr (Words<format>::kPerWord == 8) {
     body.template operator()<4>();
     body.template operator()<5>();
     body.template operator()<6>();
@@ -160,30 +117,31 @@ __attribute__((always_inline)) inline void for_each_weight(Body&& body) {
 }
 
 // Partial sums of `rows` rows of x and of outputs n, n + 1 ... (the last one again behind n1), over blocks [b0, b1).
-template <int bits, int rows, bool offset, bool several>
-__attribute__((noinline)) void add_blocks(const Bound<WeightOnlyForward>& args, const Groups<bits>& groups,
+template <WeightFormat format, int rows, bool offset, bool several>
+__attribute__((noinline)) void add_blocks(const Bound<WeightOnlyForward>& args, const Groups<format>& groups,
                                           const float* x, int64_t x_stride, int64_t n, int64_t n1, int64_t b0,
                                           int64_t b1, Vec<float>* partial) {
-  using W = Words<bits>;
+  using W = Words<format>;
   constexpr int outputs = kTogether[rows];
   Vec<float> sums[rows][outputs];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int o = 0; o < outputs; ++o) sums[r][o] = b0 == 0 ? Vec<float>::zero() : partial[r * outputs + o];
-  const int64_t row_bytes = bits == 8 ? args.k : ceil_div(args.k, 2);
+  const int64_t row_bytes = ceil_div(args.k * W::kBits, 8);
   const unsigned char* row[outputs];
   int64_t output[outputs];
   for (int o = 0; o < outputs; ++o) {
     output[o] = smaller(n + o, n1 - 1);
     row[o] = static_cast<const unsigned char*>(args.w) + output[o] * args.w_row_stride;
   }
-  const auto add_block = [&](int64_t b, const Words<bits>(&words)[outputs]) __attribute__((always_inline)) {
-    const float* const block = x + b * kOrdered<bits>;
+  const auto add_block = [&](int64_t b, const Words<format>(&words)[outputs]) __attribute__((always_inline)) {
+    const float* const block = x + b * kOrdered<format>;
     Vec<float> scale[outputs], shift[outputs];
 #pragma GCC unroll 4
     for (int o = 0; o < outputs; ++o) {
       scale[o] = groups.template of<several>(args.scale, output[o], b);
+      if constexpr (W::kUnit != 1) scale[o] = scale[o] * Vec<float>::set1(W::kUnit);
       shift[o] = offset ? groups.template of<several>(args.offset, output[o], b) : Vec<float>::zero();
     }
     if constexpr (rows <= kLateRows) {
@@ -192,7 +150,7 @@ __attribute__((noinline)) void add_blocks(const Bound<WeightOnlyForward>& args, 
       for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
         for (int o = 0; o < outputs; ++o) levels[r][o] = Vec<float>::zero();
-      for_each_weight<bits>([&]<int j>() __attribute__((always_inline)) {
+      for_each_weight<format>([&]<int j>() __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int o = 0; o < outputs; ++o) {
           const Vec<float> level = words[o].template get<j>();
@@ -209,7 +167,7 @@ __attribute__((noinline)) void add_blocks(const Bound<WeightOnlyForward>& args, 
           if (offset) sums[r][o] = fma(Vec<float>::load(block + r * x_stride + W::kBlock), shift[o], sums[r][o]);
         }
     } else {
-      for_each_weight<bits>([&]<int j>() __attribute__((always_inline)) {
+      for_each_weight<format>([&]<int j>() __attribute__((always_inline)) {
         Vec<float> weight[outputs];
 #pragma GCC unroll 4
         for (int o = 0; o < outputs; ++o) {
@@ -227,7 +185,7 @@ __attribute__((noinline)) void add_blocks(const Bound<WeightOnlyForward>& args, 
   };
   const int64_t whole = smaller(b1, row_bytes / W::kBytes);
   for (int64_t b = b0; b < whole; ++b) {
-    Words<bits> words[outputs];
+    Words<format> words[outputs];
 #pragma GCC unroll 4
     for (int o = 0; o < outputs; ++o) {
       words[o] = W::load(row[o] + b * W::kBytes);
@@ -238,7 +196,7 @@ __attribute__((noinline)) void add_blocks(const Bound<WeightOnlyForward>& args, 
   }
   if (whole < b1) {
     alignas(64) unsigned char last[outputs][W::kBytes] = {};
-    Words<bits> words[outputs];
+    Words<format> words[outputs];
     for (int o = 0; o < outputs; ++o) {
       __builtin_memcpy(last[o], row[o] + whole * W::kBytes, static_cast<size_t>(row_bytes - whole * W::kBytes));
       words[o] = W::load(last[o]);
@@ -251,15 +209,16 @@ __attribute__((noinline)) void add_blocks(const Bound<WeightOnlyForward>& args, 
     for (int o = 0; o < outputs; ++o) partial[r * outputs + o] = sums[r][o];
 }
 
-template <int bits, bool offset>
+template <WeightFormat format, bool offset>
 struct RowsKernel {
   int outputs;
-  void (*add)(const Bound<WeightOnlyForward>&, const Groups<bits>&, const float* x, int64_t x_stride, int64_t n,
+  void (*add)(const Bound<WeightOnlyForward>&, const Groups<format>&, const float* x, int64_t x_stride, int64_t n,
               int64_t n1, int64_t b0, int64_t b1, Vec<float>* partial);
 
   template <int rows>
   static RowsKernel of(bool several) {
-    return {kTogether[rows], several ? add_blocks<bits, rows, offset, true> : add_blocks<bits, rows, offset, false>};
+    return {kTogether[rows],
+            several ? add_blocks<format, rows, offset, true> : add_blocks<format, rows, offset, false>};
   }
   static RowsKernel find(int64_t rows, bool several) {
     return rows == 1   ? of<1>(several)
@@ -269,13 +228,13 @@ struct RowsKernel {
   }
 };
 
-template <int bits, bool offset, class T>
+template <WeightFormat format, bool offset, class T>
 void weight_only_member(const Bound<WeightOnlyForward>& args, const WeightOnlyPlan& plan, unsigned char* workspace,
                         Crew& crew) {
   using V = Vec<float>;
-  const Groups<bits> groups(args);
+  const Groups<format> groups(args);
   float* const x = reinterpret_cast<float*>(workspace);
-  const int64_t x_stride = plan.blocks * kOrdered<bits>;
+  const int64_t x_stride = plan.blocks * kOrdered<format>;
   V* const partial =
       reinterpret_cast<V*>(workspace + plan.sums_at + static_cast<size_t>(crew.thread) * plan.sums_bytes);
   const ActivationKind kind = args.activation.kind;
@@ -288,16 +247,16 @@ void weight_only_member(const Bound<WeightOnlyForward>& args, const WeightOnlyPl
           if (i >= rows)
             for (int64_t p = 0; p < x_stride; ++p) to[p] = 0;
           else
-            order_row<bits>(static_cast<const T*>(args.x) + (i0 + i) * args.x_row_stride, args.k, plan.blocks, to);
+            order_row<format>(static_cast<const T*>(args.x) + (i0 + i) * args.x_row_stride, args.k, plan.blocks, to);
         }))
       return;
     const bool stays = crew.share(ceil_div(args.n, kOutputs), [&](int64_t unit) {
       const int64_t n0 = unit * kOutputs, n1 = smaller(n0 + kOutputs, args.n);
       for (int64_t i = 0; i < rows; i += kMostRows) {
         const int64_t high = smaller<int64_t>(kMostRows, rows - i);
-        auto kernel = RowsKernel<bits, offset>::find(high, groups.log < 0);
+        auto kernel = RowsKernel<format, offset>::find(high, groups.log < 0);
         const int64_t most =
-            larger<int64_t>(1, kXBytes / (high * kOrdered<bits> * static_cast<int64_t>(sizeof(float))));
+            larger<int64_t>(1, kXBytes / (high * kOrdered<format> * static_cast<int64_t>(sizeof(float))));
         const auto add = [&] {
           for (int64_t b = 0; b < plan.blocks; b += most)
             for (int64_t n = n0; n < n1; n += kernel.outputs)
@@ -313,7 +272,7 @@ void weight_only_member(const Bound<WeightOnlyForward>& args, const WeightOnlyPl
               finite = finite + (sum - sum);
             }
           if (reduce_add(finite) != 0) {
-            kernel = RowsKernel<bits, offset>::template of<kLateRows + 2>(groups.log < 0);
+            kernel = RowsKernel<format, offset>::template of<kLateRows + 2>(groups.log < 0);
             add();  // rows behind these may hold anything
           }
         }
@@ -338,35 +297,42 @@ void weight_only_member(const Bound<WeightOnlyForward>& args, const WeightOnlyPl
 // Rows of x are put in order in this many bytes at a time.
 constexpr int64_t kOrderedBytes = 4 << 20;
 
-template <int bits, bool offset, class T>
+template <WeightFormat format, bool offset, class T>
 void plan_weight_only(Plan<WeightOnlyForward>& plan) {
   const WeightOnlyForward& call = plan.call;
   WeightOnlyPlan how{};
   const double work = 2.0 * static_cast<double>(call.m) * static_cast<double>(call.n) * static_cast<double>(call.k);
   how.threads = static_cast<int>(smaller(static_cast<double>(plan.target.threads), larger(1.0, work / kFlopPerThread)));
-  how.blocks = ceil_div(call.k, Words<bits>::kBlock);
-  const int64_t row = larger<int64_t>(how.blocks, 1) * kOrdered<bits> * static_cast<int64_t>(sizeof(float));
+  how.blocks = ceil_div(call.k, Words<format>::kBlock);
+  const int64_t row = larger<int64_t>(how.blocks, 1) * kOrdered<format> * static_cast<int64_t>(sizeof(float));
   how.slab = smaller(round_up(call.m, kMostRows), round_up(larger<int64_t>(1, kOrderedBytes / row), kMostRows));
   how.sums_at = aligned(how.slab * row);
   how.sums_bytes = aligned(kOutputs * kMostRows * static_cast<int64_t>(sizeof(Vec<float>)));
-  decide(plan, {bits == 8 ? "dot_int8_weight" : "dot_int4_weight", {kMostRows, kTogether[kMostRows]}},
+  decide(plan, {kWeightNames<format>.few, {kMostRows, kTogether[kMostRows]}},
          how.sums_at + static_cast<size_t>(how.threads) * how.sums_bytes, how,
          [](auto& args, auto& how, auto* workspace, auto& team) {
            parallel(team, how.threads, [&](Crew& crew) {
-             weight_only_member<bits, offset, T>(args, how, static_cast<unsigned char*>(workspace), crew);
+             weight_only_member<format, offset, T>(args, how, static_cast<unsigned char*>(workspace), crew);
            });
          });
 }
 
 void plan_call(Plan<WeightOnlyForward>& plan) {
-  if (plan.call.m == 0 || plan.call.n == 0) return decide_nothing(plan);
-  with_dtype(plan.call.dtype, [&]<class T>(T) {
+  const WeightOnlyForward& call = plan.call;
+  if (call.m == 0 || call.n == 0) return decide_nothing(plan);
+  with_dtype(call.dtype, [&]<class T>(T) {
+    const auto decide_for = [&]<WeightFormat format, bool offset>() {
+      takes_many_rows(call) ? plan_many_rows<format, offset, T>(plan) : plan_weight_only<format, offset, T>(plan);
+    };
     if constexpr (!same_type<T, double>) {
-      const bool offset = plan.call.with_offset;
-      if (plan.call.bits == 8)
-        offset ? plan_weight_only<8, true, T>(plan) : plan_weight_only<8, false, T>(plan);
+      if (call.format == WeightFormat::float8)
+        decide_for.template operator()<WeightFormat::float8, false>();
+      else if (call.format == WeightFormat::int8)
+        call.with_offset ? decide_for.template operator()<WeightFormat::int8, true>()
+                         : decide_for.template operator()<WeightFormat::int8, false>();
       else
-        offset ? plan_weight_only<4, true, T>(plan) : plan_weight_only<4, false, T>(plan);
+        call.with_offset ? decide_for.template operator()<WeightFormat::uint4, true>()
+                         : decide_for.template operator()<WeightFormat::uint4, false>();
     }
   });
 }
