@@ -75,7 +75,7 @@ View linear_weight_only(Builder& b) {
   const auto [x, y, bias] = operands_of(b, k, n, 4);
   if (y.shape.elements() == 0) return y;
   const WeightOnlyForward call{.dtype = dtype_of(y),
-                               .bits = static_cast<int>(bits),
+                               .format = bits == 4 ? WeightFormat::uint4 : WeightFormat::int8,
                                .m = x.rows,
                                .n = n,
                                .k = k,
