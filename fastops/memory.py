@@ -3,7 +3,7 @@
 PyTorch's CPU allocator gives a large block back to the system when it is freed, so the next output of that size pays
 for its page faults again. fastops keeps freed blocks, on huge pages, for the next outputs. It never keeps more than the
 limit, and live and cached bytes together never exceed the most that was live at one time by more than
-1.6% and 2 MiB.
+1.6% and 10 MiB.
 """
 
 from fastops import _C

@@ -13,7 +13,7 @@
 namespace fastops {
 namespace {
 
-constexpr const char* kOp = "linear_int8";
+constexpr const char* kLinearInt8 = "linear_int8";
 
 // What of these shapes does not fit; "" where everything does.
 template <class Int>
@@ -33,20 +33,22 @@ std::string linear_int8_problem(const Tensor& input, const Tensor& weight, const
 
 template <class Int>
 Tensor new_output(const Tensor& input, const Tensor& weight, const Tensor& scale, const optional<Tensor>& bias) {
-  check_dense_on_cpu(input, input, kOp, "input");
-  check_dense_on_cpu(weight, input, kOp, "weight");
-  check_dense_on_cpu(scale, input, kOp, "scale");
-  if (bias) check_dense_on_cpu(*bias, input, kOp, "bias");
-  TORCH_CHECK(has_quantized_kernel(input.scalar_type()), kOp, ": input must be float32, bfloat16 or float16, got ",
-              dtype_name(input.scalar_type()));
-  TORCH_CHECK(weight.scalar_type() == at::kChar, kOp, ": weight must be int8, got ", dtype_name(weight.scalar_type()));
-  TORCH_CHECK(scale.scalar_type() == at::kFloat, kOp, ": scale must be float32, got ", dtype_name(scale.scalar_type()));
-  if (bias) check_dtype(*bias, input.scalar_type(), kOp, "bias");
+  check_dense_on_cpu(input, input, kLinearInt8, "input");
+  check_dense_on_cpu(weight, input, kLinearInt8, "weight");
+  check_dense_on_cpu(scale, input, kLinearInt8, "scale");
+  if (bias) check_dense_on_cpu(*bias, input, kLinearInt8, "bias");
+  TORCH_CHECK(has_quantized_kernel(input.scalar_type()), kLinearInt8,
+              ": input must be float32, bfloat16 or float16, got ", dtype_name(input.scalar_type()));
+  TORCH_CHECK(weight.scalar_type() == at::kChar, kLinearInt8, ": weight must be int8, got ",
+              dtype_name(weight.scalar_type()));
+  TORCH_CHECK(scale.scalar_type() == at::kFloat, kLinearInt8, ": scale must be float32, got ",
+              dtype_name(scale.scalar_type()));
+  if (bias) check_dtype(*bias, input.scalar_type(), kLinearInt8, "bias");
   const std::string problem = linear_int8_problem<Int>(input, weight, scale, bias);
-  TORCH_CHECK(problem.empty(), kOp, ": ", problem);
+  TORCH_CHECK(problem.empty(), kLinearInt8, ": ", problem);
   SizeVector<Int> sizes(sizes_as<Int>(input));
-  TORCH_CHECK(!less(Int(kMostInt8Features), sizes.back()), kOp, ": weight must have at most ", kMostInt8Features,
-              " in_features, whose products fit 32 bits, got ", sizes.back());
+  TORCH_CHECK(!less(Int(kMostInt8Features), sizes.back()), kLinearInt8, ": weight must have at most ",
+              kMostInt8Features, " in_features, whose products fit 32 bits, got ", sizes.back());
   sizes.back() = sizes_as<Int>(weight)[0];
   return new_tensor<Int>(sizes, input.scalar_type(), input.device());
 }
@@ -74,7 +76,7 @@ Tensor run_forward(const Tensor& input, const Tensor& weight, const Tensor& scal
   run(call,
       {x.const_data_ptr(), packed != nullptr ? packed : w.const_data_ptr(), s.const_data_ptr<float>(), data_or_null(b),
        y.mutable_data_ptr()},
-      at::kCPU, [&] { return record::Row{kOp, "", record::shapes_of({input, weight, b}), dtype_name(type)}; });
+      at::kCPU, [&] { return record::Row{kLinearInt8, "", record::shapes_of({input, weight, b}), dtype_name(type)}; });
   return y;
 }
 
@@ -109,7 +111,7 @@ class Int8Weight {
       return not_implemented();
     if (has_bias && bias_tensor->scalar_type() != x.scalar_type()) return not_implemented();
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return wrap(without_gil([] { return kOp; },
+    return wrap(without_gil([] { return kLinearInt8; },
                             [&] {
                               const Tensor keep = packed(w);
                               return run_forward(x, w, s, bias_tensor, make_activation(kind, a, b),

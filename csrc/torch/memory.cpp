@@ -25,6 +25,8 @@ namespace {
 // twelfth.
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kGranule = size_t{256} << 10;
+// What may be cached above the peak besides a 64th of it: free parts of huge pages, which cannot be put together.
+constexpr size_t kPieces = size_t{8} << 20;
 constexpr size_t kThreshold = size_t{3} << 20;
 constexpr size_t kDefaultLimit = size_t{1} << 30;
 
@@ -93,10 +95,7 @@ class Pool final : public c10::Allocator {
     char* data;
     if (best != free_.end()) {
       data = best->first;
-      const Free rest{best->second.size - size, best->second.freed};
-      free_.erase(best);
-      if (rest.size > 0) free_.emplace(data + size, rest);
-      cached_ -= size;
+      take_out(best, data, size);
       ++hits_;
     } else {
       data = put_together(size);
@@ -136,19 +135,13 @@ class Pool final : public c10::Allocator {
       const size_t taken = std::min(bytes, mapped - filled);
       if (mremap(first, taken, taken, MREMAP_MAYMOVE | MREMAP_FIXED, data + filled) == MAP_FAILED) break;
       filled += taken;
-      cached_ -= taken;
-      const Free block = best->second;
-      char* const begin = best->first;
-      const auto before = static_cast<size_t>(first - begin);
-      free_.erase(best);
-      if (before > 0) free_.emplace(begin, Free{before, block.freed});
-      if (block.size > before + taken) free_.emplace(first + taken, Free{block.size - before - taken, block.freed});
+      take_out(best, first, taken);
     }
     if (filled == mapped) {
       ++hits_;
     } else {
       ++misses_;
-      shrink_cache_to(std::max(peak_ + peak_ / 64, live_ + mapped) - live_ - mapped);
+      shrink_cache_to(std::max(peak_ + peak_ / 64 + kPieces, live_ + mapped) - live_ - mapped);
     }
     if (mapped > size) {
       keep(data + size, mapped - size);
@@ -184,23 +177,36 @@ class Pool final : public c10::Allocator {
     free_.emplace(data, Free{size, ++frees_});
   }
 
-  // Oldest first: a block that nobody has wanted for long is the least likely to be wanted next. Of the last one only
-  // what has to go.
+  // Oldest first: a block that nobody has wanted for long is the least likely to be wanted next; only what has to go,
+  // and whole huge pages before parts of them, as what is left of one is small pages from then on.
   void shrink_cache_to(size_t bytes) {
     while (cached_ > bytes) {
-      const auto oldest = std::min_element(
-          free_.begin(), free_.end(), [](const auto& a, const auto& b) { return a.second.freed < b.second.freed; });
-      const size_t excess = round_up(cached_ - bytes, kGranule);
-      const Free block = oldest->second;
-      const size_t gone = std::min(block.size, excess);
-      char* const end = oldest->first + block.size;
-      if (gone == block.size)
-        free_.erase(oldest);
-      else
-        oldest->second.size -= gone;
-      cached_ -= gone;
-      munmap(end - gone, gone);
+      auto oldest = free_.end();
+      bool whole = false;
+      for (auto it = free_.begin(); it != free_.end(); ++it) {
+        const bool has_whole = huge_pages(it->first, it->second.size).second > 0;
+        if (oldest == free_.end() || has_whole > whole ||
+            (has_whole == whole && it->second.freed < oldest->second.freed))
+          oldest = it, whole = has_whole;
+      }
+      auto [first, size] =
+          whole ? huge_pages(oldest->first, oldest->second.size) : std::pair(oldest->first, oldest->second.size);
+      const size_t gone = std::min(size, round_up(cached_ - bytes, whole ? kHugePage : kGranule));
+      first += size - gone;
+      take_out(oldest, first, gone);
+      munmap(first, gone);
     }
+  }
+
+  // Takes a part out of a free block; what is before and after it stays free.
+  void take_out(std::map<char*, Free>::iterator it, char* first, size_t size) {
+    char* const begin = it->first;
+    const Free block = it->second;
+    const auto before = static_cast<size_t>(first - begin);
+    free_.erase(it);
+    if (before > 0) free_.emplace(begin, Free{before, block.freed});
+    if (block.size > before + size) free_.emplace(first + size, Free{block.size - before - size, block.freed});
+    cached_ -= size;
   }
 
   // Maps one page more than asked and trims, so that the block starts on a huge page.

@@ -3,13 +3,13 @@
 // PyTorch's CPU allocator returns a large block to the system at every free, so each new output pays its page faults
 // again (16 ms instead of 2.6 ms for a 64 MB ReLU). The pool keeps freed blocks instead, and divides and joins them,
 // under two bounds: the cache never exceeds `limit` bytes, and live plus cached bytes never exceed the highest number
-// of live bytes so far by more than a 64th and what is left of a huge page, so that the process is hardly larger than
-// it would have been at its own peak. Where what is free is enough but lies apart, its pages are moved together, as in
-// Guo et al., "GMLake" (2024): a model whose outputs have many sizes would otherwise map some of them at every pass.
+// of live bytes so far by more than a 64th and 10 MiB, so that the process is hardly larger than it would have been at
+// its own peak. Where what is free is enough but lies apart, its pages are moved together, as in Guo et al., "GMLake"
+// (2024): a model whose outputs have many sizes would otherwise map some of them at every pass.
 //
 // Training steps of a batch of 8, Zen 5: without the moves and with an eighth instead of a 64th, blocks of 2 MiB,
 // ResNet-50 mapped 1 to 3 blocks a step, of 25 MB each that took up to 17 ms, and the process grew by 925 MB
-// (ConvNeXt-T 1211, ViT-B/16 1114); now parts of 2 to 4 blocks, and 744 (1063, 1041).
+// (ConvNeXt-T 1211, ViT-B/16 1114); now parts of 1 to 3 blocks, and 746 (1058, 1059).
 #pragma once
 
 #include <ATen/core/Tensor.h>
