@@ -234,6 +234,26 @@ def test_quantized_layers(config, tmp_path):
     assert whole.bytes < 4 * (64 * 256 + 256 * 70) // 2
 
 
+def test_sparse_layers(tmp_path):
+    torch.manual_seed(2)
+    model = nn.Sequential(
+        nn.Conv2d(12, 40, 1), nn.ReLU(), nn.Flatten(), nn.Linear(40 * 6, 70), nn.GELU(), nn.Linear(70, 3, bias=False)
+    ).eval()
+    light.prune_weights_(model, 0.8, pattern=(4, 4))
+    light.sparsify_(model, filter_fn=lambda *_: True)
+    whole = check(model, torch.randn(5, 12, 3, 2), tmp_path / "model.fops")
+    assert whole.nodes == 4  # activations are part of the layers
+    assert whole.bytes < 4 * 40 * 6 * 70 // 2
+    check(model, torch.randn(1, 12, 3, 2).to(memory_format=torch.channels_last), tmp_path / "model.fops")
+
+
+def test_float8_layers_are_not_saved(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 256)).eval()
+    light.quantize_(model, "fp8_weight")
+    with pytest.raises(ValueError, match="float8"):
+        light.save(model, tmp_path / "model.fops", torch.randn(2, 64))
+
+
 def test_layers_take_sums_and_activations(tmp_path):
     """As one call each: what freeze has joined, and what it leaves alone."""
     assert light.save(prepared(MODELS["resnet"]()[0]), tmp_path / "m.fops", image(3, 33, 37)).nodes == 10

@@ -1,4 +1,4 @@
-// Layers whose weights are integers.
+// Layers whose weights are integers, or sparse.
 #include "ops.h"
 
 namespace fastops::runtime {
@@ -92,7 +92,77 @@ View linear_weight_only(Builder& b) {
   return y;
 }
 
-constexpr OpEntry kQuantizedOps[] = {{"linear_int8", linear_int8}, {"linear_weight_only", linear_weight_only}};
+// The indices of a sparse weight's blocks ascend in each row, from 0 on and below `columns`.
+void check_indices(const Builder& b, const int32_t* crow, int64_t rows, const int32_t* col, int64_t blocks,
+                   int64_t columns) {
+  b.require(crow[0] == 0 && crow[rows] == blocks, "its rows do not have all of ", blocks, " blocks");
+  for (int64_t i = 0; i < rows; ++i) {
+    b.require(crow[i] <= crow[i + 1] && crow[i + 1] <= blocks, "its rows' blocks do not ascend");
+    for (int64_t j = crow[i]; j < crow[i + 1]; ++j)
+      b.require(col[j] >= 0 && col[j] < columns && (j == crow[i] || col[j - 1] < col[j]), "its columns do not ascend");
+  }
+}
+
+// x (*, k), or images (batch, k, height, width) of a 1 x 1 convolution; crow and col of int32, values (blocks, rows,
+// columns) or (blocks), bias (n)?; ints: n, k, rows and columns of a block, whether images; texts: activation; floats:
+// a, b
+View sparse_linear(Builder& b) {
+  const int64_t n = b.integer(0), k = b.integer(1), rows = b.integer(2, 1, 16), cols = b.integer(3, 1, 4);
+  const bool images = b.integer(4, 0, 1) != 0;
+  b.require((rows == 1 && (cols == 1 || cols == 4)) || (rows == 4 && cols == 4) || (rows == 16 && cols == 1),
+            "blocks of ", rows, " x ", cols, " are not known");
+  const View crow = b.weight(1, Element::i32, 1), col = b.weight(2, Element::i32, 1), v = b.weight(3, Element::f32);
+  const int64_t blocks = col.shape[0], rows_of_blocks = (n + rows - 1) / rows;
+  b.require(blocks <= INT32_MAX && crow.shape[0] == rows_of_blocks + 1 && v.shape.elements() == blocks * rows * cols,
+            "values ", v.shape, ", ", blocks, " columns and ", crow.shape[0], " rows do not fit");
+  const auto* const starts = static_cast<const int32_t*>(b.data(crow));
+  const auto* const columns = static_cast<const int32_t*>(b.data(col));
+  check_indices(b, starts, rows_of_blocks, columns, blocks, (k + cols - 1) / cols);
+  const SparsePointers sparse{starts, columns, static_cast<const float*>(b.data(v))};
+
+  SparseLinearForward call{};
+  call.images = 1;
+  call.weight = {n, k, blocks, static_cast<int>(rows), static_cast<int>(cols), 4};
+  call.activation = b.activation();
+  View x, y;
+  const void* bias = nullptr;
+  if (!images) {
+    const Operands operands = operands_of(b, k, n, 4);
+    x = operands.x.view, y = operands.y, bias = operands.bias;
+    call.m = operands.x.rows;
+    call.x_strides = {operands.x.stride, 1};
+    call.y_strides = {n, 1};
+  } else {
+    const Layout layout = layout_of(b.input(0));
+    x = b.dense(b.input(0), layout);
+    b.require(x.shape.rank == 4 && x.shape[1] == k, "its images have to have ", k, " channels, got shape ", x.shape);
+    if (b.has(4)) {
+      const View view = b.weight(4, x.type, 1);
+      b.require(view.shape[0] == n, "its bias has to have ", n, " elements, got shape ", view.shape);
+      bias = b.data(view);
+    }
+    Shape shape = x.shape;
+    shape.dims[1] = n;
+    y = b.make(x.type, shape, layout);
+    const int64_t pixels = shape[2] * shape[3];
+    const bool channels_first = layout == Layout::channels_first;
+    call.images = channels_first ? shape[0] : 1;
+    call.m = channels_first ? pixels : shape[0] * pixels;
+    call.x_strides = channels_first ? Strides{1, pixels} : Strides{k, 1};
+    call.y_strides = channels_first ? Strides{1, pixels} : Strides{n, 1};
+    call.x_image_stride = k * pixels;
+    call.y_image_stride = n * pixels;
+  }
+  if (y.shape.elements() == 0) return y;
+  call.dtype = dtype_of(y);
+  call.with_bias = bias != nullptr;
+  b.kernel(call, {x, y},
+           [=](const Run& run) { return SparseLinearForward::Pointers{run.at(x), sparse, bias, run.at(y)}; });
+  return y;
+}
+
+constexpr OpEntry kQuantizedOps[] = {
+    {"linear_int8", linear_int8}, {"linear_weight_only", linear_weight_only}, {"sparse_linear", sparse_linear}};
 
 }  // namespace
 

@@ -80,7 +80,7 @@ class Graph:
         self.nodes = [node for node in self.nodes if node in read]
 
 
-_FUSES_ACTIVATION = {"linear", "conv", "batch_norm", "linear_int8", "linear_weight_only"}
+_FUSES_ACTIVATION = {"linear", "conv", "batch_norm", "linear_int8", "linear_weight_only", "sparse_linear"}
 _FUSES_SUM = {"linear", "conv"}
 
 

@@ -91,6 +91,16 @@ def _weight_only(
     return r.emit("linear_weight_only", inputs, ints=ints, texts=["identity"], floats=[0.0, 0.0])
 
 
+@_op("fastops.sparse_linear_forward")
+def _sparse_linear(
+    r: Recording, y: Tensor, input: Tensor, crow: Tensor, col: Tensor, values: Tensor, bias: Any, n: int, dim: int
+) -> Node:
+    inputs = [r.value(input), r.weight(crow), r.weight(col, torch.int32), r.weight(values), r.weight(bias)]
+    block = values.shape[1:] if values.dim() == 3 else (1, 1)
+    ints = [n, input.shape[dim], *block, int(dim == 1)]
+    return r.emit("sparse_linear", inputs, ints=ints, texts=["identity"], floats=[0.0, 0.0])
+
+
 @_op("fastops.batch_norm_forward")
 def _batch_norm(
     r: Recording, y: Any, input: Tensor, weight: Any, bias: Any, residual: Any, mean: Any, var: Any, training: bool,

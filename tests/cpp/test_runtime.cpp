@@ -55,6 +55,12 @@ class Writer {
     data_.resize((data_.size() + 63) / 64 * 64);
     return weight_count_++;
   }
+  int indices(const std::vector<int32_t>& values) {
+    const size_t at = data_.size();
+    const int index = weight(Element::i32, {static_cast<int64_t>(values.size())});
+    std::memcpy(&data_[at], values.data(), values.size() * sizeof(int32_t));
+    return index;
+  }
   // Weights come first, then inputs, then nodes.
   int input(Element type, const std::vector<int64_t>& shape) {
     put(inputs_, std::string("x"));
@@ -137,7 +143,8 @@ Bytes sequences() {
             bias = w.weight(Element::f32, {8}), table = w.weight(Element::f32, {5, 8}),
             levels = w.weight(Element::i8, {8, 8}), scale = w.weight(Element::f32, {8}),
             halves = w.weight(Element::u8, {8, 4}), scales = w.weight(Element::f32, {8, 1}),
-            one = w.weight(Element::f32, {1, 1, 8});
+            one = w.weight(Element::f32, {1, 1, 8}), crow = w.indices({0, 1, 2}), col = w.indices({1, 0}),
+            blocks = w.weight(Element::f32, {2, 4, 4});
   const int x = w.input(Element::i64, {-1, 6});
   const int a = w.node("embedding", {x, table});
   const int token = w.node("expand", {one}, {1, 1, 1, 0, 8, 0});
@@ -154,7 +161,8 @@ Bytes sequences() {
   const int j = w.node("mlp", {i, square, bias, square, -1}, {}, {0, 0, 0, 0}, {"gelu", "identity"});
   const int l = w.node("linear_int8", {j, levels, scale, bias}, {}, kNone, kRelu);
   const int m = w.node("linear_weight_only", {l, halves, scales, -1, bias}, {4, 16, 8}, kNone, kRelu);
-  const int n = w.node("cast", {w.node("slice", {m}, {1, 1, 3, 2})}, {2});
+  const int s = w.node("sparse_linear", {m, crow, col, blocks, bias}, {8, 8, 4, 4, 0}, kNone, kRelu);
+  const int n = w.node("cast", {w.node("slice", {s}, {1, 1, 3, 2})}, {2});
   const int o = w.node("cast", {w.node("rms_norm", {n}, {8}, {1e-5})}, {0});
   return w.file({w.node("mean", {o}, {1, 0}), w.node("log_softmax", {w.node("sub", {o, bias})}, {2})});
 }
