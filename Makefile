@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc -type f) build_native.py setup.py
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build demo test bench scoreboard gpu readme check format sanitize ulp cuda-usage library docs wheel sdist
-.PHONY: test-wheel test-torch clean
+.PHONY: test-wheel test-torch runtime light-wheel clean
 
 build: $(VENV)/installed $(VENV)/built
 
@@ -69,6 +69,15 @@ cuda-usage: $(VENV)/requirements
 PREFIX ?= build/library
 library: $(VENV)/ninja
 	$(PYTHON) build_native.py library $(PREFIX)
+
+# What runs models of fastops.light.save, without torch: a library, its header and a command, into $(PREFIX).
+MACHINE ?= $(shell uname -m)
+runtime: $(VENV)/ninja
+	$(PYTHON) build_native.py runtime $(PREFIX) $(MACHINE)
+
+# The same with the Python package fastops_light, as a wheel into dist.
+light-wheel: $(VENV)/requirements
+	$(PYTHON) -m pip --quiet wheel --no-build-isolation --no-deps --wheel-dir dist ./light
 
 # The documentation site, into build/docs. A link that leads nowhere is an error.
 docs: $(VENV)/docs

@@ -7,6 +7,8 @@ setup.py builds the extension with it; `make build`, `make sanitize`, `make ulp`
     python build_native.py sanitize all  # the same with every tier of this processor under the sanitizers
     python build_native.py ulp [...]   # builds tests/cpp/ulp.cpp with the kernels and runs it with these arguments
     python build_native.py library DIR # DIR/lib/libfastops.a, DIR/include/fastops and a CMake package: no torch
+    python build_native.py runtime DIR # what runs models of light.save, without torch: DIR/lib, DIR/bin, DIR/include
+    python build_native.py runtime DIR aarch64  # the same for 64-bit Arm
     python build_native.py cuda-usage  # registers, stack and spills of every CUDA kernel on every architecture
 """
 
@@ -21,7 +23,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -152,9 +154,9 @@ def rooms() -> list[str]:
     return sorted(found, key=lambda room: (slow.index(room) if room in slow else len(slow), room))
 
 
-def kernel_sources() -> list[Kernels]:
-    """The kernels for this kind of processor, slowest to compile first."""
-    x86 = platform.machine() in ("x86_64", "AMD64")
+def kernel_sources(machine: str = platform.machine()) -> list[Kernels]:
+    """The kernels for a kind of processor, slowest to compile first."""
+    x86 = machine in ("x86_64", "AMD64")
     tiers = [KERNELS / "common" / "cpu" / name for name in TIERS if x86 or name == "isa_scalar.cpp"]
     others = sorted(path for path in KERNELS.glob("*/cpu/*.cpp") if path.name not in TIERS)
     # Of an inline function that several have, the linker takes the first: none that was compiled for a newer processor.
@@ -407,12 +409,12 @@ class Build:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[Path]:
     """One process at a time builds in this folder; the others wait, and then find everything built."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield folder
 
 
 def find_ninja() -> str | None:
@@ -462,21 +464,45 @@ def add_kernels(build: Build, cuda: Cuda) -> list[Path]:
     return cpu + gpu
 
 
-def add_runtime(build: Build, kernels: list[Path], folder: Path) -> None:
-    """Adds what runs models without torch, RUN in this folder, on these kernels: objects, or a library beside it."""
+def add_runtime(build: Build, kernels: list[Path], library: Path, command: Path, flags: Sequence[str] = ()) -> None:
+    """Adds what runs models without torch, in two folders, on these kernels: objects, or a library beside it."""
     version = re.search(r'"(.+)"', (ROOT / "fastops" / "_version.py").read_text())[1]
-    flags = [*common_flags(compiler_version(build.compiler)), *OPTIMIZE, *KERNEL_FLAGS, "-pthread"]
-    command, library = [], []
+    flags = [*common_flags(compiler_version(build.compiler)), *OPTIMIZE_SCALAR, *KERNEL_FLAGS, *flags, "-pthread"]
+    of_command, of_library = [], []
     for source in sorted(RUNTIME.glob("*.cpp")):
         object_ = build.compile(source, [*flags, f'-DFASTOPS_VERSION="{version}"'])
         if source.name in ("main.cpp", "npy.cpp", "graph.cpp"):
-            command.append(object_)
+            of_command.append(object_)
         if source.name not in ("main.cpp", "npy.cpp"):
-            library.append(object_)
-    beside = ["-Wl,-rpath,$ORIGIN", "-Wl,-rpath,$ORIGIN/../lib", "-pthread"]
-    result = folder / RUN_LIBRARY
-    build.link([*library, *kernels], result, ["-shared", f"-Wl,-soname,{RUN_LIBRARY}", *beside])
-    build.link([*command, result], folder / RUN_COMMAND, beside)
+            of_library.append(object_)
+    beside = ["-Wl,-rpath,$ORIGIN", "-Wl,-rpath,$ORIGIN/../lib", "-Wl,--gc-sections", "-s", "-pthread"]
+    exports = ["-shared", f"-Wl,-soname,{RUN_LIBRARY}", f"-Wl,--version-script={RUNTIME / 'exports.map'}"]
+    build.link([*of_library, *kernels], library / RUN_LIBRARY, [*exports, *beside])
+    build.link([*of_command, library / RUN_LIBRARY], command / RUN_COMMAND, beside)
+
+
+def build_runtime(prefix: Path, machine: str = platform.machine(), optimize: Sequence[str] = ()) -> None:
+    """Installs what runs models without torch, and nothing else: a library of a few megabytes, its header, a command.
+
+    Its kernels are those of inference, in float32 and bfloat16. machine: "aarch64" is compiled for by Debian's
+    g++-aarch64-linux-gnu on another one.
+    """
+    cross = [] if machine == platform.machine() else [f"{machine}-linux-gnu-g++"]
+    few = ["-include", str(KERNELS / "common" / "inference.h"), "-DFASTOPS_TWO_DTYPES"]
+    few += ["-ffunction-sections", "-fdata-sections"]
+    with locked(ROOT / "build" / f"run-{machine}{''.join(optimize)}") as folder:
+        build = Build(folder, cross or compiler())
+        common = [*common_flags(compiler_version(build.compiler)), *few]
+        objects = [
+            build.compile_kernels(kernels, [*common, *(optimize or optimization(kernels))])
+            for kernels in kernel_sources(machine)
+            if kernels.room not in ("loss", "optim")
+        ]
+        add_runtime(build, objects, prefix / "lib", prefix / "bin", [*few, *optimize])
+        for name in ("lib", "bin", "include"):
+            (prefix / name).mkdir(parents=True, exist_ok=True)
+        build.run()
+    shutil.copy2(RUNTIME / "fastops_run.h", prefix / "include")
 
 
 def build_kernels() -> None:
@@ -545,7 +571,7 @@ def build_extension(
     # The CUDA runtime's symbols stay inside: torch may bring another one.
     runtime = [] if cuda.why_not else [*cuda.library_flags, "-Wl,--exclude-libs,libcudart_static.a"]
     build.link(add_kernels(build, cuda), kernels, ["-shared", f"-Wl,-soname,{kernels.name}", *runtime])
-    add_runtime(build, [kernels], result.parent)
+    add_runtime(build, [kernels], result.parent, result.parent)
     # linear.cpp compiles in 9.5 s with torch's headers read ahead, and in 15.8 without (Zen 5).
     precompiled = build.precompile(TORCH_LAYER / "precompiled.h", torch_layer, into=torch_tag)
     objects = []
@@ -764,6 +790,9 @@ def main(arguments: list[str]) -> int:
         return print_cuda_usage()
     elif len(arguments) == 2 and arguments[0] == "library":
         build_library(Path(arguments[1]).resolve())
+        return 0
+    elif len(arguments) in (2, 3) and arguments[0] == "runtime":
+        build_runtime(Path(arguments[1]).resolve(), *arguments[2:])
         return 0
     elif arguments == ["kernels"]:
         build_kernels()

@@ -4,6 +4,7 @@ damaged files, a process that has no torch, and the command. tests/cpp/test_runt
 
 import collections
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -224,7 +225,7 @@ def test_half_precision(name, dtype, tmp_path):
     check(prepared(model).to(dtype), x.to(dtype), tmp_path / "model.fops", bound=0.05)
 
 
-@pytest.mark.parametrize("config", ["int8_dynamic", "int8_weight", "int4_weight"])
+@pytest.mark.parametrize("config", ["int8_dynamic", "int8_weight", "int4_weight", "fp8_weight"])
 def test_quantized_layers(config, tmp_path):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 70, bias=False), nn.GELU(), nn.Linear(70, 3))
@@ -245,13 +246,6 @@ def test_sparse_layers(tmp_path):
     assert whole.nodes == 4  # activations are part of the layers
     assert whole.bytes < 4 * 40 * 6 * 70 // 2
     check(model, torch.randn(1, 12, 3, 2).to(memory_format=torch.channels_last), tmp_path / "model.fops")
-
-
-def test_float8_layers_are_not_saved(tmp_path):
-    model = nn.Sequential(nn.Linear(64, 256)).eval()
-    light.quantize_(model, "fp8_weight")
-    with pytest.raises(ValueError, match="float8"):
-        light.save(model, tmp_path / "model.fops", torch.randn(2, 64))
 
 
 def test_layers_take_sums_and_activations(tmp_path):
@@ -451,3 +445,34 @@ def test_the_command(saved, tmp_path):
         result = run(*arguments)
         assert result.returncode != 0
         assert message in result.stderr
+
+
+ARM = ("aarch64-linux-gnu-g++", "qemu-aarch64")
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ARM)), reason="there is no g++-aarch64-linux-gnu, or no qemu-user")
+def test_64_bit_arm(tmp_path):
+    """The run time for Arm, under an emulator, gives what this processor does."""
+    prefix = ROOT / "build" / "aarch64"
+    build_native.build_runtime(prefix, "aarch64", ["-O0"])  # in 20 s of the processor; with -O3 it takes 150
+    command = prefix / "bin" / build_native.RUN_COMMAND
+    for name in ("convnet", "resnet", "mobile", "transformer", "signal", "quantized", "half"):
+        torch.manual_seed(0)
+        model, x = MODELS[{"quantized": "mlp", "half": "mobile"}.get(name, name)]()
+        prepared(model)(x)
+        if name == "half":
+            model, x = model.bfloat16(), x.bfloat16()
+        if name == "quantized":
+            light.quantize_(model, "int8_dynamic", lambda module, fqn: fqn == "fc1")
+            light.quantize_(model, "int4_weight", lambda module, fqn: fqn == "fc2", group_size=32)
+        light.save(model, tmp_path / "m.fops", x)
+        numpy.save(tmp_path / "x.npy", as_numpy(x))
+        with torch.no_grad():
+            expected = as_numpy(fastops.freeze(model)(x))
+        result = subprocess.run(
+            ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", command, "m.fops", "x.npy", "-o", "y.npy"],
+            cwd=tmp_path, env={**os.environ, "FASTOPS_ISA": ""}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        bound = 0.05 if name == "half" else 1e-5
+        numpy.testing.assert_allclose(numpy.load(tmp_path / "y.npy"), expected, rtol=bound, atol=bound)

@@ -19,7 +19,7 @@ namespace {
 using namespace fastops;
 using namespace fastops::runtime;
 
-static_assert(FASTOPS_RUN_MOST_DIMS == kMostDims && FASTOPS_RUN_INT64 == static_cast<int>(Element::i64));
+static_assert(FASTOPS_RUN_MOST_DIMS == kMostDims && FASTOPS_RUN_FLOAT8 == static_cast<int>(Element::f8));
 
 thread_local std::string last_error;
 

@@ -34,7 +34,8 @@ enum {
   FASTOPS_RUN_INT8,
   FASTOPS_RUN_UINT8,
   FASTOPS_RUN_INT32,
-  FASTOPS_RUN_INT64
+  FASTOPS_RUN_INT64,
+  FASTOPS_RUN_FLOAT8
 };
 
 typedef struct fastops_run_model fastops_run_model;

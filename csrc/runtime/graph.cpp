@@ -16,8 +16,9 @@ struct ElementInfo {
   const char* name;
   size_t size;
 };
-constexpr ElementInfo kElementInfo[kElements] = {{"float32", 4}, {"float64", 8}, {"bfloat16", 2}, {"float16", 2},
-                                                 {"int8", 1},    {"uint8", 1},   {"int32", 4},    {"int64", 8}};
+constexpr ElementInfo kElementInfo[kElements] = {{"float32", 4}, {"float64", 8}, {"bfloat16", 2},
+                                                 {"float16", 2}, {"int8", 1},    {"uint8", 1},
+                                                 {"int32", 4},   {"int64", 8},   {"float8", 1}};
 
 // Reads numbers one after the other, and nothing past the end.
 class Cursor {

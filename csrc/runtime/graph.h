@@ -20,8 +20,8 @@ template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts);
 
 // The numbers are the file's and fastops_run.h's.
-enum class Element : uint32_t { f32, f64, bf16, f16, i8, u8, i32, i64 };
-constexpr uint32_t kElements = 8;
+enum class Element : uint32_t { f32, f64, bf16, f16, i8, u8, i32, i64, f8 };  // f8 is float8_e4m3fn
+constexpr uint32_t kElements = 9;
 
 size_t size_of(Element type);
 const char* name_of(Element type);

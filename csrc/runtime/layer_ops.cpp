@@ -180,9 +180,8 @@ Convolution convolution_of(Builder& b) {
   return {x, b.data(w), b.has(2) ? b.data(bias) : nullptr, geometry};
 }
 
-// ... residual?; texts: activation; floats: a, b
-View conv(Builder& b) {
-  const Convolution c = convolution_of(b);
+// f(conv(x) + residual), the residual null for none.
+View convolve(Builder& b, const Convolution& c, Activation f, const View* residual) {
   const View x = c.x.view;
   const View y =
       b.make(x.type, image_shape(c.geometry.batch, c.geometry.out_channels, c.geometry.out, c.x.dims), c.x.layout);
@@ -192,13 +191,15 @@ View conv(Builder& b) {
                          .w_layout = c.x.layout,
                          .geometry = c.geometry,
                          .with_bias = c.bias != nullptr,
-                         .activation = b.activation()};
-  const View residual = b.has(3) ? b.input(3) : View{};
-  return with_residual(b, call, y, c.w, b.has(3) ? &residual : nullptr, x, c.x.layout,
+                         .activation = f};
+  return with_residual(b, call, y, c.w, residual, x, c.x.layout,
                        [=, bias = c.bias](const Run& run, const void* packed) {
                          return ConvForward::Pointers{.x = run.at(x), .w = packed, .bias = bias, .y = run.at(y)};
                        });
 }
+
+// ... residual?; texts: activation; floats: a, b
+View conv(Builder& b) { return convolve(b, convolution_of(b), b.activation(), b.has(3) ? &b.input(3) : nullptr); }
 
 // ... and ints: the pool's sizes; texts: identity or relu
 View conv_max_pool(Builder& b) {
@@ -279,6 +280,102 @@ View mlp(Builder& b) {
   return y;
 }
 
+// x (batch, channels, height, width); w and bias? of a 1x1 convolution or none, of a depthwise one, of a 1x1 one or
+// none; residual?; ints: strides, paddings, dilations of the depthwise one, two each; texts, floats: the three
+// activations
+View inverted_residual(Builder& b) {
+  const View input = b.input(0);
+  b.require(input.shape.rank == 4, "its input has to have 4 dimensions, got shape ", input.shape);
+  const View x = b.dense(input, Layout::channels_last);
+  InvertedResidualForward call{};
+  call.dtype = dtype_of(x);
+  call.batch = x.shape[0];
+  call.in_channels = x.shape[1];
+  call.with_expand = b.has(1);
+  call.with_project = b.has(5);
+  call.with_residual = b.has(7);
+  call.expand = b.activation(0);
+  call.depthwise = b.activation(1);
+  call.project = b.activation(2);
+  // w (out, in, height, width), of which the depthwise one lies as [out, height, width]: in is 1.
+  const auto weights = [&](size_t i, int64_t out, int64_t in) {
+    const View w = b.weight(i, x.type, 4);
+    b.require(w.shape[0] == out && w.shape[1] == in && (i == 3 || w.shape[2] * w.shape[3] == 1), "weights ", w.shape,
+              " do not fit an input of shape ", x.shape);
+    if (b.has(i + 1)) b.require(b.weight(i + 1, x.type, 1).shape[0] == out, "a bias has to have ", out, " elements");
+    return w;
+  };
+  const View depthwise = b.weight(3, x.type, 4);
+  call.wide_channels = depthwise.shape[0];
+  b.require(call.with_expand || call.wide_channels == x.shape[1], "weights ", depthwise.shape,
+            " do not fit an input of shape ", x.shape);
+  weights(3, call.wide_channels, 1);
+  if (call.with_expand) weights(1, call.wide_channels, call.in_channels);
+  call.out_channels = call.with_project ? b.weight(5, x.type, 4).shape[0] : call.wide_channels;
+  if (call.with_project) weights(5, call.out_channels, call.wide_channels);
+  Shape padded = x.shape;
+  for (int i = 0; i < 2; ++i) {
+    const auto at = static_cast<size_t>(i);
+    call.kernel[i] = depthwise.shape[2 + i];
+    call.stride[i] = b.integer(at, 1);
+    call.padding[i] = b.integer(2 + at);
+    call.dilation[i] = b.integer(4 + at, 1);
+    call.in[i] = x.shape[2 + i];
+    b.require(call.in[i] >= 1 && call.in[i] < kMostAttribute && call.kernel[i] >= 1 && call.kernel[i] < kMostAttribute,
+              "weights ", depthwise.shape, " and an input of shape ", x.shape, " are no convolution's");
+    padded.dims[2 + i] = call.in[i] + 2 * call.padding[i];
+    const int64_t reach = call.dilation[i] * (call.kernel[i] - 1) + 1;
+    b.require(padded[2 + i] >= reach, "its kernel of ", reach, " is larger than the padded input of shape ", x.shape);
+    call.out[i] = (padded[2 + i] - reach) / call.stride[i] + 1;
+  }
+  padded.dims[1] = std::max(call.wide_channels, std::max(call.in_channels, call.out_channels));
+  padded.elements();
+
+  const Shape shape{4, {call.batch, call.out_channels, call.out[0], call.out[1]}};
+  const View residual = b.has(7) ? b.input(7) : View{};
+  const bool fits = shape.elements() > 0 && (!b.has(7) || (residual.shape == shape && residual.type == x.type));
+  if (const auto plan = fits ? b.plan(call) : nullptr) {
+    const auto pointer = [&](size_t i) { return b.has(i) ? b.data(b.input(i)) : nullptr; };
+    const InvertedResidualForward::Weights all{pointer(1), pointer(2), pointer(3), pointer(4), pointer(5), pointer(6)};
+    const void* const packed = b.pack(*plan, &all);
+    const View y = b.make(x.type, shape, Layout::channels_last);
+    const View added = call.with_residual ? b.dense(residual, Layout::channels_last) : y;
+    b.kernel(plan, {x, y, added}, [=, with_residual = call.with_residual](const Run& run) {
+      return InvertedResidualForward::Pointers{run.at(x), packed, run.at(y), with_residual ? run.at(added) : nullptr};
+    });
+    return y;
+  }
+  // One by one.
+  View last = x;
+  for (size_t i = 1; i <= 5; i += 2) {
+    if (!b.has(i)) continue;
+    const bool spatial = i == 3;
+    const View w = b.input(i);
+    ConvGeometry g{.batch = call.batch,
+                   .in_channels = last.shape[1],
+                   .out_channels = w.shape[0],
+                   .groups = spatial ? call.wide_channels : 1,
+                   .in = {1, last.shape[2], last.shape[3]},
+                   .out = {1, last.shape[2], last.shape[3]},
+                   .kernel = {1, 1, 1},
+                   .stride = {1, 1, 1},
+                   .padding = {0, 0, 0},
+                   .dilation = {1, 1, 1}};
+    for (int k = 0; spatial && k < 2; ++k) {
+      g.out[k + 1] = call.out[k];
+      g.kernel[k + 1] = call.kernel[k];
+      g.stride[k + 1] = call.stride[k];
+      g.padding[k + 1] = call.padding[k];
+      g.dilation[k + 1] = call.dilation[k];
+    }
+    const Convolution c{
+        {last, 2, Layout::channels_last}, b.data(w), b.has(i + 1) ? b.data(b.input(i + 1)) : nullptr, g};
+    const bool ends = i == 5 || (i == 3 && !call.with_project);
+    last = convolve(b, c, b.activation(i / 2), ends && b.has(7) ? &residual : nullptr);
+  }
+  return last;
+}
+
 // ---- activations
 
 View activation(Builder& b) { return activate(b, b.input(0), b.activation()); }
@@ -300,9 +397,14 @@ View prelu(Builder& b) {
   return y;
 }
 
-constexpr OpEntry kLayerOps[] = {{"linear", linear}, {"matmul", matmul},         {"conv", conv},
-                                 {"mlp", mlp},       {"activation", activation}, {"conv_max_pool", conv_max_pool},
-                                 {"prelu", prelu}};
+constexpr OpEntry kLayerOps[] = {{"linear", linear},
+                                 {"matmul", matmul},
+                                 {"conv", conv},
+                                 {"mlp", mlp},
+                                 {"activation", activation},
+                                 {"conv_max_pool", conv_max_pool},
+                                 {"prelu", prelu},
+                                 {"inverted_residual", inverted_residual}};
 
 }  // namespace
 

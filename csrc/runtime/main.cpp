@@ -22,8 +22,8 @@ constexpr const char* kUsage =
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 void describe(const char* what, const char* name, const fastops_run_tensor& tensor) {
-  static constexpr const char* kNames[] = {"float32", "float64", "bfloat16", "float16",
-                                           "int8",    "uint8",   "int32",    "int64"};
+  static constexpr const char* kNames[] = {"float32", "float64", "bfloat16", "float16", "int8",
+                                           "uint8",   "int32",   "int64",    "float8"};
   std::printf("%s %s: %s (", what, name, kNames[tensor.type]);
   if (tensor.rank < 0) std::printf("any shape");
   for (int i = 0; i < tensor.rank; ++i) {

@@ -10,7 +10,7 @@
 namespace fastops::runtime {
 namespace {
 
-constexpr const char* kTypes[kElements] = {"<f4", "<f8", "<u2", "<f2", "|i1", "|u1", "<i4", "<i8"};
+constexpr const char* kTypes[kElements] = {"<f4", "<f8", "<u2", "<f2", "|i1", "|u1", "<i4", "<i8", "|u1"};
 constexpr size_t kMostHeader = 65536;
 
 using File = std::unique_ptr<std::FILE, int (*)(std::FILE*)>;
@@ -32,7 +32,8 @@ const char* value_of(const std::string& header, const std::string& key) {
 
 Element type_of(const char* text) {
   for (uint32_t i = 0; i < kElements; ++i)
-    if (static_cast<Element>(i) != Element::bf16 && std::strncmp(text + 1, kTypes[i], 3) == 0)
+    if (static_cast<Element>(i) != Element::bf16 && static_cast<Element>(i) != Element::f8 &&
+        std::strncmp(text + 1, kTypes[i], 3) == 0)
       return static_cast<Element>(i);
   fail("its type ", std::string(text).substr(0, 8), " is none of float32, float64, float16, int8, uint8, int32, int64");
 }

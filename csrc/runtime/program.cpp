@@ -64,8 +64,10 @@ DType dtype_of(const View& view) {
       return DType::f32;
     case Element::bf16:
       return DType::bf16;
+#if !defined(FASTOPS_TWO_DTYPES)
     case Element::f16:
       return DType::f16;
+#endif
     default:
       fail("a tensor of ", name_of(view.type), " has to be one of float32, bfloat16 or float16");
   }

@@ -1,4 +1,4 @@
-// Layers whose weights are integers, or sparse.
+// Layers whose weights are integers, numbers of 8 bits, or sparse.
 #include "ops.h"
 
 namespace fastops::runtime {
@@ -54,15 +54,18 @@ View linear_int8(Builder& b) {
   return y;
 }
 
-// x (*, k), w (n, bytes of a row) of int8 or uint8, scale and offset? (n, groups), bias (n)?; ints: bits, group, k;
-// texts: activation; floats: a, b
+// x (*, k), w (n, bytes of a row) of int8, uint8 (with two weights a byte) or float8, scale and offset? (n, groups),
+// bias (n)?; ints: bits, group, k; texts: activation; floats: a, b
 View linear_weight_only(Builder& b) {
   const int64_t bits = b.integer(0, 4, 8), group = b.integer(1, 1), k = b.integer(2, 0);
   b.require(bits == 4 || bits == 8, "weights of ", bits, " bits are not known");
-  const View w = b.weight(1, bits == 8 ? Element::i8 : Element::u8, 2), scale = b.weight(2, Element::f32, 2);
+  const bool is_float8 = b.input(1).type == Element::f8;
+  const View w = b.weight(1, bits == 4 ? Element::u8 : is_float8 ? Element::f8 : Element::i8, 2);
+  const View scale = b.weight(2, Element::f32, 2);
   const int64_t n = w.shape[0], groups = (k + group - 1) / group;
   b.require(w.shape[1] == (k * bits + 7) / 8, "weights ", w.shape, " have no rows of ", k, " weights");
-  b.require(group >= k || (group >= 16 && (group & (group - 1)) == 0), "groups of ", group, " are not known");
+  b.require(group >= k || (!is_float8 && group >= 16 && (group & (group - 1)) == 0), "groups of ", group,
+            " are not known");
   const Shape parameters{2, {n, groups}};
   b.require(scale.shape == parameters, "its scales have to have shape ", parameters, ", got ", scale.shape);
   const auto* const scales = static_cast<const float*>(b.data(scale));
@@ -75,7 +78,9 @@ View linear_weight_only(Builder& b) {
   const auto [x, y, bias] = operands_of(b, k, n, 4);
   if (y.shape.elements() == 0) return y;
   const WeightOnlyForward call{.dtype = dtype_of(y),
-                               .format = bits == 4 ? WeightFormat::uint4 : WeightFormat::int8,
+                               .format = bits == 4   ? WeightFormat::uint4
+                                         : is_float8 ? WeightFormat::float8
+                                                     : WeightFormat::int8,
                                .m = x.rows,
                                .n = n,
                                .k = k,

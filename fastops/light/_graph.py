@@ -23,6 +23,7 @@ ELEMENTS = {
     torch.uint8: 5,
     torch.int32: 6,
     torch.int64: 7,
+    torch.float8_e4m3fn: 8,
 }
 
 

@@ -84,8 +84,6 @@ def _linear_int8(r: Recording, y: Tensor, input: Tensor, weight: Tensor, scale: 
 def _weight_only(
     r: Recording, y: Tensor, input: Tensor, weight: Tensor, scale: Tensor, offset: Any, bias: Any, group: int
 ) -> Node:
-    if weight.dtype == torch.float8_e4m3fn:
-        raise CannotSave("its weights are float8 numbers")
     inputs = [r.value(input), r.weight(weight), r.weight(scale), r.weight(offset), r.weight(bias)]
     ints = [4 if weight.dtype == torch.uint8 else 8, group, input.shape[-1]]
     return r.emit("linear_weight_only", inputs, ints=ints, texts=["identity"], floats=[0.0, 0.0])

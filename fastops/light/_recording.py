@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from fastops._frozen_layers import FrozenLayer, FrozenMlp
+from fastops._frozen_layers import FrozenInvertedResidual, FrozenLayer, FrozenMlp
 from fastops.functional._activation import resolve_activation
 from fastops.light._graph import ELEMENTS, Constant, Graph, Input, Node, Value
 
@@ -142,7 +142,7 @@ class Recording(TorchDispatchMode):
         """Knows which module is called, and records frozen layers as one node each."""
         hooks, layers = [], []
         for name, module in model.named_modules():
-            if isinstance(module, (FrozenLayer, FrozenMlp)):
+            if type(module) in _RECORDERS:
                 module.forward = functools.partial(self._layer, module, name)
                 layers.append(module)
             hooks.append(module.register_forward_pre_hook(functools.partial(self._enter, name)))
@@ -163,7 +163,7 @@ class Recording(TorchDispatchMode):
 
     def _layer(self, layer: Any, name: str, input: Tensor, residual: Any = None) -> Tensor:
         forward: Callable[..., Tensor] = functools.partial(type(layer).forward, layer)
-        record = _record_mlp if isinstance(layer, FrozenMlp) else _record_layer
+        record = _RECORDERS[type(layer)]
         arguments = (input,) if residual is None else (input, residual)
         fits = self.depends(input) and (residual is None or isinstance(residual, Tensor))
         node = record(self, layer, input, residual) if fits else None
@@ -256,6 +256,31 @@ def _record_mlp(recording: Recording, mlp: FrozenMlp, input: Tensor, residual: A
         f = mlp.output if i == len(weights) - 1 else mlp.hidden
         value = recording.emit("linear", [value, recording.weight(weight), recording.weight(bias)], **activation_of(f))
     return value
+
+
+def _record_block(recording: Recording, block: FrozenInvertedResidual, input: Tensor, residual: Any) -> Node | None:
+    layers = (block.expand, block.depthwise, block.project)
+    if any(layer is not None and layer.apart is not None and layer.apart.takes(input) for layer in layers):
+        return None
+    if input.dim() != 4:
+        return None
+    inputs, texts, floats = [recording.value(input)], [], []
+    for layer in layers:
+        weight, bias = (None, None) if layer is None else (layer.weight, layer.bias)
+        inputs += [recording.weight(weight), recording.weight(bias)]
+        f = activation_of(layer and layer.activation)
+        texts, floats = texts + f["texts"], floats + f["floats"]
+    o = block.depthwise.options
+    ints = [one for key in ("stride", "padding", "dilation") for one in each(o[key], 2)]
+    inputs.append(recording.value(residual))
+    return recording.emit("inverted_residual", inputs, ints=ints, texts=texts, floats=floats)
+
+
+_RECORDERS: dict[type, Callable[..., Node | None]] = {
+    FrozenLayer: _record_layer,
+    FrozenMlp: _record_mlp,
+    FrozenInvertedResidual: _record_block,
+}
 
 
 def recorded(model: nn.Module, inputs: dict[str, Tensor]) -> Graph:

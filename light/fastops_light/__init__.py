@@ -19,7 +19,7 @@ import numpy
 __all__ = ["Model", "isa", "library", "version"]
 
 _MOST_DIMS = 8
-# The numbers of fastops_run.h; NumPy has no bfloat16, which only weights are of.
+# The numbers of fastops_run.h; NumPy has no bfloat16 and no float8, which only weights are of.
 _TYPES = {
     0: numpy.dtype(numpy.float32),
     1: numpy.dtype(numpy.float64),

@@ -126,7 +126,9 @@ Bytes images() {
   const int a = w.node("conv", {x, filters, bias, -1}, {2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, kNone, kRelu);
   const int b = w.node("conv", {a, wide, -1, -1}, {2, 8, 1, 1, 1, 1, 1, 1, 1, 1, 1}, kNone, kRelu);
   const int c = w.node("conv", {b, square, bias, a}, {2, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1}, kNone, kRelu);
-  const int d = w.node("batch_norm", {c, statistics, statistics, bias, bias}, {}, {0, 0, 1e-5}, kRelu);
+  const int block = w.node("inverted_residual", {c, square, bias, wide, -1, square, -1, c}, {1, 1, 1, 1, 1, 1},
+                           {0, 0, 0, 0, 0, 0}, {"relu6", "relu6", "identity"});
+  const int d = w.node("batch_norm", {block, statistics, statistics, bias, bias}, {}, {0, 0, 1e-5}, kRelu);
   const int e = w.node("max_pool", {d}, {2, 3, 3, 2, 2, 1, 1, 1, 1, 1});
   const int f = w.node("conv_max_pool", {e, square, bias}, {2, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 2, 2}, kNone, kRelu);
   const int g = w.node("avg_pool", {f}, {2, 2, 2, 1, 1, 0, 0, 0, 1, 0});
