@@ -15,8 +15,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.utils import _pair
 
 import fastops.functional as FF
-from fastops._activations import ACTIVATIONS, valid
-from fastops._frozen_graph import Child, Either, FrozenGraph, InPlace, freeze_in_place
+from fastops._freezing_int8 import Int8Chains, fold_norms
+from fastops._frozen_graph import Child, Either, FrozenGraph, InPlace, activation_of, freeze_in_place
 from fastops._frozen_layers import (
     LAYERS,
     FrozenInvertedResidual,
@@ -240,6 +240,7 @@ class _Freezer:
     def run(self) -> GraphModule:
         self._transpose_weights()
         self._fold()
+        fold_norms(self)
         rewrite(self.graph, self.module, residuals=False)
         for node in tuple(self.graph.nodes):
             self._freeze_call(node)
@@ -248,6 +249,7 @@ class _Freezer:
         for node in self.graph.nodes:
             if node.op == "get_attr" and any(user.args[:1] == (node,) and changes(user) for user in node.users):
                 self.module._buffers[node.target] = self.module._buffers[node.target].clone()
+        Int8Chains(self, nodes).run()
         for node in tuple(self.graph.nodes):
             self._join_addition(node, changes)
         if self.channels_last:
@@ -439,7 +441,7 @@ class _Freezer:
         layer.addition, layer.adds = addition, True
         nodes = [node]
         user = next(iter(node.users)) if len(node.users) == 1 else None
-        f = _activation_of(user)
+        f = activation_of(user)
         if f is not None and not any(order[node] < order[one] < order[user] and changes(one) for one in order):
             layer.activation = f
             nodes.append(user)
@@ -535,18 +537,3 @@ def _attribute(module: nn.Module, target: str) -> Any:
     for name in target.split("."):
         module = getattr(module, name)
     return module
-
-
-_ACTIVATION_CALLS = {
-    getattr(FF, kind.function): kind for kind in reversed(ACTIVATIONS.values()) if hasattr(FF, kind.function)
-}
-
-
-def _activation_of(node: Node | None) -> Any:
-    """activation= for a node that rewrite has made of an activation; None for another node."""
-    if node is None or node.op != "call_function" or node.target not in _ACTIVATION_CALLS:
-        return None
-    names = ("relu", "relu6", "silu", "hardswish", "sigmoid", "tanh", "mish")
-    name = node.target.__name__
-    plain = node.kwargs.keys() <= {"inplace"} and all(type(one) is bool for one in node.args[1:])
-    return name if plain and name in names and valid(*resolve_activation(name)) else None

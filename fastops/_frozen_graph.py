@@ -11,11 +11,14 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling as _is_compiling
 from torch.fx import Graph, GraphModule, Node
 
+import fastops.functional as FF
 from fastops import _C
+from fastops._activations import ACTIVATIONS, valid
 from fastops._frozen_layers import LAYERS
 from fastops._frozen_watch import Watch
 from fastops._nodes import in_the_way
 from fastops._signature import Signature
+from fastops.functional._activation import resolve_activation
 
 
 class _StandsIn(nn.Module):
@@ -245,3 +248,18 @@ def _quick(module: nn.Module) -> Any:
     for tensors in (module._parameters, module._buffers):
         vars(space).update(tensors)
     return space
+
+
+_ACTIVATION_CALLS = {
+    getattr(FF, kind.function): kind for kind in reversed(ACTIVATIONS.values()) if hasattr(FF, kind.function)
+}
+
+
+def activation_of(node: Node | None) -> Any:
+    """activation= for a node that rewrite has made of an activation; None for another node."""
+    if node is None or node.op != "call_function" or node.target not in _ACTIVATION_CALLS:
+        return None
+    names = ("relu", "relu6", "silu", "hardswish", "sigmoid", "tanh", "mish")
+    name = node.target.__name__
+    plain = node.kwargs.keys() <= {"inplace"} and all(type(one) is bool for one in node.args[1:])
+    return name if plain and name in names and valid(*resolve_activation(name)) else None

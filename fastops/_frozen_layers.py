@@ -11,6 +11,7 @@ from torch.nn.modules.utils import _pair
 import fastops.functional as FF
 from fastops import _C
 from fastops._activations import KIND
+from fastops._frozen_int8 import FrozenAvgPoolInt8, FrozenInt8, FrozenMaxPoolInt8
 from fastops._frozen_norms import Apart
 from fastops._fusion import activate
 from fastops.functional._activation import resolve_activation
@@ -246,4 +247,4 @@ NO_GRADIENT = (
     "use the model that it was made from"
 )
 
-LAYERS = (FrozenLayer, FrozenMlp, FrozenInvertedResidual)
+LAYERS = (FrozenLayer, FrozenMlp, FrozenInvertedResidual, FrozenInt8, FrozenMaxPoolInt8, FrozenAvgPoolInt8)

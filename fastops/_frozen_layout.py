@@ -10,13 +10,17 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 import fastops.functional as FF
+from fastops._frozen_int8 import static_int8
 from fastops._frozen_layers import LAYERS, RESIDUAL_FIRST, FrozenLayer
 from fastops._nodes import in_the_way, unpack
 
 
 def suits_channels_last(model: nn.Module) -> bool:
     """Whether images go through a model as channels_last, where the caller does not say."""
-    return any(isinstance(m, nn.Conv2d) and m.weight.dtype != torch.float64 for m in model.modules())
+    return any(
+        (isinstance(m, nn.Conv2d) and m.weight.dtype != torch.float64) or static_int8(m) == "conv2d"
+        for m in model.modules()
+    )
 
 
 def restore_layouts(graph: Graph, module: nn.Module, relaid: set[str], changes: Callable[[Node], bool]) -> None:

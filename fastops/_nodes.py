@@ -139,7 +139,7 @@ _INPLACE_METHODS = {"__setitem__", "__delitem__", *(f"__{function.__name__}__" f
 # What begins or ends a block in Dynamo's graphs: _enter_autocast, _set_grad_enabled, _vmap_increment_nesting.
 _MODES = re.compile("^_?(enter|exit|push|pop|set)_|grad|nesting|hooks").search
 
-_CHANGE_NOTHING = ("torch.nn.", "fastops.nn.", "fastops.freeze", "fastops._frozen")
+_CHANGE_NOTHING = ("torch.nn.", "fastops.nn.", "fastops.light.", "fastops.freeze", "fastops._frozen")
 
 _POOL_OPTIONS = ("stride", "padding", "dilation", "ceil_mode", "return_indices")
 _BASES = tuple(

@@ -161,7 +161,7 @@ class _Tracer(torch.fx.Tracer):
         return call, [self.root, *proxies]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, torch.jit.ScriptModule) or is_frozen(m):
+        if isinstance(m, torch.jit.ScriptModule) or is_frozen(m) or getattr(type(m), "_fastops_leaf", False):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 

@@ -287,9 +287,6 @@ void set_conv_precision(Precision precision) { precision_setting.store(precision
 
 Precision conv_precision() { return precision_setting.load(std::memory_order_relaxed); }
 
-namespace {
-
-// The output's sizes from those of the operands. Returns "", or what does not fit.
 template <class Int>
 std::string infer_conv(Sizes<Int> input, Sizes<Int> weight, const optional<Sizes<Int>>& bias, const ConvParams& params,
                        SizeVector<Int>& output) {
@@ -354,6 +351,13 @@ std::string infer_conv(Sizes<Int> input, Sizes<Int> weight, const optional<Sizes
   }
   return {};
 }
+template std::string infer_conv<int64_t>(Sizes<int64_t>, Sizes<int64_t>, const optional<Sizes<int64_t>>&,
+                                         const ConvParams&, SizeVector<int64_t>&);
+template std::string infer_conv<c10::SymInt>(Sizes<c10::SymInt>, Sizes<c10::SymInt>,
+                                             const optional<Sizes<c10::SymInt>>&, const ConvParams&,
+                                             SizeVector<c10::SymInt>&);
+
+namespace {
 
 template <class Int>
 optional<Sizes<Int>> sizes_of(const optional<Tensor>& tensor) {
@@ -495,11 +499,8 @@ Tensor conv(const Tensor& input, const Tensor& weight, const optional<Tensor>& b
   return conv_adding({}, input, weight, bias, plan, activation);
 }
 
-namespace {
-
 // ---- the general door
 
-// padding: what lies before each dimension, then what lies after each.
 ConvParams make_params(at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
                        int64_t groups) {
   const size_t dims = stride.size();
@@ -514,6 +515,8 @@ ConvParams make_params(at::IntArrayRef stride, at::IntArrayRef padding, at::IntA
   std::copy(dilation.begin(), dilation.end(), params.dilation + first);
   return params;
 }
+
+namespace {
 
 template <class Int>
 SizeVector<Int> output_sizes(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,

@@ -84,6 +84,15 @@ inline void check_can_be_saved(const Tensor& input, const Tensor& weight) {
                 "Clone it outside of inference mode, or use torch.no_grad() instead of torch.inference_mode()");
 }
 
+// The output's sizes from those of the operands. Returns "", or what does not fit. (conv.cpp)
+template <class Int>
+std::string infer_conv(Sizes<Int> input, Sizes<Int> weight, const optional<Sizes<Int>>& bias, const ConvParams& params,
+                       SizeVector<Int>& output);
+
+// The general door's arguments. padding: what lies before each dimension, then what lies after each. (conv.cpp)
+ConvParams make_params(at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                       int64_t groups);
+
 struct ConvLayouts {
   Layout image, weight;
 };

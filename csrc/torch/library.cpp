@@ -22,6 +22,9 @@ TORCH_LIBRARY(fastops, m) {
       "Tensor values, int out_features, int dim, bool[2] output_mask) -> (Tensor grad_input, Tensor grad_values)");
   m.def("linear_int8_forward(Tensor input, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
   m.def(
+      "conv_int8_forward(Tensor input, Tensor weight, Tensor scale, Tensor? bias, Tensor input_scale, Tensor "
+      "input_zero, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
+  m.def(
       "conv_forward(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
       "bool transposed, int groups, str activation, float a, float b, bool need_saved) -> "
       "(Tensor output, Tensor pre_activation)");
@@ -102,6 +105,7 @@ void implement_linear_int8(torch::Library& m, bool meta);
 void implement_weight_only(torch::Library& m, bool meta);
 void implement_sparse_linear(torch::Library& m, bool meta);
 void implement_conv(torch::Library& m, bool meta);
+void implement_conv_int8(torch::Library& m, bool meta);
 void implement_activation(torch::Library& m, bool meta);
 void implement_pool(torch::Library& m, bool meta);
 void implement_batch_norm(torch::Library& m, bool meta);
@@ -115,10 +119,12 @@ void bind_weight_only(py::module_& m);
 void bind_sparse_linear(py::module_& m);
 void bind_mlp(py::module_& m);
 void bind_conv(py::module_& m);
+void bind_conv_int8(py::module_& m);
 void bind_conv_pool(py::module_& m);
 void bind_frozen(py::module_& m);
 void bind_activation(py::module_& m);
 void bind_pool(py::module_& m);
+void bind_pool_int8(py::module_& m);
 void bind_batch_norm(py::module_& m);
 void bind_loss(py::module_& m);
 void bind_optim(py::module_& m);
@@ -133,9 +139,10 @@ void bind_aten(py::module_& m);
 
 // All but composites of torch's own ops have CUDA kernels as well.
 void implement(torch::Library& m, bool meta) {
-  for (const auto function : {implement_linear, implement_linear_int8, implement_weight_only, implement_sparse_linear,
-                              implement_conv, implement_activation, implement_pool, implement_batch_norm,
-                              implement_loss, implement_layer_norm, implement_softmax, implement_attention})
+  for (const auto function :
+       {implement_linear, implement_linear_int8, implement_weight_only, implement_sparse_linear, implement_conv,
+        implement_conv_int8, implement_activation, implement_pool, implement_batch_norm, implement_loss,
+        implement_layer_norm, implement_softmax, implement_attention})
     function(m, meta);
 }
 
@@ -150,10 +157,12 @@ PYBIND11_MODULE(_C, m) {
   bind_sparse_linear(m);
   bind_mlp(m);
   bind_conv(m);
+  bind_conv_int8(m);
   bind_conv_pool(m);
   bind_frozen(m);
   bind_activation(m);
   bind_pool(m);
+  bind_pool_int8(m);
   bind_batch_norm(m);
   bind_loss(m);
   bind_optim(m);

@@ -22,7 +22,9 @@ distillation_loss, feature_loss    its parts, as functions
 Comparison         size, memory, time and accuracy after each of these steps, as a table and a picture
 quantize_          the weights of a model as integers of 8 or 4 bits
 LinearInt8         a linear layer with int8 weights, whose input is rounded to 8 bits as well
-LinearWeightOnly   one with weights of 8 or 4 bits, whose input is not
+LinearInt8Static   one whose input has a constant scale, which calibration finds
+Conv2dInt8         a convolution of that kind
+LinearWeightOnly   a linear layer with weights of 8 or 4 bits, whose input is not rounded
 save               a model as a file that runs without PyTorch
 Saved              what it wrote
 sparsify_          layers whose weights are mostly zeros store and multiply the others alone; densify_ is the inverse
@@ -33,6 +35,7 @@ Conv2d1x1Sparse    a 1 x 1 convolution with one
 from fastops.light._changes import Changes
 from fastops.light.channels import prune_channels_
 from fastops.light.comparison import Comparison, Measured
+from fastops.light.conv2d_int8 import Conv2dInt8, LinearInt8Static
 from fastops.light.distillation import Distiller, distill, distillation_loss, feature_loss
 from fastops.light.linear_int8 import LinearInt8
 from fastops.light.low_rank import low_rank_
@@ -47,8 +50,10 @@ __all__ = [
     "Changes",
     "Comparison",
     "Conv2d1x1Sparse",
+    "Conv2dInt8",
     "Distiller",
     "LinearInt8",
+    "LinearInt8Static",
     "LinearSparse",
     "LinearWeightOnly",
     "Measured",

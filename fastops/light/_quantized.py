@@ -1,4 +1,4 @@
-"""What the linear layers with quantized weights share."""
+"""What the layers with quantized weights share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +15,9 @@ from fastops.nn._fused import Fused
 from fastops.ops import autocast
 
 
-class QuantizedLinear(nn.Module):
-    """y = f(x W^T + b), where buffers stand for W. A subclass says which, and computes x W^T + b three ways."""
+class Quantized(nn.Module):
+    """y = f(x W + b), where buffers stand for W. A subclass says which, and computes x W + b three ways."""
 
-    in_features: int
-    out_features: int
     bias: nn.Parameter | None
     activation: Activation
 
@@ -32,7 +30,7 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def _general(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + b by the general door."""
+        """x W + b by the general door."""
         raise NotImplementedError
 
     def _by_torch(self, input: Tensor, bias: Tensor | None) -> Tensor:
@@ -40,25 +38,8 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def dequantized(self) -> Tensor:
-        """The weight as float32, (out_features, in_features)."""
+        """The weight as float32."""
         raise NotImplementedError
-
-    @classmethod
-    def _copy_of(cls, linear: nn.Module, **options: Any) -> Any:
-        """A quantized copy of a linear layer, which shares the bias. options: arguments of cls.
-
-        Raises:
-            TypeError: linear is no linear layer with float weights.
-        """
-        if not isinstance(linear, (nn.Linear, fnn.Linear)):
-            raise TypeError(
-                f"from_linear: linear must be a torch.nn.Linear or fastops.nn.Linear, got {type(linear).__name__}"
-            )
-        activation = activation_of(linear)
-        layer = cls(linear.in_features, linear.out_features, bias=False, activation=activation, **options)
-        layer.bias = linear.bias
-        layer._set(linear.weight.detach())
-        return layer.train(linear.training)
 
     # The buffers, whose dtypes stay, whatever the model is cast to.
     _buffer_names: tuple[str, ...] = ("weight", "scale")
@@ -88,10 +69,6 @@ class QuantizedLinear(nn.Module):
         aten = exports_aten() or (not _is_compiling() and torch.jit.is_tracing())
         return torch_activate((self._by_torch if aten else self._general)(input, bias), kind, a, b)
 
-    def extra_repr(self) -> str:
-        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return text if self.activation is None else f"{text}, activation={self.activation!r}"
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         loaded = state_dict.get(f"{prefix}weight")
         if isinstance(loaded, Tensor) and loaded.dtype != self.weight.dtype:
@@ -101,7 +78,7 @@ class QuantizedLinear(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantized":
         before = {name: getattr(self, name) for name in self._buffer_names}
         super()._apply(fn, recurse)
         for name, tensor in before.items():
@@ -110,7 +87,35 @@ class QuantizedLinear(nn.Module):
         return self
 
 
-def become(module: nn.Module, cls: type[QuantizedLinear], weight: Tensor, activation: Activation) -> None:
+class QuantizedLinear(Quantized):
+    """A linear layer."""
+
+    in_features: int
+    out_features: int
+
+    @classmethod
+    def _copy_of(cls, linear: nn.Module, **options: Any) -> Any:
+        """A quantized copy of a linear layer, which shares the bias. options: arguments of cls.
+
+        Raises:
+            TypeError: linear is no linear layer with float weights.
+        """
+        if not isinstance(linear, (nn.Linear, fnn.Linear)):
+            raise TypeError(
+                f"from_linear: linear must be a torch.nn.Linear or fastops.nn.Linear, got {type(linear).__name__}"
+            )
+        activation = activation_of(linear)
+        layer = cls(linear.in_features, linear.out_features, bias=False, activation=activation, **options)
+        layer.bias = linear.bias
+        layer._set(linear.weight.detach())
+        return layer.train(linear.training)
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"
+
+
+def become(module: nn.Module, cls: type[Quantized], weight: Tensor, activation: Activation) -> None:
     """Gives a module the class, and its state in the place of its parameter `weight`."""
     resolve_activation(activation)
     module._parameters.pop("weight", None)
@@ -123,6 +128,6 @@ def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def activation_of(linear: nn.Module) -> Activation:
-    """A layer's own; an attribute of that name that torch.nn.Linear happens to have is none."""
-    return linear.activation if isinstance(linear, Fused) else None
+def activation_of(layer: nn.Module) -> Activation:
+    """A layer's own; an attribute of that name that torch.nn's layer happens to have is none."""
+    return layer.activation if isinstance(layer, Fused) else None

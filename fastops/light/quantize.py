@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import fastops.nn as fnn
-from fastops.light._quantized import QuantizedLinear, activation_of, become
+from fastops.light._quantized import Quantized, QuantizedLinear, activation_of, become
+from fastops.light._static import Batches, quantize_static
 from fastops.light.linear_int8 import MOST_FEATURES, LinearInt8
 from fastops.light.sparse_linear import Conv2d1x1Sparse, LinearSparse
 from fastops.light.weight_only import LinearWeightOnly, checked_group_size
@@ -24,7 +25,7 @@ __all__ = ["quantize_"]
 
 # The options of the weight-only ones.
 _WEIGHT_ONLY = {"int8_weight": {"bits": 8}, "int4_weight": {"bits": 4}, "fp8_weight": {"bits": 8, "float8": True}}
-_CONFIGS = ("int8_dynamic", *_WEIGHT_ONLY)
+_CONFIGS = ("int8_dynamic", "int8_static", *_WEIGHT_ONLY)
 _FUSED = FUSED[fnn.Linear]
 _LINEAR = (nn.Linear, fnn.Linear, _FUSED)
 # Fewer weights than these are as fast in float32, where a call takes some microseconds. PyTorch's float32 layer and
@@ -38,36 +39,50 @@ def quantize_(
     config: str = "int8_dynamic",
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     group_size: int | None = None,
+    calibrate: Batches | None = None,
+    observer: str = "minmax",
+    symmetric: bool = False,
 ) -> Report:
-    """Turns the weights of a model's linear layers into integers, in place. It cannot be undone: keep a checkpoint.
+    """Turns the weights of a model's layers into integers, in place. It cannot be undone: keep a checkpoint.
 
-    torch.nn.Linear and fastops.nn.Linear become, with
+    torch.nn.Linear and fastops.nn.Linear, with "int8_static" also Conv2d, become, with
 
     - "int8_dynamic": LinearInt8. Weights have 8 bits and a scale for each output feature; inputs are rounded to 8 bits
       row by row as they come. The fastest one from some rows on. The weights take a quarter of float32's bytes on disk,
       and half of them in memory, where packed weights are kept, too.
+    - "int8_static": LinearInt8Static and Conv2dInt8. Weights have 8 bits and a scale for each output; inputs are
+      rounded to 8 bits with one scale, which calibration finds. fastops.freeze(model) then keeps what such layers hand
+      on to each other in 8 bits, with batch norms, ReLU, max pools and residual additions between them.
     - "int8_weight": LinearWeightOnly with 8 bits. Inputs are not rounded. A quarter of float32's bytes. For few rows.
     - "int4_weight": LinearWeightOnly with 4 bits. With groups of 128, 0.14 of float32's bytes. For few rows.
     - "fp8_weight": LinearWeightOnly with float8 (e4m3) weights: as "int8_weight", but a weight's rounding error is a
       part of the weight, and not of the largest of its row.
 
-    Nothing has to be calibrated.
+    "int8_static" has to be calibrated, the others do not: the model is called in eval mode, without gradients, and the
+    numbers that reach each layer are seen.
 
     Args:
         model: any module; it may itself be such a layer, and stays the same object. state_dict keys stay, and each
             quantized layer has more, `scale` and perhaps `offset`.
         config: one of these names.
         filter_fn: filter_fn(module, fqn) -> bool says which of the layers to quantize; None means those of 8192
-            weights and more, as smaller ones would not be faster.
+            weights and more, as smaller ones would not be faster, and with "int8_static" all.
         group_size: of weight-only layers, how many weights of a row have one scale: a power of two from 16 on. None:
             128 for "int4_weight", the whole row for "int8_weight".
+        calibrate: for "int8_static". Batches, an iterable: the model is called with each, which is a tensor, a tuple of
+            its arguments or a dict of them. Or a function, calibrate(model), that calls the model.
+        observer: how the range of an input follows from what was seen. "minmax": all of it. "percentile": all but one
+            of ten thousand numbers at either end. "mse": the part of it for which rounding loses least, in the square.
+        symmetric: whether levels lie evenly around 0. By default they go from the least number to the greatest.
 
     Returns:
         A Report as replace_ makes it: what was quantized, what was skipped and why, and what else computes something.
 
     Raises:
-        TypeError: model is not a torch.nn.Module. ValueError: config or group_size is not one of these.
-        What filter_fn raises; the model is then what it was.
+        TypeError: model is not a torch.nn.Module, or calibrate neither iterable nor callable.
+        ValueError: config, group_size or observer is not one of these; calibration called none of the layers, or one
+            with NaN, an infinity or a constant.
+        What filter_fn, calibrate and the model raise. The model is then what it was.
 
     Source: torchao's quantize_, whose names these are.
 
@@ -81,9 +96,13 @@ def quantize_(
         raise TypeError(f"quantize_: model must be a torch.nn.Module, got {type(model).__name__}")
     if config not in _CONFIGS:
         raise ValueError(f"quantize_: config must be one of {', '.join(map(repr, _CONFIGS))}, got {config!r}")
+    if config in ("int8_dynamic", "int8_static") and group_size is not None:
+        raise ValueError(f"quantize_: group_size is for weight-only layers, got {group_size!r} with {config!r}")
+    if config == "int8_static":
+        return quantize_static(model, filter_fn, calibrate, observer, symmetric)
+    if calibrate is not None:
+        raise ValueError(f"quantize_: calibrate is for 'int8_static', got one with {config!r}")
     if config == "int8_dynamic":
-        if group_size is not None:
-            raise ValueError(f"quantize_: group_size is for weight-only layers, got {group_size!r} with {config!r}")
         result, options = LinearInt8, {}
     else:
         result, options = LinearWeightOnly, {**_WEIGHT_ONLY[config], "group_size": group_size}
@@ -108,7 +127,7 @@ def quantize_(
             if not why:
                 report.replaced.append(Row(name, class_name(cls), f"fastops.light.{result.__name__}"))
                 chosen.append(module)
-        elif isinstance(module, QuantizedLinear):
+        elif isinstance(module, Quantized):
             why = "sparse" if isinstance(module, (LinearSparse, Conv2d1x1Sparse)) else "already quantized"
         elif isinstance(module, nn.Linear):
             why = why or why_not_type(module)

@@ -5,6 +5,7 @@
 #include "../attention/attention.h"
 #include "../batch_norm/batch_norm.h"
 #include "../conv/conv.h"
+#include "../conv_int8/conv_int8.h"
 #include "../conv_pool/conv_pool.h"
 #include "../inverted_residual/inverted_residual.h"
 #include "../layer_norm/layer_norm.h"
@@ -14,6 +15,7 @@
 #include "../mlp/mlp.h"
 #include "../optim/optim.h"
 #include "../pool/pool.h"
+#include "../pool_int8/pool_int8.h"
 #include "../softmax/softmax.h"
 #include "../sparse_linear/sparse_linear.h"
 #include "../weight_only/weight_only.h"
@@ -29,9 +31,11 @@ namespace fastops {
   FASTOPS_CALLS_weight_only(X) \
   FASTOPS_CALLS_mlp(X) \
   FASTOPS_CALLS_conv(X) \
+  FASTOPS_CALLS_conv_int8(X) \
   FASTOPS_CALLS_conv_pool(X) \
   FASTOPS_CALLS_inverted_residual(X) \
   FASTOPS_CALLS_pool(X) \
+  FASTOPS_CALLS_pool_int8(X) \
   FASTOPS_CALLS_batch_norm(X) \
   FASTOPS_CALLS_loss(X) \
   FASTOPS_CALLS_optim(X) \

@@ -226,7 +226,7 @@ inline void multiply_int8(const Int8Rows& shape, int64_t k, const Int8A* a, cons
 using Int8Session = NoSession;
 
 template <int rows>
-__attribute__((noinline)) void multiply_int8_rows(int64_t chunks, const Int8A* a, const Int8B* b, bool first,
+__attribute__((noinline)) void multiply_int8_rows(int64_t k, const Int8A* a, const Int8B* b, bool first,
                                                   int32_t* sums) {
   constexpr int kLanes = Vec<float>::size;
   Int8Sums acc[rows][2];
@@ -235,8 +235,8 @@ __attribute__((noinline)) void multiply_int8_rows(int64_t chunks, const Int8A* a
     acc[r][0] = first ? Int8Sums::zero() : Int8Sums::load(sums + r * kInt8Nr);
     acc[r][1] = first ? Int8Sums::zero() : Int8Sums::load(sums + r * kInt8Nr + kLanes);
   }
-  for (int64_t c = 0; c < chunks; ++c, a += kInt8Mr * kInt8Chunk)
-    for (int g = 0; g < kInt8Chunk; g += kInt8Group, b += kInt8Nr * kInt8Group) {
+  for (; k > 0; k -= kInt8Chunk, a += kInt8Mr * kInt8Chunk)
+    for (int g = 0; g < smaller<int64_t>(k, kInt8Chunk); g += kInt8Group, b += kInt8Nr * kInt8Group) {
       const Int8Sums left = Int8Sums::load(b), right = Int8Sums::load(b + kLanes * kInt8Group);
 #pragma GCC unroll 12
       for (int r = 0; r < rows; ++r) {
@@ -254,7 +254,7 @@ __attribute__((noinline)) void multiply_int8_rows(int64_t chunks, const Int8A* a
 
 // The kernel of a panel with this many rows.
 struct Int8Rows {
-  void (*multiply)(int64_t chunks, const Int8A* a, const Int8B* b, bool first, int32_t* sums);
+  void (*multiply)(int64_t k, const Int8A* a, const Int8B* b, bool first, int32_t* sums);
   explicit Int8Rows(int rows)
       : multiply(rows == 1             ? multiply_int8_rows<1>
                  : rows == 2           ? multiply_int8_rows<2>
@@ -263,11 +263,12 @@ struct Int8Rows {
                                        : multiply_int8_rows<kInt8Mr>) {}
 };
 
-// sums[kInt8Mr][kInt8Nr] = A B, or sums + A B if it is not the first block of k. k: a multiple of kInt8Chunk.
+// sums[kInt8Mr][kInt8Nr] = A B, or sums + A B if it is not the first block of k. k: any for the last block, else a
+// multiple of kInt8Chunk.
 template <class Waiting>
 inline void multiply_int8(const Int8Rows& shape, int64_t k, const Int8A* a, const Int8B* b, int, bool first,
                           int32_t* sums, Waiting&, const Int8A*) {
-  shape.multiply(k / kInt8Chunk, a, b, first, sums);
+  shape.multiply(k, a, b, first, sums);
 }
 
 #endif
