@@ -25,6 +25,7 @@ USERS = {
     "csrc/kernels/common/cuda/planners.h": "kernels for a GPU are a step of their own",
     "csrc/kernels/conv/cpu/pointwise.inl": "a 1x1 convolution is a product",
     "csrc/kernels/conv/cuda/conv.cu": "a 1x1 convolution is a product",
+    "csrc/kernels/common/inference.h": "what the light run time leaves out, which a new op may do without",
     "csrc/kernels/fastops.h": "short names for users of C++; Cpu::plan takes every call",
     "csrc/runtime/layer_ops.cpp": "what a file of the light run time can hold, which is a list of its own",
     "csrc/torch/aten_activation.cpp": "ATen's operators, which are a list of their own",
