@@ -563,7 +563,9 @@ def build_extension(
         "FASTOPS_VERSION": version,
         "FASTOPS_TORCH_VERSION": torch_version,
         "FASTOPS_COMPILER": cxx_version,
-        "FASTOPS_FLAGS": " ".join([*common, *KERNEL_FLAGS]),
+        "FASTOPS_FLAGS": " ".join(
+            [*common_flags(cxx_version), *OPTIMIZE, *KERNEL_FLAGS, *(["FASTOPS_HURRY=1"] if in_a_hurry() else [])]
+        ),
         "FASTOPS_CUDA_BUILD": str(cuda),
     }
     with_cuda = [] if cuda.why_not else ["-DFASTOPS_WITH_CUDA"]
@@ -742,7 +744,7 @@ def build_cpp_tests(folder: Path, sources: list[Path], sanitized: Collection[str
         text = source.read_text()
         flags = sanitize if "bodies_prelude.h" in text else []
         test = build.compile(
-            source, [*common, *(flags or ["-O2"]), "-ffp-contract=off", "-pthread", f"-I{ROOT / 'csrc'}"]
+            source, [*common, *(flags or ["-O1"]), "-ffp-contract=off", "-pthread", f"-I{ROOT / 'csrc'}"]
         )
         program = Program(folder / source.stem, quick)
         build.link([test, *watched.values()], program.path, [*sanitize, "-pthread"])
