@@ -52,7 +52,7 @@ def set_limit(limit_bytes: int) -> None:
         raise TypeError(f"set_limit: limit_bytes must be an int, got {type(limit_bytes).__name__}")
     if limit_bytes < 0:
         raise ValueError(f"set_limit: limit_bytes must not be negative, got {limit_bytes}")
-    _C.memory_set_limit(limit_bytes)
+    _C.memory_set_limit(min(limit_bytes, 2**63 - 1))
 
 
 def empty_cache() -> None:

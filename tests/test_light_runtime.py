@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import numpy
@@ -281,6 +282,30 @@ def test_a_model_for_one_batch_is_saved_for_that_one(tmp_path):
         run(numpy.ones((2, 4)))
 
 
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: x[: len(x) // 2 + 1],  # as many of 4 rows as of 5
+        lambda m, x: x[: min(len(x), 6)] + 1,
+        lambda m, x: torch.cat([m[0].weight[:1].expand(len(x), -1), x], 1) / len(x),
+    ],
+)
+def test_sizes_that_only_seem_to_follow_the_batch(forward, tmp_path):
+    model, x = function(forward, nn.Linear(4, 2)), torch.randn(4, 4)
+    assert light.save(model, tmp_path / "m.fops", x).inputs == {"x": (4, 4)}
+    result = fastops_light.Model(tmp_path / "m.fops")(x.numpy())
+    numpy.testing.assert_allclose(result, model(x).detach().numpy(), rtol=1e-6)
+
+
+def test_a_forward_that_writes_to_its_input(tmp_path):
+    model, x = function(lambda _, x: x.add_(1)), torch.zeros(2, 3)
+    light.save(model, tmp_path / "m.fops", x)
+    assert (x == 0).all()
+    given = numpy.ones((5, 3), numpy.float32)
+    assert (fastops_light.Model(tmp_path / "m.fops")(given) == 2).all()
+    assert (given == 1).all()
+
+
 def test_saving_changes_nothing(tmp_path):
     model, x = MODELS["convnet"]()
     model.train()
@@ -315,6 +340,7 @@ class Names(nn.Module):
         (function(lambda _, x: x[x > 0]), "aten"),
         (function(lambda _, x: x if x.sum() > 0 else -x), "aten"),
         (function(lambda _, x: (x, 3)), "output"),
+        (function(lambda _, x: x + torch.rand(4)), "it draws random numbers (aten.rand"),
         (function(lambda _, x: [x.view(-1).relu_(), x][1]), "written to through another view"),
     ],
 )
@@ -367,6 +393,20 @@ def test_arrays_that_do_not_fit(saved):
     model.close()
     with pytest.raises(ValueError, match="closed"):
         model(x[:, :4])
+
+
+def test_names_that_are_no_utf8(saved):
+    data = bytearray(saved.read_bytes())
+    at = data.index(b"input")
+    data[at] = 0xFF
+    data[12:16] = zlib.crc32(data[16:]).to_bytes(4, "little")
+    saved.write_bytes(data)
+    assert list(fastops_light.Model(saved).inputs) == ["\ufffdnput"]
+    data[at + 5] = 2  # its element type
+    data[12:16] = zlib.crc32(data[16:]).to_bytes(4, "little")
+    saved.write_bytes(data)
+    with pytest.raises(OSError, match="is of bfloat16, which NumPy does not have"):
+        fastops_light.Model(saved)
 
 
 def test_several_threads_call_one_model(saved):

@@ -85,6 +85,7 @@ def test_limit():
         memory.set_limit(-1)
     with pytest.raises(TypeError, match="set_limit"):
         memory.set_limit("1 GB")
+    memory.set_limit(2**70)  # no limit
 
 
 def test_blocks_are_divided_joined_and_moved():

@@ -279,3 +279,8 @@ def test_docstrings(name):
     assert docs.failed_examples(symbol, name) == ""
     for one in ("step", "report", "state_dict", "load_state_dict") if name == "Pruner" else ():
         assert docs.failed_examples(getattr(symbol, one), one) == ""
+
+
+def test_a_state_that_no_pruner_gave():
+    with pytest.raises(ValueError, match="state_dict must be one that a Pruner gave, got one without steps, masks"):
+        light.Pruner(nn.Linear(2, 2), 0.5).load_state_dict({})

@@ -4,7 +4,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,18 +191,39 @@ def _node(node: Node, number: dict[Value, int]) -> bytes:
     )
 
 
-# ---- two recordings of one model
+# ---- recordings of one model
 
 
-def joined(one: Graph, other: Graph, batch: int, other_batch: int) -> Graph | None:
-    """The graph for any batch, of those for two of them; None where they differ in more than sizes that follow it."""
+def joined(one: Graph, batch: int, others: Mapping[int, Graph]) -> Graph | None:
+    """The graph for any batch, of those for some; None, and `one` as it was, where more differs than sizes that follow.
+
+    others: by their batches. Two would not tell len(x) // 2 + 1 from a constant.
+    """
+    found = [_differences(one, other, batch, other_batch) for other_batch, other in others.items()]
+    first = found[0]
+    if first is None or any(each is None or each.keys() != first.keys() for each in found):
+        return None
+    expanded: dict[Node, list[Node]] = {}  # nodes that expand a constant, by what reads them
+    for (node, what, i), change in first.items():
+        if what == "size":
+            node.sizes[i] = (change, True)
+        else:
+            sizes = [(1, True), *((size, False) for size in change.shape[1:])]
+            node.inputs[i] = Node("expand", node.name, [Constant(change)], sizes=sizes)
+            expanded.setdefault(node, []).append(node.inputs[i])
+    one.nodes = [each for node in one.nodes for each in (*expanded.get(node, ()), node)]
+    return one
+
+
+def _differences(one: Graph, other: Graph, batch: int, other_batch: int) -> dict[tuple[Node, str, int], Any] | None:
+    """Which sizes and constants of a node of `one` follow the batch: how many times it, and the row that repeats."""
     if len(one.nodes) != len(other.nodes) or len(one.outputs) != len(other.outputs):
         return None
     same: dict[Value, Value] = {
         **dict(zip(other.inputs, one.inputs, strict=True)),
         **dict(zip(other.nodes, one.nodes, strict=True)),
     }
-    made: list[tuple[Node, Node]] = []  # nodes that expand a constant, and what reads them
+    found: dict[tuple[Node, str, int], Any] = {}
     for a, b in zip(one.nodes, other.nodes, strict=True):
         if (a.op, a.ints, a.floats, a.texts, len(a.inputs)) != (b.op, b.ints, b.floats, b.texts, len(b.inputs)):
             return None
@@ -212,12 +233,9 @@ def joined(one: Graph, other: Graph, batch: int, other_batch: int) -> Graph | No
                     if x.tensor.data_ptr() != y.tensor.data_ptr() and x.content() != y.content():
                         return None
                     continue
-                row = _repeated_row(x.tensor, y.tensor, batch, other_batch)
-                if row is None:
+                found[a, "input", i] = _repeated_row(x.tensor, y.tensor, batch, other_batch)
+                if found[a, "input", i] is None:
                     return None
-                sizes = [(1, True), *((size, False) for size in row.shape[1:])]
-                made.append((Node("expand", a.name, [Constant(row)], sizes=sizes), a))
-                a.inputs[i] = made[-1][0]
             elif (y is None) != (x is None) or (y is not None and same.get(y) is not x):
                 return None
         if len(a.sizes) != len(b.sizes):
@@ -227,13 +245,11 @@ def joined(one: Graph, other: Graph, batch: int, other_batch: int) -> Graph | No
                 continue
             if x * other_batch != y * batch or x % batch != 0:
                 return None
-            a.sizes[i] = (x // batch, True)
+            found[a, "size", i] = x // batch
     for (name, x), (other_name, y) in zip(one.outputs, other.outputs, strict=True):
         if name != other_name or (same.get(y) is not x and not isinstance(x, Constant)):
             return None
-    for node, reader in made:
-        one.nodes.insert(one.nodes.index(reader), node)
-    return one
+    return found
 
 
 def _repeated_row(x: Tensor, y: Tensor, batch: int, other_batch: int) -> Tensor | None:

@@ -39,7 +39,9 @@ class Recording(TorchDispatchMode):
         """An input of the model. Of bfloat16, which NumPy does not have, it is given as float32."""
         given = torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
         if tensor.dtype not in ELEMENTS or tensor.dtype == torch.float64:
-            raise CannotSave(f"input {name} is of {name_of(tensor.dtype)}")
+            raise CannotSave(
+                f"input {name} is of {name_of(tensor.dtype)}, and not float32, bfloat16, float16 or integers"
+            )
         value: Value = Input(name, given, tensor.shape)
         self.inputs.append(value)
         if given != tensor.dtype:
@@ -118,6 +120,9 @@ class Recording(TorchDispatchMode):
             raise CannotSave(f"it writes to a tensor of the model's own ({func})")
         result = func(*args, **kwargs)
         if not self.depends((args, kwargs)):
+            # An attention without dropout has the tag too.
+            if torch.Tag.nondeterministic_seeded in func.tags and "attention" not in func._opname:
+                raise CannotSave(f"it draws random numbers ({func})")
             return result
         name = f"{func.namespace}.{func._opname}"
         if name in SAME:

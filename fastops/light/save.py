@@ -44,8 +44,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *inputs: Tensor) -> Sav
 
     The model is frozen first (fastops.freeze): batch norms become part of the layers before them, layers take their
     activations. Then it is called with the inputs, and what it computes is recorded; what its forward decides in Python
-    is decided for good. It is called a second time with another batch: where only sizes that follow the first dimension
-    of the inputs differ, the file takes batches of any size, else that of `inputs`.
+    is decided for good. It is called twice more with other batches: where only sizes that follow the first dimension of
+    the inputs differ, the file takes batches of any size, else that of `inputs`.
 
     Args:
         model: any module in float32, bfloat16 or float16, quantized layers of fastops.light among them. It stays as it
@@ -101,18 +101,21 @@ def _names(model: nn.Module, count: int) -> list[str]:
 
 
 def _recorded(frozen: nn.Module, inputs: dict[str, Tensor]) -> Graph:
-    graph = recorded(frozen, inputs)
+    # A forward may write to its inputs.
+    graph = recorded(frozen, {name: one.clone() for name, one in inputs.items()})
     first = next(iter(inputs.values()))
     if first.dim() == 0 or len(first) == 0:
         return graph
     batch = len(first)
     follow = [name for name, one in inputs.items() if one.dim() > 0 and len(one) == batch]
-    more = {name: torch.cat([one, one[:1]]) if name in follow else one for name, one in inputs.items()}
-    try:
-        other = recorded(frozen, more)
-    except Exception:  # whatever a forward raises that is written for one batch
-        return graph
-    result = joined(graph, other, batch, batch + 1)
+    others = {}
+    for size in (batch + 1, 2 * batch + 1):
+        more = {name: torch.cat([one] * 3)[:size] if name in follow else one.clone() for name, one in inputs.items()}
+        try:
+            others[size] = recorded(frozen, more)
+        except Exception:  # whatever a forward raises that is written for one batch
+            return graph
+    result = joined(graph, batch, others)
     if result is None:
         return graph
     for one in result.inputs:

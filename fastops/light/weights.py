@@ -232,6 +232,9 @@ class Pruner:
         >>> pruner = light.Pruner(nn.Linear(2, 2), 0.5)
         >>> pruner.load_state_dict(pruner.state_dict())
         """
+        missing = [key for key in ("steps", *self._tensors()) if key not in state_dict]
+        if missing:
+            raise ValueError(f"Pruner: state_dict must be one that a Pruner gave, got one without {', '.join(missing)}")
         for name, mask in self.masks.items():
             found = state_dict["masks"].get(name)
             if found is None or found.shape != mask.shape:

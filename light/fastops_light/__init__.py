@@ -126,10 +126,12 @@ class Model:
         self.inputs: dict[str, tuple[tuple[int, ...], numpy.dtype]] = {}
         for i in range(_lib.fastops_run_inputs(model)):
             about = _lib.fastops_run_input(model, i)
-            name = _lib.fastops_run_input_name(model, i).decode()
+            name = _lib.fastops_run_input_name(model, i).decode(errors="replace")
+            if about.type not in _TYPES:
+                raise OSError(f"fastops_light: input {name} is of bfloat16, which NumPy does not have")
             self.inputs[name] = tuple(about.dims[: max(about.rank, 0)]), _TYPES[about.type]
         count = _lib.fastops_run_outputs(model)
-        self.outputs = [_lib.fastops_run_output_name(model, i).decode() for i in range(count)]
+        self.outputs = [_lib.fastops_run_output_name(model, i).decode(errors="replace") for i in range(count)]
 
     def __call__(self, *arrays: Any) -> Any:
         """The output, or a tuple of them, for an array for each input (or what becomes one), converted to its dtype."""
