@@ -96,7 +96,7 @@ def run(
 ) -> light.Comparison:
     course = Course(seed)
     x = course.images[:1]
-    comparison = light.Comparison(x, course.accuracy, prepare=fastops.fuse, progress=progress)
+    comparison = light.Comparison(x, course.accuracy, prepare=fastops.freeze, progress=progress)
 
     model = course.train(NETWORKS[network](width), steps)
     comparison.add("as trained", model)
@@ -121,11 +121,11 @@ def run(
     comparison.add("9 of 10 blocks of 4x4 gone", sparse)
 
     rounded = copy.deepcopy(model)
-    say(progress, light.quantize_(rounded, "int8_dynamic"))
+    say(progress, light.quantize_(rounded, "int8_static", calibrate=[x for x, _ in course.batches(4)]))
     comparison.add("int8", rounded)
 
     both = copy.deepcopy(pruned)
-    light.quantize_(both, "int8_dynamic")
+    light.quantize_(both, "int8_static", calibrate=[x for x, _ in course.batches(4)])
     comparison.add("half of the channels, int8", both)
     return comparison
 

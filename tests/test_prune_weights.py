@@ -193,7 +193,7 @@ def test_it_goes_on_from_a_checkpoint():
     one, other = run([12]), run([4, 8])
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     with pytest.raises(ValueError, match=r"must have a mask \(32, 20\) for 0.weight, got none"):
-        light.Pruner(mlp(), 0.5).load_state_dict({"masks": {}})
+        light.Pruner(mlp(), 0.5).load_state_dict({**light.Pruner(mlp(), 0.5).state_dict(), "masks": {}})
 
 
 # ---- what it meets ---------------------------------------------------------------------------------------------------
