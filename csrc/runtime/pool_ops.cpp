@@ -4,17 +4,22 @@
 namespace fastops::runtime {
 namespace {
 
+// Windows of one element of an image of one: what a dimension that x does not have is.
+PoolGeometry one_window(const View& x, bool adaptive) {
+  return {.batch = x.shape[0],
+          .channels = x.shape[1],
+          .in = {1, 1, 1},
+          .out = {1, 1, 1},
+          .kernel = {1, 1, 1},
+          .stride = {1, 1, 1},
+          .padding = {0, 0, 0},
+          .dilation = {1, 1, 1},
+          .adaptive = adaptive};
+}
+
 // ints: dims, then for each dimension kernel, stride, padding, dilation (max pools), ceil_mode
 PoolGeometry windows_of(Builder& b, const View& x, int dims, bool with_dilation) {
-  PoolGeometry g{.batch = x.shape[0],
-                 .channels = x.shape[1],
-                 .in = {1, 1, 1},
-                 .out = {1, 1, 1},
-                 .kernel = {1, 1, 1},
-                 .stride = {1, 1, 1},
-                 .padding = {0, 0, 0},
-                 .dilation = {1, 1, 1},
-                 .adaptive = false};
+  PoolGeometry g = one_window(x, /*adaptive=*/false);
   const auto n = static_cast<size_t>(dims);
   const bool ceil = b.integer(1 + (with_dilation ? 4 : 3) * n, 0, 1) != 0;
   Shape padded = x.shape;
@@ -39,15 +44,7 @@ PoolGeometry windows_of(Builder& b, const View& x, int dims, bool with_dilation)
 
 // ints: dims, then the size for each dimension, -1: as the input's
 PoolGeometry adaptive_windows_of(Builder& b, const View& x, int dims) {
-  PoolGeometry g{.batch = x.shape[0],
-                 .channels = x.shape[1],
-                 .in = {1, 1, 1},
-                 .out = {1, 1, 1},
-                 .kernel = {1, 1, 1},
-                 .stride = {1, 1, 1},
-                 .padding = {0, 0, 0},
-                 .dilation = {1, 1, 1},
-                 .adaptive = true};
+  PoolGeometry g = one_window(x, /*adaptive=*/true);
   for (int i = 0; i < dims; ++i) {
     const int at = 3 - dims + i;
     g.in[at] = x.shape[2 + i];
