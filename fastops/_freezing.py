@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.utils import _pair
 
 import fastops.functional as FF
-from fastops._freezing_int8 import Int8Chains, fold_norms
+from fastops._freezing_int8 import Int8Chains, fits_int8, folded_int8
 from fastops._frozen_graph import Child, Either, FrozenGraph, InPlace, activation_of, freeze_in_place
 from fastops._frozen_layers import (
     LAYERS,
@@ -27,7 +27,7 @@ from fastops._frozen_layers import (
     each_dimension,
 )
 from fastops._frozen_layout import restore_layouts, suggests_channels_last
-from fastops._frozen_norms import NORMS, Apart, folded
+from fastops._frozen_norms import NORMS, Apart, folded, norms_after_layers
 from fastops._fusion import rewrite
 from fastops._nodes import LAYER, Nodes, in_the_way
 from fastops._outside import is_known
@@ -199,6 +199,10 @@ def _copy(module: nn.Module) -> nn.Module:
     return result
 
 
+def _fits(layer: nn.Module, norm: nn.Module) -> bool:
+    return type(layer) in NORMS[type(norm)] or fits_int8(layer, norm)
+
+
 class _Freezer:
     def __init__(self, model: nn.Module, graph: Graph, name: str, report: Any, channels_last: bool) -> None:
         self.source, self.graph, self.report, self.channels_last = model, graph, report, channels_last
@@ -240,7 +244,6 @@ class _Freezer:
     def run(self) -> GraphModule:
         self._transpose_weights()
         self._fold()
-        fold_norms(self)
         rewrite(self.graph, self.module, residuals=False)
         for node in tuple(self.graph.nodes):
             self._freeze_call(node)
@@ -288,24 +291,13 @@ class _Freezer:
 
     def _fold(self) -> None:
         """Makes batch norms part of the layer before them."""
-        modules = dict(self.module.named_modules())
-        for node in tuple(self.graph.nodes):
-            norm = modules.get(node.target) if node.op == "call_module" else None
-            if type(norm) not in NORMS or norm.running_mean is None or len(node.args) != 1 or in_the_way(norm):
-                continue
-            before = node.args[0]
-            layer = modules.get(before.target) if isinstance(before, Node) and before.op == "call_module" else None
-            if (
-                type(layer) not in NORMS[type(norm)]
-                or len(layer.weight) != len(norm.running_mean)
-                or len(before.users) != 1
-                or in_the_way(layer)
-                or getattr(layer, "activation", None)
-            ):
-                continue
+        for node, norm, before, layer in norms_after_layers(self.graph, self.module, _fits):
             target = self._free_name(f"{before.target}_{node.name}")
-            self.module.add_module(target, folded(layer, norm))
-            self.apart[target] = Apart(layer, norm)
+            if fits_int8(layer, norm):
+                self.module.add_module(target, folded_int8(layer, norm))
+            else:
+                self.module.add_module(target, folded(layer, norm))
+                self.apart[target] = Apart(layer, norm)
             self.names[target] = self.names[before.target]
             self.report.folded.append(Row(self.names[node.target], _name(type(norm)), self.names[before.target]))
             before.target = target

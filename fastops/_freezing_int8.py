@@ -312,34 +312,12 @@ class Int8Chains:
 # ---- batch norms
 
 
-def fold_norms(freezer: Any) -> None:
-    """Makes batch norms part of the convolution before them: each channel has a scale of its own already."""
-    modules = dict(freezer.module.named_modules())
-    for node in tuple(freezer.graph.nodes):
-        norm = modules.get(node.target) if node.op == "call_module" else None
-        if type(norm) not in _NORMS or norm.running_mean is None or len(node.args) != 1 or in_the_way(norm):
-            continue
-        before = node.args[0]
-        layer = modules.get(before.target) if isinstance(before, Node) and before.op == "call_module" else None
-        if (
-            static_int8(layer) != "conv2d"
-            or len(before.users) != 1
-            or in_the_way(layer)
-            or layer.activation is not None
-        ):
-            continue
-        if len(layer.weight) != len(norm.running_mean):
-            continue
-        target = freezer._free_name(f"{before.target}_{node.name}")
-        freezer.module.add_module(target, _folded(layer, norm))
-        freezer.names[target] = freezer.names[before.target]
-        freezer.report.folded.append(Row(freezer.names[node.target], _name(type(norm)), freezer.names[before.target]))
-        before.target = target
-        node.replace_all_uses_with(before)
-        freezer.graph.erase_node(node)
+def fits_int8(layer: nn.Module, norm: nn.Module) -> bool:
+    """Whether the norm can be a part of the layer: each channel of a convolution has a scale of its own already."""
+    return static_int8(layer) == "conv2d" and type(norm) in _NORMS
 
 
-def _folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
+def folded_int8(layer: nn.Module, norm: nn.Module) -> nn.Module:
     """The layer followed by the batch norm, as one layer. Computed in float64 and rounded once."""
 
     def double(tensor: Tensor | None, default: float) -> Any:

@@ -1,13 +1,15 @@
 """Batch norms of a frozen model: one that follows a layer becomes part of its weights."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Graph, Node
 
 import fastops.nn as fnn
+from fastops._nodes import in_the_way
 
 # The norms that take what a layer gives, where that is a batch.
 NORMS = {
@@ -17,6 +19,31 @@ NORMS = {
     for n in (1, 2, 3)
     if hasattr(package, f"BatchNorm{n}d")
 }
+
+
+def norms_after_layers(
+    graph: Graph, module: nn.Module, fits: Callable[[nn.Module, nn.Module], bool]
+) -> Iterator[tuple[Node, nn.Module, Node, nn.Module]]:
+    """The batch norms that alone take what a layer gives: call and module of the norm, and of the layer.
+
+    fits(layer, norm): whether the classes are ones that can be one layer. The graph may be changed meanwhile.
+    """
+    modules = dict(module.named_modules())
+    for node in tuple(graph.nodes):
+        norm = modules.get(node.target) if node.op == "call_module" else None
+        if type(norm) not in NORMS or norm.running_mean is None or len(node.args) != 1 or in_the_way(norm):
+            continue
+        before = node.args[0]
+        layer = modules.get(before.target) if isinstance(before, Node) and before.op == "call_module" else None
+        if (
+            layer is not None
+            and fits(layer, norm)
+            and len(layer.weight) == len(norm.running_mean)
+            and len(before.users) == 1
+            and not in_the_way(layer)
+            and not getattr(layer, "activation", None)
+        ):
+            yield node, norm, before, layer
 
 
 class Apart(nn.Module):
