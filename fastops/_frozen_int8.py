@@ -33,6 +33,19 @@ class Levels(NamedTuple):
         return (levels.float() - self.zero) * self.scale
 
 
+class Numbers(NamedTuple):
+    """What the kernel takes besides the weight (csrc/kernels/conv_int8/conv_int8.h), in float64.
+
+    output: y_factor, y_offset, y_low and y_high; None where the output is a float tensor.
+    """
+
+    multiplier: Tensor
+    offset: Tensor
+    activation: tuple[str, float, float]
+    output: tuple[float, float, int, int] | None
+    residual_scale: float
+
+
 class FrozenInt8(nn.Module):
     """f(layer(input) + residual), where input, residual and output are float tensors or levels.
 
@@ -63,25 +76,30 @@ class FrozenInt8(nn.Module):
         self.result: Levels | None = None
         self._packed: Any = None
 
-    def pack(self) -> Any:
-        """The layer of csrc/torch/conv_int8.cpp."""
+    def numbers(self) -> "Numbers":
         kind, a, b = resolve_activation(self.activation)
         scale, offset = self.scale.double(), self.bias.double()
         if self.residual is not None:
             offset = offset - self.residual.scale * self.residual.zero
-        output, residual_scale, f = None, self.residual.scale if self.residual else 1.0, (KIND[kind], a, b)
+        output, residual_scale, f = None, self.residual.scale if self.residual else 1.0, (kind, a, b)
         if self.result is not None and kind in ("identity", "relu", "relu6"):
             # In units of the output's levels: the activation is a matter of the lowest and the highest.
             step, zero = self.result
             scale, offset, residual_scale = scale / step, offset / step + zero, residual_scale / step
             high = min(255, round(6 / step) + zero) if kind == "relu6" else 255
             output = (1.0, 0.0, 0 if kind == "identity" else zero, high)
-            f = (KIND["identity"], 0.0, 0.0)
+            f = ("identity", 0.0, 0.0)
         elif self.result is not None:
             output = (1 / self.result.scale, float(self.result.zero), 0, 255)
+        return Numbers(scale, offset, f, output, residual_scale)
+
+    def pack(self) -> Any:
+        """The layer of csrc/torch/conv_int8.cpp."""
+        n = self.numbers()
+        kind, a, b = n.activation
         self._packed = _C.FrozenInt8(
-            self.weight, scale, offset, *self.given, self.geometry, f, output, residual_scale,
-            torch.empty(0, dtype=self.dtype),
+            self.weight, n.multiplier, n.offset, *self.given, self.geometry, (KIND[kind], a, b), n.output,
+            n.residual_scale, torch.empty(0, dtype=self.dtype),
         )  # fmt: skip
         return self._packed
 

@@ -236,6 +236,58 @@ def test_quantized_layers(config, tmp_path):
     assert whole.bytes < 4 * (64 * 256 + 256 * 70) // 2
 
 
+class Pools(nn.Module):
+    """Residual additions and pools of levels, and an activation that no bound of levels says."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding="same"), nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False)
+        self.third, self.fourth = nn.Conv2d(8, 12, (2, 1), 2, (1, 0)), nn.Conv2d(12, 8, 3, dilation=2)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = F.relu6(self.first(x))
+        x = F.relu(self.second(x) + x)
+        x = F.hardswish(self.third(F.max_pool2d(x, 3, 2, 1)))
+        x = self.fourth(F.avg_pool2d(x, 2, 1, ceil_mode=True))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class Apart(nn.Module):
+    """What freeze does not follow: each layer takes and gives numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 8, 3, 2), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = F.relu(self.conv(x))
+        return self.linear(x.mean([2, 3]) if bool(torch.ones(()) > 0) else x)
+
+
+STATIC = {
+    "convnet": lambda: (ConvNet(), image(1, 28, 28), ["conv_int8", "max_pool", "linear_int8_static"]),
+    "mlp": lambda: (MLP(64), image(1, 8, 8), ["linear_int8_static"]),
+    "pools": lambda: (Pools(), image(3, 33, 30), ["max_pool", "avg_pool_int8", "adaptive_avg_pool_int8"]),
+    "apart": lambda: (Apart(), image(3, 9, 8), ["conv_int8", "adaptive_avg_pool"]),
+}
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_static_int8(name, tmp_path):
+    """Levels go from layer to layer as in the frozen model: the same bits."""
+    torch.manual_seed(3)
+    model, x, ops = STATIC[name]()
+    whole = light.save(model.eval(), tmp_path / "whole.fops", x).bytes
+    light.quantize_(model, "int8_static", calibrate=[torch.randn(8, *x.shape[1:])])
+    saved = check(model, x, tmp_path / "model.fops", bound=0)
+    assert all(op.encode() in (tmp_path / "model.fops").read_bytes() for op in ops)
+    if name in ("convnet", "mlp"):
+        assert saved.bytes < 0.3 * whole
+    model.bfloat16()
+    check(model, x.bfloat16(), tmp_path / "model.fops", bound=0.02)
+
+
 def test_sparse_layers(tmp_path):
     torch.manual_seed(2)
     model = nn.Sequential(

@@ -120,42 +120,6 @@ Image image_of(Builder& b, const View& x, int dims, Layout layout) {
   return {b.dense(x, layout), dims, layout};
 }
 
-// ints: dims, groups, w_layout, then for each dimension stride, padding before, padding after, dilation
-ConvGeometry geometry_of(Builder& b, const View& x, const View& w, int dims) {
-  ConvGeometry g{.batch = x.shape[0],
-                 .in_channels = x.shape[1],
-                 .out_channels = w.shape[0],
-                 .groups = b.integer(1, 1),
-                 .in = {1, 1, 1},
-                 .out = {1, 1, 1},
-                 .kernel = {1, 1, 1},
-                 .stride = {1, 1, 1},
-                 .padding = {0, 0, 0},
-                 .dilation = {1, 1, 1}};
-  b.require(g.in_channels % g.groups == 0 && g.out_channels % g.groups == 0 && w.shape[1] == g.in_channels / g.groups,
-            "weights ", w.shape, " in ", g.groups, " groups do not fit an input of shape ", x.shape);
-  Shape padded = x.shape;  // which kernels may copy
-  for (int i = 0; i < dims; ++i) {
-    const int at = 3 - dims + i;
-    const auto option = [&](size_t kind, int64_t least) {
-      return b.integer(3 + kind * static_cast<size_t>(dims) + static_cast<size_t>(i), least);
-    };
-    g.in[at] = x.shape[2 + i];
-    g.kernel[at] = w.shape[2 + i];
-    g.stride[at] = option(0, 1);
-    g.padding[at] = option(1, 0);
-    g.dilation[at] = option(3, 1);
-    b.require(g.kernel[at] >= 1 && g.kernel[at] < kMostAttribute && g.in[at] < kMostAttribute, "weights ", w.shape,
-              " and an input of shape ", x.shape, " are no convolution's");
-    const int64_t reach = g.dilation[at] * (g.kernel[at] - 1) + 1, room = g.in[at] + g.padding[at] + option(2, 0);
-    b.require(room >= reach, "its kernel of ", reach, " is larger than the padded input of shape ", x.shape);
-    g.out[at] = (room - reach) / g.stride[at] + 1;
-    padded.dims[2 + i] = room;
-  }
-  padded.elements();
-  return g;
-}
-
 Layout weight_layout(Builder& b, int dims) {
   const auto layout = static_cast<Layout>(b.integer(2, 0, 1));
   b.require(dims > 1 || layout == Layout::channels_first, "weights of one dimension are channels first");
@@ -412,6 +376,41 @@ Shape image_shape(int64_t batch, int64_t channels, const int64_t (&spatial)[3], 
   Shape shape{.rank = dims + 2, .dims = {batch, channels}};
   std::copy(spatial + 3 - dims, spatial + 3, shape.dims + 2);
   return shape;
+}
+
+ConvGeometry geometry_of(Builder& b, const View& x, const View& w, int dims) {
+  ConvGeometry g{.batch = x.shape[0],
+                 .in_channels = x.shape[1],
+                 .out_channels = w.shape[0],
+                 .groups = b.integer(1, 1),
+                 .in = {1, 1, 1},
+                 .out = {1, 1, 1},
+                 .kernel = {1, 1, 1},
+                 .stride = {1, 1, 1},
+                 .padding = {0, 0, 0},
+                 .dilation = {1, 1, 1}};
+  b.require(g.in_channels % g.groups == 0 && g.out_channels % g.groups == 0 && w.shape[1] == g.in_channels / g.groups,
+            "weights ", w.shape, " in ", g.groups, " groups do not fit an input of shape ", x.shape);
+  Shape padded = x.shape;  // which kernels may copy
+  for (int i = 0; i < dims; ++i) {
+    const int at = 3 - dims + i;
+    const auto option = [&](size_t kind, int64_t least) {
+      return b.integer(3 + kind * static_cast<size_t>(dims) + static_cast<size_t>(i), least);
+    };
+    g.in[at] = x.shape[2 + i];
+    g.kernel[at] = w.shape[2 + i];
+    g.stride[at] = option(0, 1);
+    g.padding[at] = option(1, 0);
+    g.dilation[at] = option(3, 1);
+    b.require(g.kernel[at] >= 1 && g.kernel[at] < kMostAttribute && g.in[at] < kMostAttribute, "weights ", w.shape,
+              " and an input of shape ", x.shape, " are no convolution's");
+    const int64_t reach = g.dilation[at] * (g.kernel[at] - 1) + 1, room = g.in[at] + g.padding[at] + option(2, 0);
+    b.require(room >= reach, "its kernel of ", reach, " is larger than the padded input of shape ", x.shape);
+    g.out[at] = (room - reach) / g.stride[at] + 1;
+    padded.dims[2 + i] = room;
+  }
+  padded.elements();
+  return g;
 }
 
 const OpTable layer_ops{kLayerOps, std::size(kLayerOps)};

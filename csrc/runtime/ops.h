@@ -30,6 +30,9 @@ void copy(Builder& b, const View& from, const View& to);  // of the same shape
 // f(y + residual) into memory of its own. The residual may be broadcast.
 View add_and_activate(Builder& b, const View& y, const View& residual, Activation f);
 View activate(Builder& b, const View& x, Activation f);
+// Of a convolution of images of `dims` dimensions. ints: dims, groups, w_layout, then for each dimension stride,
+// padding before, padding after, dilation
+ConvGeometry geometry_of(Builder& b, const View& x, const View& w, int dims);
 // As a matrix: all dimensions but the last one are rows, whose elements are contiguous.
 struct Rows {
   View view;

@@ -1,4 +1,6 @@
 // Pools.
+#include <algorithm>
+
 #include "ops.h"
 
 namespace fastops::runtime {
@@ -70,7 +72,62 @@ View pool(Builder& b, bool adaptive, bool with_dilation, Make make) {
   return y;
 }
 
+// The same of levels: the image is channels last, and so is what becomes of it.
+View pool_int8(Builder& b, const PoolGeometry& g, const View& x, Element type, PoolInt8Forward call) {
+  const View y = b.make(type, image_shape(g.batch, g.channels, g.out, 2), Layout::channels_last);
+  if (y.shape.elements() == 0) return y;
+  call.geometry = g;
+  call.float_y = type != Element::u8;
+  call.dtype = call.float_y ? dtype_of(y) : DType::f32;
+  b.kernel(call, {x, y}, [=](const Run& run) {
+    return PoolInt8Forward::Pointers{static_cast<const uint8_t*>(run.at(x)), run.at(y)};
+  });
+  return y;
+}
+
+View levels_of(Builder& b) {
+  const View& input = b.input(0);
+  b.require(input.type == Element::u8 && input.shape.rank == 4 && b.integer(0) == 2,
+            "its input has to be images of uint8, got ", name_of(input.type), " of shape ", input.shape);
+  return b.dense(input, Layout::channels_last);
+}
+
+// ints after those of the windows: the element type of the average, the zero point of x; floats: factor, offset (see
+// pool_int8.h)
+View average_levels(Builder& b, const PoolGeometry& g, const View& x, size_t after, PoolInt8Forward call) {
+  // Sums of the levels of a window fit 32 bits.
+  int64_t most = 1;
+  for (int i = 0; i < 3; ++i) {
+    const int64_t size = !g.adaptive ? g.kernel[i] : g.in[i] / std::max<int64_t>(g.out[i], 1) + 2;
+    b.require(!__builtin_mul_overflow(most, std::min(size, g.in[i] + 2 * g.padding[i]), &most) && most <= 65536,
+              "its windows have more than 65536 elements");
+  }
+  call.average = true;
+  call.zero = static_cast<int>(b.integer(after + 1, 0, 255));
+  call.factor = static_cast<float>(b.number(0));
+  call.offset = static_cast<float>(b.number(1));
+  return pool_int8(b, g, x, static_cast<Element>(b.integer(after, 0, kElements - 1)), call);
+}
+
+View avg_pool_int8(Builder& b) {
+  const View x = levels_of(b);
+  const PoolGeometry g = windows_of(b, x, 2, false);
+  return average_levels(b, g, x, 10,
+                        {.geometry = {},
+                         .count_include_pad = b.integer(8, 0, 1) != 0,
+                         .divisor_override = b.integer(9, -kMostAttribute)});
+}
+View adaptive_avg_pool_int8(Builder& b) {
+  const View x = levels_of(b);
+  return average_levels(b, adaptive_windows_of(b, x, 2), x, 3, {.geometry = {}});
+}
+
+// Of floats or of levels.
 View max_pool(Builder& b) {
+  if (b.input(0).type == Element::u8) {
+    const View x = levels_of(b);
+    return pool_int8(b, windows_of(b, x, 2, true), x, Element::u8, {.geometry = {}});
+  }
   return pool<MaxPoolForward>(b, false, true, [](DType dtype, Layout layout, const PoolGeometry& g, int) {
     return MaxPoolForward{dtype, layout, g, PoolIndices::none};
   });
@@ -95,6 +152,8 @@ View adaptive_avg_pool(Builder& b) {
 
 constexpr OpEntry kPoolOps[] = {{"max_pool", max_pool},
                                 {"avg_pool", avg_pool},
+                                {"avg_pool_int8", avg_pool_int8},
+                                {"adaptive_avg_pool_int8", adaptive_avg_pool_int8},
                                 {"adaptive_max_pool", adaptive_max_pool},
                                 {"adaptive_avg_pool", adaptive_avg_pool}};
 

@@ -1,4 +1,6 @@
 // Layers whose weights are integers, numbers of 8 bits, or sparse.
+#include <cmath>
+
 #include "ops.h"
 
 namespace fastops::runtime {
@@ -52,6 +54,92 @@ View linear_int8(Builder& b) {
     return LinearInt8Forward::Pointers{run.at(x), packed, scales, bias, run.at(y)};
   });
   return y;
+}
+
+// ---- levels
+
+// ints from `at` on: the element type of y (uint8: levels), then x_zero, y_low, y_high; texts: activation; floats: a,
+// b, the scale of x, y_factor, y_offset, residual_scale (see conv_int8.h). y is there and empties are dealt with.
+struct Int8Layer {
+  View x, w, y;
+  int64_t products;  // of a sum
+};
+
+View run_int8_layer(Builder& b, const Int8Layer& layer, ConvInt8Forward call, size_t at) {
+  const auto& [x, w, y, products] = layer;
+  const int64_t n = call.geometry.out_channels;
+  const View multiplier = b.weight(2, Element::f32, 1), offset = b.weight(3, Element::f32, 1);
+  b.require(products <= kMostInt8Products && multiplier.shape[0] == n && offset.shape[0] == n, "weights ", w.shape,
+            ", ", multiplier.shape[0], " multipliers and ", offset.shape[0], " offsets do not fit");
+  const auto scale = static_cast<float>(b.number(2));
+  b.require(scale > 0 && std::isfinite(scale), "the scale of its input has to be positive and finite, got ", scale);
+  View residual{};
+  if (b.has(4)) {
+    residual = b.dense(b.input(4), y.shape.rank == 4 ? Layout::channels_last : Layout::channels_first);
+    b.require(residual.type == Element::u8 && residual.shape == y.shape, "what it adds has to be uint8 of shape ",
+              y.shape, ", got ", name_of(residual.type), " of shape ", residual.shape);
+  }
+  call.float_x = x.type != Element::u8;
+  call.float_y = y.type != Element::u8;
+  call.dtype = call.float_y ? dtype_of(y) : call.float_x ? dtype_of(x) : DType::f32;
+  b.require(!call.float_x || dtype_of(x) == call.dtype, "it cannot make ", name_of(y.type), " of ", name_of(x.type));
+  call.x_zero = static_cast<int>(b.integer(at + 1, 0, 255));
+  call.x_inverse = 1 / scale;
+  call.with_residual = b.has(4);
+  call.residual_scale = static_cast<float>(b.number(5));
+  call.activation = b.activation();
+  call.y_factor = static_cast<float>(b.number(3));
+  call.y_offset = static_cast<float>(b.number(4));
+  call.y_low = static_cast<int>(b.integer(at + 2, 0, 255));
+  call.y_high = static_cast<int>(b.integer(at + 3, 0, 255));
+  call.packed_w = true;
+  if (y.shape.elements() == 0) return y;
+  const auto plan = b.plan(call);
+  b.require(plan != nullptr, "this processor has no kernel for it");
+  const void* const packed = b.pack(*plan, b.data(w));
+  const auto* const multipliers = static_cast<const float*>(b.data(multiplier));
+  const auto* const offsets = static_cast<const float*>(b.data(offset));
+  const bool adds = call.with_residual;
+  const auto pointers = [=, x = x, y = y](const Run& run) {
+    const auto* const added = adds ? static_cast<const uint8_t*>(run.at(residual)) : nullptr;
+    return ConvInt8Forward::Pointers{run.at(x), packed, multipliers, offsets, added, run.at(y)};
+  };
+  if (adds)
+    b.kernel(plan, {x, y, residual}, pointers);
+  else
+    b.kernel(plan, {x, y}, pointers);
+  return y;
+}
+
+Element result_type(Builder& b, size_t at) { return static_cast<Element>(b.integer(at, 0, kElements - 1)); }
+
+// x (batch, channels, height, width) of floats or levels, w (out, channels / groups, *kernel) of int8, which lies as
+// [out, kernel, channels], multiplier and offset (out), residual? of levels; ints: as conv, then as above
+View conv_int8(Builder& b) {
+  const View input = b.input(0), w = b.weight(1, Element::i8, 4);
+  b.require(input.shape.rank == 4 && b.integer(0) == 2 && b.integer(2) == 1, "its input has to have 4 dimensions, got ",
+            input.shape);
+  const Layout layout = input.type == Element::u8 ? Layout::channels_last : layout_of(input);
+  const View x = b.dense(input, layout);
+  ConvInt8Forward call{.geometry = geometry_of(b, x, w, 2)};
+  call.x_layout = layout;
+  const ConvGeometry& g = call.geometry;
+  const View y = b.make(result_type(b, 11), image_shape(g.batch, g.out_channels, g.out, 2), Layout::channels_last);
+  return run_int8_layer(b, {x, w, y, w.shape[1] * w.shape[2] * w.shape[3]}, call, 11);
+}
+
+// x (*, k), w (n, k) of int8, and all else as conv_int8
+View linear_int8_static(Builder& b) {
+  const View x = b.dense(b.input(0)), w = b.weight(1, Element::i8, 2);
+  const int64_t n = w.shape[0], k = w.shape[1];
+  b.require(x.shape.rank >= 1 && x.shape[x.shape.rank - 1] == k, "its input has to have ", k, " features, got shape ",
+            x.shape);
+  Shape shape = x.shape;
+  shape.dims[shape.rank - 1] = n;
+  const View y = b.make(result_type(b, 0), shape);
+  const int64_t rows = n == 0 ? 0 : shape.elements() / n;
+  const ConvInt8Forward call{.geometry = {rows, k, n, 1, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {}, {1, 1, 1}}};
+  return run_int8_layer(b, {x, w, y, k}, call, 0);
 }
 
 // x (*, k), w (n, bytes of a row) of int8, uint8 (with two weights a byte) or float8, scale and offset? (n, groups),
@@ -166,8 +254,11 @@ View sparse_linear(Builder& b) {
   return y;
 }
 
-constexpr OpEntry kQuantizedOps[] = {
-    {"linear_int8", linear_int8}, {"linear_weight_only", linear_weight_only}, {"sparse_linear", sparse_linear}};
+constexpr OpEntry kQuantizedOps[] = {{"linear_int8", linear_int8},
+                                     {"linear_weight_only", linear_weight_only},
+                                     {"sparse_linear", sparse_linear},
+                                     {"conv_int8", conv_int8},
+                                     {"linear_int8_static", linear_int8_static}};
 
 }  // namespace
 

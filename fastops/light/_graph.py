@@ -81,7 +81,10 @@ class Graph:
         self.nodes = [node for node in self.nodes if node in read]
 
 
-_FUSES_ACTIVATION = {"linear", "conv", "batch_norm", "linear_int8", "linear_weight_only", "sparse_linear"}
+_FUSES_ACTIVATION = {
+    "linear", "conv", "batch_norm", "linear_int8", "linear_weight_only", "sparse_linear", "conv_int8",
+    "linear_int8_static",
+}  # fmt: skip
 _FUSES_SUM = {"linear", "conv"}
 
 

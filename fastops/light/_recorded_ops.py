@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastops.light._graph import ELEMENTS, Node, Value
-from fastops.light._recording import CannotSave, Recording, convolution, each, name_of
+from fastops.light._recording import CannotSave, Recording, convolution, each, int8_options, name_of
 
 # What gives its first argument, as far as values go.
 SAME = {"aten.alias", "aten.clone", "aten.detach", "aten.lift_fresh"}
@@ -78,6 +78,20 @@ def _conv(
 def _linear_int8(r: Recording, y: Tensor, input: Tensor, weight: Tensor, scale: Tensor, bias: Any) -> Node:
     inputs = [r.value(input), r.weight(weight), r.weight(scale), r.weight(bias)]
     return r.emit("linear_int8", inputs, texts=["identity"], floats=[0.0, 0.0])
+
+
+@_op("fastops.conv_int8_forward")
+def _conv_int8(
+    r: Recording, y: Tensor, input: Tensor, weight: Tensor, scale: Tensor, bias: Any, input_scale: Tensor,
+    input_zero: Tensor, stride: Any, padding: Any, dilation: Any, groups: int,
+) -> Node:  # fmt: skip
+    of_input = float(input_scale), int(input_zero)
+    offset = torch.zeros(len(scale)) if bias is None else bias.float()
+    inputs = [r.value(input), None, r.made(scale * of_input[0]), r.made(offset)]
+    node = convolution(r, inputs, weight, stride, padding, dilation, groups)
+    node.op = "conv_int8"
+    int8_options(node, ("identity", 0.0, 0.0), *of_input, y.dtype)
+    return node
 
 
 @_op("fastops.weight_only_forward")

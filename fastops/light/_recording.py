@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from fastops._frozen_int8 import FrozenAvgPoolInt8, FrozenInt8, FrozenMaxPoolInt8
 from fastops._frozen_layers import FrozenInvertedResidual, FrozenLayer, FrozenMlp
 from fastops.functional._activation import resolve_activation
 from fastops.light._graph import ELEMENTS, Constant, Graph, Input, Node, Value
@@ -102,6 +103,11 @@ class Recording(TorchDispatchMode):
             self._alive.append(tensor)
             self._constants[id(tensor)] = self._constants.get(id(tensor)) or Constant(converted)
             return self._constants[id(tensor)]
+        return self.constant(tensor)
+
+    def made(self, tensor: Tensor) -> Constant:
+        """A constant that was computed for the file."""
+        self._alive.append(tensor)
         return self.constant(tensor)
 
     def emit(self, op: str, inputs: list[Value | None], **attributes: Any) -> Node:
@@ -238,11 +244,70 @@ def convolution(
         both = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
         before, after = [one // 2 for one in both], [one - one // 2 for one in both]
     else:
-        before = after = [0] * dims if padding == "valid" else each(padding, dims)
+        both = [0] * dims if padding == "valid" else each(padding, dims)
+        before, after = both[:dims], both[-dims:]
     last = dims == 2
     inputs[1] = recording.reordered(weight) if last else recording.weight(weight)
     ints = [dims, groups, int(last), *each(stride, dims), *before, *after, *dilation]
     return recording.emit("conv", inputs, ints=ints, texts=["identity"], floats=[0.0, 0.0])
+
+
+def _record_int8(recording: Recording, layer: FrozenInt8, input: Tensor, residual: Any) -> Node | None:
+    if residual is not None and residual.dtype != torch.uint8:
+        return None
+    numbers, of_levels = layer.numbers(), layer.result is not None
+    dtype = torch.uint8 if of_levels else layer.dtype if input.dtype == torch.uint8 else input.dtype
+    y_factor, y_offset, y_low, y_high = numbers.output or (1.0, 0.0, 0, 255)
+    vectors = [recording.made(one.float()) for one in (numbers.multiplier, numbers.offset)]
+    inputs = [recording.value(input), None, *vectors, recording.value(residual)]
+    if layer.geometry is None:
+        inputs[1] = recording.weight(layer.weight)
+        node = recording.emit("linear_int8_static", inputs)
+    elif input.dim() != 4:
+        return None
+    else:
+        stride, padding, dilation, groups = layer.geometry
+        node = convolution(recording, inputs, layer.weight, stride, padding, dilation, groups)
+        node.op = "conv_int8"
+    int8_options(node, numbers.activation, *layer.given, dtype)
+    node.ints[-2:] = [y_low, y_high]
+    node.floats[-3:] = [y_factor, y_offset, numbers.residual_scale]
+    return node
+
+
+def int8_options(node: Node, activation: tuple[str, float, float], scale: float, zero: int, dtype: torch.dtype) -> None:
+    """Of a layer: the levels of its input, and that it gives a float tensor, unless more is said."""
+    kind, a, b = activation
+    node.texts = [kind]
+    node.floats = [float(a), float(b), scale, 1.0, 0.0, 1.0]
+    node.ints = [*node.ints, ELEMENTS[dtype], zero, 0, 255]
+
+
+def _record_max_pool_int8(recording: Recording, pool: FrozenMaxPoolInt8, input: Tensor, residual: Any) -> Node | None:
+    if input.dim() != 4:
+        return None
+    *pairs, ceil = pool.windows
+    return recording.emit(
+        "max_pool", [recording.value(input)], ints=[2, *(one for pair in pairs for one in pair), ceil]
+    )
+
+
+def _record_avg_pool_int8(recording: Recording, pool: FrozenAvgPoolInt8, input: Tensor, residual: Any) -> Node | None:
+    if input.dim() != 4:
+        return None
+    w = pool.windows
+    adaptive = "output_size" in w
+    if adaptive:
+        ints = [2, *(-1 if one is None else one for one in each(w["output_size"], 2))]
+    else:
+        pairs = [each(one, 2) for one in (w["kernel_size"], w["stride"] or w["kernel_size"], w["padding"])]
+        options = w["ceil_mode"], w["count_include_pad"], w["divisor_override"] or 0
+        ints = [2, *(one for pair in pairs for one in pair), *map(int, options)]
+    dtype = pool.dtype if pool.result is None else torch.uint8
+    ints += [ELEMENTS[dtype], pool.given.zero]
+    floats = [pool.given.scale / pool.step, float(pool.zero)]
+    op = "adaptive_avg_pool_int8" if adaptive else "avg_pool_int8"
+    return recording.emit(op, [recording.value(input)], ints=ints, floats=floats)
 
 
 def _record_mlp(recording: Recording, mlp: FrozenMlp, input: Tensor, residual: Any) -> Node | None:
@@ -285,6 +350,9 @@ _RECORDERS: dict[type, Callable[..., Node | None]] = {
     FrozenLayer: _record_layer,
     FrozenMlp: _record_mlp,
     FrozenInvertedResidual: _record_block,
+    FrozenInt8: _record_int8,
+    FrozenMaxPoolInt8: _record_max_pool_int8,
+    FrozenAvgPoolInt8: _record_avg_pool_int8,
 }
 
 

@@ -169,6 +169,30 @@ Bytes sequences() {
   return w.file({w.node("mean", {o}, {1, 0}), w.node("log_softmax", {w.node("sub", {o, bias})}, {2})});
 }
 
+// Layers that hand on levels of 8 bits.
+Bytes levels() {
+  Writer w;
+  const int filters = w.weight(Element::i8, {8, 3, 3, 3}), wide = w.weight(Element::i8, {8, 1, 3, 3}),
+            matrix = w.weight(Element::i8, {10, 8}), multiplier = w.weight(Element::f32, {8}),
+            multipliers = w.weight(Element::f32, {10});
+  constexpr int64_t kFloats = 0, kLevels = 5;
+  const std::vector<double> numbers = {0, 0, 0.02, 1, 0, 0.5};
+  const std::vector<std::string> identity = {"identity"};
+  const int x = w.input(Element::f32, {-1, 3, 12, 12});
+  const int a = w.node("conv_int8", {x, filters, multiplier, multiplier, -1},
+                       {2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, kLevels, 100, 3, 250}, numbers, identity);
+  const int b = w.node("conv_int8", {a, wide, multiplier, multiplier, a},
+                       {2, 8, 1, 1, 1, 1, 1, 1, 1, 1, 1, kLevels, 3, 0, 255}, {0, 0, 0.02, 20, 7, 0.5}, {"silu"});
+  const int c = w.node("max_pool", {b}, {2, 3, 3, 2, 2, 1, 1, 1, 1, 1});
+  const int d = w.node("avg_pool_int8", {c}, {2, 2, 2, 1, 1, 0, 0, 0, 1, 0, kLevels, 7}, {0.5, 9});
+  const int e = w.node("adaptive_avg_pool_int8", {d}, {2, 1, 1, kFloats, 9}, {0.1, 0});
+  const int f = w.node("flatten", {e}, {1, -1});
+  const int g = w.node("flatten", {w.node("adaptive_avg_pool_int8", {d}, {2, 1, 1, kLevels, 9}, {1, 1})}, {1, -1});
+  return w.file(
+      {w.node("linear_int8_static", {f, matrix, multipliers, multipliers}, {kFloats, 5, 0, 255}, numbers, kRelu),
+       w.node("linear_int8_static", {g, matrix, multipliers, multipliers}, {kFloats, 5, 0, 255}, numbers, identity)});
+}
+
 void make_right(Bytes& file) {
   const uint64_t bytes = file.size();
   if (bytes < 64) return;
@@ -280,7 +304,7 @@ int main(int count, char** arguments) {
   const Isa best = isa_used();
   for (const Isa isa : {Isa::scalar, best}) {  // the first one's kernels are those that are sanitized
     set_isa(isa);
-    for (Bytes good : {images(), sequences()}) {
+    for (Bytes good : {images(), sequences(), levels()}) {
       make_right(good);
       expect_outcome("a file", good, "ran");
       expect_outcome("a file, three threads", good, "ran", 3);
