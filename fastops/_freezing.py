@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.utils import _pair
 
 import fastops.functional as FF
+import fastops.nn as fnn
 from fastops._freezing_int8 import Int8Chains, fits_int8, folded_int8
 from fastops._frozen_graph import Child, Either, FrozenGraph, InPlace, activation_of, freeze_in_place
 from fastops._frozen_layers import (
@@ -29,7 +30,8 @@ from fastops._frozen_layers import (
 from fastops._frozen_layout import restore_layouts, suggests_channels_last
 from fastops._frozen_norms import NORMS, Apart, folded, norms_after_layers
 from fastops._fusion import rewrite
-from fastops._nodes import LAYER, Nodes, in_the_way
+from fastops._layer_scale import is_for_features, scaling_of, with_factors
+from fastops._nodes import LAYER, Nodes, in_the_way, is_view
 from fastops._outside import is_known
 from fastops._reached_code import CLASSES, asked_of_children
 from fastops._signature import Signature
@@ -244,7 +246,8 @@ class _Freezer:
     def run(self) -> GraphModule:
         self._transpose_weights()
         self._fold()
-        rewrite(self.graph, self.module, residuals=False)
+        self._fold_factors()
+        rewrite(self.graph, self.module, joins=False)
         for node in tuple(self.graph.nodes):
             self._freeze_call(node)
         nodes = Nodes(self.graph, self.module)
@@ -303,6 +306,57 @@ class _Freezer:
             before.target = target
             node.replace_all_uses_with(before)
             self.graph.erase_node(node)
+
+    def _fold_factors(self) -> None:
+        """Makes factors of the features, as of a layer scale, part of the linear layer before them."""
+        for node in tuple(self.graph.nodes):
+            layer = self.module._modules.get(node.target) if node.op == "call_module" else None
+            if type(layer) not in (nn.Linear, fnn.Linear) or getattr(layer, "activation", None) or in_the_way(layer):
+                continue
+            scaling = scaling_of(node, lambda value: next(iter(value.users)) if len(value.users) == 1 else None)
+            if scaling is None or node.target in self.apart:
+                continue
+            product = scaling.nodes[-1]
+            factor = self._constant(scaling.factor, product)
+            if not isinstance(factor, Tensor) or factor.dtype != layer.weight.dtype:
+                continue
+            # Without a permutation the output may have any rank: as many dimensions as the factors have, or more.
+            rank = factor.dim() if scaling.dims is None else len(scaling.dims)
+            alone = scaling.dims is not None or factor.dim() == 1
+            if not alone or not is_for_features(factor.shape, len(layer.weight), rank, scaling.dims):
+                continue
+            target = self._free_name(f"{node.target}_scaled")
+            self.module.add_module(target, with_factors(layer, factor))
+            self.names[target] = self.names[node.target]
+            root = scaling.factor
+            while root.op != "get_attr":
+                root = root.args[0]
+            self.report.folded.append(Row(self.names[root.target], "factors of features", self.names[node.target]))
+            node.target = target
+            product.replace_all_uses_with(scaling.nodes[-2] if len(scaling.nodes) > 1 else node)
+            self.graph.erase_node(product)
+
+    def _constant(self, value: Node, product: Node) -> Any:
+        """A tensor of the model, or a view of one, that nothing in the graph may change; None for anything else.
+
+        product: where the value is read. What comes after that is not the value any more.
+        """
+        changes = Nodes(self.graph, self.module).may_change_something
+
+        def may_change(one: Node) -> bool:
+            return any(changes(user) or may_change(user) for user in one.users if user is not product)
+
+        if value.op == "get_attr":
+            alike = [one for one in self.graph.nodes if one.op == "get_attr" and one.target == value.target]
+            return None if any(map(may_change, alike)) else _attribute(self.module, value.target)
+        if not is_view(value) or not isinstance(value.args[0], Node):
+            return None
+        tensor = self._constant(value.args[0], product)
+        rest = value.args[1:], value.kwargs
+        if not isinstance(tensor, Tensor) or rest != torch.fx.node.map_arg(rest, lambda one: None):
+            return None
+        function = getattr(Tensor, value.target) if value.op == "call_method" else value.target
+        return function(tensor, *value.args[1:], **value.kwargs)
 
     # ---- layers
 

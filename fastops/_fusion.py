@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 import fastops.functional as FF
 from fastops import _C
 from fastops._activations import ACTIVATIONS, KIND
+from fastops._layer_scale import scaled, scaling_of
 from fastops._nodes import IDENTITY, OURS, Activation, Layer, Nodes, Norm, Resolved, asks_only, is_clamp, is_view
 from fastops.functional._activation import NAMES, resolve_activation
 
@@ -38,15 +39,15 @@ class Finding(NamedTuple):
     result: str
 
 
-def rewrite(graph: Graph, module: nn.Module, residuals: bool = True) -> list[Finding]:
+def rewrite(graph: Graph, module: nn.Module, joins: bool = True) -> list[Finding]:
     """Fuses what can be fused in a graph whose names are those of module. It is linted, but not recompiled.
 
-    residuals: whether additions become part of convolutions.
+    joins: whether additions become part of convolutions, and factors part of linear layers.
 
     The new nodes are call_function; parameters of a module are get_attr nodes. What fastops has a function for and
     stands alone is called by that: the graph does what it did, on fastops' kernels.
     """
-    return _Rewriter(graph, module, residuals).run()
+    return _Rewriter(graph, module, joins).run()
 
 
 # ---- the calls that fastops has no function for ----------------------------------------------------------------------
@@ -163,9 +164,9 @@ def _told(resolved: Resolved) -> str:
 
 
 class _Rewriter(Nodes):
-    def __init__(self, graph: Graph, module: nn.Module, residuals: bool) -> None:
+    def __init__(self, graph: Graph, module: nn.Module, joins: bool) -> None:
         super().__init__(graph, module)
-        self.residuals = residuals
+        self.joins = joins
         self.findings: list[Finding] = []
 
     def run(self) -> list[Finding]:
@@ -216,6 +217,9 @@ class _Rewriter(Nodes):
             layers = layers[:1]
         if len(layers) == 1:
             tail, activation, nodes = self._activated(first)
+        if self.joins and activation == IDENTITY and self._scaled(layers, nodes, hidden):
+            return
+        if len(layers) == 1:
             self._put(nodes, "linear", FF.linear, self._arguments(first, tail) | {"activation": _argument(activation)})
             return
         with self.graph.inserting_before(nodes[-1]):
@@ -229,6 +233,27 @@ class _Rewriter(Nodes):
             },
             told=f"mlp({len(layers)} layers{_told(hidden)})",
         )  # fmt: skip
+
+    def _scaled(self, layers: list[Layer], nodes: list[Node], hidden: Resolved | None) -> bool:
+        """The layers, and what multiplies their output."""
+        scaling = scaling_of(nodes[-1], self._only_user)
+        if scaling is None or not self._may_move([*nodes, *scaling.nodes]):
+            return False
+        nodes = [*nodes, *scaling.nodes]
+        with self.graph.inserting_before(nodes[-1]):
+            arguments = [self._arguments(layer, nodes[-1]) for layer in layers]
+        told = "linear" if len(layers) == 1 else f"mlp({len(layers)} layers{_told(hidden)})"
+        more = {"dims": scaling.dims, "how": scaling.how}
+        self._put(
+            nodes, "linear", scaled,
+            {
+                "input": layers[0].input, "weights": tuple(one["weight"] for one in arguments),
+                "biases": tuple(one.get("bias") for one in arguments),
+                "activation": _argument(hidden) if len(layers) > 1 else None, "factor": scaling.factor,
+            } | {key: value for key, value in more.items() if value},
+            told=f"{told}, layer scale",
+        )  # fmt: skip
+        return True
 
     def _convolution(self, layer: Layer) -> None:
         tail, activation, nodes = self._activated(layer)
@@ -350,7 +375,7 @@ class _Rewriter(Nodes):
     def _adds(self, layer: Layer | None) -> bool:
         """Whether an addition may become part of it."""
         function = layer.function if layer is not None and layer.activation == IDENTITY else ""
-        return self.residuals and function.startswith("conv") and "transpose" not in function
+        return self.joins and function.startswith("conv") and "transpose" not in function
 
     def _arguments(self, layer: Layer, before: Node) -> dict[str, Any]:
         """Everything but the activation, by fastops' names."""

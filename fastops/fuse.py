@@ -64,7 +64,7 @@ def fuse(model: nn.Module) -> nn.Module:
     """A model that computes what `model` does, with the same parameters, in fewer and faster calls.
 
     Layers with the activation, the max pool or the addition that follows them become one call each, and so do chains of
-    linear layers; it does not matter whether they are modules, functions or methods. All other layers are replaced as
+    linear layers, and a layer scale after them; it does not matter whether they are modules, functions or methods. All other layers are replaced as
     by replace_.
 
     Args:
