@@ -49,7 +49,7 @@ class FreezeReport:
 
 
 def freeze(model: nn.Module, *, channels_last: bool | None = None) -> nn.Module:
-    """The model for inference: batch norms and layer scales folded, weights packed once, layers joined with what follows them.
+    """The model for inference: batch norms and layer scales folded, weights packed once, layers joined with others.
 
     Args:
         model: any module. It stays as it is. Its frozen form is that of model.eval(), with the weights of this moment.

@@ -64,8 +64,8 @@ def fuse(model: nn.Module) -> nn.Module:
     """A model that computes what `model` does, with the same parameters, in fewer and faster calls.
 
     Layers with the activation, the max pool or the addition that follows them become one call each, and so do chains of
-    linear layers, and a layer scale after them; it does not matter whether they are modules, functions or methods. All other layers are replaced as
-    by replace_.
+    linear layers, and a layer scale after them. It does not matter whether they are modules, functions or methods. All
+    other layers are replaced as by replace_.
 
     Args:
         model: any module. It stays what it is and may be used beside the fused one.
