@@ -103,6 +103,19 @@ def test_a_changed_factor_is_noticed():
             frozen(x)
 
 
+def test_the_layers_output_is_not_kept():
+    model = Scaled("permuted", (WIDTH, 1, 1))
+    x = torch.randn(*ROWS, WIDTH)
+    kept = {}
+    for name, one in {"plain": model, "fused": fastops.fuse(model)}.items():
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            one(x)
+        kept[name] = sizes
+    # The input and the layer's output have as many elements.
+    assert kept["plain"].count(x.numel()) == kept["fused"].count(x.numel()) + 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_does_not_pay_is_computed_as_it_was(dtype):
     """Few rows, and 16 bits, in which the weight would be rounded once more."""
