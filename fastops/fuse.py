@@ -124,6 +124,17 @@ def fuse_in_place(model: nn.Module) -> FusionReport:
     return report
 
 
+def fuse_forward(model: nn.Module, unwatched: frozenset[str]) -> FusionReport:
+    """Fuses the forward of a model whose children are fused already, in place; unfuse undoes it.
+
+    unwatched: attributes of the model that somebody changes all the time. Its program holds whatever they are, unless
+        the forward reads them.
+    """
+    report = FusionReport()
+    _write(model, report, "", unwatched)
+    return report
+
+
 def _kept(model: nn.Module) -> dict[int, str]:
     """The modules whose class somebody asks for, by their id; they stay what they are."""
     kept: dict[int, str] = {}
@@ -242,8 +253,8 @@ def _become(module: nn.Module) -> None:
 
 
 def _state() -> dict[str, Any]:
-    """A fused module's own: its program, those of other modes, and how many were written."""
-    return {"_fastops_program": None, "_fastops_kept": [], "_fastops_count": 0}
+    """A fused module's own: its program, those of other modes, how many were written, and what they do not watch."""
+    return {"_fastops_program": None, "_fastops_kept": [], "_fastops_count": 0, "_fastops_unwatched": frozenset()}
 
 
 def _fused_class(cls: type) -> type:
@@ -349,8 +360,11 @@ class _Program:
     def watch(self, root: nn.Module) -> None:
         """Notes what the program relies on, as csrc/torch/guard.cpp reads it."""
         inlined = [root.get_submodule(name) for name in self.inlined]
+        read = {key for place, key in self.places if place is vars(root)}
+        unwatched = vars(root)["_fastops_unwatched"] - read
         modules = tuple(
-            _watched(module, name == "", name in self.modes) for name, module in zip(self.inlined, inlined, strict=True)
+            _watched(module, name == "", name in self.modes, unwatched if name == "" else frozenset())
+            for name, module in zip(self.inlined, inlined, strict=True)
         )
         entries: dict[tuple[int, Any], tuple[Any, ...]] = {}
         for name in (*self.inlined, *self.children):
@@ -400,9 +414,9 @@ _TORCH_FX, _FOLLOWING = vars(torch.fx._symbolic_trace), "_is_fx_tracing_flag"  #
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-def _watched(module: nn.Module, is_root: bool, decides: bool) -> tuple[Any, ...]:
+def _watched(module: nn.Module, is_root: bool, decides: bool, unwatched: frozenset[str]) -> tuple[Any, ...]:
     state = vars(module)
-    ignored = _INTERNAL | _NOT_READ if is_layer(module) else _INTERNAL
+    ignored = _INTERNAL | _NOT_READ if is_layer(module) else _INTERNAL | unwatched
     if decides:
         ignored = ignored - {"training"}
     attributes = [item for key, value in state.items() if key not in ignored for item in (key, value)]
@@ -461,8 +475,13 @@ def is_layer(module: nn.Module) -> bool:
     return torch.fx.Tracer().is_leaf_module(module, "") and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
 
-def _write(module: nn.Module, report: FusionReport | None, name: str = "") -> dict[str, tuple[str, bool]] | None:
-    """Gives the module a program. Returns what was not traced through (Traced.leaves), or None where there is none."""
+def _write(
+    module: nn.Module, report: FusionReport | None, name: str = "", unwatched: frozenset[str] = frozenset()
+) -> dict[str, tuple[str, bool]] | None:
+    """Gives the module a program. Returns what was not traced through (Traced.leaves), or None where there is none.
+
+    unwatched: of a module that has none yet (fuse_forward).
+    """
     cls = plain_class(module)
     current = module.__class__
     try:
@@ -486,6 +505,7 @@ def _write(module: nn.Module, report: FusionReport | None, name: str = "") -> di
     object.__setattr__(module, "__class__", current)
     if not isinstance(module, _Fused):
         _become(module)
+        vars(module)["_fastops_unwatched"] = unwatched
     vars(module).update({"_fastops_program": program, "_fastops_count": count + 1})
     if program.modes:
         vars(module)["_fastops_kept"].append(program)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastops.fuse import FusionReport, fuse_in_place, sharing_copy, unfuse
+from fastops.fuse import FusionReport, fuse_forward, fuse_in_place, sharing_copy, unfuse
 from fastops.replace import Report, Row, _replace, _restore, _swap
 
 __all__ = ["FastOps"]
@@ -43,8 +43,8 @@ class FastOps(_lightning.Callback):
 
     Args:
         mode: "replace": layers are replaced, as by fastops.replace_. "fuse": also computed together, as by
-            fastops.fuse, within each child of the LightningModule (self.net, say); layers that are children themselves
-            are replaced.
+            fastops.fuse, within each child of the LightningModule (self.net, say) and, in a training by one process,
+            in its own forward. A forward that cannot be followed, or reads what Lightning changes, stays as it is.
         filter_fn: as in fastops.replace_, with names as in the LightningModule; for mode "replace".
         trial: the optimizer steps to measure with PyTorch's layers and with fastops', each. These are the first steps
             of the training, which take turns; no step is computed twice. The ratio of the medians is logged and shown
@@ -126,7 +126,9 @@ class FastOps(_lightning.Callback):
         if self._layers is not None:  # a validation within fit
             return
         self._layers = _Layers(pl_module)
-        self.report = self._layers.change(self.mode, self.filter_fn)
+        # Others call it through a wrapper, by a forward that they set on the module for that.
+        whole = isinstance(trainer.strategy, _lightning.strategies.SingleDeviceStrategy)
+        self.report = self._layers.change(self.mode, self.filter_fn, whole)
         _lightning.utilities.rank_zero_info(f"FastOps, mode {self.mode!r}:\n{self.report}")
         if trainer.is_global_zero:
             counts = {"fastops/replaced": len(self.report.replaced), "fastops/skipped": len(self.report.skipped)}
@@ -166,14 +168,14 @@ class _Layers:
         self.changed: list[tuple[nn.Module, type, type]] = []
         self.hparams: dict[str, nn.Module] = {}
 
-    def change(self, mode: str, filter_fn: Callable[[nn.Module, str], bool] | None) -> Report:
+    def change(self, mode: str, filter_fn: Callable[[nn.Module, str], bool] | None, whole: bool) -> Report:
         # A network that save_hyperparameters() keeps is pickled into every checkpoint, with its classes.
         self.hparams = {key: value for key, value in self.pl_module.hparams.items() if isinstance(value, nn.Module)}
         for key, value in self.hparams.items():
             self.pl_module.hparams[key] = sharing_copy(value)
         before = [(module, type(module)) for module in self.pl_module.modules()]
         try:
-            return _fuse_children(self.pl_module) if mode == "fuse" else _replace(self.pl_module, filter_fn)[0]
+            return _fuse(self.pl_module, whole) if mode == "fuse" else _replace(self.pl_module, filter_fn)[0]
         finally:
             self.changed = [(module, cls, type(module)) for module, cls in before if type(module) is not cls]
 
@@ -194,8 +196,8 @@ class _Layers:
         self.pl_module.hparams.update(self.hparams)
 
 
-def _fuse_children(pl_module: nn.Module) -> FusionReport:
-    """Not the LightningModule itself: Lightning changes its attributes, and strategies its forward, all the time."""
+def _fuse(pl_module: nn.Module, whole: bool) -> FusionReport:
+    """Each child on its own, as a step may call them one by one, and then the module's own forward."""
     report = FusionReport()
     for name, child in pl_module.named_children():
         # Without parameters there is nothing to fuse: an activation, a loss, a metric.
@@ -206,7 +208,19 @@ def _fuse_children(pl_module: nn.Module) -> FusionReport:
                 Row(" + ".join(f"{name}.{part}".rstrip(".") for part in row.name.split(" + ")), *row[1:])
                 for row in rows
             )
+    if whole and type(pl_module).forward is not _lightning.LightningModule.forward:
+        forward = fuse_forward(pl_module, _OF_LIGHTNING)
+        grouped = {name for row in forward.fused for name in row.name.split(" + ")}
+        told = grouped | {name for row in forward.apart for name in row.name.split(" + ")}
+        for kind, rows in vars(report).items():
+            known = told if kind in ("fused", "apart") else grouped
+            rows[:] = [row for row in rows if not known & set(row.name.split(" + "))]
+            rows.extend(getattr(forward, kind))
     return report
+
+
+# What Lightning keeps in a module, and changes all the time: the trainer, the hook that runs.
+_OF_LIGHTNING = frozenset(vars(_lightning.LightningModule())) - frozenset(vars(nn.Module()))
 
 
 class _Trial:

@@ -184,22 +184,53 @@ def test_filter_and_report():
     ]
 
 
+class Flat(Digits if INSTALLED else object):
+    """Layers that are attributes, and functions between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.layer, self.last = (
+            nn.Sequential(nn.Linear(64, 24), nn.ReLU()),
+            nn.Linear(24, 16),
+            nn.Linear(16, 10),
+        )
+
+    def forward(self, x):
+        return self.last(torch.relu(self.layer(self.net(x.flatten(1)))))
+
+
 @needs_lightning
-def test_fuse_takes_layers_of_the_module_itself():
-    class Flat(Digits):
-        def __init__(self):
-            super().__init__()
-            self.net, self.layer = nn.Flatten(), nn.Linear(64, 10)
+def test_fuse_takes_the_forward_of_the_module_itself():
+    options = {"max_epochs": 2, "max_steps": -1, "limit_train_batches": 4}  # Lightning changes its attributes meanwhile
+    callback, classes = FastOps("fuse"), set()
+    look = Probe(lambda _, pl_module: classes.add(type(pl_module).__name__))
+    ours, calls = trained(callback, look, model=Flat, **options)
+    [row] = callback.report.fused
+    assert row.name == "net.0 + net.1 + layer + last"
+    assert callback.report.replaced == []
+    assert classes == {"FusedFlat"}
+    assert kernels(calls) == {"mlp", "mlp_backward", "cross_entropy", "cross_entropy_backward"} & kernels(calls)
+    assert len([row for row in calls if row.op == "mlp"]) == 8
+    assert_trained_alike(
+        ours, trained(model=Flat, **options)[0], trained(model=Flat, precision="64-true", **options)[0]
+    )
+    assert type(ours) is Flat
+    assert on_fastops(ours) == []
+    assert not any(key.startswith(("_fastops", "fastops")) for module in ours.modules() for key in vars(module))
 
+
+@needs_lightning
+def test_a_forward_that_reads_what_lightning_changes():
+    class Reads(Flat):
         def forward(self, x):
-            return torch.relu(self.layer(self.net(x)))
+            return super().forward(x) * (1 + self.current_epoch)
 
-    callback = FastOps("fuse")
-    model, calls = trained(callback, model=Flat)
-    assert [row.name for row in callback.report.replaced] == ["layer"]
-    assert "linear" in kernels(calls)
-    assert on_fastops(model) == []
-    assert "fastops_report" not in vars(model.layer)
+    options = {"max_epochs": 3, "max_steps": -1, "limit_train_batches": 2}
+    ours, calls = trained(FastOps("fuse"), model=Reads, **options)
+    assert kernels(calls)
+    theirs, exact = (trained(model=Reads, precision=precision, **options)[0] for precision in ("32-true", "64-true"))
+    assert_trained_alike(ours, theirs, exact)
+    assert type(ours) is Reads
 
 
 # ---- the end ---------------------------------------------------------------------------------------------------------
