@@ -10,6 +10,10 @@ unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(PYTHON) -m pip --quiet --disable-pip-version-check install --no-compile
 PYTHON3 ?= python3
 
+# Without what they ask for, of which the tests need little (requirements.txt): flwr would hold packaging, protobuf and rich back and
+# bring 100 MB of a server, timm a torchvision of the torch of PyPI.
+ALONE := flwr==1.42.0 timm==1.0.31
+
 SOURCES := $(shell find csrc -type f) build_native.py setup.py
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
@@ -99,13 +103,13 @@ test-wheel: wheel
 	build/wheel/venv/bin/python tests/installed.py
 
 # The tests of the two doors with another torch, in a copy of the sources with a .venv of its own. Brings that torch and
-# compiles everything for it.
+# compiles everything for it. torch 2.11 and 2.12 ask for a setuptools below 82.
 VERSION ?= 2.12.0
 DOORS := $(addprefix tests/,test_doors.py test_linear.py test_replace.py test_enable.py test_compile_backend.py test_tools.py)
 test-torch:
 	mkdir -p build/torch-$(VERSION)
 	git ls-files -z | xargs -0 cp --parents --update --preserve=timestamps -t build/torch-$(VERSION)
-	sed -i 's/^torch==.*/torch==$(VERSION)/' build/torch-$(VERSION)/requirements.txt
+	sed -i -e 's/^torch==.*/torch==$(VERSION)/' -e 's/^setuptools==.*/setuptools/' build/torch-$(VERSION)/requirements.txt
 	$(MAKE) -C build/torch-$(VERSION) build
 	cd build/torch-$(VERSION) && .venv/bin/python -m pytest -q -n auto --maxprocesses 8 $(DOORS)
 
@@ -122,6 +126,7 @@ $(VENV)/ninja: requirements.txt
 
 $(VENV)/requirements: requirements.txt $(VENV)/ninja
 	$(INSTALL) -r requirements.txt
+	$(INSTALL) --no-deps $(ALONE)
 	touch $@
 
 $(VENV)/docs: docs/requirements.txt $(VENV)/ninja

@@ -1,6 +1,6 @@
 """Checkpoints: written with fastops and read without it, and the other way round, in three formats.
 
-    pip install safetensors
+    pip install fastops[checkpoints]
     python examples/checkpoints.py
 
 What is in a checkpoint is a state_dict, and a replaced or fused model has the same one as before.

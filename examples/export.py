@@ -1,6 +1,6 @@
 """A replaced model in five formats, and what reads each of them where fastops is not installed.
 
-    pip install onnx onnxscript             # for the ONNX file
+    pip install fastops[export]             # for the ONNX file
     python examples/export.py FOLDER        # writes all files, and has them read by a process without fastops
     python examples/export.py FOLDER --aot  # an AOTInductor package as well, which a C++ compiler makes
 

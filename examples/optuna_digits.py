@@ -1,6 +1,6 @@
 """A sweep by Optuna: which network reads handwritten digits best, every trial on fastops' kernels.
 
-    pip install optuna scikit-learn
+    pip install fastops[automl] scikit-learn
     python examples/optuna_digits.py
 
 `fastops.enable()` around the sweep touches neither trials nor models, whoever makes them. An objective of one's own can

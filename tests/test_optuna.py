@@ -7,7 +7,7 @@ import pytest
 
 import fastops
 
-optuna = pytest.importorskip("optuna", reason="optuna is not installed: pip install optuna")
+optuna = pytest.importorskip("optuna", reason="optuna is not installed: pip install fastops[automl]")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 

@@ -1,6 +1,10 @@
 """timm's own layers, which fastops.timm registers."""
 
+import contextlib
 import copy
+import importlib.util
+import sys
+import types
 
 import pytest
 import torch
@@ -8,10 +12,34 @@ from torch import nn
 
 import fastops
 
-try:
+SPEC = importlib.util.find_spec("timm")
+pytestmark = pytest.mark.skipif(SPEC is None, reason="timm is not installed: pip install timm")
+
+
+@contextlib.contextmanager
+def only_the_layers():
+    """timm as its layers alone: the packages around them import its models, too, and these need a torchvision."""
+    folder = SPEC.submodule_search_locations[0]
+    for name, path in (("timm", folder), ("timm.layers", f"{folder}/layers")):
+        package = types.ModuleType(name)
+        package.__path__ = [path]
+        sys.modules[name] = package
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
+        del sys.modules[name]
+
+
+if SPEC is not None:
+    _layers = only_the_layers()
+    _layers.__enter__()
     from timm.layers import activations, linear, norm
-except ImportError as error:  # timm itself, or the torchvision that it needs
-    pytest.skip(f"timm cannot be imported ({error}): pip install timm", allow_module_level=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_timm_afterwards():
+    yield
+    if SPEC is not None:
+        _layers.__exit__(None, None, None)
 
 
 def block():
