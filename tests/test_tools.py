@@ -120,6 +120,34 @@ def test_flop_counter_sees_fused_ops_autocast_and_fake_tensors():
         assert flops(fnn.Conv2d(4, 6, 3), torch.randn(2, 4, 6, 6)) == flops(nn.Conv2d(4, 6, 3), torch.randn(2, 4, 6, 6))
 
 
+def test_flop_counter_counts_attention():
+    """By PyTorch's formula, which it has for its GPU kernels; its own for the CPU has none."""
+    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+
+    query, key, value = torch.randn(2, 4, 9, 16), torch.randn(2, 4, 7, 16), torch.randn(2, 4, 7, 24)
+    forward, both = flops(lambda x: FF.scaled_dot_product_attention(x, key, value), query)
+    shapes = query.shape, key.shape, value.shape
+    assert forward == sdpa_flop_count(*shapes)
+    assert both - forward == sdpa_backward_flop_count((2, 4, 9, 24), *shapes)
+
+
+def test_profiler_with_flops():
+    """What docs/monitoring.md says: it has a list of its own, of PyTorch's ops."""
+    layers, x = [nn.Linear(4, 5), nn.Conv2d(3, 4, 3)], [torch.randn(2, 4), torch.randn(2, 3, 8, 8)]
+
+    def counted():
+        profiler = profiled(
+            lambda: [layer(one) for layer, one in zip(layers, x, strict=True)], with_flops=True, record_shapes=True
+        )
+        return {event.key for event in profiler.key_averages() if event.flops}
+
+    assert counted() == {"aten::addmm", "aten::conv2d"}
+    with fastops.enabled():
+        assert counted() == {"aten::conv2d"}
+    layers = [fnn.Linear(4, 5), fnn.Conv2d(3, 4, 3)]
+    assert counted() == set()
+
+
 # ---- the profiler and autograd's graph -------------------------------------------------------------------------------
 
 
