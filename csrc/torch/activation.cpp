@@ -46,17 +46,6 @@ Rows rows_of(const Tensor& tensor) {
   return stride && *stride >= cols ? Rows{rows, cols, *stride} : Rows{0, 0, 0};
 }
 
-// An uninitialised tensor for a result of this input, with the strides that PyTorch's elementwise ops give theirs.
-template <class Int>
-Tensor empty_result(const Tensor& input) {
-  const auto type = input.scalar_type();
-  if (input.is_contiguous_or_false()) return new_tensor<Int>(sizes_as<Int>(input), type, input.device());
-  if (input.unsafeGetTensorImpl()->is_non_overlapping_and_dense_or_false())
-    return new_tensor_strided<Int>(sizes_as<Int>(input), strides_as<Int>(input), type, input.device());
-  const auto strides = elementwise_strides<Int>(sizes_as<Int>(input), {strides_as<Int>(input)});
-  return new_tensor_strided<Int>(sizes_as<Int>(input), strides, type, input.device());
-}
-
 // `tensor` in the memory order of a result of `input`: itself where it lies so, a copy otherwise.
 Tensor in_result_order(const Tensor& tensor, const Tensor& input) {
   return in_order(tensor, elementwise_strides<int64_t>(input.sizes(), {input.strides()}));

@@ -25,6 +25,15 @@ TORCH_LIBRARY(fastops, m) {
       "conv_int8_forward(Tensor input, Tensor weight, Tensor scale, Tensor? bias, Tensor input_scale, Tensor "
       "input_zero, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
   m.def(
+      "fake_quantize_forward(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int? axis, "
+      "bool need_mask) -> (Tensor output, Tensor mask)");
+  m.def("fake_quantize_backward(Tensor grad_output, Tensor mask) -> Tensor");
+  m.def(
+      "fake_quantize_learned_backward(Tensor grad_output, Tensor input, Tensor scale, Tensor zero_point, int "
+      "quant_min, "
+      "int quant_max, int? axis, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_scale, Tensor "
+      "grad_zero_point)");
+  m.def(
       "conv_forward(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
       "bool transposed, int groups, str activation, float a, float b, bool need_saved) -> "
       "(Tensor output, Tensor pre_activation)");
@@ -107,6 +116,7 @@ void implement_sparse_linear(torch::Library& m, bool meta);
 void implement_conv(torch::Library& m, bool meta);
 void implement_conv_int8(torch::Library& m, bool meta);
 void implement_activation(torch::Library& m, bool meta);
+void implement_fake_quantize(torch::Library& m, bool meta);
 void implement_pool(torch::Library& m, bool meta);
 void implement_batch_norm(torch::Library& m, bool meta);
 void implement_loss(torch::Library& m, bool meta);
@@ -123,6 +133,7 @@ void bind_conv_int8(py::module_& m);
 void bind_conv_pool(py::module_& m);
 void bind_frozen(py::module_& m);
 void bind_activation(py::module_& m);
+void bind_fake_quantize(py::module_& m);
 void bind_pool(py::module_& m);
 void bind_pool_int8(py::module_& m);
 void bind_batch_norm(py::module_& m);
@@ -141,8 +152,8 @@ void bind_aten(py::module_& m);
 void implement(torch::Library& m, bool meta) {
   for (const auto function :
        {implement_linear, implement_linear_int8, implement_weight_only, implement_sparse_linear, implement_conv,
-        implement_conv_int8, implement_activation, implement_pool, implement_batch_norm, implement_loss,
-        implement_layer_norm, implement_softmax, implement_attention})
+        implement_conv_int8, implement_activation, implement_fake_quantize, implement_pool, implement_batch_norm,
+        implement_loss, implement_layer_norm, implement_softmax, implement_attention})
     function(m, meta);
 }
 
@@ -161,6 +172,7 @@ PYBIND11_MODULE(_C, m) {
   bind_conv_pool(m);
   bind_frozen(m);
   bind_activation(m);
+  bind_fake_quantize(m);
   bind_pool(m);
   bind_pool_int8(m);
   bind_batch_norm(m);

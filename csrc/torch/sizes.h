@@ -99,6 +99,17 @@ SizeVector<Int> elementwise_strides(Sizes<Int> sizes, std::initializer_list<Size
   return strides;
 }
 
+// An uninitialised tensor for a result of this input, with the strides that PyTorch's elementwise ops give theirs.
+template <class Int>
+at::Tensor empty_result(const at::Tensor& input) {
+  const auto type = input.scalar_type();
+  if (input.is_contiguous_or_false()) return new_tensor<Int>(sizes_as<Int>(input), type, input.device());
+  if (input.unsafeGetTensorImpl()->is_non_overlapping_and_dense_or_false())
+    return new_tensor_strided<Int>(sizes_as<Int>(input), strides_as<Int>(input), type, input.device());
+  const auto strides = elementwise_strides<Int>(sizes_as<Int>(input), {strides_as<Int>(input)});
+  return new_tensor_strided<Int>(sizes_as<Int>(input), strides, type, input.device());
+}
+
 // The tensor in the memory order of `strides`: itself where it lies so, a copy otherwise.
 inline at::Tensor in_order(const at::Tensor& tensor, at::IntArrayRef strides) {
   bool lies_so = true;

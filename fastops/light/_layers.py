@@ -1,6 +1,7 @@
 """What a layer with weights is to the functions of fastops.light, and whether its weight can be another one."""
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,13 @@ def owners_of(model: nn.Module) -> dict[int, set[str]]:
         for parameter in module._parameters.values():
             owners[id(parameter)].add(name)
     return owners
+
+
+def checked_filter(function: str, filter_fn: Any) -> None:
+    """Raises a TypeError where filter_fn cannot be called."""
+    if filter_fn is not None and not callable(filter_fn):
+        got = type(filter_fn).__name__
+        raise TypeError(f"{function}: filter_fn must be a function of a module and its name, or None, got {got}")
 
 
 def why_not_written(module: nn.Module) -> str:

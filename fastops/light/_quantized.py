@@ -15,11 +15,39 @@ from fastops.nn._fused import Fused
 from fastops.ops import autocast
 
 
-class Quantized(nn.Module):
+class Layer(nn.Module):
+    """What has an activation, and buffers whose dtypes stay, whatever the model is cast to."""
+
+    activation: Activation
+    _buffer_names: tuple[str, ...] = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activation":
+            resolve_activation(value)
+            # Past nn.Module, which would make a child of an activation module.
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Layer":
+        before = {name: getattr(self, name) for name in self._buffer_names}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            if tensor is not None and getattr(self, name).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(getattr(self, name).device))
+        return self
+
+    def _traced(self, input: Any) -> Any:
+        """What a trace gets of a call: a layer is a leaf of any but its own, as torch.nn's are. None of a call."""
+        if isinstance(input, fx.Proxy) and getattr(input.tracer, "root", self) is not self:
+            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
+        return None
+
+
+class Quantized(Layer):
     """y = f(x W + b), where buffers stand for W. A subclass says which, and computes x W + b three ways."""
 
     bias: nn.Parameter | None
-    activation: Activation
 
     def _set(self, weight: Tensor) -> None:
         """Makes the buffers of a float weight."""
@@ -41,21 +69,12 @@ class Quantized(nn.Module):
         """The weight as float32."""
         raise NotImplementedError
 
-    # The buffers, whose dtypes stay, whatever the model is cast to.
-    _buffer_names: tuple[str, ...] = ("weight", "scale")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "activation":
-            resolve_activation(value)
-            # Past nn.Module, which would make a child of an activation module.
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
+    _buffer_names = ("weight", "scale")
 
     def forward(self, input: Tensor) -> Tensor:
-        # A layer is a leaf of any trace but its own, as torch.nn's are.
-        if isinstance(input, fx.Proxy) and getattr(input.tracer, "root", self) is not self:
-            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
+        traced = self._traced(input)
+        if traced is not None:
+            return traced
         kind, a, b = resolve_activation(self.activation)
         if not _is_compiling():
             result = self._fast(input, (KIND[kind], a, b))
@@ -77,14 +96,6 @@ class Quantized(nn.Module):
             error_msgs.append(f"{prefix}weight must be {_dtype_name(self.weight)}, got {_dtype_name(loaded)}{hint}")
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantized":
-        before = {name: getattr(self, name) for name in self._buffer_names}
-        super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            if tensor is not None and getattr(self, name).dtype != tensor.dtype:
-                setattr(self, name, tensor.to(getattr(self, name).device))
-        return self
 
 
 class QuantizedLinear(Quantized):

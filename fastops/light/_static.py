@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import fastops.nn as fnn
 from fastops._frozen_norms import NORMS
 from fastops.light._observers import OBSERVERS, Observer
+from fastops.light._qat_layers import FakeQuantized
 from fastops.light._quantized import Quantized, activation_of, become
 from fastops.light.conv2d_int8 import MOST_PRODUCTS, Conv2dInt8, LinearInt8Static
 from fastops.nn._fused import FUSED
@@ -22,9 +23,9 @@ from fastops.replace import _works as works
 
 Batches = Iterable[Any] | Callable[[nn.Module], Any]
 
-_RESULT = {cls: LinearInt8Static for cls in (nn.Linear, fnn.Linear, FUSED[fnn.Linear])}
-_RESULT |= {cls: Conv2dInt8 for cls in (nn.Conv2d, fnn.Conv2d, FUSED[fnn.Conv2d])}
-_FLOAT = {LinearInt8Static: fnn.Linear, Conv2dInt8: fnn.Conv2d}
+RESULTS = {cls: LinearInt8Static for cls in (nn.Linear, fnn.Linear, FUSED[fnn.Linear])}
+RESULTS |= {cls: Conv2dInt8 for cls in (nn.Conv2d, fnn.Conv2d, FUSED[fnn.Conv2d])}
+_FLOAT = {nn.Linear: fnn.Linear, nn.Conv2d: fnn.Conv2d}
 
 
 def quantize_static(
@@ -40,12 +41,10 @@ def quantize_static(
             "quantize_: calibrate must be given with 'int8_static': batches of inputs, or a function that calls the "
             "model with some"
         )
-    if not callable(calibrate) and not isinstance(calibrate, Iterable):
-        raise TypeError(f"quantize_: calibrate must be an iterable or a function, got {type(calibrate).__name__}")
     if observer not in OBSERVERS:
         raise ValueError(f"quantize_: observer must be one of {', '.join(map(repr, OBSERVERS))}, got {observer!r}")
-    report, chosen = _chosen(model, filter_fn)
-    seen = _Calibration(chosen, observer)
+    report, chosen = choose_static(model, filter_fn)
+    seen = Calibration(chosen, observer)
     seen.run(model, calibrate)
     for module, name in tuple(chosen.items()):
         if not seen.inputs[module].called:
@@ -55,23 +54,26 @@ def quantize_static(
             report.skipped.append(row._replace(result="calibration never called it"))
     ranges = {module: seen.ranges(module, symmetric) for module in chosen}
     for module, (input_range, output_range) in ranges.items():  # only now that nothing can raise any more
-        become(module, _RESULT[type(module)], module.weight, activation_of(module))
+        become(module, RESULTS[type(module)], module.weight, activation_of(module))
         module.set_range("input", *input_range, symmetric)
         module.set_range("output", *output_range, symmetric)
     return report
 
 
-def _chosen(
-    model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None
+def choose_static(
+    model: nn.Module,
+    filter_fn: Callable[[nn.Module, str], bool] | None,
+    results: Mapping[type[nn.Module], type[nn.Module]] = RESULTS,
 ) -> tuple[Report, dict[nn.Module, str]]:
+    """Which layers become what `results` says for their classes, with their names, and the report that says so."""
     report, chosen = Report(), {}
     direct = read_directly(model, calling=())
     for name, module in model.named_modules():
         cls, why = type(module), direct.get(id(module), "")
-        result = _RESULT.get(cls)
+        result = results.get(cls)
         if result is not None:
             plain = cls in (nn.Linear, nn.Conv2d)
-            why = why or why_not(module, _FLOAT[result] if plain else result) or _no_kernel(module)
+            why = why or why_not(module, _FLOAT[cls] if plain else result) or _no_kernel(module)
             if not why and filter_fn is not None and not filter_fn(module, name):
                 why = "filter_fn said no"
             if not why:
@@ -79,6 +81,8 @@ def _chosen(
                 chosen[module] = name
         elif isinstance(module, Quantized):
             why = "already quantized"
+        elif isinstance(module, FakeQuantized):
+            why = "prepared for training: convert_qat_ quantizes it"
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
             why = why or why_not_type(module)
         elif works(module):
@@ -108,11 +112,11 @@ def _no_kernel(module: nn.Module) -> str:
     return ""
 
 
-class _Calibration:
+class Calibration:
     """Observers of what the chosen modules are given, and of what they give, or the batch norm right after them."""
 
-    def __init__(self, chosen: Mapping[nn.Module, str], observer: str) -> None:
-        self.names, self.observer = chosen, observer
+    def __init__(self, chosen: Mapping[nn.Module, str], observer: str, function: str = "quantize_") -> None:
+        self.names, self.observer, self.function = chosen, observer, function
         histogram = observer != "minmax"
         self.inputs = {module: Observer(histogram) for module in chosen}
         self.outputs = {module: Observer(histogram) for module in chosen}
@@ -121,6 +125,9 @@ class _Calibration:
 
     def run(self, model: nn.Module, calibrate: Batches) -> None:
         """Calls the model in eval mode; the modes of its modules are then what they were."""
+        if not callable(calibrate) and not isinstance(calibrate, Iterable):
+            kind = type(calibrate).__name__
+            raise TypeError(f"{self.function}: calibrate must be an iterable or a function, got {kind}")
         training = {module: module.training for module in model.modules()}
         norms = tuple(NORMS)
         hooks = []
@@ -141,7 +148,7 @@ class _Calibration:
                 module.training = mode
         if batches == 0 or (self.names and not any(one.called for one in self.inputs.values())):
             what = "gave no batch" if batches == 0 else "called none of the layers that are to be quantized"
-            raise ValueError(f"quantize_: calibrate {what}; the ranges of the inputs come from it")
+            raise ValueError(f"{self.function}: calibrate {what}; the ranges of the inputs come from it")
 
     @staticmethod
     def _call(model: nn.Module, calibrate: Batches) -> int | None:
@@ -180,17 +187,20 @@ class _Calibration:
             observer.see(tensor)
             if not observer.finite:
                 raise ValueError(
-                    f"quantize_: in calibration, the {what} of '{self.names[module]}' ({class_name(type(module))}) "
-                    f"must be finite, got NaN or infinity"
+                    f"{self.function}: in calibration, the {what} of '{self.names[module]}' "
+                    f"({class_name(type(module))}) must be finite, got NaN or infinity"
                 )
+
+    def output_range(self, module: nn.Module, symmetric: bool) -> tuple[float, float]:
+        after = self.outputs[module] if self.outputs[module].called else self.before_norm[module]
+        return after.range(self.observer, symmetric)
 
     def ranges(self, module: nn.Module, symmetric: bool) -> tuple[tuple[float, float], tuple[float, float]]:
         """Of the input and of the output."""
         seen = self.inputs[module]
         if seen.low == seen.high:
             raise ValueError(
-                f"quantize_: in calibration, the input of '{self.names[module]}' ({class_name(type(module))}) must "
-                f"have a range, but all of it was {seen.low}"
+                f"{self.function}: in calibration, the input of '{self.names[module]}' ({class_name(type(module))}) "
+                f"must have a range, but all of it was {seen.low}"
             )
-        after = self.outputs[module] if self.outputs[module].called else self.before_norm[module]
-        return seen.range(self.observer, symmetric), after.range(self.observer, symmetric)
+        return seen.range(self.observer, symmetric), self.output_range(module, symmetric)

@@ -104,16 +104,22 @@ class LinearInt8(QuantizedLinear):
         return {key: value for key, value in self.__dict__.items() if key != "_packed"}
 
 
+def row_scales(weight: Tensor) -> Tensor:
+    """The scale (n) of each row of a float32 weight (n, k); NaN for a row that holds an infinity or NaN."""
+    largest = weight.abs().amax(1) if weight.shape[1] > 0 else weight.new_zeros(weight.shape[0])
+    scale = (largest / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(largest.isfinite(), scale, torch.nan)
+
+
 # Tensors made in inference mode cannot be saved for a backward, nor loaded into.
 @torch.inference_mode(False)
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weights (n, k) as int8 between -127 and 127, and a float32 scale (n) for each row.
 
-    A row that holds an infinity or NaN has the scale NaN.
+    A row that holds an infinity or NaN has the scale NaN. Levels are those of fake_quantize, by which training sees
+    them: the weight times the inverse of the scale, rounded.
     """
     w = weight.float()
-    largest = w.abs().amax(1) if w.shape[1] > 0 else w.new_zeros(w.shape[0])
-    scale = (largest / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    scale = torch.where(largest.isfinite(), scale, torch.nan)
-    levels = torch.round(w / scale.unsqueeze(1)).clamp(-127, 127).nan_to_num(0)
+    scale = row_scales(w)
+    levels = torch.round(w * (1 / scale).unsqueeze(1)).clamp(-127, 127).nan_to_num(0)
     return levels.to(torch.int8), scale

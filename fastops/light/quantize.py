@@ -3,11 +3,14 @@
 import dis
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
 
 import fastops.nn as fnn
+from fastops.light._layers import checked_filter
+from fastops.light._qat_layers import FakeQuantized
 from fastops.light._quantized import Quantized, QuantizedLinear, activation_of, become
 from fastops.light._static import Batches, quantize_static
 from fastops.light.linear_int8 import MOST_FEATURES, LinearInt8
@@ -25,7 +28,7 @@ __all__ = ["quantize_"]
 
 # The options of the weight-only ones.
 _WEIGHT_ONLY = {"int8_weight": {"bits": 8}, "int4_weight": {"bits": 4}, "fp8_weight": {"bits": 8, "float8": True}}
-_CONFIGS = ("int8_dynamic", "int8_static", *_WEIGHT_ONLY)
+CONFIGS = ("int8_dynamic", "int8_static", *_WEIGHT_ONLY)
 _FUSED = FUSED[fnn.Linear]
 _LINEAR = (nn.Linear, fnn.Linear, _FUSED)
 # Fewer weights than these are as fast in float32, where a call takes some microseconds. PyTorch's float32 layer and
@@ -79,7 +82,7 @@ def quantize_(
         A Report as replace_ makes it: what was quantized, what was skipped and why, and what else computes something.
 
     Raises:
-        TypeError: model is not a torch.nn.Module, or calibrate neither iterable nor callable.
+        TypeError: model is not a torch.nn.Module, filter_fn no function, or calibrate neither iterable nor callable.
         ValueError: config, group_size or observer is not one of these; calibration called none of the layers, or one
             with NaN, an infinity or a constant.
         What filter_fn, calibrate and the model raise. The model is then what it was.
@@ -92,25 +95,45 @@ def quantize_(
     >>> model[0]
     LinearInt8(in_features=256, out_features=256, bias=True)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"quantize_: model must be a torch.nn.Module, got {type(model).__name__}")
-    if config not in _CONFIGS:
-        raise ValueError(f"quantize_: config must be one of {', '.join(map(repr, _CONFIGS))}, got {config!r}")
-    if config in ("int8_dynamic", "int8_static") and group_size is not None:
-        raise ValueError(f"quantize_: group_size is for weight-only layers, got {group_size!r} with {config!r}")
+    checked_config("quantize_", model, config, group_size)
+    checked_filter("quantize_", filter_fn)
     if config == "int8_static":
         return quantize_static(model, filter_fn, calibrate, observer, symmetric)
     if calibrate is not None:
         raise ValueError(f"quantize_: calibrate is for 'int8_static', got one with {config!r}")
-    if config == "int8_dynamic":
-        result, options = LinearInt8, {}
-    else:
-        result, options = LinearWeightOnly, {**_WEIGHT_ONLY[config], "group_size": group_size}
-        try:
-            checked_group_size(in_features=1, **options)
-        except ValueError as error:
-            raise ValueError(f"quantize_: {error}") from None
+    result, options = result_of(config, group_size, "quantize_")
+    report, chosen = choose(model, config, filter_fn, result)
+    for module in chosen:  # only now that filter_fn has not raised
+        change(module, result, **options)
+    return report
 
+
+def checked_config(function: str, model: nn.Module, config: str, group_size: int | None) -> None:
+    """What quantize_ and prepare_qat_ take."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+    if config not in CONFIGS:
+        raise ValueError(f"{function}: config must be one of {', '.join(map(repr, CONFIGS))}, got {config!r}")
+    if config in ("int8_dynamic", "int8_static") and group_size is not None:
+        raise ValueError(f"{function}: group_size is for weight-only layers, got {group_size!r} with {config!r}")
+
+
+def result_of(config: str, group_size: int | None, function: str) -> tuple[type[QuantizedLinear], dict[str, Any]]:
+    """The class that a linear layer becomes, and the options of its weights; not of "int8_static"."""
+    if config == "int8_dynamic":
+        return LinearInt8, {}
+    options = {**_WEIGHT_ONLY[config], "group_size": group_size}
+    try:
+        checked_group_size(in_features=1, **options)
+    except ValueError as error:
+        raise ValueError(f"{function}: {error}") from None
+    return LinearWeightOnly, options
+
+
+def choose(
+    model: nn.Module, config: str, filter_fn: Callable[[nn.Module, str], bool] | None, result: type[nn.Module]
+) -> tuple[Report, list[nn.Module]]:
+    """Which linear layers become `result`, and the report that says so; not of "int8_static"."""
     report, chosen = Report(), []
     # fastops' TransformerEncoderLayer reads weights, too, where it leaves a call to PyTorch's.
     direct = {**_read_in_forward(model, config), **read_directly(model, calling=())}
@@ -129,18 +152,18 @@ def quantize_(
                 chosen.append(module)
         elif isinstance(module, Quantized):
             why = "sparse" if isinstance(module, (LinearSparse, Conv2d1x1Sparse)) else "already quantized"
+        elif isinstance(module, FakeQuantized):
+            why = "prepared for training: convert_qat_ quantizes it"
         elif isinstance(module, nn.Linear):
             why = why or why_not_type(module)
         elif works(module):
             report.left.append(Row(name, class_name(cls), f"no {config} kernel"))
         if why:
             report.skipped.append(Row(name, class_name(cls), why))
-    for module in chosen:  # only now that filter_fn has not raised
-        _change(module, result, **options)
-    return report
+    return report, chosen
 
 
-def _change(
+def change(
     linear: nn.Module,
     cls: type[QuantizedLinear],
     bits: int | None = None,

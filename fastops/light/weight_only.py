@@ -1,6 +1,6 @@
 """A linear layer with weights of 8 or 4 bits, integers or float8, which become float32 in registers."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -146,14 +146,20 @@ def checked_group_size(bits: int, group_size: int | None, in_features: int, floa
     return group_size
 
 
-# Tensors made in inference mode cannot be saved for a backward, nor loaded into.
-@torch.inference_mode(False)
-def quantized(weight: Tensor, bits: int, group_size: int, float8: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Weights (n, k) as the buffers weight, scale and offset. A group with an infinity or NaN has the scale NaN."""
+class Groups(NamedTuple):
+    """A float32 weight (n, k) in groups, and the levels of each: W = scale q + offset = scale (q - zero)."""
+
+    weight: Tensor  # (n, groups, group_size)
+    scale: Tensor  # (n, groups, 1), as those below
+    zero: Tensor | None  # None where there is no offset
+    offset: Tensor | None
+
+
+def grouped(weight: Tensor, bits: int, group_size: int, float8: bool = False) -> Groups:
+    """A group with an infinity or NaN has the scale NaN."""
     n, k = weight.shape
     group_size = min(group_size, max(k, 1))
     groups = -(-k // group_size)
-    tiny = torch.finfo(torch.float32).tiny
     w = weight.float()
     # The last group of a row may be short: its last weight is repeated, which changes neither end of its range.
     if groups * group_size > k:
@@ -161,22 +167,42 @@ def quantized(weight: Tensor, bits: int, group_size: int, float8: bool = False) 
     w = w.view(n, groups, group_size)
     if groups == 0:
         w = w.new_zeros(n, 0, 1)
-    low, high = w.amin(2, keepdim=True), w.amax(2, keepdim=True)
-    finite = low.isfinite() & high.isfinite()
-    offset = None
-    if bits == 8:
-        largest = torch.finfo(torch.float8_e4m3fn).max if float8 else 127
-        scale = (torch.maximum(-low, high) / largest).clamp(min=tiny)
-        levels = (w / scale).nan_to_num(0).clamp(-largest, largest)
-        levels = levels.to(torch.float8_e4m3fn) if float8 else torch.round(levels).to(torch.int8)
+    with torch.no_grad():
+        low, high = w.detach().amin(2, keepdim=True), w.detach().amax(2, keepdim=True)
+        finite = low.isfinite() & high.isfinite()
+        zero = offset = None
+        if bits == 8:
+            largest = torch.finfo(torch.float8_e4m3fn).max if float8 else 127
+            scale = torch.maximum(-low, high) / largest
+        else:
+            # Where all weights are one, that is level 0, whatever the scale.
+            scale = torch.where(low == high, 1.0, high / 15 - low / 15)
+        scale = torch.where(finite, scale.clamp(min=torch.finfo(torch.float32).tiny), torch.nan)
+        if bits == 4:
+            zero, offset = -low * (1 / scale), low
+    return Groups(w, scale, zero, offset)
+
+
+# Tensors made in inference mode cannot be saved for a backward, nor loaded into.
+@torch.inference_mode(False)
+def quantized(weight: Tensor, bits: int, group_size: int, float8: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weights (n, k) as the buffers weight, scale and offset. A group with an infinity or NaN has the scale NaN.
+
+    Levels are those of fake_quantize, by which training sees them.
+    """
+    n, k = weight.shape
+    w, scale, zero, offset = grouped(weight.detach(), bits, group_size, float8)
+    if float8:
+        most = torch.finfo(torch.float8_e4m3fn).max
+        levels = (w / scale).nan_to_num(0).clamp(-most, most).to(torch.float8_e4m3fn)
+    elif bits == 8:
+        levels = torch.round(w * (1 / scale)).nan_to_num(0).clamp(-127, 127).to(torch.int8)
     else:
-        scale = (high / 15 - low / 15).clamp(min=tiny)
-        levels = torch.round((w - low) / scale).clamp(0, 15).nan_to_num(0).to(torch.uint8)
-        offset = low[..., 0].contiguous()
+        levels = torch.round(w * (1 / scale) + zero).nan_to_num(0).clamp(0, 15).to(torch.uint8)
     levels = levels.flatten(1)[:, :k]
     if bits == 4:
         if k % 2:
             levels = torch.cat([levels, levels.new_zeros(n, 1)], 1)
         levels = levels[:, ::2] | levels[:, 1::2] << 4
-    scale = torch.where(finite, scale, torch.nan)[..., 0].contiguous()
-    return levels.contiguous(), scale, offset
+    offset = None if offset is None else offset[..., 0].contiguous()
+    return levels.contiguous(), scale[..., 0].contiguous(), offset

@@ -7,6 +7,7 @@
 #include "../conv/conv.h"
 #include "../conv_int8/conv_int8.h"
 #include "../conv_pool/conv_pool.h"
+#include "../fake_quantize/fake_quantize.h"
 #include "../inverted_residual/inverted_residual.h"
 #include "../layer_norm/layer_norm.h"
 #include "../linear/linear.h"
@@ -33,6 +34,7 @@ namespace fastops {
   FASTOPS_CALLS_conv(X) \
   FASTOPS_CALLS_conv_int8(X) \
   FASTOPS_CALLS_conv_pool(X) \
+  FASTOPS_CALLS_fake_quantize(X) \
   FASTOPS_CALLS_inverted_residual(X) \
   FASTOPS_CALLS_pool(X) \
   FASTOPS_CALLS_pool_int8(X) \

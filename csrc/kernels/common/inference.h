@@ -7,6 +7,7 @@
 #include "../batch_norm/batch_norm.h"
 #include "../conv/conv.h"
 #include "../conv_pool/conv_pool.h"
+#include "../fake_quantize/fake_quantize.h"
 #include "../layer_norm/layer_norm.h"
 #include "../linear/linear.h"
 #include "../loss/loss.h"
@@ -26,6 +27,8 @@
 #define FASTOPS_CALLS_conv(X) X(ConvForward)
 #undef FASTOPS_CALLS_conv_pool
 #define FASTOPS_CALLS_conv_pool(X) X(ConvPoolForward)
+#undef FASTOPS_CALLS_fake_quantize
+#define FASTOPS_CALLS_fake_quantize(X)
 #undef FASTOPS_CALLS_layer_norm
 #define FASTOPS_CALLS_layer_norm(X) X(LayerNormForward)
 #undef FASTOPS_CALLS_linear
