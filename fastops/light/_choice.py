@@ -69,6 +69,8 @@ def _scores(name: str, layer: Layer, importance: Importance) -> list[float]:
             raise ValueError(
                 f"prune_channels_: importance must give a tensor of shape ({count},) for {name}, got {found}"
             )
+        if bool(scores.isnan().any()):
+            raise ValueError(f"prune_channels_: importance must give numbers for {name}, got NaN")
         return _relative(scores)
     weight = module.weight.detach()
     if issubclass(kind_of(module), nn.Embedding):

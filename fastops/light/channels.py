@@ -20,7 +20,7 @@ from fastops.light._channels import Channels, compact, varying
 from fastops.light._choice import IMPORTANCES, Importance, chosen, fitting, groups_of, labels_of
 from fastops.light._cutting import clear, cut, put
 from fastops.light._flow import Flow, Flows, Layer
-from fastops.light._layers import CONVOLUTIONS, TRANSPOSED, kind_of, owners_of, why_not
+from fastops.light._layers import CONVOLUTIONS, TRANSPOSED, checked_filter, kind_of, owners_of, why_not
 from fastops.light.weights import take_masks_
 from fastops.replace import Row
 from fastops.replace import _name as class_name
@@ -98,6 +98,7 @@ def prune_channels_(
     11850 parameters -> 5930, 1 of 2.00
     """
     _check(model, amount, importance, scope, round_to, parameters)
+    checked_filter("prune_channels_", filter_fn)
     args, named = _arguments(model, inputs)
     take_masks_(model)
     changes = Changes(before=parameters_of(model))

@@ -286,6 +286,8 @@ def distill(
     >>> losses[-1] < losses[0]
     True
     """
+    if type(epochs) is not int or epochs < 1:
+        raise ValueError(f"distill: epochs must be a positive int, got {epochs!r}")
     if isinstance(batches, Iterator) and epochs > 1:
         raise ValueError("distill: batches must be a list, a DataLoader or the like, to go through it more than once")
     first = next(iter(batches), None) if not isinstance(batches, Iterator) else None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fastops.nn as fnn
 from fastops.light._changes import Changes, parameters_of
-from fastops.light._layers import CONVOLUTIONS, kind_of, owners_of, why_not
+from fastops.light._layers import CONVOLUTIONS, checked_filter, kind_of, owners_of, why_not
 from fastops.light.weights import take_masks_
 from fastops.nn._fused import Fused
 from fastops.replace import Row
@@ -66,6 +66,7 @@ def low_rank_(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"low_rank_: model must be a torch.nn.Module, got {type(model).__name__}")
+    checked_filter("low_rank_", filter_fn)
     given = [one for one in (parameters, energy) if one is not None]
     if len(given) != 1 or not isinstance(given[0], (int, float)) or not 0 < given[0] <= 1:
         raise ValueError(

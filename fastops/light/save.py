@@ -59,9 +59,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *inputs: Tensor) -> Sav
         file. Outputs that are a tuple, list or dict of tensors keep their order, and have their keys as names.
 
     Raises:
-        TypeError: model is no torch.nn.Module, or an input is no Tensor.
+        TypeError: model is no torch.nn.Module, an input no Tensor, or path no path.
         ValueError: the model has a layer or calls a function that the run time has not; the message names both. Or
-            there is no input, or one on a GPU.
+            there is no input, or one on a GPU; or the folder of path does not exist.
 
     Source: the recording is that of torch.utils._python_dispatch; the format is described in docs/light-runtime.md.
 
@@ -78,6 +78,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], *inputs: Tensor) -> Sav
     if not inputs or any(one.device.type != "cpu" for one in inputs):
         got = f"one on {inputs[0].device}" if inputs else "none"
         raise ValueError(f"save: inputs must be examples of what the model is called with, on the CPU, got {got}")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"save: path must be that of a file, got {type(path).__name__}")
+    if not Path(path).parent.is_dir() or Path(path).is_dir():
+        what = "is a folder" if Path(path).is_dir() else "is in a folder that does not exist"
+        raise ValueError(f"save: path must be that of a file in a folder that exists, got {str(path)!r}, which {what}")
     names = _names(model, len(inputs))
     try:
         frozen = fastops.freeze(model).model

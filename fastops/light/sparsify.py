@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fastops.nn as fnn
 from fastops import _C
+from fastops.light._layers import checked_filter
 from fastops.light._quantized import QuantizedLinear, activation_of, become
 from fastops.light.sparse_linear import BLOCK_SIZES, Conv2d1x1Sparse, LinearSparse, is_pointwise, kept_blocks
 from fastops.light.weights import take_masks_
@@ -85,7 +86,8 @@ def sparsify_(
         raise TypeError(f"sparsify_: model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(min_sparsity, (int, float)) or not 0 <= min_sparsity <= 1:
         raise ValueError(f"sparsify_: min_sparsity must be from 0 to 1, got {min_sparsity!r}")
-    if not isinstance(rows, int) or rows < 1:
+    checked_filter("sparsify_", filter_fn)
+    if type(rows) is not int or rows < 1:
         raise ValueError(f"sparsify_: rows must be a positive int, got {rows!r}")
     costs = next(costs for most, costs in _COSTS.items() if rows <= most)
     report, chosen = Report(), []

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from fastops.light._changes import Changes, parameters_of
-from fastops.light._layers import CONVOLUTIONS, kind_of, why_not_written
+from fastops.light._layers import CONVOLUTIONS, checked_filter, kind_of, why_not_written
 from fastops.light._masks import Pattern, checked_pattern, staying, units_of
 from fastops.replace import Row
 from fastops.replace import _name as class_name
@@ -122,6 +122,8 @@ class Pruner:
     4680 parameters -> 4680
     """
 
+    _called = "Pruner"  # in messages
+
     @torch.inference_mode(False)
     def __init__(
         self,
@@ -137,16 +139,17 @@ class Pruner:
         filter_fn: Callable[[nn.Module, str], bool] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"Pruner: model must be a torch.nn.Module, got {type(model).__name__}")
-        _check_sparsity("Pruner", sparsity, pattern)
+            raise TypeError(f"{self._called}: model must be a torch.nn.Module, got {type(model).__name__}")
+        _check_sparsity(self._called, sparsity, pattern)
+        checked_filter(self._called, filter_fn)
         if method not in _METHODS:
-            raise ValueError(f"Pruner: method must be 'magnitude' or 'movement', got {method!r}")
+            raise ValueError(f"{self._called}: method must be 'magnitude' or 'movement', got {method!r}")
         if scope not in ("layer", "global"):
-            raise ValueError(f"Pruner: scope must be 'layer' or 'global', got {scope!r}")
+            raise ValueError(f"{self._called}: scope must be 'layer' or 'global', got {scope!r}")
         if not 0 <= begin <= end or every < 1 or not 0 <= initial <= sparsity:
             raise ValueError(
-                "Pruner: begin, end, every and initial must be 0 <= begin <= end, every >= 1 and 0 <= initial <= "
-                f"sparsity, got {begin}, {end}, {every} and {initial}"
+                f"{self._called}: begin, end, every and initial must be 0 <= begin <= end, every >= 1 and 0 <= initial "
+                f"<= sparsity, got {begin}, {end}, {every} and {initial}"
             )
         self.final, self.method, self.pattern, self.scope = sparsity, method, pattern, scope
         self.begin, self.end, self.initial, self.every, self.steps = begin, end, initial, every, 0
@@ -163,7 +166,7 @@ class Pruner:
                 elif not any(one.weight is module.weight for one, _ in self._weights.values()):
                     self._weights[path] = module, class_name(type(module))
         if not self._weights:
-            raise ValueError("Pruner: model has no linear layer or convolution whose weight can be pruned")
+            raise ValueError(f"{self._called}: model has no linear layer or convolution whose weight can be pruned")
         self.masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self._current().items()}
         # Zeros of PyTorch's masks stay zeros.
         self._may_stay = {name: weight != 0 for name, weight in self._current().items() if name in taken}
@@ -288,6 +291,10 @@ class Pruner:
                 module.weight.copy_(torch.where(self.masks[name], self._dense.get(name, module.weight), 0))
 
 
+class _AtOnce(Pruner):
+    _called = "prune_weights_"
+
+
 def prune_weights_(
     model: nn.Module,
     sparsity: float,
@@ -317,7 +324,7 @@ def prune_weights_(
     2.weight  torch.nn.Linear  ->  89.8% zeros
     4680 parameters -> 4680
     """
-    return Pruner(model, sparsity, pattern=pattern, scope=scope, filter_fn=filter_fn).report()
+    return _AtOnce(model, sparsity, pattern=pattern, scope=scope, filter_fn=filter_fn).report()
 
 
 @torch.inference_mode(False)
