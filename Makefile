@@ -18,7 +18,7 @@ SOURCES := $(shell find csrc -type f) build_native.py setup.py
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build demo test bench scoreboard gpu readme check format sanitize ulp cuda-usage library docs wheel sdist
-.PHONY: test-wheel test-torch runtime light-wheel clean
+.PHONY: test-wheel test-torch test-arm runtime light-wheel clean
 
 build: $(VENV)/installed $(VENV)/built
 
@@ -78,6 +78,10 @@ library: $(VENV)/ninja
 MACHINE ?= $(shell uname -m)
 runtime: $(VENV)/ninja
 	$(PYTHON) build_native.py runtime $(PREFIX) $(MACHINE)
+
+# tests/cpp for 64-bit Arm, by Debian's g++-aarch64-linux-gnu and qemu-user.
+test-arm: $(VENV)/ninja
+	$(PYTHON) build_native.py arm $(TESTS)
 
 # The same with the Python package fastops_light, as a wheel into dist.
 light-wheel: $(VENV)/requirements

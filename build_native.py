@@ -5,6 +5,7 @@ setup.py builds the extension with it; `make build`, `make sanitize`, `make ulp`
     python build_native.py kernels     # what the extension has that needs no torch, while pip brings that
     python build_native.py sanitize    # builds and runs every tests/cpp/test_*.cpp: the scalar tier with ASan and UBSan
     python build_native.py sanitize all  # the same with every tier of this processor under the sanitizers
+    python build_native.py arm [...]   # these tests of tests/cpp, or all, for 64-bit Arm, by an emulator: its best tier
     python build_native.py ulp [...]   # builds tests/cpp/ulp.cpp with the kernels and runs it with these arguments
     python build_native.py library DIR # DIR/lib/libfastops.a, DIR/include/fastops and a CMake package: no torch
     python build_native.py runtime DIR # what runs models of light.save, without torch: DIR/lib, DIR/bin, DIR/include
@@ -39,6 +40,8 @@ EMULATOR = ROOT / "tests" / "emulator"
 EXTENSION = ROOT / "build" / "extension"
 # What lies beside the extension: the kernels, and the ops of torch.ops.fastops for programs without Python.
 KERNEL_LIBRARY, OP_LIBRARY = LIBRARIES = ("libfastops_kernels.so", "libfastops_torch.so")
+# Compiles for 64-bit Arm on another processor, and runs what was compiled (Debian's g++-aarch64-linux-gnu, qemu-user).
+ARM_COMPILER, ARM_RUNNER = "aarch64-linux-gnu-g++", ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
 # What runs a file of fastops.light.save: a library, and a command.
 RUN_LIBRARY, RUN_COMMAND = RUN = ("libfastops_run.so", "fastops-run")
 
@@ -77,6 +80,14 @@ TIERS = {
     "isa_avx512.cpp": _AVX512,
     "isa_avx512_bf16.cpp": _AVX512_BF16,
     "isa_amx.cpp": _AMX,
+    # Scheduled before registers are given out, all loads of a step come first, and of the 24 sums of a tile of the
+    # matrix product two are then kept in memory (GCC 12).
+    "isa_neon.cpp": ["-fno-schedule-insns"],
+}
+# Those that a kind of processor may have; of any other kind, the scalar tier.
+TIERS_OF = {
+    "x86_64": ["isa_scalar.cpp", "isa_avx2.cpp", "isa_avx512.cpp", "isa_avx512_bf16.cpp", "isa_amx.cpp"],
+    "aarch64": ["isa_scalar.cpp", "isa_neon.cpp"],
 }
 KERNEL_FLAGS = ["-ffp-contract=off"]
 # The same for the GPU: every fused multiply-add is one that the source asks for.
@@ -119,7 +130,7 @@ def common_flags(version: str) -> list[str]:
 def runs_here(flags: list[str]) -> bool:
     """Whether this processor has what these flags of a tier let the compiler use."""
     processor = Path("/proc/cpuinfo").read_text().replace("_", "").split()
-    return all(flag.removeprefix("-m").replace("-", "") in processor for flag in flags)
+    return all(flag[2:].replace("-", "") in processor for flag in flags if flag.startswith("-m"))
 
 
 class Kernels(NamedTuple):
@@ -156,8 +167,8 @@ def rooms() -> list[str]:
 
 def kernel_sources(machine: str = platform.machine()) -> list[Kernels]:
     """The kernels for a kind of processor, slowest to compile first."""
-    x86 = machine in ("x86_64", "AMD64")
-    tiers = [KERNELS / "common" / "cpu" / name for name in TIERS if x86 or name == "isa_scalar.cpp"]
+    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+    tiers = [KERNELS / "common" / "cpu" / name for name in TIERS_OF.get(machine, ["isa_scalar.cpp"])]
     others = sorted(path for path in KERNELS.glob("*/cpu/*.cpp") if path.name not in TIERS)
     # Of an inline function that several have, the linker takes the first: none that was compiled for a newer processor.
     # Compilation starts in this order, too.
@@ -464,7 +475,21 @@ def add_kernels(build: Build, cuda: Cuda) -> list[Path]:
     return cpu + gpu
 
 
-def add_runtime(build: Build, kernels: list[Path], library: Path, command: Path, flags: Sequence[str] = ()) -> None:
+def folding(machine: str) -> list[str]:
+    """Flags with which the linker keeps functions once that have the same instructions: each room has a copy of its own
+    of what it shares with others. Of GNU's linkers gold does that, which Debian has beside the other one."""
+    gold = "ld.gold" if machine == platform.machine() else f"{machine}-linux-gnu-ld.gold"
+    return ["-fuse-ld=gold", "-Wl,--icf=all"] if shutil.which(gold) else []
+
+
+def add_runtime(
+    build: Build,
+    kernels: list[Path],
+    library: Path,
+    command: Path,
+    flags: Sequence[str] = (),
+    linking: Sequence[str] = (),
+) -> None:
     """Adds what runs models without torch, in two folders, on these kernels: objects, or a library beside it."""
     version = re.search(r'"(.+)"', (ROOT / "fastops" / "_version.py").read_text())[1]
     flags = [*common_flags(compiler_version(build.compiler)), *OPTIMIZE_SCALAR, *KERNEL_FLAGS, *flags, "-pthread"]
@@ -477,7 +502,7 @@ def add_runtime(build: Build, kernels: list[Path], library: Path, command: Path,
             of_library.append(object_)
     beside = ["-Wl,-rpath,$ORIGIN", "-Wl,-rpath,$ORIGIN/../lib", "-Wl,--gc-sections", "-s", "-pthread"]
     exports = ["-shared", f"-Wl,-soname,{RUN_LIBRARY}", f"-Wl,--version-script={RUNTIME / 'exports.map'}"]
-    build.link([*of_library, *kernels], library / RUN_LIBRARY, [*exports, *beside])
+    build.link([*of_library, *kernels], library / RUN_LIBRARY, [*exports, *beside, *linking])
     build.link([*of_command, library / RUN_LIBRARY], command / RUN_COMMAND, beside)
 
 
@@ -498,7 +523,7 @@ def build_runtime(prefix: Path, machine: str = platform.machine(), optimize: Seq
             for kernels in kernel_sources(machine)
             if kernels.room not in ("loss", "optim")
         ]
-        add_runtime(build, objects, prefix / "lib", prefix / "bin", [*few, *optimize])
+        add_runtime(build, objects, prefix / "lib", prefix / "bin", [*few, *optimize], folding(machine))
         for name in ("lib", "bin", "include"):
             (prefix / name).mkdir(parents=True, exist_ok=True)
         build.run()
@@ -713,6 +738,7 @@ class Program(NamedTuple):
 
     path: Path
     arguments: list[str]
+    runner: Sequence[str] = ()  # what runs programs of another kind of processor
 
 
 def build_cpp_tests(folder: Path, sources: list[Path], sanitized: Collection[str] = ()) -> list[Program]:
@@ -758,13 +784,31 @@ def build_cpp_tests(folder: Path, sources: list[Path], sanitized: Collection[str
     return programs
 
 
+def build_arm_tests(folder: Path, sources: list[Path]) -> list[Program]:
+    """The same for 64-bit Arm, on another processor: the neon tier's kernels, and few of the scalar tier's."""
+    build = Build(folder, [ARM_COMPILER])
+    common = common_flags(compiler_version(build.compiler))
+    objects = []
+    for kernels in kernel_sources("aarch64"):
+        flags = ["-O0", "-DFASTOPS_TWO_DTYPES"] if kernels.tier == "scalar" else ["-O1"]
+        objects.append(build.compile_kernels(kernels, [*common, *flags]))
+    programs = []
+    for source in sources:
+        flags = [*common, "-O1", *KERNEL_FLAGS, "-pthread", f"-I{ROOT / 'csrc'}", "-DFASTOPS_VEC_NEON"]
+        program = Program(folder / source.stem, ["quick", "neon"], ARM_RUNNER)
+        build.link([build.compile(source, flags), *objects], program.path, ["-pthread"])
+        programs.append(program)
+    build.run()
+    return programs
+
+
 def run_programs(programs: list[Program], arguments: list[str]) -> int:
     """How many failed. They run side by side, one a core; each line is printed as it comes, with its program's name."""
 
     def run(program: Program) -> bool:
         name = program.path.name
         with subprocess.Popen(
-            [str(program.path), *program.arguments, *arguments],
+            [*program.runner, str(program.path), *program.arguments, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -787,6 +831,10 @@ def main(arguments: list[str]) -> int:
         sources = sorted(tests.glob("test_*.cpp"), key=lambda path: (path.stem not in slow, path.stem))
         here = {kernels.tier for kernels in kernel_sources() if runs_here(TIERS.get(kernels.source.name, []))}
         programs = build_cpp_tests(ROOT / "build" / "sanitize", sources, here if arguments[1:] else SANITIZED)
+        arguments = []
+    elif arguments[:1] == ["arm"]:
+        sources = [tests / f"{name}.cpp" for name in arguments[1:]] or sorted(tests.glob("test_*.cpp"))
+        programs = build_arm_tests(ROOT / "build" / "arm", sources)
         arguments = []
     elif arguments == ["cuda-usage"]:
         return print_cuda_usage()

@@ -1,6 +1,6 @@
 """The digits ConvNet as a file that runs without PyTorch: what it takes on disk, in memory and in time.
 
-    python examples/light_runtime.py [--epochs 3] [--seconds 2] [--out FOLDER]
+    python examples/light_runtime.py [--epochs 3] [--seconds 2] [--threads 1] [--out FOLDER]
 
 Where onnxruntime is installed (or lies in a folder of PYTHONPATH), it runs the same network in turn.
 """
@@ -48,14 +48,16 @@ def trained(epochs: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model.eval(), task.inputs[-360:], task.targets[-360:]
 
 
-def onnx_session(model: nn.Module, image: torch.Tensor, path: Path) -> Callable[..., numpy.ndarray] | None:
+def onnx_session(
+    model: nn.Module, image: torch.Tensor, path: Path, threads: int
+) -> Callable[..., numpy.ndarray] | None:
     try:
         import onnxruntime
     except ImportError:
         return None
     torch.onnx.export(model, (image,), path, dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x})[0]
@@ -91,7 +93,7 @@ def main(arguments: argparse.Namespace, folder: Path) -> None:
     model, images, classes = trained(arguments.epochs)
     path = folder / "convnet.fops"
     print(light.save(model, path, images[:1]))
-    run = fastops_light.Model(path)
+    run = fastops_light.Model(path, arguments.threads)
     right = (run(images.numpy()).argmax(1) == classes.numpy()).mean()
     print(f"{right:.1%} of the test images right; {fastops_light.library().stat().st_size / 1e6:.1f} MB of library")
 
@@ -104,7 +106,7 @@ def main(arguments: argparse.Namespace, folder: Path) -> None:
     frozen = fastops.freeze(model)
     ways = {"fastops_light": lambda: run(one), "fastops.freeze": torch.no_grad()(lambda: frozen(images[:1]))}
     loads = {"fastops_light": f"import fastops_light; run = fastops_light.Model({str(path)!r})"}
-    session = onnx_session(model, images[:1], folder / "convnet.onnx")
+    session = onnx_session(model, images[:1], folder / "convnet.onnx", arguments.threads)
     if session is not None:
         numpy.testing.assert_allclose(session(one), run(one), rtol=1e-3, atol=1e-4)
         ways["onnxruntime"] = lambda: session(one)
@@ -113,9 +115,9 @@ def main(arguments: argparse.Namespace, folder: Path) -> None:
             f"import onnxruntime; s = onnxruntime.InferenceSession({onnx!r}, providers=['CPUExecutionProvider']);"
             "run = lambda x: s.run(None, {s.get_inputs()[0].name: x})"
         )
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     for name, microseconds in in_turn(ways, arguments.seconds).items():
-        print(f"{name}: {microseconds:.1f} us for an image, one thread")
+        print(f"{name}: {microseconds:.1f} us for an image, {arguments.threads} thread(s)")
     for name, load in loads.items():
         print(f"{name}: first result after {first_result(load, image):.1f} ms")
 
@@ -124,6 +126,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="where the files stay")
     parsed = parser.parse_args()
     if parsed.out is not None:

@@ -79,7 +79,7 @@ def info() -> Info:
     >>> info = fastops.info()
     >>> info.version == fastops.__version__
     True
-    >>> info.isa_used in ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
+    >>> info.isa_used in ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon")
     True
     """
     build = _C.build_info()

@@ -71,9 +71,9 @@ def test_no_command_prints_usage() -> None:
     assert "info | doctor | demo | bench" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["scalar", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize("name", ["scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon"])
 def test_isa_can_be_lowered(name: str) -> None:
-    tiers = ["scalar", "avx2", "avx512", "avx512_bf16", "amx"]
+    tiers = ["scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon"]
     page = command("info", FASTOPS_ISA=name).stdout
     line = next(line for line in page.splitlines() if line.startswith("ISA"))
     if tiers.index(name) < tiers.index(_C.isa_found()):

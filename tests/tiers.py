@@ -7,7 +7,7 @@ import torch
 from fastops import _C
 
 BEST = _C.isa_used()
-TIERS = [name for name in ("scalar", "avx2", "avx512", "avx512_bf16", "amx") if _C.set_isa(name)]
+TIERS = [name for name in ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon") if _C.set_isa(name)]
 _C.set_isa(BEST)
 
 # These have kernels for bfloat16 only; whatever else they are asked for is avx512's.

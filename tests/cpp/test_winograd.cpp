@@ -7,7 +7,8 @@
 #include <cstdio>
 #include <random>
 
-#if !defined(FASTOPS_VEC_AVX2) && !defined(FASTOPS_VEC_AVX512) && !defined(FASTOPS_VEC_SCALAR)
+#if !defined(FASTOPS_VEC_AVX2) && !defined(FASTOPS_VEC_AVX512) && !defined(FASTOPS_VEC_NEON) && \
+    !defined(FASTOPS_VEC_SCALAR)
 #define FASTOPS_VEC_SCALAR
 #endif
 #include "../../csrc/kernels/common/cpu/bodies_prelude.h"

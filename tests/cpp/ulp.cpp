@@ -155,15 +155,16 @@ const Case kCases[] = {
      [](double x) { return x <= static_cast<double>(0.1f) ? 0.0 : 1; }},
 };
 
-const fastops::KernelTable* table_of(int isa) {
-  static const fastops::KernelTable* const tables[] = {
-      &fastops::kernels_scalar,
-#if defined(__x86_64__)
-      &fastops::kernels_avx2,
-      &fastops::kernels_avx512,
-#endif
-  };
-  return tables[isa];
+// The tiers of this processor that have float32 activations of their own.
+std::vector<const fastops::KernelTable*> tables_found() {
+  std::vector<const fastops::KernelTable*> tables;
+  for (int i = 0; i < static_cast<int>(fastops::Isa::count); ++i) {
+    const fastops::Isa isa = static_cast<fastops::Isa>(i);
+    if (isa == fastops::Isa::amx || !fastops::set_isa(isa)) continue;
+    const fastops::KernelTable& table = fastops::kernels(fastops::DType::f32);
+    if (tables.empty() || tables.back() != &table) tables.push_back(&table);
+  }
+  return tables;
 }
 
 double ulps(float got, double reference) {
@@ -183,10 +184,10 @@ struct Worst {
   float x = 0, got = 0;
 };
 
-constexpr int kIsas = 3;  // those that have float32 kernels of their own
 constexpr int kChunk = 1 << 14;
 
-void check(const Case& c, bool backward, const std::vector<int>& isas, int64_t stride, int threads, Worst* worst) {
+void check(const Case& c, bool backward, const std::vector<const fastops::KernelTable*>& tables, int64_t stride,
+           int threads, std::vector<Worst>& worst) {
   const int64_t inputs = ((int64_t{1} << 32) + stride - 1) / stride;
   std::atomic<int64_t> next{0};
   std::mutex mutex;
@@ -195,7 +196,7 @@ void check(const Case& c, bool backward, const std::vector<int>& isas, int64_t s
   const auto work = [&] {
     std::vector<float> x(kChunk), y(kChunk), ones(kChunk, 1.0f);
     std::vector<double> reference(kChunk);
-    Worst mine[kIsas];
+    std::vector<Worst> mine(tables.size());
     for (;;) {
       const int64_t first = next.fetch_add(kChunk);
       if (first >= inputs) break;
@@ -209,8 +210,8 @@ void check(const Case& c, bool backward, const std::vector<int>& isas, int64_t s
         const double v = x[i];
         reference[i] = std::isnan(v) ? NAN : backward ? c.slope(v) : c.value(v);
       }
-      for (int isa : isas) {
-        const fastops::Planners& planners = table_of(isa)->planners;
+      for (size_t t = 0; t < tables.size(); ++t) {
+        const fastops::Planners& planners = tables[t]->planners;
         if (backward)
           planners.plan(fastops::ActivationBackward{fastops::DType::f32, c.activation, saved, 1, n, n, n})
               .run({ones.data(), x.data(), y.data()}, nullptr);
@@ -220,13 +221,13 @@ void check(const Case& c, bool backward, const std::vector<int>& isas, int64_t s
         for (int i = 0; i < n; ++i) {
           if (backward && std::isnan(x[i])) continue;  // a choice of PyTorch's, checked in test_activation
           const double error = ulps(y[i], reference[i]);
-          if (error > mine[isa].error) mine[isa] = {error, x[i], y[i]};
+          if (error > mine[t].error) mine[t] = {error, x[i], y[i]};
         }
       }
     }
     const std::lock_guard<std::mutex> lock(mutex);
-    for (int isa : isas)
-      if (mine[isa].error > worst[isa].error) worst[isa] = mine[isa];
+    for (size_t t = 0; t < tables.size(); ++t)
+      if (mine[t].error > worst[t].error) worst[t] = mine[t];
   };
   std::vector<std::thread> pool;
   for (int i = 1; i < threads; ++i) pool.emplace_back(work);
@@ -241,8 +242,8 @@ int main(int argc, char** argv) {
   int threads = static_cast<int>(std::thread::hardware_concurrency());
   bool backward = false;
   std::vector<std::string> names;
-  std::vector<int> isas;
-  const int found = std::min(kIsas, static_cast<int>(fastops::isa_found()) + 1);
+  const std::vector<const fastops::KernelTable*> found = tables_found();
+  std::vector<const fastops::KernelTable*> tables;
   for (int i = 1; i < argc; ++i) {
     const std::string arg = argv[i];
     if (arg == "--backward") {
@@ -253,9 +254,9 @@ int main(int argc, char** argv) {
       threads = std::atoi(argv[++i]);
     } else if (arg == "--isa" && i + 1 < argc) {
       const std::string wanted = argv[++i];
-      for (int isa = 0; isa < found; ++isa)
-        if (wanted == fastops::isa_name(static_cast<fastops::Isa>(isa))) isas.push_back(isa);
-      if (isas.empty()) {
+      for (const fastops::KernelTable* table : found)
+        if (wanted == table->isa) tables.push_back(table);
+      if (tables.empty()) {
         std::fprintf(stderr, "ulp: this machine has no float32 tier '%s'\n", wanted.c_str());
         return 2;
       }
@@ -267,8 +268,7 @@ int main(int argc, char** argv) {
     }
   }
   if (stride < 1) stride = 1;
-  if (isas.empty())
-    for (int isa = 0; isa < found; ++isa) isas.push_back(isa);
+  if (tables.empty()) tables = found;
 
   bool fine = true;
   std::printf("%-12s %-12s %12s  %s\n", backward ? "derivative" : "activation", "tier", "max ulp", "at");
@@ -276,15 +276,14 @@ int main(int argc, char** argv) {
     bool asked = names.empty();
     for (const auto& name : names) asked = asked || name == c.name;
     if (!asked) continue;
-    Worst worst[kIsas];
-    check(c, backward, isas, stride, threads, worst);
-    for (int isa : isas) {
-      const Worst& w = worst[isa];
-      const double bound = isa == 0 ? c.bound_scalar : c.bound;
+    std::vector<Worst> worst(tables.size());
+    check(c, backward, tables, stride, threads, worst);
+    for (size_t t = 0; t < tables.size(); ++t) {
+      const Worst& w = worst[t];
+      const double bound = tables[t] == &fastops::kernels_scalar ? c.bound_scalar : c.bound;
       const bool over = !backward && w.error > bound;
-      std::printf("%-12s %-12s %12.4f  x = %a (%.9g), got %.9g%s\n", c.name,
-                  fastops::isa_name(static_cast<fastops::Isa>(isa)), w.error, static_cast<double>(w.x),
-                  static_cast<double>(w.x), static_cast<double>(w.got), over ? "  OVER" : "");
+      std::printf("%-12s %-12s %12.4f  x = %a (%.9g), got %.9g%s\n", c.name, tables[t]->isa, w.error,
+                  static_cast<double>(w.x), static_cast<double>(w.x), static_cast<double>(w.got), over ? "  OVER" : "");
       fine = fine && !over;
     }
     std::fflush(stdout);

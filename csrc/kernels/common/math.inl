@@ -340,7 +340,7 @@ constexpr double normal_limit = is_single<T> ? 14.5 : 38.7;
 // g as a piecewise polynomial for float32. A rational function is as fast but has 3 ulp of rounding error. The points
 // lie near the middles of the pieces, at arguments where g is within 2^-30 of a float32.
 // clang-format off
-#if defined(FASTOPS_VEC_AVX2)
+#if defined(FASTOPS_VEC_AVX2) || defined(FASTOPS_VEC_NEON)
 // Error 2^-28.2.
 constexpr float kNormalPieces[10][8] = {
     {1.500001f, 2.5000432f, 4.0000443f, 6.0000467f, 9.000083f, 12.755041f, 0.25000232f, 0.7500087f},

@@ -14,6 +14,8 @@ namespace fastops {
 FASTOPS_IN_PLACE void spin_pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("isb");
 #endif
 }
 

@@ -53,6 +53,8 @@ inline Vec<C> in_register(Vec<C> x) {
   __asm__("" : "+v"(x.v));
 #elif defined(FASTOPS_VEC_AVX2)
   __asm__("" : "+x"(x.v));
+#elif defined(FASTOPS_VEC_NEON)
+  __asm__("" : "+w"(x.v));
 #endif
   return x;
 }
@@ -97,6 +99,23 @@ inline void interleave(VecD even, VecD odd, VecD& a, VecD& b) {
   const __m256d low = _mm256_unpacklo_pd(even.v, odd.v), high = _mm256_unpackhi_pd(even.v, odd.v);
   a = {_mm256_permute2f128_pd(low, high, 0x20)};
   b = {_mm256_permute2f128_pd(low, high, 0x31)};
+}
+#elif defined(FASTOPS_VEC_NEON)
+inline void deinterleave(VecF a, VecF b, VecF& even, VecF& odd) {
+  even = {vuzp1q_f32(a.v, b.v)};
+  odd = {vuzp2q_f32(a.v, b.v)};
+}
+inline void deinterleave(VecD a, VecD b, VecD& even, VecD& odd) {
+  even = {vuzp1q_f64(a.v, b.v)};
+  odd = {vuzp2q_f64(a.v, b.v)};
+}
+inline void interleave(VecF even, VecF odd, VecF& a, VecF& b) {
+  a = {vzip1q_f32(even.v, odd.v)};
+  b = {vzip2q_f32(even.v, odd.v)};
+}
+inline void interleave(VecD even, VecD odd, VecD& a, VecD& b) {
+  a = {vzip1q_f64(even.v, odd.v)};
+  b = {vzip2q_f64(even.v, odd.v)};
 }
 #else
 template <class C>

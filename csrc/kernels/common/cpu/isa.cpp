@@ -13,7 +13,7 @@
 namespace fastops {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx"};
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon"};
 
 #if defined(__x86_64__)
 
@@ -56,9 +56,17 @@ Isa detect() {
   return amx && amx_permitted() ? Isa::amx : Isa::avx512_bf16;
 }
 
+bool has(Isa isa) { return isa <= isa_found(); }
+
+#elif defined(__aarch64__)
+
+Isa detect() { return Isa::neon; }
+bool has(Isa isa) { return isa == Isa::scalar || isa == Isa::neon; }
+
 #else
 
 Isa detect() { return Isa::scalar; }
+bool has(Isa isa) { return isa == Isa::scalar; }
 
 #endif
 
@@ -77,7 +85,7 @@ const char* asked() {
 Isa choose() {
   const char* name = asked();
   const int wanted = name ? find_isa(name) : -1;
-  return wanted >= 0 && wanted <= static_cast<int>(isa_found()) ? static_cast<Isa>(wanted) : isa_found();
+  return wanted >= 0 && has(static_cast<Isa>(wanted)) ? static_cast<Isa>(wanted) : isa_found();
 }
 
 std::atomic<int>& used() {
@@ -100,13 +108,13 @@ const char* isa_problem() {
   const char* name = asked();
   if (name == nullptr) return nullptr;
   const int wanted = find_isa(name);
-  if (wanted < 0) return "names no tier (scalar, avx2, avx512, avx512_bf16, amx)";
-  if (wanted > static_cast<int>(isa_found())) return "asks for a tier that this processor does not have";
+  if (wanted < 0) return "names no tier (scalar, avx2, avx512, avx512_bf16, amx, neon)";
+  if (!has(static_cast<Isa>(wanted))) return "asks for a tier that this processor does not have";
   return nullptr;
 }
 
 bool set_isa(Isa isa) {
-  if (isa > isa_found()) return false;
+  if (!has(isa)) return false;
   used().store(static_cast<int>(isa), std::memory_order_relaxed);
   return true;
 }

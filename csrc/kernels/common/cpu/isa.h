@@ -6,7 +6,8 @@
 
 namespace fastops {
 
-enum class Isa : int { scalar, avx2, avx512, avx512_bf16, amx, count };
+// In order, but for those of other kinds of processors: neon is 64-bit Arm's, the others but scalar are x86-64's.
+enum class Isa : int { scalar, avx2, avx512, avx512_bf16, amx, neon, count };
 
 const char* isa_name(Isa isa);
 

@@ -8,7 +8,7 @@
 namespace fastops {
 
 struct KernelTable {
-  const char* isa;  // "scalar", "avx2", "avx512", "avx512_bf16", "amx"
+  const char* isa;  // "scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon"
   Planners planners;
   // Peak rates for benchmarks, in GFLOP/s: independent float32 fused multiply-adds, and the 16-bit multiply of this
   // tier. Measured on the calling thread for about `milliseconds`.
@@ -22,6 +22,8 @@ extern const KernelTable kernels_avx2;
 extern const KernelTable kernels_avx512;
 extern const KernelTable kernels_avx512_bf16;
 extern const KernelTable kernels_amx;
+#elif defined(__aarch64__)
+extern const KernelTable kernels_neon;
 #endif
 
 }  // namespace fastops

@@ -1,7 +1,8 @@
 // A small vector type for each instruction set. The bodies include this file inside
-// `namespace fastops::<isa>::{anonymous}`, after isa_<isa>.cpp has defined FASTOPS_VEC_SCALAR, FASTOPS_VEC_AVX2 or
-// FASTOPS_VEC_AVX512 (and perhaps FASTOPS_HAS_AVX512_BF16). Everything here has internal linkage, calls no inline std
-// template and holds no static data.
+// `namespace fastops::<isa>::{anonymous}`, after isa_<isa>.cpp has defined FASTOPS_VEC_SCALAR, FASTOPS_VEC_NEON,
+// FASTOPS_VEC_AVX2 or FASTOPS_VEC_AVX512 (and perhaps FASTOPS_HAS_AVX512_BF16). FASTOPS_32_REGISTERS says that there
+// are 32 vector registers, not 16. Everything here has internal linkage, calls no inline std template and holds no
+// static data.
 //
 // Vec<float> and Vec<double> hold `size` lanes:
 // - load(p), load(p, count): the second one, 0 <= count <= size, reads only `count` elements; other lanes are zero;
@@ -40,6 +41,10 @@ using VecF = Vec<float>;
 using VecD = Vec<double>;
 using MaskF = Mask<float>;
 using MaskD = Mask<double>;
+
+#if defined(FASTOPS_VEC_AVX512) || defined(FASTOPS_VEC_NEON)
+#define FASTOPS_32_REGISTERS
+#endif
 
 #if defined(FASTOPS_VEC_AVX512)
 
@@ -474,7 +479,10 @@ inline double reduce_add(VecD a) {
   return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
 }
 
-#else  // FASTOPS_VEC_SCALAR: 16-byte vectors of the compiler's vector extensions
+#else  // FASTOPS_VEC_SCALAR and FASTOPS_VEC_NEON: 16-byte vectors of the compiler's vector extensions
+
+// The compiler makes NEON instructions of them. What it would make several of is written by intrinsics, whose types
+// are the same to it.
 
 typedef float float4 __attribute__((vector_size(16)));
 typedef double double2 __attribute__((vector_size(16)));
@@ -484,7 +492,11 @@ typedef int64_t long2 __attribute__((vector_size(16)));
 template <>
 struct Mask<float> {
   int4 m;  // 0 or -1
+#if defined(FASTOPS_VEC_NEON)
+  unsigned bits() const { return static_cast<unsigned>(vaddvq_s32(m & int4{1, 2, 4, 8})); }
+#else
   unsigned bits() const { return static_cast<unsigned>((m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8)); }
+#endif
   static Mask from_bits(unsigned bits) {
     const int all = static_cast<int>(bits);
     const int4 lane = {1, 2, 4, 8};
@@ -529,6 +541,50 @@ struct Vec<float> {
     __builtin_memcpy(&x.v, p, sizeof x.v);
     return x;
   }
+#if defined(FASTOPS_VEC_NEON)
+  void store(float* p) const { __builtin_memcpy(p, &v, sizeof v); }
+  static Vec load(const float* p, int count) {  // no element goes through memory
+    if (count >= size) return load(p);
+    Vec x = zero();
+    if (count >= 2) {
+      x.v = vcombine_f32(vld1_f32(p), vdup_n_f32(0));
+      if (count == 3) x.v[2] = p[2];
+    } else if (count == 1) {
+      x.v[0] = p[0];
+    }
+    return x;
+  }
+  void store(float* p, int count) const {
+    if (count >= size) return store(p);
+    if (count >= 2) vst1_f32(p, vget_low_f32(v));
+    if (count == 3) p[2] = v[2];
+    if (count == 1) p[0] = v[0];
+  }
+
+  static Vec load(const bf16_t* p) {
+    return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16))};
+  }
+  void store(bf16_t* p) const {
+    const uint32x4_t bits = vreinterpretq_u32_f32(v), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
+    const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+    vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(vbslq_u32(vceqq_f32(v, v), rounded, quiet), 16));
+  }
+  static Vec load(const f16_t* p) { return {vcvt_f32_f16(vld1_f16(reinterpret_cast<const float16_t*>(p)))}; }
+  void store(f16_t* p) const { vst1_f16(reinterpret_cast<float16_t*>(p), vcvt_f16_f32(v)); }
+  template <class Half>
+  static Vec load(const Half* p, int count) {
+    Half all[size] = {};
+    for (int i = 0; i < count; ++i) all[i] = p[i];
+    return load(all);
+  }
+  template <class Half>
+  void store(Half* p, int count) const {
+    Half all[size];
+    store(all);
+    for (int i = 0; i < count; ++i) p[i] = all[i];
+  }
+#else
   static Vec load(const float* p, int count) {
     Vec x = zero();
     for (int i = 0; i < count; ++i) x.v[i] = p[i];
@@ -558,6 +614,7 @@ struct Vec<float> {
   void store(Half* p, int count) const {
     for (int i = 0; i < count; ++i) narrow(v[i], p + i);
   }
+#endif
 };
 
 template <>
@@ -604,6 +661,12 @@ template <class T>
 inline Vec<T> operator-(Vec<T> a) {
   return {-a.v};
 }
+#if defined(FASTOPS_VEC_NEON)
+inline VecF fma(VecF a, VecF b, VecF c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+inline VecD fma(VecD a, VecD b, VecD c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
+inline VecF fnma(VecF a, VecF b, VecF c) { return {vfmsq_f32(c.v, a.v, b.v)}; }
+inline VecD fnma(VecD a, VecD b, VecD c) { return {vfmsq_f64(c.v, a.v, b.v)}; }
+#else
 template <class T>
 inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   return {a.v * b.v + c.v};
@@ -612,6 +675,7 @@ template <class T>
 inline Vec<T> fnma(Vec<T> a, Vec<T> b, Vec<T> c) {
   return {c.v - a.v * b.v};
 }
+#endif
 
 template <class T>
 inline Mask<T> lt(Vec<T> a, Vec<T> b) {
@@ -652,6 +716,12 @@ inline Vec<T> max(Vec<T> a, Vec<T> b) {
 
 inline VecF abs(VecF a) { return {(float4)((int4)a.v & 0x7fffffff)}; }
 inline VecD abs(VecD a) { return {(double2)((long2)a.v & 0x7fffffffffffffff)}; }
+#if defined(FASTOPS_VEC_NEON)
+inline VecF sqrt(VecF a) { return {vsqrtq_f32(a.v)}; }
+inline VecD sqrt(VecD a) { return {vsqrtq_f64(a.v)}; }
+inline VecF round(VecF a) { return {vrndnq_f32(a.v)}; }
+inline VecD round(VecD a) { return {vrndnq_f64(a.v)}; }
+#else
 inline VecF sqrt(VecF a) {
   for (int i = 0; i < VecF::size; ++i) a.v[i] = __builtin_sqrtf(a.v[i]);
   return a;
@@ -660,16 +730,18 @@ inline VecD sqrt(VecD a) {
   for (int i = 0; i < VecD::size; ++i) a.v[i] = __builtin_sqrt(a.v[i]);
   return a;
 }
+#endif
 inline VecF copysign(VecF magnitude, VecF sign) {
   return {(float4)(((int4)magnitude.v & 0x7fffffff) | ((int4)sign.v & ~0x7fffffff))};
 }
 inline VecD copysign(VecD magnitude, VecD sign) {
   return {(double2)(((long2)magnitude.v & 0x7fffffffffffffff) | ((long2)sign.v & ~0x7fffffffffffffff))};
 }
+#if !defined(FASTOPS_VEC_NEON)
 // Adding and subtracting 1.5 2^23 (2^52) rounds to an integer.
 inline VecF round(VecF a) { return {(a.v + 0x1.8p23f) - 0x1.8p23f}; }
 inline VecD round(VecD a) { return {(a.v + 0x1.8p52) - 0x1.8p52}; }
-
+#endif
 inline VecF power_of_two(VecF n) { return {(float4)((int4)(n.v + (0x1.8p23f + 127)) << 23)}; }
 inline VecD power_of_two(VecD n) { return {(double2)((long2)(n.v + (0x1.8p52 + 1023)) << 52)}; }
 inline VecF exponent(VecF x) { return {__builtin_convertvector(((int4)x.v >> 23) - 127, float4)}; }
@@ -681,6 +753,25 @@ inline Vec<T> quotient(Vec<T> a, Vec<T> b) {
   return a / b;
 }
 inline VecF quotient_14_bits(VecF a, VecF b) { return a / b; }
+
+#if defined(FASTOPS_VEC_NEON)
+
+constexpr int kTableColumns = 8;
+struct Columns {
+  uint8x16_t v;  // of bytes
+};
+inline Columns columns_of(VecF x, int shift) {
+  const int4 column = ((int4)x.v >> shift) & (kTableColumns - 1);
+  return {(uint8x16_t)(column * 0x04040404 + 0x03020100)};
+}
+template <class T>
+inline VecF look_up(const T (&row)[kTableColumns], Columns i) {
+  const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(row);
+  return {(float4)vqtbl2q_u8({vld1q_u8(bytes), vld1q_u8(bytes + 16)}, i.v)};
+}
+inline VecF add_shifted(VecF x, VecF n, int shift) { return {(float4)((int4)x.v + ((int4)n.v << shift))}; }
+
+#else
 
 // Dekker's product: each factor is split into two parts of at most 12 (27) bits, whose products are exact.
 inline VecF product_error(VecF a, VecF b, VecF p) {
@@ -702,7 +793,13 @@ inline VecF look_up(const float (&row)[kTableColumns], Columns i) {
   return {float4{row[i.v[0]], row[i.v[1]], row[i.v[2]], row[i.v[3]]}};
 }
 
+#endif
+
+#if defined(FASTOPS_VEC_NEON)
+inline float reduce_add(VecF a) { return vaddv_f32(vadd_f32(vget_low_f32(a.v), vget_high_f32(a.v))); }
+#else
 inline float reduce_add(VecF a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+#endif
 inline double reduce_add(VecD a) { return a.v[0] + a.v[1]; }
 
 #endif

@@ -21,7 +21,7 @@ struct TapColumns {
 };
 
 // Rows of a block and vectors along a row, so many that 32 (16) registers also hold the weights of a column.
-#if defined(FASTOPS_VEC_AVX512)
+#if defined(FASTOPS_32_REGISTERS)
 constexpr int kPlaneRows = 7;
 constexpr int kPlaneVectors = 2;
 #else

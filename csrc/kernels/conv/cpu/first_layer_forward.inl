@@ -12,7 +12,7 @@
 #include "planes.inl"
 
 constexpr int64_t kFirstInputs = 4;  // the most input channels
-#if defined(FASTOPS_VEC_AVX512)
+#if defined(FASTOPS_32_REGISTERS)
 constexpr int kFirstChannels = 8;
 #else
 constexpr int kFirstChannels = 4;

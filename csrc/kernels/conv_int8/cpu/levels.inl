@@ -45,6 +45,19 @@ inline void store_levels_of(VecF v, uint8_t* to) {
 inline VecF float_of_sums(const int32_t* sums) {
   return {_mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i*)sums))};
 }
+#elif defined(FASTOPS_VEC_NEON)
+inline VecF load_levels(const uint8_t* from) {
+  uint32_t levels;
+  __builtin_memcpy(&levels, from, sizeof levels);
+  const uint16x8_t words = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(levels)));
+  return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(words)))};
+}
+inline void store_levels_of(VecF v, uint8_t* to) {
+  const uint16x4_t words = vmovn_u32(vcvtnq_u32_f32(v.v));
+  const uint32_t levels = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(words, words))), 0);
+  __builtin_memcpy(to, &levels, sizeof levels);
+}
+inline VecF float_of_sums(const int32_t* sums) { return {vcvtq_f32_s32(vld1q_s32(sums))}; }
 #else
 inline VecF load_levels(const uint8_t* from) {
   VecF v;

@@ -11,7 +11,7 @@
 #include "microkernels.inl"
 #include "pack.inl"
 
-#if defined(FASTOPS_VEC_AVX512)
+#if defined(FASTOPS_32_REGISTERS)
 constexpr int kDot = 5;  // 25 accumulators in 32 registers
 #else
 constexpr int kDot = 3;  // 9 accumulators in 16 registers

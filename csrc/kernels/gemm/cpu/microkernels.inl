@@ -26,8 +26,16 @@ struct FullPanel {
   static Row load(const T* b, int count) { return Row::load(b, count); }
   static Vec<T> multiply_add(const T* a, Row b, Vec<T> c) { return fma(Vec<T>::set1(*a), b, c); }
 };
+#if defined(FASTOPS_VEC_NEON)
+template <>
+struct Panel<float> : FullPanel<float> {
+  // A multiply-add takes a lane of a vector: so nothing is spread to all lanes.
+  static VecF multiply_add(const float* a, VecF b, VecF c) { return {vfmaq_lane_f32(c.v, b.v, float32x2_t{*a}, 0)}; }
+};
+#else
 template <>
 struct Panel<float> : FullPanel<float> {};
+#endif
 template <>
 struct Panel<double> : FullPanel<double> {};
 
@@ -50,7 +58,7 @@ struct Panel<bf16_pair> {
 // Register tiles. Of 32 vector registers, 24 are accumulators and 2 hold a row of B; the broadcast of A is an operand
 // of the multiply-add. Of 12x32, 14x32, 8x48 and 6x64 in float32, only 12x32 keeps 95% of the multiply-add peak at k =
 // 784 (Zen 5). Of 16 vector registers, 12 are accumulators.
-#if defined(FASTOPS_VEC_AVX512)
+#if defined(FASTOPS_32_REGISTERS)
 constexpr int kMr = 12;
 #else
 constexpr int kMr = 6;
@@ -111,6 +119,9 @@ struct Tile {
   static constexpr bool readable = true, tiles_in_place = false;
 #if defined(FASTOPS_VEC_AVX512)
   static constexpr GemmBlocking blocking = {512, 4096, 8 << 20, 4 << 20, 20 * kMr, 1024 / sizeof(C), 2 * kMr};
+#elif defined(FASTOPS_VEC_NEON)
+  // As many rows and columns as AVX2's. Not measured.
+  static constexpr GemmBlocking blocking = {512, 4096, 8 << 20, 4 << 20, 6 * kMr, 512 / sizeof(C), 6 * kMr};
 #else
   // Processors without AVX-512 have 256 or 512 KB of L2. Strips of 128 float32 columns, 72 rows before the next ones,
   // are 3 to 6% faster than those above on eight shapes from 128 x 784 x 128 to 1024^3, and 2% beside a neighbour who
@@ -270,7 +281,7 @@ template <class P>
 inline void micro_tile(int64_t k, const P* a, int64_t a_rs, int64_t a_ks, const P* b, int64_t b_ks, int rows, int cols,
                        const TileOut<typename Panel<P>::Compute>& out, const Pieces& pieces = {1, nullptr}) {
   switch (rows) {
-#if defined(FASTOPS_VEC_AVX512)
+#if defined(FASTOPS_32_REGISTERS)
     case 12:
       return micro_cols<P, 12>(k, a, a_rs, a_ks, b, b_ks, cols, out, pieces);
     case 11:

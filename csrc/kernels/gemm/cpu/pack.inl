@@ -108,6 +108,26 @@ inline void transpose(Vec<double>* r) {
   r[2].v = _mm256_permute2f128_pd(t0, t2, 0x31);
   r[3].v = _mm256_permute2f128_pd(t1, t3, 0x31);
 }
+#elif defined(FASTOPS_VEC_NEON)
+inline void transpose(Vec<double>* r) {
+  const float64x2_t low = vzip1q_f64(r[0].v, r[1].v);
+  r[1].v = vzip2q_f64(r[0].v, r[1].v);
+  r[0].v = low;
+}
+inline void transpose(Vec<float>* r) {
+  Vec<double> t[4];
+#pragma GCC unroll 2
+  for (int i = 0; i < 4; i += 2) {
+    t[i / 2].v = vreinterpretq_f64_f32(vtrn1q_f32(r[i].v, r[i + 1].v));
+    t[i / 2 + 2].v = vreinterpretq_f64_f32(vtrn2q_f32(r[i].v, r[i + 1].v));
+  }
+  transpose(t);
+  transpose(t + 2);
+  r[0].v = vreinterpretq_f32_f64(t[0].v);
+  r[1].v = vreinterpretq_f32_f64(t[2].v);
+  r[2].v = vreinterpretq_f32_f64(t[1].v);
+  r[3].v = vreinterpretq_f32_f64(t[3].v);
+}
 #else
 template <class C>
 inline void transpose(Vec<C>* r) {

@@ -6,7 +6,8 @@
 //   end
 //
 // AMX: TDPBUSD on 2 x 2 tiles of 16 x 16 sums. AVX-512 VNNI: VPDPBUSD. Else 16-bit elements and VPMADDWD, whose sums of
-// two products are exact; sums of two products of 8-bit elements (VPMADDUBSW) would saturate.
+// two products are exact, or NEON's multiply-adds of 16 bits into sums of 32; sums of two products of 8-bit elements
+// (VPMADDUBSW) would saturate.
 #pragma once
 
 #include "../../common/cpu/common.inl"
@@ -27,7 +28,7 @@ constexpr int kInt8Group = 4 / static_cast<int>(sizeof(Int8A));  // a group has 
 constexpr int kInt8Mr = 32;
 #elif defined(FASTOPS_VEC_AVX512)
 constexpr int kInt8Mr = 12;
-#elif defined(FASTOPS_VEC_AVX2)
+#elif defined(FASTOPS_VEC_AVX2) || defined(FASTOPS_VEC_NEON)
 constexpr int kInt8Mr = 6;
 #else
 constexpr int kInt8Mr = 4;
@@ -103,6 +104,37 @@ inline void store_levels(const Vec<float>* v, int32_t shift, Int8A* to) {
 inline Vec<float> without_zero(const int32_t* sums, const int32_t* w_sums, int32_t zero) {
   const __m256i correction = _mm256_mullo_epi32(_mm256_set1_epi32(zero), Int8Sums::load(w_sums).v);
   return {_mm256_cvtepi32_ps(_mm256_sub_epi32(Int8Sums::load(sums).v, correction))};
+}
+#elif defined(FASTOPS_VEC_NEON)
+// Sums over the even and the odd k of a pair, for two columns each; store adds them up. An operand is in `low` alone.
+struct Int8Sums {
+  int32x4_t low, high;
+  static Int8Sums zero() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
+  static Int8Sums load(const int32_t* p) {
+    const int32x4_t sums = vld1q_s32(p), none = vdupq_n_s32(0);
+    return {vzip1q_s32(sums, none), vzip2q_s32(sums, none)};
+  }
+  static Int8Sums load(const Int8B* p) { return {vreinterpretq_s32_s16(vld1q_s16(p)), vdupq_n_s32(0)}; }
+  void store(int32_t* p) const { vst1q_s32(p, vpaddq_s32(low, high)); }
+};
+inline Int8Sums every_lane(const Int8A* group) {
+  int32_t bits;
+  __builtin_memcpy(&bits, group, sizeof bits);
+  return {vdupq_n_s32(bits), vdupq_n_s32(0)};
+}
+inline Int8Sums add_products(Int8Sums a, Int8Sums b, Int8Sums sums) {
+  const int16x8_t x = vreinterpretq_s16_s32(a.low), w = vreinterpretq_s16_s32(b.low);
+  return {vmlal_s16(sums.low, vget_low_s16(x), vget_low_s16(w)), vmlal_high_s16(sums.high, x, w)};
+}
+inline void store_levels(const Vec<float>* v, int32_t shift, Int8A* to) {
+  const VecF by = VecF::set1(static_cast<float>(shift)), most = VecF::set1(255);
+  for (int i = 0; i < kInt8Chunk / 4; ++i) {
+    const VecF level = min(max(round(v[i]) + by, VecF::zero()), most);  // NaN goes first, so that it becomes a number
+    vst1_s16(to + 4 * i, vmovn_s32(vcvtq_s32_f32(level.v)));
+  }
+}
+inline Vec<float> without_zero(const int32_t* sums, const int32_t* w_sums, int32_t zero) {
+  return {vcvtq_f32_s32(vmlsq_n_s32(vld1q_s32(sums), vld1q_s32(w_sums), zero))};
 }
 #else
 struct Int8Sums {

@@ -9,7 +9,7 @@
 #include "../../gemm/cpu/microkernels.inl"
 #include "../../gemm/cpu/pack.inl"
 
-#if defined(FASTOPS_VEC_AVX512)
+#if defined(FASTOPS_32_REGISTERS)
 constexpr int kMlpRegisters = 32;
 #else
 constexpr int kMlpRegisters = 16;

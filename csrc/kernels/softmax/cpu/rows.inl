@@ -6,6 +6,9 @@
 #if defined(FASTOPS_VEC_AVX512)
 inline float reduce_max(VecF v) { return _mm512_reduce_max_ps(v.v); }
 inline double reduce_max(VecD v) { return _mm512_reduce_max_pd(v.v); }
+#elif defined(FASTOPS_VEC_NEON)
+inline float reduce_max(VecF v) { return vmaxvq_f32(v.v); }
+inline double reduce_max(VecD v) { return vmaxvq_f64(v.v); }
 #else
 template <class C>
 inline C reduce_max(Vec<C> v) {

@@ -14,7 +14,7 @@ struct Block {
 
 // Rows of a block are taken as many at a time as their sums fit the registers. A row alone has several sums, of which
 // each takes the next weight in turn: a multiply-add takes 4 cycles.
-#if defined(FASTOPS_VEC_AVX512)
+#if defined(FASTOPS_32_REGISTERS)
 constexpr int kRowsTogether = 8, kBlockSums = 16;
 #else
 constexpr int kRowsTogether = 4, kBlockSums = 8;

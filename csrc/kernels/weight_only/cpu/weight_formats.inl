@@ -21,6 +21,12 @@ inline __m256i float16_of(__m256i high) {
   const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3f80));
   return _mm256_or_si256(value, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
 }
+#elif defined(FASTOPS_VEC_NEON)
+inline uint16x8_t float16_of(int16x8_t high) {
+  const int16x8_t value = vandq_s16(vshrq_n_s16(high, 1), vdupq_n_s16(static_cast<int16_t>(0xbfff)));
+  const uint16x8_t nan = vceqq_s16(vandq_s16(value, vdupq_n_s16(0x7fff)), vdupq_n_s16(0x3f80));
+  return vorrq_u16(vreinterpretq_u16_s16(value), vandq_u16(nan, vdupq_n_u16(0x7e00)));
+}
 #else
 // Of a float8, divided by kFloat8Unit.
 inline float float8_part(uint32_t byte) {
@@ -105,6 +111,35 @@ struct Words {
       if constexpr (format == WeightFormat::int8) return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
       const __m256i high = _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8);
       return {_mm256_cvtph_ps(_mm256_castsi256_si128(float16_of(high)))};
+    }
+  }
+#elif defined(FASTOPS_VEC_NEON)
+  int32x4_t v;
+  static Words load(const void* p) { return {vld1q_s32(static_cast<const int32_t*>(p))}; }
+  template <int j>
+  Vec<float> get() const {
+    if constexpr (format == WeightFormat::float8) {
+      const int16x8_t pairs = vreinterpretq_s16_s32(v);
+      const int16x8_t high =
+          j / 2 == 0 ? vshlq_n_s16(pairs, 8) : vandq_s16(pairs, vdupq_n_s16(static_cast<int16_t>(0xff00)));
+      const float16x8_t values = vreinterpretq_f16_u16(float16_of(high));
+      return {j % 2 == 0 ? vcvt_f32_f16(vget_low_f16(values)) : vcvt_high_f32_f16(values)};
+    } else if constexpr (format == WeightFormat::uint4) {
+      return {__builtin_convertvector((v >> 4 * j) & 15, float4)};
+    } else {
+      return {__builtin_convertvector(v << (24 - 8 * j) >> 24, float4)};
+    }
+  }
+  // The weights of the next 4 columns.
+  static Vec<float> in_order(const unsigned char* p) {
+    uint32_t bits = 0;
+    __builtin_memcpy(&bits, p, 4 * kBits / 8);
+    if constexpr (format == WeightFormat::uint4) {
+      return {__builtin_convertvector((vdupq_n_s32(static_cast<int32_t>(bits)) >> int4{0, 4, 8, 12}) & 15, float4)};
+    } else {
+      const int8x8_t bytes = vreinterpret_s8_u32(vdup_n_u32(bits));
+      if constexpr (format == WeightFormat::int8) return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))))};
+      return {vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(float16_of(vshll_n_s8(bytes, 8)))))};
     }
   }
 #else

@@ -81,7 +81,7 @@ void order_row(const T* x, int64_t k, int64_t blocks, float* to) {
 
 // The most rows of x at a time, and how many outputs together with them: accumulators and what is loaded fit the
 // registers, and there are enough chains of multiply-adds.
-#if defined(FASTOPS_VEC_AVX512)
+#if defined(FASTOPS_32_REGISTERS)
 constexpr int kMostRows = 8;
 constexpr int kTogether[kMostRows + 1] = {0, 4, 4, 2, 2, 2, 2, 2, 2};
 #else
