@@ -521,7 +521,7 @@ def build_runtime(prefix: Path, machine: str = platform.machine(), optimize: Seq
         objects = [
             build.compile_kernels(kernels, [*common, *(optimize or optimization(kernels))])
             for kernels in kernel_sources(machine)
-            if kernels.room not in ("loss", "optim")
+            if kernels.room not in ("loss", "optim", "fake_quantize")
         ]
         add_runtime(build, objects, prefix / "lib", prefix / "bin", [*few, *optimize], folding(machine))
         for name in ("lib", "bin", "include"):
