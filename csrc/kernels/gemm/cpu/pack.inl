@@ -205,6 +205,13 @@ void pack_along_lanes(const T* from, int64_t ks, int64_t lanes, int64_t k, P* to
     const int rows = static_cast<int>(smaller<int64_t>(k - p, As::kStep));
     const T* at = from;
     P* panel = to;
+#if defined(FASTOPS_VEC_AVX2)
+    // Whole vectors where the next row overwrites the excess. 2% of the weight's gradient of 512^3, one thread, Zen 3.
+    constexpr int S = As::Value::size;
+    if (W < S && p + 1 < k)
+      for (; at + S <= from + lanes; at += W, panel += panel_stride)
+        As::store(As::load_along_lanes(at, ks, 1, S), panel);
+#endif
     if (rows == As::kStep)
       for (const T* const end = from + (lanes - tail); at < end; at += W, panel += panel_stride)
         pack_row<P, T, W>(at, ks, As::kStep, W, panel);
