@@ -26,7 +26,11 @@
 constexpr int64_t kConvWeightBytes = 16 << 20;
 
 // The largest packed strip of positions, in bytes. It shares L2 with the weights.
+#if defined(FASTOPS_VEC_AVX2)
+constexpr int64_t kStripBytes = 128 << 10;  // of 512 KB. 5x5, 64 channels of 32x32: 1.06 times as fast (Zen 3)
+#else
 constexpr int64_t kStripBytes = 512 << 10;
+#endif
 
 // The outputs whose weights are packed in one unit of work.
 constexpr int64_t kWeightLanes = 96;

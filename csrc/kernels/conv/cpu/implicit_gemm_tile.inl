@@ -79,7 +79,9 @@ inline void product_tile(bf16_amx, int64_t pairs, const amx_a* a, const amx_b* b
 }
 #endif
 
-// to[i * step] = from[i]. For a step of 2 it uses masked vector stores instead of one store per element.
+// to[i * step] = from[i]. For a step of 2 it uses vectors instead of one store per element. With AVX2, which has no
+// fast masked store, they write what is between the elements again as it is: nobody else writes there meanwhile, as
+// these are elements of another phase.
 template <class T>
 inline void store_spread(const T* from, int count, int64_t step, T* to) {
 #if defined(FASTOPS_VEC_AVX512)
@@ -99,6 +101,21 @@ inline void store_spread(const T* from, int count, int64_t step, T* to) {
                                    _mm512_maskz_expand_epi32(0x5555, high));
         }
       }
+      return;
+    }
+  }
+#elif defined(FASTOPS_VEC_AVX2)
+  if constexpr (sizeof(T) == 4) {
+    if (step == 2) {
+      int i = 0;
+      for (; i + 4 < count; i += 4) {  // so it ends before what follows the last element
+        const __m128 v = _mm_loadu_ps((const float*)(from + i));
+        const __m256 twice =
+            _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_unpacklo_ps(v, v)), _mm_unpackhi_ps(v, v), 1);
+        float* const at = (float*)(to + 2 * i);
+        _mm256_storeu_ps(at, _mm256_blend_ps(_mm256_loadu_ps(at), twice, 0x55));
+      }
+      for (; i < count; ++i) to[2 * i] = from[i];
       return;
     }
   }

@@ -8,6 +8,14 @@
 #include "../../gemm/cpu/pack.inl"
 #include "patches.inl"
 
+// Channels first, 1x1: whether the rows of an image are packed for many panels at a time, or panel by panel, a cache
+// line of each row. AVX2, Zen 3, one thread, forward: 512 -> 128 of 28x28 2.0 and 256 -> 64 of 56x56 2.6 times as fast.
+#if defined(FASTOPS_VEC_AVX2)
+constexpr bool kPlainRuns = true;
+#else
+constexpr bool kPlainRuns = false;
+#endif
+
 // One panel from lanes at any addresses, each contiguous along k; a null lane is zero. pack_along_k does the same for
 // lanes at equal distances.
 template <class P, class T, int W>
@@ -108,6 +116,15 @@ inline Source<T> plain_patches(const Patches<T>& s, bool positions_are_lanes, in
   return source;
 }
 
+// The positions from n0 on, at most `most`, that are whole panels of one image and so need no gathering; 0 where the
+// next panel goes on in another image.
+template <int W, class T>
+inline int64_t plain_run(const Patches<T>& s, int64_t n0, int64_t most) {
+  if (!kPlainRuns || !s.plain) return 0;
+  const int64_t left = s.grid[2] - n0 % s.grid[2];
+  return left >= most ? most : left / W * W;
+}
+
 // pack() for Patches. Lanes are positions and k is features, or the reverse.
 template <class P, class T, int W>
 void pack_patches(const Patches<T>& s, bool positions_are_lanes, int64_t lane, int64_t lanes, int64_t k0, int64_t k,
@@ -141,8 +158,18 @@ void pack_patches(const Patches<T>& s, bool positions_are_lanes, int64_t lane, i
     }
     if constexpr (same_type<P, T>) {
       if (positions_are_lanes && !s.channels_inner) {
-        for (int64_t l = 0; l < lanes; l += W, to += panel_stride)
-          copy_features(s, s.x, lane + l, static_cast<int>(smaller<int64_t>(lanes - l, W)), k0, k, to, W, W);
+        for (int64_t l = 0; l < lanes;) {
+          int64_t run = smaller<int64_t>(lanes - l, W);
+          if (const int64_t whole = plain_run<W>(s, lane + l, lanes - l); whole > 0) {
+            const int64_t at = (lane + l) / s.grid[2] * s.batch_stride + (lane + l) % s.grid[2];
+            pack_along_lanes<P, T, W>(s.x + at + k0 * s.channel_stride, s.channel_stride, whole, k, to, panel_stride);
+            run = whole;
+          } else {
+            copy_features(s, s.x, lane + l, static_cast<int>(run), k0, k, to, W, W);
+          }
+          l += run;
+          to += ceil_div(run, W) * panel_stride;
+        }
         return;
       }
       if (!positions_are_lanes && s.channels_inner) {

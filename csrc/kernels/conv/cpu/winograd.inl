@@ -85,7 +85,11 @@ struct WinogradPlan {
 };
 
 // Measured on Granite Rapids (48 KB L1d, 2 MB L2, 27 GB/s from L3).
+#if defined(FASTOPS_VEC_AVX2)
+constexpr int64_t kWinogradTileBytes = 600 << 10;  // 1 to 3% faster with 64 and 256 channels (Zen 3)
+#else
 constexpr int64_t kWinogradTileBytes = 1200 << 10;  // the largest V of a block
+#endif
 constexpr int64_t kWinogradTiles = 96,
                   kWinogradFew = 24;  // the most tiles in a block; a smaller bound by bytes is raised to the second
 constexpr int64_t kWinogradWeightBytes = 32 << 20;      // the largest shared U
