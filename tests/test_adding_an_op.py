@@ -35,6 +35,7 @@ USERS = {
     "fastops/_fusion.py": "what a chain of layers becomes",
     "fastops/_freezing.py": "what a chain of layers becomes",
     "fastops/_frozen_layers.py": "what a chain of layers becomes",
+    "fastops/_layer_scale.py": "what a chain of layers becomes",
     "fastops/light/_flow_rules.py": "what channels are followed through: a list of its own",
     "fastops/light/distillation.py": "features of two models are averaged to one size",
     "fastops/ops/_sharded.py": "layers that tensor parallelism splits",
