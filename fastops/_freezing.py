@@ -28,9 +28,9 @@ from fastops._frozen_layers import (
     each_dimension,
 )
 from fastops._frozen_layout import restore_layouts, suggests_channels_last
-from fastops._frozen_norms import NORMS, Apart, folded, norms_after_layers
+from fastops._frozen_norms import NORMS, Apart, folded, norms_after_layers, with_factors
 from fastops._fusion import rewrite
-from fastops._layer_scale import is_for_features, scaling_of, with_factors
+from fastops._layer_scale import is_for_features, scaling_of
 from fastops._nodes import LAYER, Nodes, in_the_way, is_view
 from fastops._outside import is_known
 from fastops._reached_code import CLASSES, asked_of_children

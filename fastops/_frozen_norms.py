@@ -1,4 +1,4 @@
-"""Batch norms of a frozen model: one that follows a layer becomes part of its weights."""
+"""Batch norms and factors of features in a frozen model: those that follow a layer become part of its weights."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -85,11 +85,24 @@ def folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
     if norm.bias is not None:
         bias = bias + norm.bias.detach().double()
     weight = layer.weight.detach()
+    scaled = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+    return _with_tensors(layer, scaled, bias)
+
+
+def with_factors(layer: nn.Linear, factor: Tensor) -> nn.Linear:
+    """The layer whose output is multiplied by factors of its features. Computed in float64 and rounded once."""
+    factors = factor.detach().double().reshape(-1)
+    bias = None if layer.bias is None else layer.bias.detach().double() * factors
+    return _with_tensors(layer, layer.weight.detach().double() * factors.unsqueeze(1), bias)
+
+
+def _with_tensors(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A copy of the layer with these, rounded to its dtype."""
     result = copy.copy(layer)
     for name in ("weight", "bias"):  # tensors that are plain attributes would be found first
         vars(result).pop(name, None)
     vars(result)["_parameters"] = {
-        "weight": nn.Parameter((weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype), False),
-        "bias": nn.Parameter(bias.to(weight.dtype), False),
+        name: None if tensor is None else nn.Parameter(tensor.to(layer.weight.dtype), False)
+        for name, tensor in (("weight", weight), ("bias", bias))
     }
     return result

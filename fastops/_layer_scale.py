@@ -5,7 +5,6 @@ DINOv2 have it, with the channels permuted to the front before. The factors beco
 needs no output of the layer, which PyTorch keeps for the factors' gradient.
 """
 
-import copy
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -119,19 +118,3 @@ def _pays(input: Any, weight: Any, factor: Any, dims: tuple[int, ...] | None) ->
         and input.numel() > input.shape[-1] * weight.shape[1]
         and is_for_features(factor.shape, weight.shape[0], input.dim(), dims)
     )
-
-
-def with_factors(layer: nn.Linear, factor: Tensor) -> nn.Linear:
-    """The layer whose output is multiplied by factors. Computed in float64 and rounded once."""
-    factors = factor.detach().double().reshape(-1)
-    weight = layer.weight.detach()
-    result = copy.copy(layer)
-    tensors = {"weight": (weight.double() * factors.unsqueeze(1)).to(weight.dtype), "bias": None}
-    if layer.bias is not None:
-        tensors["bias"] = (layer.bias.detach().double() * factors).to(weight.dtype)
-    for name in tensors:  # tensors that are plain attributes would be found first
-        vars(result).pop(name, None)
-    vars(result)["_parameters"] = {
-        name: None if tensor is None else nn.Parameter(tensor, False) for name, tensor in tensors.items()
-    }
-    return result
