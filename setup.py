@@ -64,11 +64,13 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch, torch_version = find_torch()
         python_tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+        # Relative, so that a compiler cache serves every checkout that has its torch in the same place.
+        place = os.path.relpath(torch, HERE).encode()
         result = Path(self.get_ext_fullpath(ext.name)).resolve()
         build_native.build_extension(
             result,
             torch,
-            f"{python_tag}-torch-{torch_version}-{zlib.crc32(str(torch).encode()):08x}",
+            f"{python_tag}-torch-{torch_version}-{zlib.crc32(place):08x}",
             sysconfig.get_path("include"),
             self.distribution.get_version(),
             torch_version,
