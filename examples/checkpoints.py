@@ -15,6 +15,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
+try:
+    from safetensors.torch import load_model, save_model
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install fastops[checkpoints]") from None
+
 
 def network() -> nn.Module:
     return nn.Sequential(
@@ -34,14 +39,10 @@ def read_torch(model: nn.Module, path: Path) -> None:
 
 
 def write_safetensors(model: nn.Module, path: Path) -> None:
-    from safetensors.torch import save_model
-
     save_model(model, path)
 
 
 def read_safetensors(model: nn.Module, path: Path) -> None:
-    from safetensors.torch import load_model
-
     load_model(model, path)
 
 

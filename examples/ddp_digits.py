@@ -1,5 +1,6 @@
 """DistributedDataParallel: one network, several processes, each with its part of every batch; goes on after a failure.
 
+    pip install scikit-learn
     torchrun --nproc-per-node 2 examples/ddp_digits.py
     torchrun --nproc-per-node 2 --max-restarts 1 examples/ddp_digits.py --checkpoint /tmp/digits.pt --fail-at 15
 
@@ -12,12 +13,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import fastops
+
+try:
+    from sklearn.datasets import load_digits
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install scikit-learn") from None
 
 BATCH = 64  # of all processes together
 

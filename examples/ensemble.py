@@ -1,5 +1,6 @@
 """An ensemble of small networks: trained together by torch.func, and one after the other.
 
+    pip install scikit-learn
     python examples/ensemble.py
 
 stack_module_state and vmap call all networks as one, with stacked weights: batched products, which are PyTorch's, and
@@ -13,12 +14,16 @@ import time
 from statistics import median
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional as F
 
 import fastops
+
+try:
+    from sklearn.datasets import load_digits
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install scikit-learn") from None
 
 RATE = 0.1
 

@@ -1,6 +1,6 @@
-"""A replaced model in five formats, and what reads each of them where fastops is not installed.
+"""A replaced model in six formats, and what reads each of them where fastops is not installed.
 
-    pip install fastops[export]             # for the ONNX file
+    pip install fastops[export] scikit-learn
     python examples/export.py FOLDER        # writes all files, and has them read by a process without fastops
     python examples/export.py FOLDER --aot  # an AOTInductor package as well, which a C++ compiler makes
 
@@ -17,6 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+try:
+    import onnxscript  # noqa: F401 - torch.onnx.export needs it
+    from onnx.reference import ReferenceEvaluator
+    from sklearn.datasets import load_digits
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install fastops[export] scikit-learn") from None
+
 
 def network() -> nn.Module:
     torch.manual_seed(0)
@@ -26,8 +33,6 @@ def network() -> nn.Module:
 
 
 def digits() -> Tensor:
-    from sklearn.datasets import load_digits
-
     return torch.tensor(load_digits().images[:16], dtype=torch.float32)[:, None] / 16
 
 
@@ -62,8 +67,6 @@ def write_onnx(model: nn.Module, x: Tensor, path: Path) -> None:
 
 
 def read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    from onnx.reference import ReferenceEvaluator
-
     evaluator = ReferenceEvaluator(str(path))
     return lambda x: torch.from_numpy(evaluator.run(None, {evaluator.input_names[0]: x.numpy()})[0])
 

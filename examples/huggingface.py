@@ -12,11 +12,15 @@ import sys
 import tempfile
 
 import torch
-from peft import LoraConfig, get_peft_model
-from sklearn.datasets import load_digits
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import fastops
+
+try:
+    from peft import LoraConfig, get_peft_model
+    from sklearn.datasets import load_digits
+    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install fastops[huggingface] scikit-learn") from None
 
 
 class Digits(torch.utils.data.Dataset):

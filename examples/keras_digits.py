@@ -11,14 +11,16 @@ import os
 import time
 from typing import Any
 
-os.environ["KERAS_BACKEND"] = "torch"  # Keras reads it when it is imported
-
-import keras
-import numpy as np
-from keras import layers
-from sklearn.datasets import load_digits
-
 import fastops
+
+os.environ["KERAS_BACKEND"] = "torch"  # Keras reads it when it is imported
+try:
+    import keras
+    import numpy as np
+    from keras import layers
+    from sklearn.datasets import load_digits
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install fastops[keras] scikit-learn") from None
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:

@@ -12,12 +12,16 @@ import argparse
 import copy
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastops
 from fastops import light
+
+try:
+    from sklearn.datasets import load_digits
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install scikit-learn matplotlib") from None
 
 TEST_IMAGES = 360  # of 1797
 

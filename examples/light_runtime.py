@@ -1,5 +1,6 @@
 """The digits ConvNet as a file that runs without PyTorch: what it takes on disk, in memory and in time.
 
+    pip install numpy scikit-learn
     python examples/light_runtime.py [--epochs 3] [--seconds 2] [--threads 1] [--out FOLDER]
 
 Where onnxruntime is installed (or lies in a folder of PYTHONPATH), it runs the same network in turn.
@@ -14,13 +15,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy
 import torch
 from torch import nn
 
 import fastops
 from fastops import light
 from fastops.demo import ConvNet, tasks
+
+try:
+    import numpy
+    import sklearn  # noqa: F401 - tasks are made of its digits
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install numpy scikit-learn") from None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "light"))
 import fastops_light

@@ -10,12 +10,16 @@ Digits.load_from_checkpoint needs no fastops.
 import argparse
 import sys
 
-import lightning.pytorch as pl
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+try:
+    import lightning.pytorch as pl
+    from sklearn.datasets import load_digits
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install fastops[lightning] scikit-learn") from None
 
 
 class Digits(pl.LightningModule):

@@ -13,11 +13,16 @@ import sys
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 
 import fastops
 from fastops.monitor import Monitor
+
+try:
+    import tensorboard  # noqa: F401 - Monitor writes for it
+    from sklearn.datasets import load_digits
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install fastops[monitor] scikit-learn") from None
 
 
 def main(arguments: list[str]) -> None:

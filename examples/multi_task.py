@@ -1,5 +1,6 @@
 """Two tasks, one network: which digit an image shows, and how much ink is on it; a head for each, one loss.
 
+pip install scikit-learn
 python examples/multi_task.py
 """
 
@@ -7,11 +8,15 @@ import time
 from statistics import median
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastops
+
+try:
+    from sklearn.datasets import load_digits
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install scikit-learn") from None
 
 
 class TwoHeads(nn.Module):

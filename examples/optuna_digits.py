@@ -11,13 +11,17 @@ import contextlib
 import time
 from itertools import pairwise
 
-import optuna
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastops
+
+try:
+    import optuna
+    from sklearn.datasets import load_digits
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install fastops[automl] scikit-learn") from None
 
 WAYS = ["plain", "enable", "fuse"]
 

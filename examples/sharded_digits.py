@@ -1,5 +1,6 @@
 """A network that is split among processes: FSDP2 splits every parameter, tensor parallelism splits the layers.
 
+    pip install scikit-learn
     torchrun --nproc-per-node 2 examples/sharded_digits.py
 
 With fully_shard, parameters are gathered for each call, and the layers compute with plain tensors. With tensor
@@ -9,7 +10,6 @@ Both run on fastops' kernels, whether replace_ comes before or after the model i
 
 import torch
 import torch.distributed as dist
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,6 +17,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional as F
 
 import fastops
+
+try:
+    from sklearn.datasets import load_digits
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install scikit-learn") from None
 
 
 def network() -> nn.Module:

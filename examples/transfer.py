@@ -1,5 +1,6 @@
 """Transfer learning: a backbone that is trained on the digits 0 to 4 and then frozen, and a new head for 5 to 9.
 
+pip install scikit-learn
 python examples/transfer.py
 """
 
@@ -7,11 +8,15 @@ import time
 from statistics import median
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastops
+
+try:
+    from sklearn.datasets import load_digits
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install scikit-learn") from None
 
 
 def digits(classes: range, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

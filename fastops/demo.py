@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastops
+from fastops._extras import needs
 
 TEST_IMAGES = 360  # of 1797
 
@@ -113,7 +114,8 @@ class Task:
 
 def tasks(seed: int) -> list[Task]:
     """The five tasks, over one shuffle of the 1797 images."""
-    from sklearn.datasets import load_digits
+    with needs("fastops demo", "demo"):
+        from sklearn.datasets import load_digits
 
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(seed))
@@ -312,13 +314,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Trains, prints and plots; returns the exit status."""
     try:
-        import matplotlib  # noqa: F401
-        import sklearn  # noqa: F401
+        with needs("fastops demo", "demo"):
+            import matplotlib  # noqa: F401
+            import sklearn  # noqa: F401
     except ModuleNotFoundError as error:
-        print(
-            f"fastops demo needs {error.name}. Run:\n    {sys.executable} -m pip install scikit-learn matplotlib",
-            file=sys.stderr,
-        )
+        print(error, file=sys.stderr)
         return 1
     for name in ("steps", "epochs", "threads"):
         value = getattr(options, name)

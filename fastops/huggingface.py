@@ -9,11 +9,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting as _is_scripting
-from transformers import activations, pytorch_utils
 
 import fastops.functional as FF
+from fastops._extras import needs
 from fastops._traced import traced_as
 from fastops.registry import register
+
+with needs("fastops.huggingface", "huggingface"):
+    from transformers import activations, pytorch_utils
 
 
 class Conv1D(pytorch_utils.Conv1D):

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastops import memory
+from fastops._extras import needs
 from fastops.record import record
 
 __all__ = ["Monitor"]
@@ -30,7 +31,8 @@ class Monitor:
         memory/pool_mb, memory/peak_mb: fastops' pool, and the most that the process has had. Of every `every`th.
 
     Shapes and dtypes: a scalar is a number, or a tensor of one element of any dtype.
-    Raises: TypeError: writer is neither. ValueError: every is below 1. ImportError: a folder, without tensorboard.
+    Raises: TypeError: writer is neither. ValueError: every is below 1. ModuleNotFoundError:
+        a folder, without tensorboard.
     Source: fastops' own.
 
     >>> class Prints:
@@ -109,8 +111,6 @@ class Monitor:
 
 
 def _summary_writer(folder: str) -> Any:
-    try:
+    with needs("fastops.monitor", "monitor"):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("fastops.monitor: tensorboard is not installed: pip install fastops[monitor]") from error
     return SummaryWriter(folder)

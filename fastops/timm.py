@@ -4,13 +4,16 @@ timm's Swish, Mish, HardSwish, HardSigmoid and QuickGELU are composed of several
 """
 
 import torch.nn.functional as F
-from timm.layers import activations, linear, norm
 from torch import Tensor, nn
 from torch.jit import is_scripting as _is_scripting
 
 import fastops.functional as FF
+from fastops._extras import needs
 from fastops._traced import traced_as
 from fastops.registry import register
+
+with needs("fastops.timm", "timm"):
+    from timm.layers import activations, linear, norm
 
 
 class Linear(linear.Linear):

@@ -1,6 +1,5 @@
 """Checkpoints of replaced and fused models: written with fastops and read where it is missing, and the other way."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +13,10 @@ import fastops
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+pytest.importorskip("safetensors", reason="safetensors is not installed: pip install fastops[checkpoints]")
 import checkpoints  # noqa: E402
 
-FORMATS = [name for name in checkpoints.FORMATS if name != "safetensors" or importlib.util.find_spec("safetensors")]
+FORMATS = list(checkpoints.FORMATS)
 
 # A process that has no fastops: it reads what is there, holds it to the expected outputs, and writes it again.
 WITHOUT = """
@@ -80,7 +80,6 @@ def test_with_and_without_fastops(models, tmp_path):
 
 
 def test_example(capsys):
-    pytest.importorskip("safetensors")
     checkpoints.main()
     *lines, last = capsys.readouterr().out.splitlines()
     assert len(lines) == 12

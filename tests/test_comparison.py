@@ -106,7 +106,7 @@ def test_picture(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert not comparison.plot(tmp_path / "none.png")
-    assert capsys.readouterr().err == f"{tmp_path}/none.png: no picture without Matplotlib: pip install matplotlib\n"
+    assert capsys.readouterr().err == f"{tmp_path}/none.png: no picture without Matplotlib: pip install fastops[demo]\n"
 
 
 @pytest.mark.parametrize("name", ["Comparison", "Measured"])

@@ -1,8 +1,10 @@
 """What a stranger meets before the first kernel runs: setup.py without torch, import with another torch."""
 
+import importlib
 import importlib.machinery
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 import fastops
+from fastops import __main__ as command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(fastops.__file__).resolve().parent
@@ -139,6 +142,59 @@ def test_setup_with_an_old_torch_says_what_to_run(sources: Path, tmp_path: Path)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "has torch 2.4.1+cpu, and fastops needs 2.11 or newer" in result.stderr
+
+
+# ---- optional packages -----------------------------------------------------------------------------------------------
+
+
+OPTIONAL = "flwr keras lightning matplotlib onnx onnxscript optuna peft pytorch_lightning safetensors sklearn"
+OPTIONAL += " tensorboard timm transformers"
+
+
+@pytest.fixture
+def without_optional_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = OPTIONAL.split()
+    loaded = [name for name in sys.modules if name.partition(".")[0] in names or name.startswith("torch.utils.tensorb")]
+    for name in {*names, *loaded}:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+@pytest.mark.usefixtures("without_optional_packages")
+def test_an_example_says_in_one_line_what_to_install(example: str) -> None:
+    """The line that its docstring has, too; and every extra is one of pyproject.toml."""
+    path = ROOT / "examples" / example
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(path), run_name="__main__")
+    named, install = re.fullmatch(
+        r"(?:import of |No module named ')(\w+).*: (pip install .*)", stop.value.code
+    ).groups()
+    assert named in OPTIONAL.split()
+    assert install in [line.strip() for line in path.read_text().split('"""')[1].splitlines()]
+    extras = re.findall(r"fastops\[(\w+)\]", install)
+    assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras)
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("fastops.huggingface", "transformers: pip install fastops[huggingface]"),
+        ("fastops.lightning", "Lightning: pip install fastops[lightning]"),
+        ("fastops.timm", "timm: pip install fastops[timm]"),
+    ],
+)
+@pytest.mark.usefixtures("without_optional_packages")
+def test_a_module_says_in_one_line_what_to_install(name: str, needs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ModuleNotFoundError) as missing:
+        importlib.import_module(name)
+    assert str(missing.value) == f"{name} needs {needs}"
+
+
+@pytest.mark.usefixtures("without_optional_packages")
+def test_the_demo_says_in_one_line_what_to_install(capsys: pytest.CaptureFixture) -> None:
+    assert command_line.main(["demo"]) == 1
+    assert capsys.readouterr().err == "fastops demo needs matplotlib: pip install fastops[demo]\n"
 
 
 def test_one_openmp_runtime() -> None:

@@ -425,14 +425,6 @@ def imported_again(monkeypatch):
     return again
 
 
-def test_without_lightning(imported_again, monkeypatch):
-    for name in ("lightning.pytorch", "pytorch_lightning"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ModuleNotFoundError) as raised:
-        imported_again()
-    assert str(raised.value) == "fastops.lightning needs Lightning: pip install fastops[lightning]"
-
-
 @needs_lightning
 def test_under_the_other_name(imported_again, monkeypatch):
     """pytorch_lightning's Callback, where that is the package that is in use."""

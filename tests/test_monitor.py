@@ -86,8 +86,9 @@ def test_errors(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
-    message = r"^fastops.monitor: tensorboard is not installed: pip install fastops\[monitor\]$"
-    with pytest.raises(ImportError, match=message):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"^fastops.monitor needs tensorboard: pip install fastops\[monitor\]$"
+    ):
         Monitor(tmp_path)
 
 

@@ -183,7 +183,7 @@ class Comparison:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError:
-            sys.stderr.write(f"{path}: no picture without Matplotlib: pip install matplotlib\n")
+            sys.stderr.write(f"{path}: no picture without Matplotlib: pip install fastops[demo]\n")
             return False
         figure = Figure(figsize=(11, 4.5), layout="constrained")
         FigureCanvasAgg(figure)
