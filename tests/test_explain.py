@@ -265,10 +265,11 @@ def test_text_on_the_page_is_escaped(explanation, tmp_path):
     assert found.model in page.text
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "firefox-esr"))), None)
+BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome", "firefox-esr")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium")
+@pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium-headless-shell")
 def test_page_in_a_browser(explanation, tmp_path):
     """It is drawn without a network: its text is in the document, its bars have their lengths."""
     explanation.save_html(tmp_path / "page.html")
