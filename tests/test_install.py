@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,25 @@ def test_setup_finds_the_target_environments_torch(sources: Path, tmp_path: Path
     metadata = next(tmp_path.glob("fastops-*.dist-info/METADATA")).read_text()
     minor = ".".join(torch.__version__.split(".")[:2])
     assert re.findall("^Requires-Dist: torch.*$", metadata, re.MULTILINE) == [f"Requires-Dist: torch=={minor}.*"]
+
+
+def test_sources_are_all_there_and_nothing_else(tmp_path: Path) -> None:
+    """`make sdist`, whatever was built or imported in this folder before."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not tracked:
+        pytest.skip("these sources are not a git checkout")
+    (ROOT / "fastops" / "light" / "left_by_a_test.pyc").touch()
+    try:
+        command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path, "sdist", "-d", tmp_path]
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    finally:
+        (ROOT / "fastops" / "light" / "left_by_a_test.pyc").unlink()
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {one.name.partition("/")[2] for one in archive.getmembers() if one.isfile()}
+    names -= {"PKG-INFO", "setup.cfg"}
+    assert not names - set(tracked)
+    left_out = {name for name in tracked if not name.startswith("benchmarks/results/")} - names
+    assert left_out == {".gitignore"}
 
 
 def test_setup_without_torch_says_what_to_run(sources: Path, tmp_path: Path) -> None:
