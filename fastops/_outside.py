@@ -104,7 +104,7 @@ class Outside:
                 self._note(place, value_at(place), root=False)
         for where in (*walk.contents.values(), *walk.dicts.values()):
             if id(where) not in self.contents:
-                self.contents[id(where)] = where, where.copy()
+                self.contents[id(where)] = where, contents_of(where)
         if code.free and not cells and not is_inner(frame):
             return f"it calls {frame.f_code.co_name}, which gc.freeze() has hidden"
         return ""
@@ -132,8 +132,7 @@ class Outside:
                 setattr(where, key, value)
         for where, copied in self.contents.values():
             if not same_contents(copied, where):
-                where.clear()
-                where.extend(copied) if isinstance(where, list) else where.update(copied)
+                put_back(where, copied)
 
     def watched(self) -> tuple[list[Place], list[Any]]:
         """The places, and the lists, dicts and sets, that a program relies on. Raises ValueError where it cannot."""
@@ -176,10 +175,10 @@ class _Walk:
             self._all(value)
         elif issubclass(cls, (list, set)):
             self.contents[id(value)] = value
-            self._all(value)
+            self._all(contents_of(value))
         elif issubclass(cls, dict):
             self.contents[id(value)] = value
-            self._all(value.values())
+            self._all(contents_of(value).values())
         elif issubclass(cls, types.MappingProxyType):
             self._all(gc.get_referents(value))
         elif issubclass(cls, nn.Module):
@@ -265,9 +264,34 @@ def _cells(frame: types.FrameType, code: Code) -> list[types.CellType]:
     return cells
 
 
+def contents_of(where: Any) -> Any:
+    """What is in a list, dict or set, in a plain one: as it is kept, whatever a class derived from these gives out.
+
+    transformers' table of activations makes a new module at each look-up.
+    """
+    kind = _kind(where)
+    return dict(kind.items(where)) if isinstance(where, dict) else kind(kind.__iter__(where))
+
+
+def put_back(where: Any, before: Any) -> None:
+    """Makes what is in a list, dict or set what contents_of has given."""
+    kind = _kind(where)
+    kind.clear(where)
+    if isinstance(where, dict):
+        for key, value in before.items():
+            kind.__setitem__(where, key, value)
+    else:
+        kind.__iadd__(where, before) if kind is list else kind.update(where, before)
+
+
 def same_contents(before: Any, now: Any) -> bool:
+    now = contents_of(now)
     if len(before) != len(now):
         return False
     if isinstance(now, dict):
         return all(now.get(key, MISSING) is value for key, value in before.items())
     return before == now if isinstance(now, set) else all(a is b for a, b in zip(before, now, strict=True))
+
+
+def _kind(where: Any) -> Any:
+    return next(kind for kind in (collections.OrderedDict, dict, list, set) if isinstance(where, kind))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx.proxy import TraceError
 from torch.overrides import _get_current_function_mode_stack
 
-from fastops._outside import same_contents
+from fastops._outside import contents_of, put_back, same_contents
 
 
 class State:
@@ -18,7 +18,7 @@ class State:
     def __init__(self, module: nn.Module) -> None:
         self.attributes = dict(vars(module))
         self.contents = {
-            key: value.copy() for key, value in self.attributes.items() if isinstance(value, (list, dict, set))
+            key: contents_of(value) for key, value in self.attributes.items() if isinstance(value, (list, dict, set))
         }
         self.versions = [(tensor, version(tensor)) for tensor in self._tensors()]
 
@@ -41,8 +41,7 @@ class State:
         for key, before in self.contents.items():
             value = self.attributes[key]
             if not same_contents(before, value):
-                value.clear()
-                value.extend(before) if isinstance(value, list) else value.update(before)
+                put_back(value, before)
         now = vars(module)
         if now.keys() != self.attributes.keys() or any(now[key] is not v for key, v in self.attributes.items()):
             now.clear()

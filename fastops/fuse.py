@@ -25,7 +25,7 @@ from torch.fx.proxy import TraceError
 from fastops import _C
 from fastops._fusion import Finding, rewrite
 from fastops._nodes import HOOKS
-from fastops._outside import Place, is_code, value_at
+from fastops._outside import Place, contents_of, is_code, value_at
 from fastops._reached_code import CLASSES, asked_of_children
 from fastops._signature import Signature
 from fastops._tracing import Traced, is_frozen, plain_class, reason, trace
@@ -399,7 +399,9 @@ class _Program:
             owner = owners.pop()
             sizes.update((id(place), (place, len(place))) for place in (owner._modules, owner._parameters))
             owners += [child for child in owner._modules.values() if isinstance(child, _LISTS)]
-        contents = tuple((one, one.copy() if isinstance(one, (set, dict)) else tuple(one)) for one in self.contents)
+        contents = tuple(
+            (one, tuple(contents_of(one)) if isinstance(one, list) else contents_of(one)) for one in self.contents
+        )
         self.watched = id(root), modules, tuple(entries.values()), empty, tuple(sizes.values()), contents
 
     def is_for(self, root: nn.Module) -> bool:

@@ -28,6 +28,16 @@ SEEN = set()
 CELL = [0]
 COUNT = itertools.count()
 CONFIG = {"relu": True, "sub": {"scale": 2.0}, "list": [1, 2]}
+
+
+class Makes(collections.OrderedDict):
+    """A table of classes that gives out objects, as transformers' of activations."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(key)()
+
+
+MADE = Makes(activation=nn.ReLU, other=nn.Tanh)
 NAMES = types.SimpleNamespace(flag=True, deep=types.SimpleNamespace(n=3))
 MODULE = types.ModuleType("settings_of_a_user")
 MODULE.FLAG = True
@@ -189,6 +199,10 @@ READS = {
     "a list": (
         lambda m, x: on(m, x) * CONFIG["list"][0],
         (lambda m: CONFIG["list"].insert(0, 7), lambda m: CONFIG["list"].pop(0)),
+    ),
+    "a table that makes what it gives": (
+        lambda m, x: MADE["activation"](m.a(x)),
+        (lambda m: MADE.update(activation=nn.Tanh), lambda m: MADE.update(activation=nn.ReLU)),
     ),
     "a namespace": (lambda m, x: on(m, x) if NAMES.flag else off(m, x), put(NAMES, "flag", False, True)),
     "a namespace's": (lambda m, x: on(m, x) * NAMES.deep.n, put(NAMES.deep, "n", 5, 3)),
@@ -656,6 +670,10 @@ DOES = {
     "a key": (
         lambda m, x: (CONFIG.update(new=CONFIG.get("new", 0) + 1), on(m, x))[1],
         lambda m: CONFIG.get("new", 0),
+    ),
+    "a table that makes what it gives": (
+        lambda m, x: (MADE.update({len(MADE): nn.Tanh}), on(m, x))[1],
+        lambda m: len(MADE),
     ),
     "its config": (
         lambda m, x: (setattr(m.config, "calls", m.config.calls + 1), on(m, x))[1],
