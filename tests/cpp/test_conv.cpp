@@ -10,13 +10,15 @@ void test_dtype(bool quick) {
   unsigned seed = 1;
   const ActivationKind kinds[] = {ActivationKind::identity, ActivationKind::relu, ActivationKind::tanh,
                                   ActivationKind::silu};
-  // float32 by bf16 parts: 1x1 convolutions.
+  // float32 by bf16 parts: 1x1 convolutions, also with a stride.
   if (kDType<T> == DType::f32 && isa_used() == Isa::amx) {
     for (const auto& [batch, channels, outputs, height] :
          {std::array<int64_t, 4>{2, 40, 33, 5}, {3, 7, 70, 9}, {1, 130, 65, 12}, {2, 300, 290, 11}, {5, 33, 40, 23}}) {
       for (const ActivationKind kind : kinds) {
         const Layout layout = ++seed % 2 == 0 ? Layout::channels_first : Layout::channels_last;
-        Case c{make(batch, channels, outputs, 1, {height, 7}, {1, 1}, {1, 1}, {0, 0}, {1, 1}, {0, 0}), layout, layout};
+        const int64_t stride = 1 + seed / 2 % 3;
+        Case c{make(batch, channels, outputs, 1, {height, 7}, {1, 1}, {1, stride}, {0, 0}, {1, 1}, {0, 0}), layout,
+               layout};
         c.kind = kind;
         c.integers = seed / 2 % 2 == 0;
         c.at_end = seed % 3 != 0;
@@ -62,6 +64,9 @@ void test_dtype(bool quick) {
   both_layouts(make(2, 96, 66, 3, {7, 9}, {3, 3}, {2, 2}, {1, 0}, {1, 1}, {1, 1}));
   both_layouts(make(1, 32, 5, 1, {3, 4, 15}, {2, 3, 3}, {1, 2, 1}, {1, 1, 1}, {1, 1, 2}, {0, 2, 1}), false);
   both_layouts(make(1, 64, 35, 1, {20, 13}, {3, 2}, {1, 3}, {4, 0}, {3, 1}, {1, 0}), false);
+  // So many weights that the team packs the positions together, and so many outputs that threads transform all tiles.
+  both_layouts(make(1, 140, 256, 1, {13, 19}, {3, 3}, {2, 2}, {1, 1}, {1, 1}, {1, 1}));
+  both_layouts(make(1, 40, 99, 1, {7, 9}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, {1, 1}));
   // The gradient of few channels: several strips, strides beyond the kernel, rows that no tap reaches.
   both_layouts(make(2, 3, 20, 1, {37, 41}, {7, 7}, {2, 2}, {3, 3}, {1, 1}, {3, 3}));
   both_layouts(make(1, 1, 17, 1, {90, 70}, {3, 2}, {4, 3}, {1, 0}, {1, 1}, {2, 5}), false);

@@ -91,15 +91,73 @@ void plan_call(Plan<ConvBackwardInput>& plan) { plan_conv(plan, planned_pointers
 void plan_call(Plan<ConvBackwardWeight>& plan) { plan_conv(plan, planned_pointers(plan.call)); }
 
 #if defined(FASTOPS_HAS_AMX)
+// 1x1 with a stride, in channels_last. The pixels that are read are copied together; they are then the matrix of a
+// layer without a stride, which is multiplied by parts where that is the faster way.
+inline bool is_strided_pointwise(const ConvGeometry& g) {
+  bool strided = false, inside = g.groups == 1;
+  for (int d = 0; d < 3; ++d) {
+    inside = inside && g.kernel[d] == 1 && g.padding[d] == 0 && g.out[d] == ceil_div(g.in[d], g.stride[d]);
+    strided = strided || (g.stride[d] > 1 && g.in[d] > 1);
+  }
+  return inside && strided;
+}
+
+inline Plan<ConvForward> plan_without_stride(const ConvForward& call, const Target& target) {
+  Plan<ConvForward> dense;
+  dense.call = call;
+  dense.target = target;
+  for (int d = 0; d < 3; ++d) {
+    dense.call.geometry.in[d] = call.geometry.out[d];
+    dense.call.geometry.stride[d] = 1;
+  }
+  plan_linear_by_parts(dense, bind(dense, planned_pointers(call)), AsLinear{});
+  return dense;
+}
+
+// The elements that a thread copies at least.
+constexpr int64_t kCopyGrain = 64 << 10;
+
+inline void copy_strided_pixels(const Bound<ConvForward>& args, float* to, const Team& team) {
+  const ConvGeometry& g = args.geometry;
+  const int64_t channels = g.in_channels, lines = g.batch * g.out[0] * g.out[1], line = g.out[2] * channels;
+  parallel(team, threads_for(team, lines * line, lines, kCopyGrain), [&](Crew& crew) {
+    crew.each(lines, [&](int64_t i) {
+      const int64_t p1 = i % g.out[1], p0 = i / g.out[1] % g.out[0], image = i / g.out[1] / g.out[0];
+      const int64_t row = (image * g.in[0] + p0 * g.stride[0]) * g.in[1] + p1 * g.stride[1];
+      const float* const from = static_cast<const float*>(args.x) + row * g.in[2] * channels;
+      for (int64_t p = 0; p < g.out[2]; ++p)
+        copy_runs(from + p * g.stride[2] * channels, 0, 1, channels, to + i * line + p * channels, 0);
+    });
+  });
+}
+
+inline void plan_strided_by_parts(Plan<ConvForward>& plan, const Bound<ConvForward>& args) {
+  const Plan<ConvForward> dense = plan_without_stride(args, plan.target);
+  if (dense.runner == nullptr) return;  // multiply-adds search the pixels while they pack
+  const ConvGeometry& g = args.geometry;
+  const size_t copy = aligned(g.batch * volume(g.out) * g.in_channels * static_cast<int64_t>(sizeof(float)));
+  decide(plan, dense.name, copy + dense.workspace, copy, [](auto& args, auto& copy, auto* workspace, auto& team) {
+    unsigned char* const bytes = static_cast<unsigned char*>(workspace);
+    copy_strided_pixels(args, reinterpret_cast<float*>(bytes), team);
+    const Plan<ConvForward> dense = plan_without_stride(args, {args.threads, args.bf16_multiply});
+    dense.run({bytes, args.w, args.bias, args.y, args.z, args.residual}, bytes + copy, team);
+  });
+  if (dense.packed == 0) return;
+  plan.packed = dense.packed;
+  plan.packer = [](const Plan<ConvForward>& plan, const void* w, void* to) {
+    plan_without_stride(plan.call, plan.target).pack(w, to);
+  };
+}
+
 template <class Call>
 void plan_pointwise_by_parts(Plan<Call>& plan) {
   plan.call.geometry = canonical(plan.call.geometry);
   const Bound<Call> args = bind(plan, planned_pointers(plan.call));
   if (is_empty(args)) return;
-  if (pointwise_takes(args))
-    plan_linear_by_parts(plan, args, AsLinear{});
-  else if (planes_take(args))
-    plan_planes_by_parts(plan, args);
+  if (pointwise_takes(args)) return plan_linear_by_parts(plan, args, AsLinear{});
+  if (planes_take(args)) return plan_planes_by_parts(plan, args);
+  if constexpr (same_type<Call, ConvForward>)
+    if (args.layout == Layout::channels_last && is_strided_pointwise(args.geometry)) plan_strided_by_parts(plan, args);
 }
 void plan_float32(Plan<ConvForward>& plan) { plan_pointwise_by_parts(plan); }
 void plan_float32(Plan<ConvBackwardInput>& plan) { plan_pointwise_by_parts(plan); }

@@ -8,7 +8,8 @@
 //
 // The team packs the weights together, then waits at a barrier. Positions are divided into strips. A thread draws a
 // strip, packs it and multiplies it by all weights of the group, one block of features at a time. Within a block, every
-// element of C is one chain of multiply-adds; blocks are added in order.
+// element of C is one chain of multiply-adds; blocks are added in order. Where there are few positions and many
+// weights, the team packs the positions together, too, and divides the outputs.
 #pragma once
 
 #include "../../activation/cpu/rows.inl"
@@ -32,18 +33,26 @@ constexpr int64_t kStripBytes = 128 << 10;  // of 512 KB. 5x5, 64 channels of 32
 constexpr int64_t kStripBytes = 512 << 10;
 #endif
 
+// Each strip reads all weights. If these are more bytes than this, L2 does not keep them for the next strip.
+#if defined(FASTOPS_VEC_AVX512)
+constexpr int64_t kKeptWeightBytes = 1 << 20;
+#else
+constexpr int64_t kKeptWeightBytes = INT64_MAX;  // not measured
+#endif
+
 // The outputs whose weights are packed in one unit of work.
 constexpr int64_t kWeightLanes = 96;
 
 struct ImplicitPlan {
   int threads;
-  bool packed;  // weights come packed
+  bool packed;    // weights come packed
+  bool together;  // positions are packed by the team, all of them, before the product
   int64_t kc, k_padded;
   int64_t groups_at_once, outputs_at_once, strip, strips, parts;
   RowsPlan rows;             // if the image is not packed (implicit_gemm_rows.inl)
   int64_t w_panel, x_panel;  // elements between panels
   int64_t sums_rs;
-  size_t weight_bytes, shared_at, private_at, panel_bytes, private_bytes, total;
+  size_t weight_bytes, positions_at, private_at, panel_bytes, private_bytes, total;
 };
 
 inline int conv_threads(double flop, int threads) {
@@ -82,20 +91,30 @@ ImplicitPlan plan_implicit(const ConvProduct<T>& g, int threads) {
   plan.strips = ceil_div(g.positions, plan.strip);
   if (plan.rows.taken)
     plan.strips = g.positions / (g.patches.grid[1] * g.patches.grid[2]) * plan.rows.row_blocks * plan.rows.col_blocks;
+
+  // What is read from beyond L2: the weights for every strip, or packed positions, written and then read for each part.
+  const int64_t all_positions = round_up(g.positions, pw) * plan.k_padded / step * kElement;
+  const int64_t fewest = ceil_div(g.positions, most_positions), parts = ceil_div(2 * plan.threads, fewest);
+  plan.together = g.groups == 1 && !plan.rows.taken && group_bytes > kKeptWeightBytes &&
+                  fewest * group_bytes + (1 + parts) * all_positions < plan.strips * group_bytes;
+  if (plan.together) {
+    plan.strip = round_up(ceil_div(g.positions, fewest), pw);
+    plan.strips = ceil_div(g.positions, plan.strip);
+  }
   const int64_t jobs = plan.strips * plan.groups_at_once;
   plan.parts = 1;
-  if (jobs < plan.threads)
+  if (jobs < plan.threads || plan.together)
     plan.parts = larger<int64_t>(1, smaller(ceil_div(2 * plan.threads, jobs), ceil_div(plan.outputs_at_once, sw)));
 
   plan.w_panel = sw * plan.k_padded / step;
-  plan.x_panel = pw * plan.kc / step;
+  plan.x_panel = pw * (plan.together ? plan.k_padded : plan.kc) / step;
   plan.sums_rs = (rows ? plan.outputs_at_once : plan.strip) + 16;
   const int64_t sum_rows = rows ? plan.strip : plan.outputs_at_once;
-  plan.shared_at = 0;
   plan.weight_bytes =
       aligned(plan.groups_at_once * round_up(plan.outputs_at_once, sw) * plan.k_padded / step * kElement);
-  plan.private_at = plan.shared_at + (plan.packed ? 0 : plan.weight_bytes);
-  plan.panel_bytes = aligned(plan.strip * plan.kc / step * kElement);
+  plan.positions_at = plan.packed ? 0 : plan.weight_bytes;
+  plan.private_at = plan.positions_at + (plan.together ? aligned(all_positions) : 0);
+  plan.panel_bytes = plan.together ? 0 : aligned(plan.strip * plan.kc / step * kElement);
   const int64_t sum_bytes = sums ? sum_rows * plan.sums_rs * static_cast<int64_t>(sizeof(Compute<T>)) : 0;
   plan.private_bytes = plan.rows.taken ? aligned(plan.rows.bytes) : plan.panel_bytes + aligned(sum_bytes);
   plan.total = plan.private_at + plan.private_bytes * static_cast<size_t>(plan.threads);
@@ -116,7 +135,8 @@ inline ConvProduct<T> of_group(const ConvProduct<T>& g, int64_t group) {
   return one;
 }
 
-// Positions [n0, n1) and outputs [o0, o1). w_panels are the packed weights of these outputs.
+// Positions [n0, n1) and outputs [o0, o1). w_panels are the packed weights of these outputs, x_panels what positions
+// are packed into or, if they are packed together, all of them.
 template <class P, class T>
 void conv_strip(const ConvProduct<T>& g, const ImplicitPlan& plan, const void* w_panels, int64_t o0, int64_t o1,
                 int64_t n0, int64_t n1, void* x_panels, Compute<T>* sums) {
@@ -129,23 +149,47 @@ void conv_strip(const ConvProduct<T>& g, const ImplicitPlan& plan, const void* w
     const int64_t length = smaller(plan.kc, g.features - kk), k = ceil_div(length, step);
     const bool first = kk == 0, last = kk + length >= g.features;
     if (rows) {
-      A* const x = static_cast<A*>(x_panels);
+      A* const x = static_cast<A*>(x_panels) + (plan.together ? n0 / mr * plan.x_panel + kk / step * mr : 0);
       const B* const w = static_cast<const B*>(w_panels) + kk / step * nr;
-      pack_patches<A, T, mr>(g.patches, true, n0, n1 - n0, kk, length, x, plan.x_panel, nullptr);
+      if (!plan.together) pack_patches<A, T, mr>(g.patches, true, n0, n1 - n0, kk, length, x, plan.x_panel, nullptr);
       for_each_tile<P>(n1 - n0, o1 - o0, [&](int64_t n, int64_t o, int positions, int outputs) {
-        conv_tile<P>(g, k, x + n / mr * plan.x_panel, w + o / nr * plan.w_panel, o0 + o, outputs, n0 + n, positions,
-                     first, last, sums + n * plan.sums_rs + o, plan.sums_rs);
+        // The first tiles of a panel of weights fetch the next panel, a cache line for each of their k.
+        const B* const panel = w + o / nr * plan.w_panel;
+        const int64_t lines = n / mr * k, line = 64 / static_cast<int64_t>(sizeof(B));
+        const bool fetches = o + nr < o1 - o0 && lines * line < nr * k;
+        const B* const ahead = fetches ? panel + plan.w_panel + lines * line : nullptr;
+        conv_tile<P>(g, k, x + n / mr * plan.x_panel, panel, o0 + o, outputs, n0 + n, positions, first, last,
+                     sums + n * plan.sums_rs + o, plan.sums_rs, ahead);
       });
     } else {
-      B* const x = static_cast<B*>(x_panels);
+      B* const x = static_cast<B*>(x_panels) + (plan.together ? n0 / nr * plan.x_panel + kk / step * nr : 0);
       const A* const w = static_cast<const A*>(w_panels) + kk / step * mr;
-      pack_patches<B, T, nr>(g.patches, true, n0, n1 - n0, kk, length, x, plan.x_panel, nullptr);
+      if (!plan.together) pack_patches<B, T, nr>(g.patches, true, n0, n1 - n0, kk, length, x, plan.x_panel, nullptr);
       for_each_tile<P>(o1 - o0, n1 - n0, [&](int64_t o, int64_t n, int outputs, int positions) {
         conv_tile<P>(g, k, w + o / mr * plan.w_panel, x + n / nr * plan.x_panel, o0 + o, outputs, n0 + n, positions,
                      first, last, sums + o * plan.sums_rs + n, plan.sums_rs);
       });
     }
   }
+}
+
+// All positions, a panel and a block of features at a time. Returns whether the member goes on.
+template <class P, class T>
+bool pack_positions_together(const ConvProduct<T>& g, const ImplicitPlan& plan, void* to, Crew& crew) {
+  using Kind = Tile<P>;
+  using A = typename Kind::A;
+  using B = typename Kind::B;
+  constexpr int mr = Kind::mr, nr = Kind::nr, step = Kind::step;
+  const int64_t blocks = ceil_div(g.features, plan.kc), pw = g.positions_are_rows() ? mr : nr;
+  return crew.share(ceil_div(g.positions, pw) * blocks, [&](int64_t unit) {
+    const int64_t panel = unit / blocks, kk = unit % blocks * plan.kc, n = panel * pw;
+    const int64_t lanes = smaller(pw, g.positions - n), length = smaller(plan.kc, g.features - kk);
+    const int64_t at = panel * plan.x_panel + kk / step * pw;
+    if (g.positions_are_rows())
+      pack_patches<A, T, mr>(g.patches, true, n, lanes, kk, length, static_cast<A*>(to) + at, plan.x_panel, nullptr);
+    else
+      pack_patches<B, T, nr>(g.patches, true, n, lanes, kk, length, static_cast<B*>(to) + at, plan.x_panel, nullptr);
+  });
 }
 
 // The weights of `groups` groups from g0 on, of `outputs` outputs from o0 on, as units of work: share(units, body).
@@ -189,20 +233,21 @@ void conv_member(const ConvProduct<T>& g, const ImplicitPlan& plan, unsigned cha
   using B = typename Kind::B;
   using C = Compute<T>;
   const typename Kind::Session session;
-  unsigned char* const shared = workspace + plan.shared_at;
-  const void* const packed = plan.packed ? g.w_packed : shared;
+  const void* const packed = plan.packed ? g.w_packed : workspace;
   unsigned char* const mine = workspace + plan.private_at + static_cast<size_t>(crew.thread) * plan.private_bytes;
+  unsigned char* const x_panels = plan.together ? workspace + plan.positions_at : mine;
   C* const sums = reinterpret_cast<C*>(mine + plan.panel_bytes);
   const bool rows = g.positions_are_rows() || plan.rows.pixel > 0;
   const int sw = rows ? Kind::nr : Kind::mr;
   const int64_t panels = ceil_div(plan.outputs_at_once, sw);
+  if (plan.together && !pack_positions_together<P>(g, plan, x_panels, crew)) return;
 
   for (int64_t g0 = 0; g0 < g.groups; g0 += plan.groups_at_once) {
     const int64_t groups = smaller(plan.groups_at_once, g.groups - g0);
     for (int64_t o0 = 0; o0 < g.outputs; o0 += plan.outputs_at_once) {
       const int64_t outputs = smaller(plan.outputs_at_once, g.outputs - o0);
       const auto share = [&](int64_t units, auto&& unit) { return crew.share(units, unit); };
-      if (!plan.packed && !pack_conv_weights<P>(g, plan, g0, groups, o0, outputs, shared, share)) return;
+      if (!plan.packed && !pack_conv_weights<P>(g, plan, g0, groups, o0, outputs, workspace, share)) return;
 
       const int64_t part = round_up(ceil_div(outputs, plan.parts), sw);
       const bool stays = crew.share(groups * plan.strips * plan.parts, [&](int64_t job) {
@@ -216,7 +261,7 @@ void conv_member(const ConvProduct<T>& g, const ImplicitPlan& plan, unsigned cha
         if (plan.rows.taken)
           conv_rows<P>(one, plan.rows, w, plan.w_panel, o0 + t0, o0 + t1, strip, mine);
         else
-          conv_strip<P>(one, plan, w, o0 + t0, o0 + t1, n0, smaller(n0 + plan.strip, g.positions), mine, sums);
+          conv_strip<P>(one, plan, w, o0 + t0, o0 + t1, n0, smaller(n0 + plan.strip, g.positions), x_panels, sums);
         if (g.out.stream) finish_streams();
       });
       if (!stays) return;

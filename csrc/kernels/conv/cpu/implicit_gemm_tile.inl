@@ -44,8 +44,9 @@ constexpr int kMaxTile = 32;  // rows and columns of the largest register tile
 // to = prev + A B over one block of k. prev is null, or the sums of the blocks before. to may be prev.
 template <class P, class C>
 inline void product_tile(P, int64_t k, const P* a, const P* b, int rows, int cols, const C* prev, int64_t prev_rs,
-                         C* to, int64_t to_rs) {
+                         C* to, int64_t to_rs, const void* ahead = nullptr) {
   TileOut<C> tile{};
+  tile.ahead = ahead;
   tile.c = to;
   tile.c_rs = to_rs;
   tile.prev = prev;
@@ -70,7 +71,7 @@ inline void product_buffer(bf16_amx, int64_t pairs, const amx_a* a, const amx_b*
   }
 }
 inline void product_tile(bf16_amx, int64_t pairs, const amx_a* a, const amx_b* b, int rows, int cols, const float* prev,
-                         int64_t prev_rs, float* to, int64_t to_rs) {
+                         int64_t prev_rs, float* to, int64_t to_rs, const void* = nullptr) {
   alignas(64) float sums[kMaxTile * kMaxTile];
   product_buffer(bf16_amx{}, pairs, a, b, rows, cols, prev, prev_rs, sums);
   for (int r = 0; r < rows; ++r)
@@ -265,20 +266,21 @@ inline bool dense_tile(const ConvProduct<T>& g, int64_t o, int64_t n, int positi
   }
 }
 
-// A tile of the product over one block of features.
+// A tile of the product over one block of features. ahead is null, or what is read soon (TileOut).
 template <class P, class T>
 inline void conv_tile(const ConvProduct<T>& g, int64_t k, const typename Tile<P>::A* a, const typename Tile<P>::B* b,
                       int64_t o, int outputs, int64_t n, int positions, bool first, bool last, Compute<T>* sums,
-                      int64_t sums_rs) {
+                      int64_t sums_rs, const void* ahead = nullptr) {
   using C = Compute<T>;
   const bool rows_are_positions = g.positions_are_rows();
   const int rows = rows_are_positions ? positions : outputs, cols = rows_are_positions ? outputs : positions;
-  if (!last) return product_tile(P{}, k, a, b, rows, cols, first ? nullptr : sums, sums_rs, sums, sums_rs);
+  if (!last) return product_tile(P{}, k, a, b, rows, cols, first ? nullptr : sums, sums_rs, sums, sums_rs, ahead);
   if constexpr (same_type<P, C>) {
     TileOut<C> tile{};
     if (dense_tile(g, o, n, positions, &tile)) {
       tile.prev = first ? nullptr : sums;
       tile.prev_rs = sums_rs;
+      tile.ahead = ahead;
       return micro_tile(k, a, 1, Tile<P>::mr, b, Tile<P>::nr, rows, cols, tile);
     }
   }

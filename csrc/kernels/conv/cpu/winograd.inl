@@ -9,7 +9,8 @@
 //   block of tiles by all of them.
 // - Shared tiles, for few tiles and many weights: the team transforms all tiles once. A job transforms some panels of
 //   weights and multiplies all tiles by them. The transformed weights, which are 1.8 or 4 times as large as the
-//   weights, never leave the L2 of the thread.
+//   weights, never leave the L2 of the thread. Where transforming takes little of the time, every thread transforms
+//   all tiles for itself: nobody waits, and no tile goes from the L2 of one core to that of another.
 //
 // Every element of M is one chain of multiply-adds for each Scheme::depth channels, in any block and on any thread. So
 // the result does not depend on the number of threads.
@@ -74,7 +75,7 @@ struct WinogradGrid {
 };
 
 struct WinogradPlan {
-  bool share_tiles;
+  bool share_tiles, own_tiles;  // own: every thread has a copy of the shared tiles
   int threads;
   WinogradGrid grid;
   int64_t panels;                 // of weights, per pass (shared weights) or per job (shared tiles)
@@ -94,7 +95,14 @@ constexpr int64_t kWinogradTiles = 96,
                   kWinogradFew = 24;  // the most tiles in a block; a smaller bound by bytes is raised to the second
 constexpr int64_t kWinogradWeightBytes = 32 << 20;      // the largest shared U
 constexpr int64_t kWinogradSharedTileBytes = 16 << 20;  // the largest shared V
-constexpr int64_t kWinogradSharedTiles = 384;           // the most shared tiles: every thread has an M of its own
+// Output channels for each thread from which every thread transforms all tiles: that takes 6 / k of the time of the
+// products.
+#if defined(FASTOPS_VEC_AVX512)
+constexpr int64_t kWinogradOwnOutputs = 32;
+#else
+constexpr int64_t kWinogradOwnOutputs = INT64_MAX;  // not measured
+#endif
+constexpr int64_t kWinogradSharedTiles = 384;  // the most shared tiles: every thread has an M of its own
 
 // At least `floats`, in an odd number of cache lines, so that rows this far apart fall into different cache sets.
 inline int64_t odd_lines(int64_t floats) { return (ceil_div(floats, 16) | 1) * 16; }
@@ -122,6 +130,7 @@ WinogradPlan plan_winograd(const Winograd& p, int threads) {
   const int64_t u_bytes = panels * points * p.c * nr * kFloat;
   plan.share_tiles = tiles <= kWinogradSharedTiles && v_bytes <= kWinogradSharedTileBytes &&
                      3 * v_bytes * (1 + ceil_div(panels, Scheme::job_panels)) < 2 * u_bytes * (1 + plan.grid.blocks());
+  plan.own_tiles = plan.share_tiles && plan.threads > 1 && p.k / plan.threads >= kWinogradOwnOutputs;
   plan.v_chunk = (plan.share_tiles ? tiles : plan.grid.block_tiles()) * plan.row;
   plan.v_plane = chunks * plan.v_chunk + 16;
   const int64_t u_depth = plan.share_tiles && p.packed == nullptr ? depth : p.c;
@@ -136,10 +145,10 @@ WinogradPlan plan_winograd(const Winograd& p, int threads) {
 
   size_t at = 0;
   plan.shared_at = at;
-  at += aligned((plan.share_tiles      ? points * plan.v_plane
-                 : p.packed != nullptr ? 0
-                                       : plan.panels * plan.u_panel) *
-                kFloat);
+  if (plan.share_tiles)
+    at += plan.own_tiles ? 0 : aligned(points * plan.v_plane * kFloat);
+  else if (p.packed == nullptr)
+    at += aligned(plan.panels * plan.u_panel * kFloat);
   plan.private_at = at;
   const int64_t band = plan.grid.band(m, 2);
   size_t mine = 0;
@@ -149,10 +158,8 @@ WinogradPlan plan_winograd(const Winograd& p, int threads) {
   };
   take(&plan.stage_at, larger<int64_t>(band, 9 * S) * S);
   take(&plan.offsets_at, band + S);
-  if (plan.share_tiles)
-    take(&plan.u_at, p.packed != nullptr ? 0 : plan.panels * plan.u_panel);
-  else
-    take(&plan.v_at, points * plan.v_plane);
+  if (plan.share_tiles) take(&plan.u_at, p.packed != nullptr ? 0 : plan.panels * plan.u_panel);
+  if (!plan.share_tiles || plan.own_tiles) take(&plan.v_at, points * plan.v_plane);
   const int64_t m_tiles = plan.share_tiles ? tiles * plan.panels : plan.grid.block_tiles();
   take(&plan.m_at, m_tiles * (points * nr + 16));
   plan.private_bytes = mine + 64;
@@ -196,7 +203,7 @@ struct WinogradMember {
     shared = floats(workspace + plan.shared_at);
     stage = floats(mine + plan.stage_at);
     offsets = reinterpret_cast<int32_t*>(mine + plan.offsets_at);
-    v = plan.share_tiles ? shared : floats(mine + plan.v_at);
+    v = plan.share_tiles && !plan.own_tiles ? shared : floats(mine + plan.v_at);
     u = plan.share_tiles ? floats(mine + plan.u_at) : shared;
     sums = floats(mine + plan.m_at);
   }
@@ -281,13 +288,16 @@ struct WinogradMember {
     constexpr int64_t kChannels = 4 * S;
     const int64_t chunks = ceil_div(p.c, kChannels);
     const int64_t tiles = winograd_tiles(p, m);
-    const bool stays = crew.share(blocks * chunks, [&](int64_t unit) {
+    const auto transform = [&](int64_t unit) {
       const WinogradBlock b = plan.grid.block(unit / chunks);
       const int64_t c = unit % chunks * kChannels;
       transform_tiles(b, c, smaller(c + kChannels, p.c), v + plan.grid.first_tile(b) * plan.row);
-    });
-    if (!stays) return;
+    };
+    if (!plan.own_tiles && !crew.share(blocks * chunks, transform)) return;
+    bool transformed = !plan.own_tiles;
     crew.share(ceil_div(panels, plan.panels), [&](int64_t unit) {
+      for (int64_t i = 0; !transformed && i < blocks * chunks; ++i) transform(i);
+      transformed = true;
       const int64_t panel0 = unit * plan.panels, k0 = panel0 * nr, k = smaller(plan.panels * nr, p.k - k0);
       for (int64_t c = 0; c < p.c; c += Scheme::depth) {
         const int64_t depth = smaller<int64_t>(Scheme::depth, p.c - c);
