@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare import close
+from training import assert_trained_alike
 
 import fastops
 
@@ -108,6 +109,68 @@ def test_replaced_trained_and_saved(make, tmp_path):
     fastops.restore_(model)
     assert [type(one) for one in model.modules()] == [type(one) for one in plain.modules()]
     torch.testing.assert_close(model(**inputs).logits, loaded(**inputs).logits, rtol=0, atol=0)
+
+
+def t5():
+    import transformers
+
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=VOCABULARY, **sizes))
+    return model, {"input_ids": torch.randint(3, VOCABULARY, (2, 8)), "labels": torch.randint(3, VOCABULARY, (2, 8))}
+
+
+def whisper():
+    import transformers
+
+    sizes = {f"{side}_{name}": value for side in ("encoder", "decoder")
+             for name, value in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 64))}  # fmt: skip
+    config = transformers.WhisperConfig(
+        vocab_size=VOCABULARY, d_model=32, num_mel_bins=8, max_source_positions=16, max_target_positions=16,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, **sizes,
+    )  # fmt: skip
+    model = transformers.WhisperForConditionalGeneration(config)
+    return model, {"input_features": torch.randn(2, 8, 32), "labels": torch.randint(3, VOCABULARY, (2, 8))}
+
+
+def clip():
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": VOCABULARY, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 8, "patch_size": 4})
+    ids = torch.randint(3, VOCABULARY, (2, 8))
+    return transformers.CLIPModel(config), {
+        "input_ids": ids,
+        "pixel_values": torch.randn(2, 3, 8, 8),
+        "return_loss": True,
+    }
+
+
+def swin():
+    import transformers
+
+    sizes = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+    model = transformers.SwinForImageClassification(transformers.SwinConfig(image_size=8, patch_size=2, **sizes))
+    return model, {"pixel_values": torch.randn(2, 3, 8, 8), "labels": torch.tensor([0, 1])}
+
+
+@pytest.mark.parametrize(("make", "replaced"), [(t5, 19), (whisper, 28), (clip, 22), (swin, 25)])
+def test_other_architectures(make, replaced, tmp_path):
+    """Two stacks, convolutions over sound, two towers, windows: a step as with PyTorch, saved and loaded by it."""
+    plain, inputs = make()
+    ours, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    assert len(fastops.replace_(ours).replaced) == replaced
+    for model in (plain, ours, exact):
+        kind = next(model.parameters()).dtype
+        own = {k: v.to(kind) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+        torch.manual_seed(1)  # dropout
+        model(**own).loss.backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert_trained_alike(ours, plain, exact)
+    ours.save_pretrained(tmp_path)
+    loaded = type(plain).from_pretrained(tmp_path)
+    for p, q in zip(loaded.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("make", MODELS)

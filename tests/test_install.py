@@ -195,6 +195,13 @@ def test_an_example_says_in_one_line_what_to_install(example: str) -> None:
     assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras)
 
 
+def test_every_extra_is_explained() -> None:
+    project, page = (ROOT / "pyproject.toml").read_text(), (ROOT / "docs" / "installing.md").read_text()
+    extras = project.partition("[project.optional-dependencies]\n")[2].partition("\n\n")[0]
+    rows = " ".join(re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE))
+    assert sorted(re.findall(r"`(\w+)`", rows)) == sorted(re.findall(r"^(\w+) = ", extras, re.MULTILINE))
+
+
 @pytest.mark.parametrize(
     ("name", "needs"),
     [

@@ -233,6 +233,36 @@ def test_a_forward_that_reads_what_lightning_changes():
     assert type(ours) is Reads
 
 
+@needs_lightning
+@pytest.mark.parametrize("mode", ["replace", "fuse"])
+@pytest.mark.parametrize("first", [True, False])
+def test_among_other_callbacks_and_resumed(mode, first, tmp_path):
+    """Averaged weights, which are a copy of the module, and checkpoints; a new Trainer does the second half."""
+
+    def half(ours, steps, precision, ckpt_path=None):
+        pl.seed_everything(0, verbose=False)
+        folder = tmp_path / f"{ours}-{precision}"
+        others = [
+            pl.callbacks.EMAWeightAveraging(decay=0.5),
+            pl.callbacks.ModelCheckpoint(folder, every_n_train_steps=2, save_last=True),
+            pl.callbacks.EarlyStopping("loss"),
+        ]
+        mine = [FastOps(mode)] if ours else []
+        model, options = Digits(), {"precision": precision, "enable_checkpointing": True, "accumulate_grad_batches": 2}
+        one = trainer(
+            *([*mine, *others] if first else [*others, *mine]), max_steps=steps, limit_val_batches=1, **options
+        )
+        one.fit(model, *loaders(), ckpt_path=ckpt_path)
+        return model, folder / "last.ckpt"
+
+    results = []
+    for ours, precision in ((True, "32-true"), (False, "32-true"), (False, "64-true")):
+        _, path = half(ours, 2, precision)
+        results.append(half(ours, 4, precision, path)[0])
+    assert_trained_alike(*results)
+    assert on_fastops(results[0]) == []
+
+
 # ---- the end ---------------------------------------------------------------------------------------------------------
 
 
