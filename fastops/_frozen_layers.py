@@ -84,11 +84,13 @@ class FrozenLayer(nn.Module):
 
     def call(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """forward, for tensors that are there."""
-        if type(input) is Tensor and input.dtype is self.weight.dtype:
-            packed = self.__dict__["_packed"] or self.pack()
-            if self.function != "linear" and input.dim() != self.weight.dim():
+        state = self.__dict__  # nn.Module looks for a tensor in three places
+        weight = state["_buffers"]["weight"]
+        if type(input) is Tensor and input.dtype is weight.dtype:
+            packed = state["_packed"] or self.pack()
+            if state["function"] != "linear" and input.dim() != weight.dim():
                 return self.forward(input, residual)
-            apart = self.__dict__["_modules"]["apart"]
+            apart = state["_modules"]["apart"]
             if apart is not None and apart.takes(input):
                 return self.forward(input, residual)
             y = packed(input, residual)
