@@ -371,7 +371,7 @@ void implement_attention(torch::Library& m) {
 
 // ---- the fast door. Attention is on autocast's lower-precision list.
 
-Tensor cast(const Tensor& tensor) {
+Tensor cast_as_autocast(const Tensor& tensor) {
   if (!at::autocast::is_autocast_enabled(at::kCPU)) return tensor;
   return at::autocast::cached_cast(at::autocast::get_autocast_dtype(at::kCPU), tensor, at::kCPU);
 }
@@ -385,8 +385,9 @@ py::object attention_of_parts_fast(py::handle whole, py::handle query, py::handl
     if (!fast_door::is_plain(tensor.ptr())) return not_implemented();
   if (!whole.is_none() && !fast_door::is_plain(whole.ptr())) return not_implemented();
   const Tensor w = whole.is_none() ? none : THPVariable_Unpack(whole.ptr());
-  const Tensor q = cast(THPVariable_Unpack(query.ptr())), k = cast(THPVariable_Unpack(key.ptr())),
-               v = cast(THPVariable_Unpack(value.ptr()));
+  const Tensor q = cast_as_autocast(THPVariable_Unpack(query.ptr())),
+               k = cast_as_autocast(THPVariable_Unpack(key.ptr())),
+               v = cast_as_autocast(THPVariable_Unpack(value.ptr()));
   if ((!q.is_cpu() && at::autocast::is_autocast_enabled(q.device().type())) || !has_kernel(q) || q.dim() != 4)
     return not_implemented();
   for (const Tensor* tensor : {&k, &v})
@@ -398,7 +399,7 @@ py::object attention_of_parts_fast(py::handle whole, py::handle query, py::handl
   optional<Tensor> m;
   if (!mask.is_none()) {
     if (!fast_door::is_plain(mask.ptr())) return not_implemented();
-    m = cast(THPVariable_Unpack(mask.ptr()));
+    m = cast_as_autocast(THPVariable_Unpack(mask.ptr()));
     if (!is_on(*m, q.device()) || m->scalar_type() != q.scalar_type() || m->requires_grad() || m->dim() > 4)
       return not_implemented();
     const std::array<int64_t, 4> full{q.size(0), q.size(1), q.size(2), k.size(2)};

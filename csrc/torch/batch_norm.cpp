@@ -172,8 +172,8 @@ Saved saved_with(Activation activation, bool with_residual) {
 
 // saved: residual or y, as saved_with says, or undefined. The gradients of input, weight, bias and residual.
 template <class Int>
-std::array<Tensor, 4> new_gradients(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
-                                    at::ScalarType parameters, std::array<bool, 4> output_mask) {
+std::array<Tensor, 4> new_norm_gradients(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
+                                         at::ScalarType parameters, std::array<bool, 4> output_mask) {
   check_input(grad_output, "batch_norm_backward", "grad_output");
   const auto device = grad_output.device();
   check_tensor(input, "batch_norm_backward", "input", device);
@@ -196,7 +196,7 @@ std::array<Tensor, 4> new_gradients(const Tensor& grad_output, const Tensor& inp
 std::array<Tensor, 4> backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& bias,
                                const Tensor& saved, const Tensor& stats, bool training, Activation activation,
                                Saved kind, at::ScalarType parameters, std::array<bool, 4> output_mask) {
-  std::array<Tensor, 4> out = new_gradients<int64_t>(grad_output, input, stats, parameters, output_mask);
+  std::array<Tensor, 4> out = new_norm_gradients<int64_t>(grad_output, input, stats, parameters, output_mask);
   if (input.numel() == 0) {  // empty sums
     for (Tensor& gradient : out)
       if (gradient.defined()) gradient.zero_();
@@ -404,7 +404,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_op(const Tensor& 
   const Activation f = make_activation(activation, a, b);
   std::array<Tensor, 4> out;
   if constexpr (is_symbolic<Int>) {
-    out = new_gradients<Int>(grad_output, input, stats, parameters, output_mask);
+    out = new_norm_gradients<Int>(grad_output, input, stats, parameters, output_mask);
   } else {
     const bool identity = f.kind == ActivationKind::identity;
     auto mask = output_mask;

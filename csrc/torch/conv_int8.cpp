@@ -15,7 +15,7 @@
 namespace fastops {
 namespace {
 
-constexpr const char* kOp = "conv_int8";
+constexpr const char* kConvInt8 = "conv_int8";
 
 // What a call is besides its input: a convolution in two dimensions, or a linear layer.
 struct Int8Layer {
@@ -32,7 +32,7 @@ struct Int8Layer {
   at::ScalarType float_type = at::kFloat;  // of a float output, where the input is uint8
   bool channels_last = false;              // the output is, whatever the input is
 
-  const char* op() const { return linear ? "linear_int8" : kOp; }
+  const char* op() const { return linear ? "linear_int8" : kConvInt8; }
 };
 
 // The geometry of a call, and the sizes and the layout of its output. Raises where the input does not fit.
@@ -55,7 +55,7 @@ Int8Shape shape_of(const Int8Layer& layer, const Tensor& input) {
   if (!layer.linear) {
     ConvPlan plan;
     const std::string problem = plan_conv(input, w, {}, layer.params, plan);
-    TORCH_CHECK(problem.empty(), kOp, ": ", problem);
+    TORCH_CHECK(problem.empty(), kConvInt8, ": ", problem);
     shape.layout = suggests_channels_last(input) ? Layout::channels_last : Layout::channels_first;
     shape.geometry = canonical(plan.geometry);
     shape.sizes = out_sizes(plan);
@@ -196,17 +196,18 @@ template <class Int>
 Tensor conv_int8_forward_op(const Tensor& input, const Tensor& weight, const Tensor& scale,
                             const optional<Tensor>& bias, const Tensor& input_scale, const Tensor& input_zero,
                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  check_operands(input, weight, scale, bias, kOp);
+  check_operands(input, weight, scale, bias, kConvInt8);
   Int8Layer layer{
       .weight = weight, .multiplier = scale, .params = make_params(stride, padding, dilation, false, groups)};
-  TORCH_CHECK(layer.params.dims == 2, kOp, ": stride must have 2 elements, got ", layer.params.dims);
+  TORCH_CHECK(layer.params.dims == 2, kConvInt8, ": stride must have 2 elements, got ", layer.params.dims);
   SizeVector<Int> sizes;
   const auto bias_sizes = bias ? optional<Sizes<Int>>(sizes_as<Int>(*bias)) : std::nullopt;
   const std::string problem =
       infer_conv<Int>(sizes_as<Int>(input), sizes_as<Int>(weight), bias_sizes, layer.params, sizes);
-  TORCH_CHECK(problem.empty(), kOp, ": ", problem);
-  TORCH_CHECK(!sizes_differ(sizes_as<Int>(scale), sizes_as<Int>(weight).slice(0, 1)), kOp, ": scale must have shape (",
-              sizes_as<Int>(weight)[0], ",) (weight's out_channels), got ", sizes_as<Int>(scale));
+  TORCH_CHECK(problem.empty(), kConvInt8, ": ", problem);
+  TORCH_CHECK(!sizes_differ(sizes_as<Int>(scale), sizes_as<Int>(weight).slice(0, 1)), kConvInt8,
+              ": scale must have shape (", sizes_as<Int>(weight)[0], ",) (weight's out_channels), got ",
+              sizes_as<Int>(scale));
   if constexpr (is_symbolic<Int>) {
     const bool last = suggests_channels_last(input);
     return empty_in<Int>(sizes, last ? Layout::channels_last : Layout::channels_first, input.scalar_type(),
@@ -247,7 +248,7 @@ class ConvInt8 {
     if (!linear && (w.dim() != 4 || !read_params({2, false, stride, padding, dilation, {}, groups}, w, params)))
       return not_implemented();
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return wrap(without_gil([&] { return linear ? "linear_int8" : kOp; },
+    return wrap(without_gil([&] { return linear ? "linear_int8" : kConvInt8; },
                             [&] {
                               Int8Layer layer{.linear = linear, .params = params};
                               const Tensor keep = prepare(w, s, xs, xz, layer);
@@ -398,7 +399,7 @@ py::object call_frozen(FrozenInt8& layer, py::handle input, py::handle residual)
   const Tensor& x = THPVariable_Unpack(input.ptr());
   const Tensor r = adds ? THPVariable_Unpack(residual.ptr()) : Tensor();
   const at::AutoDispatchBelowADInplaceOrView guard;
-  Tensor y = without_gil([] { return kOp; }, [&] { return layer.forward(x, r); }, x);
+  Tensor y = without_gil([] { return kConvInt8; }, [&] { return layer.forward(x, r); }, x);
   return y.defined() ? wrap(std::move(y)) : not_implemented();
 }
 

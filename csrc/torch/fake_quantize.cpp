@@ -12,7 +12,7 @@
 namespace fastops {
 namespace {
 
-constexpr const char* kOp = "fake_quantize";
+constexpr const char* kFakeQuantize = "fake_quantize";
 constexpr const char* kBackward = "fake_quantize_backward";
 constexpr const char* kLearned = "fake_quantize_learned_backward";
 
@@ -86,8 +86,8 @@ Tensor empty_mask(const Tensor& y) {
 
 std::pair<Tensor, Tensor> fake_quantize_forward(const Tensor& input, const Tensor& scale, const Tensor& zero_point,
                                                 int64_t low, int64_t high, optional<int64_t> axis, bool need_mask) {
-  check_grid<int64_t>(input, scale, zero_point, axis, kOp);
-  check_levels(low, high, kOp);
+  check_grid<int64_t>(input, scale, zero_point, axis, kFakeQuantize);
+  check_levels(low, high, kFakeQuantize);
   const Tensor y = empty_result<int64_t>(input);
   const Tensor mask = need_mask ? empty_mask(y) : Tensor();
   if (y.numel() == 0) return {y, mask};
@@ -105,7 +105,8 @@ std::pair<Tensor, Tensor> fake_quantize_forward(const Tensor& input, const Tenso
   run(call,
       {x.const_data_ptr(), s.const_data_ptr<float>(), z.const_data_ptr<float>(), y.mutable_data_ptr(),
        need_mask ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr},
-      at::kCPU, [&] { return record::Row{kOp, "", record::shapes_of({input, scale}), dtype_name(x.scalar_type())}; });
+      at::kCPU,
+      [&] { return record::Row{kFakeQuantize, "", record::shapes_of({input, scale}), dtype_name(x.scalar_type())}; });
   return {y, mask};
 }
 
@@ -164,7 +165,7 @@ std::array<Tensor, 3> fake_quantize_learned_backward(const Tensor& grad_output, 
 
 struct FakeQuantizeOp {
   struct Args {};
-  static std::string name(const Args&) { return kOp; }
+  static std::string name(const Args&) { return kFakeQuantize; }
   static c10::IValue pack(const Args&) { return std::vector<int64_t>(); }
   static Args unpack(const c10::IValue&) { return {}; }
   // saved: the mask.
@@ -200,8 +201,8 @@ std::tuple<Tensor, Tensor> fake_quantize_forward_op(const Tensor& input, const T
     const auto [y, mask] = fake_quantize_forward(input, scale, zero_point, quant_min, quant_max, axis, need_mask);
     return {y, or_none(mask)};
   }
-  check_grid<Int>(input, scale, zero_point, axis, kOp);
-  check_levels(quant_min, quant_max, kOp);
+  check_grid<Int>(input, scale, zero_point, axis, kFakeQuantize);
+  check_levels(quant_min, quant_max, kFakeQuantize);
   const Tensor y = empty_result<Int>(input);
   return {y, or_none(need_mask ? empty_mask(y) : Tensor())};
 }
@@ -259,7 +260,7 @@ py::object fake_quantize_fast(py::handle input, py::handle scale, py::handle zer
   if (!x.is_cpu() || !is_supported(x.scalar_type()) || (at::GradMode::is_enabled() && (needs_grad(s) || needs_grad(z))))
     return not_implemented();
   const optional<int64_t> dim = axis.is_none() ? std::nullopt : optional<int64_t>(along);
-  return wrap(without_gil([] { return kOp; }, [&] { return fake_quantize(x, s, z, low, high, dim); }, x));
+  return wrap(without_gil([] { return kFakeQuantize; }, [&] { return fake_quantize(x, s, z, low, high, dim); }, x));
 }
 
 }  // namespace

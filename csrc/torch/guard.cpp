@@ -15,7 +15,7 @@ namespace {
 // place is a dictionary, a cell of a closure, or any object with this attribute. empty: dictionaries that have nothing
 // in them. sizes: tuples (a dictionary, how many entries it has). contents: tuples (a list, its items), where these are
 // the same objects, and (a dictionary, a copy) and (a set, a copy).
-struct Names {
+struct HookNames {
   PyObject* hooks[4] = {PyUnicode_InternFromString("_forward_hooks"), PyUnicode_InternFromString("_forward_pre_hooks"),
                         PyUnicode_InternFromString("_backward_hooks"),
                         PyUnicode_InternFromString("_backward_pre_hooks")};
@@ -23,7 +23,7 @@ struct Names {
 
 bool is_value(PyObject* now, PyObject* value) { return value == Py_Ellipsis ? now && now != Py_None : now == value; }
 
-bool same(PyObject* place, PyObject* key, PyObject* value) {
+bool is_same(PyObject* place, PyObject* key, PyObject* value) {
   if (PyDict_Check(place)) return is_value(PyDict_GetItemWithError(place, key), value);
   if (PyCell_Check(place)) return is_value(PyCell_GET(place), value);
   PyObject* const now = PyObject_GetAttr(place, key);
@@ -53,7 +53,7 @@ bool same_contents(PyObject* place, PyObject* before) {
   return equal == 1;
 }
 
-bool module_is_the_same(PyObject* watched, PyObject* asking, const Names& names) {
+bool module_is_the_same(PyObject* watched, PyObject* asking, const HookNames& names) {
   PyObject** const items = PySequence_Fast_ITEMS(watched);
   PyObject *module = items[0], *dict = items[2];
   if (module == Py_None) {
@@ -75,14 +75,14 @@ bool module_is_the_same(PyObject* watched, PyObject* asking, const Names& names)
 }
 
 py::object unchanged(py::handle watched, py::handle module) {
-  static const Names names;
+  static const HookNames names;
   PyObject** const items = PySequence_Fast_ITEMS(watched.ptr());
   if (PyLong_AsVoidPtr(items[0]) != module.ptr()) return py::bool_(false);
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items[1]); ++i)
     if (!module_is_the_same(PyTuple_GET_ITEM(items[1], i), module.ptr(), names)) return py::bool_(false);
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items[2]); ++i) {
     PyObject** const entry = PySequence_Fast_ITEMS(PyTuple_GET_ITEM(items[2], i));
-    if (!same(entry[0], entry[1], entry[2])) return py::bool_(false);
+    if (!is_same(entry[0], entry[1], entry[2])) return py::bool_(false);
   }
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items[3]); ++i)
     if (PyDict_GET_SIZE(PyTuple_GET_ITEM(items[3], i))) return py::bool_(false);

@@ -28,10 +28,6 @@ struct NormOutput {
   Tensor mean, rstd;  // float32 (float64 for float64), one a row; undefined if not wanted, mean also if rms
 };
 
-at::ScalarType statistics_type(const Tensor& input) {
-  return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 // input's sizes with 1 for every dimension that is normalised, as torch.native_layer_norm has them.
 template <class Int>
 SizeVector<Int> statistics_sizes(const Tensor& input, int64_t dims) {

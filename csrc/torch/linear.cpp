@@ -83,9 +83,9 @@ LinearOutput forward_outputs(const Tensor& input, const Tensor& weight, const op
 
 // Those of backward: the gradients that are wanted.
 template <class Int>
-std::array<Tensor, 3> new_gradients(const Tensor& grad_output, const Tensor& saved, const Tensor& input,
-                                    const Tensor& weight, Activation activation, std::array<bool, 3> output_mask,
-                                    Sizes<Int> input_sizes, const Int& k) {
+std::array<Tensor, 3> new_linear_gradients(const Tensor& grad_output, const Tensor& saved, const Tensor& input,
+                                           const Tensor& weight, Activation activation, std::array<bool, 3> output_mask,
+                                           Sizes<Int> input_sizes, const Int& k) {
   check_input(grad_output, "linear_backward", "grad_output");
   const at::Device device = grad_output.device();
   for (const auto& [tensor, name] : {std::pair(&saved, "saved"), {&input, "input"}, {&weight, "weight"}})
@@ -107,12 +107,6 @@ std::array<Tensor, 3> new_gradients(const Tensor& grad_output, const Tensor& sav
   if (output_mask[1]) out[1] = new_tensor<Int>({n, k}, type, device);
   if (output_mask[2]) out[2] = new_tensor<Int>({n}, type, device);
   return out;
-}
-
-// a b for a (*, m, n) and b (n, k). If both are plain tensors, it is a linear of this library.
-Tensor product(const Tensor& a, const Tensor& b) {
-  if (fast_door::is_plain(a) && fast_door::is_plain(b)) return linear(a, b.t(), std::nullopt, {});
-  return at::matmul(a, b);
 }
 
 // What PyTorch's settings (torch.set_float32_matmul_precision) allow of a product with this much work. On a CPU they
@@ -217,6 +211,11 @@ bool linear_accepts(const Tensor& input, const Tensor& weight, const optional<Te
   return linear_problem<int64_t>(input, weight, bias).empty();
 }
 
+Tensor product(const Tensor& a, const Tensor& b) {
+  if (fast_door::is_plain(a) && fast_door::is_plain(b)) return linear(a, b.t(), std::nullopt, {});
+  return at::matmul(a, b);
+}
+
 Tensor matrix_product(const Tensor& a, const Tensor& b, const optional<Tensor>& bias) {
   const LinearOutput out{empty_output({a.size(0), b.size(1)}, a.scalar_type()), {}};
   if (out.y.numel() > 0)
@@ -227,8 +226,8 @@ Tensor matrix_product(const Tensor& a, const Tensor& b, const optional<Tensor>& 
 std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& saved, const Tensor& input,
                                       const Tensor& weight, Activation activation, std::array<bool, 3> output_mask,
                                       at::IntArrayRef input_sizes, int64_t in_features) {
-  std::array<Tensor, 3> out =
-      new_gradients<int64_t>(grad_output, saved, input, weight, activation, output_mask, input_sizes, in_features);
+  std::array<Tensor, 3> out = new_linear_gradients<int64_t>(grad_output, saved, input, weight, activation, output_mask,
+                                                            input_sizes, in_features);
   const auto type = grad_output.scalar_type();
   const auto device = grad_output.device();
   const int64_t n = grad_output.size(-1), m = rows_of(grad_output.sizes()), k = in_features;
@@ -306,7 +305,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_op(const Tensor& grad_output,
                                                       std::array<bool, 3> output_mask) {
   constexpr auto backward = [] {
     if constexpr (is_symbolic<Int>)
-      return new_gradients<Int>;
+      return new_linear_gradients<Int>;
     else
       return linear_backward;
   }();

@@ -39,7 +39,7 @@ struct CrossEntropyArgs {
 int64_t class_dim(const Tensor& input) { return input.dim() == 1 ? 0 : 1; }
 
 // Whether the classes of a position lie next to each other although they are not the last dimension.
-bool is_channels_last(const Tensor& input) {
+bool classes_lie_last(const Tensor& input) {
   return input.dim() > 2 && !input.is_contiguous_or_false() &&
          (input.is_contiguous_or_false(at::MemoryFormat::ChannelsLast) ||
           input.is_contiguous_or_false(at::MemoryFormat::ChannelsLast3d));
@@ -48,7 +48,7 @@ bool is_channels_last(const Tensor& input) {
 // A gradient for this input: in channels_last where the input is, else contiguous.
 template <class Int>
 Tensor empty_gradient(const Tensor& input) {
-  if (!is_channels_last(input)) return new_tensor<Int>(sizes_as<Int>(input), input.scalar_type(), input.device());
+  if (!classes_lie_last(input)) return new_tensor<Int>(sizes_as<Int>(input), input.scalar_type(), input.device());
   return new_tensor_strided<Int>(sizes_as<Int>(input), strides_as<Int>(input), input.scalar_type(), input.device());
 }
 
@@ -57,7 +57,7 @@ struct Classes {
 };
 Classes classes_of(const Tensor& x) {
   const int64_t classes = x.size(class_dim(x)), positions = x.numel() / classes;
-  if (x.dim() <= 2 || is_channels_last(x)) return {positions, classes, 1};
+  if (x.dim() <= 2 || classes_lie_last(x)) return {positions, classes, 1};
   return {x.size(0), classes, positions / x.size(0)};
 }
 
@@ -100,10 +100,6 @@ void check_cross_entropy(const Tensor& input, const Tensor& target, const option
               smoothing);
 }
 
-at::ScalarType statistics_type(const Tensor& input) {
-  return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 template <class Int>
 Tensor empty_loss(const Tensor& input, const Tensor& target, Reduction reduction) {
   const auto sizes = reduction == Reduction::none ? sizes_as<Int>(target) : Sizes<Int>();
@@ -117,7 +113,7 @@ struct CrossEntropyOutput {
 CrossEntropyOutput cross_entropy_forward(const Tensor& input, const Tensor& target, const optional<Tensor>& weight,
                                          const CrossEntropyArgs& args, bool need_statistics) {
   check_cross_entropy<int64_t>(input, target, weight, args.smoothing);
-  const Tensor x = is_channels_last(input) ? input : input.contiguous(), t = target.contiguous();
+  const Tensor x = classes_lie_last(input) ? input : input.contiguous(), t = target.contiguous();
   const Tensor w = weight ? weight->contiguous() : Tensor();
   CrossEntropyOutput out{empty_loss<int64_t>(x, t, args.reduction), {}};
   if (need_statistics) out.statistics = empty_output({2 * t.numel() + 1}, statistics_type(x), x.device());
@@ -146,7 +142,7 @@ Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& input, co
                   statistics.numel() == 2 * positions + 1,
               "cross_entropy_backward: statistics must have ", 2 * positions + 1, " elements of ",
               statistics_type(input), ", got ", statistics.numel(), " of ", statistics.scalar_type());
-  const Tensor x = is_channels_last(input) ? input : input.contiguous(), t = target.contiguous();
+  const Tensor x = classes_lie_last(input) ? input : input.contiguous(), t = target.contiguous();
   const Tensor g = grad_output.contiguous(), w = weight ? weight->contiguous() : Tensor();
   Tensor grad_input = empty_gradient<int64_t>(x);
   if (x.numel() == 0) return grad_input;
@@ -378,7 +374,7 @@ bool read_reduction(py::handle object, Reduction& reduction) {
 }
 
 // As autocast's float32 list casts it.
-Tensor cast(const Tensor& tensor) {
+Tensor cast_to_float(const Tensor& tensor) {
   const c10::DeviceType device = tensor.device().type();
   return at::autocast::is_autocast_enabled(device) ? at::autocast::cached_cast(at::kFloat, tensor, device) : tensor;
 }
@@ -391,9 +387,10 @@ py::object cross_entropy_fast(py::handle input, py::handle target, py::handle we
   if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr()) || !fast_door::is_plain(target.ptr()) ||
       (!weight.is_none() && !fast_door::is_plain(weight.ptr())))
     return not_implemented();
-  const Tensor x = cast(THPVariable_Unpack(input.ptr()));
+  const Tensor x = cast_to_float(THPVariable_Unpack(input.ptr()));
   const Tensor& t = THPVariable_Unpack(target.ptr());
-  const optional<Tensor> w = weight.is_none() ? std::nullopt : optional<Tensor>(cast(THPVariable_Unpack(weight.ptr())));
+  const optional<Tensor> w =
+      weight.is_none() ? std::nullopt : optional<Tensor>(cast_to_float(THPVariable_Unpack(weight.ptr())));
   if (!cross_entropy_accepts(x, t, w, smoothing)) return not_implemented();
   return wrap(without_gil([] { return "cross_entropy"; }, [&] { return cross_entropy(x, t, w, args); }, x, t, w));
 }
@@ -403,7 +400,7 @@ py::object mse_loss_fast(py::handle input, py::handle target, py::handle reducti
   if (!read_reduction(reduction, kind) || !fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr()) ||
       !fast_door::is_plain(target.ptr()))
     return not_implemented();
-  const Tensor x = cast(THPVariable_Unpack(input.ptr())), t = cast(THPVariable_Unpack(target.ptr()));
+  const Tensor x = cast_to_float(THPVariable_Unpack(input.ptr())), t = cast_to_float(THPVariable_Unpack(target.ptr()));
   if (!mse_accepts(x, t)) return not_implemented();
   return wrap(without_gil([] { return "mse_loss"; }, [&] { return mse_loss(x, t, kind); }, x, t));
 }

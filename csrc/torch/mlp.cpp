@@ -120,12 +120,6 @@ variable_list mlp_backward(const Tensor& grad_output, const Tensor& saved, const
   return result;
 }
 
-// a b for a (m, n) and b (n, k). If both are plain tensors, it is a linear of this library.
-Tensor product(const Tensor& a, const Tensor& b) {
-  if (fast_door::is_plain(a) && fast_door::is_plain(b)) return linear(a, b.t(), std::nullopt, {});
-  return at::matmul(a, b);
-}
-
 // mlp_backward in differentiable ops, from the arguments of forward alone. For gradients that will be differentiated
 // again, or that are batched or dual.
 variable_list composite_backward(const Tensor& grad_output, const Tensor& input, at::TensorList weights,

@@ -40,6 +40,8 @@ std::array<Tensor, 3> linear_backward(const Tensor& grad_output, const Tensor& s
                                       const Tensor& weight, Activation activation, std::array<bool, 3> output_mask,
                                       at::IntArrayRef input_sizes, int64_t in_features);
 Tensor linear(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, Activation activation);
+// a b for a (*, m, n) and b (n, k). If both are plain tensors, it is a linear of this library.
+Tensor product(const Tensor& a, const Tensor& b);
 
 // ---- mlp.cpp
 // A chain of linear layers in one kernel. The activation is `output` for the last layer, `hidden` for the others. Each

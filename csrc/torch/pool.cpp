@@ -39,14 +39,14 @@ bool lies_in(const Tensor& tensor, Layout layout) {
 }
 
 template <class Int = int64_t>
-Tensor empty_in(std::type_identity_t<Sizes<Int>> sizes, Layout layout, at::ScalarType type, at::Device device) {
+Tensor empty_pool(std::type_identity_t<Sizes<Int>> sizes, Layout layout, at::ScalarType type, at::Device device) {
   if (layout == Layout::channels_first) return new_tensor<Int>(sizes, type, device);
   return new_tensor_strided<Int>(sizes, strides_in<Int>(sizes, layout), type, device);
 }
 
 Tensor in_layout(const Tensor& tensor, Layout layout) {
   if (lies_in(tensor, layout)) return tensor;
-  const Tensor copy = empty_in(tensor.sizes(), layout, tensor.scalar_type(), tensor.device());
+  const Tensor copy = empty_pool(tensor.sizes(), layout, tensor.scalar_type(), tensor.device());
   copy.copy_(tensor);
   return copy;
 }
@@ -318,9 +318,9 @@ MaxPoolOutput max_pool_forward(const Tensor& input, const PoolPlan& plan, PoolIn
   check_input(input, "max_pool", "input");
   const Tensor x = in_layout(input, plan.layout);
   const auto sizes = sizes_of(plan, plan.geometry.out);
-  MaxPoolOutput out{empty_in(sizes, plan.layout, x.scalar_type(), x.device()), {}};
+  MaxPoolOutput out{empty_pool(sizes, plan.layout, x.scalar_type(), x.device()), {}};
   if (kind != PoolIndices::none)
-    out.indices = empty_in(sizes, plan.layout, kind == PoolIndices::plane ? at::kLong : at::kByte, x.device());
+    out.indices = empty_pool(sizes, plan.layout, kind == PoolIndices::plane ? at::kLong : at::kByte, x.device());
   if (is_empty(plan, plan.geometry.out)) return out;
   run_pool(MaxPoolForward{to_dtype(x.scalar_type()), plan.layout, plan.geometry, kind},
            {x.const_data_ptr(), out.y.mutable_data_ptr(), mutable_or_null(out.indices)}, plan, "max", "", x);
@@ -344,7 +344,7 @@ Tensor max_pool_backward(const Tensor& grad_output, const Tensor& indices, const
     return in_layout(max_pool_backward(grad_output, indices, detour), plan.layout);
   }
   const Tensor g = in_layout(grad_output, plan.layout), i = in_layout(indices, plan.layout);
-  Tensor grad_input = empty_in(sizes_of(plan, plan.geometry.in), plan.layout, g.scalar_type(), g.device());
+  Tensor grad_input = empty_pool(sizes_of(plan, plan.geometry.in), plan.layout, g.scalar_type(), g.device());
   if (is_empty(plan, plan.geometry.in)) return grad_input;
   const PoolIndices kind = window ? PoolIndices::window : PoolIndices::plane;
   run_pool(MaxPoolBackward{to_dtype(g.scalar_type()), plan.layout, plan.geometry, kind},
@@ -397,7 +397,7 @@ MaxPoolOutput max_pool(const Tensor& input, const PoolPlan& plan, bool return_in
 Tensor avg_pool_forward(const Tensor& input, const PoolPlan& plan, const AvgDivisor& divisor) {
   check_input(input, "avg_pool", "input");
   const Tensor x = in_layout(input, plan.layout);
-  Tensor y = empty_in(sizes_of(plan, plan.geometry.out), plan.layout, x.scalar_type(), x.device());
+  Tensor y = empty_pool(sizes_of(plan, plan.geometry.out), plan.layout, x.scalar_type(), x.device());
   if (is_empty(plan, plan.geometry.out)) return y;
   run_pool(AvgPoolForward{to_dtype(x.scalar_type()), plan.layout, plan.geometry, divisor.include_pad, divisor.override},
            {x.const_data_ptr(), y.mutable_data_ptr()}, plan, "avg", "", x);
@@ -409,7 +409,7 @@ Tensor avg_pool_backward(const Tensor& grad_output, const PoolPlan& plan, const 
   check_has_outputs(plan, "avg");
   check_operand(grad_output, plan, plan.geometry.out, "avg_pool_backward", "grad_output");
   const Tensor g = in_layout(grad_output, plan.layout);
-  Tensor grad_input = empty_in(sizes_of(plan, plan.geometry.in), plan.layout, g.scalar_type(), g.device());
+  Tensor grad_input = empty_pool(sizes_of(plan, plan.geometry.in), plan.layout, g.scalar_type(), g.device());
   if (is_empty(plan, plan.geometry.in)) return grad_input;
   run_pool(
       AvgPoolBackward{to_dtype(g.scalar_type()), plan.layout, plan.geometry, divisor.include_pad, divisor.override},
@@ -506,8 +506,8 @@ SizeVector<c10::SymInt> symbolic_sizes(const Tensor& input, const PoolParams& pa
 Tensor symbolic_gradient(const Tensor& grad_output, c10::SymIntArrayRef input_size, int dims, bool last) {
   check_input(grad_output, "pool", "grad_output");
   last = last && input_size.size() == static_cast<size_t>(dims) + 2;
-  return empty_in<c10::SymInt>(input_size, last ? Layout::channels_last : Layout::channels_first,
-                               grad_output.scalar_type(), grad_output.device());
+  return empty_pool<c10::SymInt>(input_size, last ? Layout::channels_last : Layout::channels_first,
+                                 grad_output.scalar_type(), grad_output.device());
 }
 
 PoolIndices indices_kind(c10::string_view name, PoolIndices compact) {
@@ -527,9 +527,9 @@ std::tuple<Tensor, Tensor> max_pool_forward_op(const Tensor& input, Sizes<Int> o
     const Layout layout = pool_layout(input, params.dims);
     const PoolIndices kind = indices_kind(indices, compact_indices(params.adaptive, params.dims, params.kernel + 3,
                                                                    input.sym_sizes().end(), sizes.end()));
-    out.y = empty_in<Int>(sizes, layout, input.scalar_type(), input.device());
+    out.y = empty_pool<Int>(sizes, layout, input.scalar_type(), input.device());
     if (kind != PoolIndices::none)
-      out.indices = empty_in<Int>(sizes, layout, kind == PoolIndices::plane ? at::kLong : at::kByte, input.device());
+      out.indices = empty_pool<Int>(sizes, layout, kind == PoolIndices::plane ? at::kLong : at::kByte, input.device());
   } else {
     const PoolPlan plan = make_plan(input.sizes(), params, output_size, pool_layout(input, params.dims));
     out = max_pool_forward(input, plan, indices_kind(indices, compact_indices(plan.geometry)));
@@ -562,8 +562,8 @@ Tensor avg_pool_forward_op(const Tensor& input, Sizes<Int> output_size, at::IntA
                            at::IntArrayRef padding, bool ceil_mode, bool count_include_pad, int64_t divisor_override) {
   const PoolParams params = make_params(output_size.size(), kernel, stride, padding, {}, ceil_mode, true);
   if constexpr (is_symbolic<Int>)
-    return empty_in<Int>(symbolic_sizes(input, params, output_size), pool_layout(input, params.dims),
-                         input.scalar_type(), input.device());
+    return empty_pool<Int>(symbolic_sizes(input, params, output_size), pool_layout(input, params.dims),
+                           input.scalar_type(), input.device());
   else
     return avg_pool_forward(input, make_plan(input.sizes(), params, output_size, pool_layout(input, params.dims)),
                             {count_include_pad, divisor_override});

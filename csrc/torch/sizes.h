@@ -49,6 +49,11 @@ bool sizes_differ(Sizes<Int> a, Sizes<Int> b) {
          !std::equal(a.begin(), a.end(), b.begin(), [](const Int& x, const Int& y) { return !differ(x, y); });
 }
 
+// The dtype of what norms and losses save of an input's numbers.
+inline at::ScalarType statistics_type(const at::Tensor& input) {
+  return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 // Uninitialised tensors: memory of ours for numbers, none for symbols.
 template <class Int>
 at::Tensor new_tensor(Sizes<Int> sizes, at::ScalarType type, at::Device device) {

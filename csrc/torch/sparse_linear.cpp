@@ -13,7 +13,7 @@
 namespace fastops {
 namespace {
 
-constexpr const char* kOp = "sparse_linear";
+constexpr const char* kSparseLinear = "sparse_linear";
 
 // The operands that stand for W, as an op gets them.
 struct SparseTensors {
@@ -53,20 +53,20 @@ std::string sparse_problem(const Tensor& input, const SparseTensors& w, int64_t 
 }
 
 void check_sparse_tensors(const Tensor& input, const SparseTensors& w, int64_t dim) {
-  check_dense_on_cpu(input, input, kOp, "input");
-  TORCH_CHECK(has_quantized_kernel(input.scalar_type()), kOp, ": input must be float32, bfloat16 or float16, got ",
-              dtype_name(input.scalar_type()));
-  check_dense_on_cpu(w.crow, input, kOp, "crow_indices");
-  check_dense_on_cpu(w.col, input, kOp, "col_indices");
-  check_dense_on_cpu(w.values, input, kOp, "values");
-  TORCH_CHECK(w.crow.scalar_type() == at::kInt, kOp, ": crow_indices must be int32, got ",
+  check_dense_on_cpu(input, input, kSparseLinear, "input");
+  TORCH_CHECK(has_quantized_kernel(input.scalar_type()), kSparseLinear,
+              ": input must be float32, bfloat16 or float16, got ", dtype_name(input.scalar_type()));
+  check_dense_on_cpu(w.crow, input, kSparseLinear, "crow_indices");
+  check_dense_on_cpu(w.col, input, kSparseLinear, "col_indices");
+  check_dense_on_cpu(w.values, input, kSparseLinear, "values");
+  TORCH_CHECK(w.crow.scalar_type() == at::kInt, kSparseLinear, ": crow_indices must be int32, got ",
               dtype_name(w.crow.scalar_type()));
-  TORCH_CHECK(w.col.scalar_type() == at::kInt || w.col.scalar_type() == at::kShort, kOp,
+  TORCH_CHECK(w.col.scalar_type() == at::kInt || w.col.scalar_type() == at::kShort, kSparseLinear,
               ": col_indices must be int16 or int32, got ", dtype_name(w.col.scalar_type()));
-  TORCH_CHECK(w.values.scalar_type() == at::kFloat, kOp, ": values must be float32, got ",
+  TORCH_CHECK(w.values.scalar_type() == at::kFloat, kSparseLinear, ": values must be float32, got ",
               dtype_name(w.values.scalar_type()));
-  TORCH_CHECK(w.n >= 0, kOp, ": out_features must not be negative, got ", w.n);
-  TORCH_CHECK(dim == kLast || dim == kChannels, kOp, ": dim must be -1 or 1, got ", dim);
+  TORCH_CHECK(w.n >= 0, kSparseLinear, ": out_features must not be negative, got ", w.n);
+  TORCH_CHECK(dim == kLast || dim == kChannels, kSparseLinear, ": dim must be -1 or 1, got ", dim);
 }
 
 template <class Int>
@@ -87,11 +87,11 @@ template <class Int>
 Tensor new_output(const Tensor& input, const SparseTensors& w, const optional<Tensor>& bias, int64_t dim) {
   check_sparse_tensors(input, w, dim);
   const std::string problem = sparse_problem<Int>(input, w, dim);
-  TORCH_CHECK(problem.empty(), kOp, ": ", problem);
+  TORCH_CHECK(problem.empty(), kSparseLinear, ": ", problem);
   if (bias) {
-    check_dense_on_cpu(*bias, input, kOp, "bias");
-    check_dtype(*bias, input.scalar_type(), kOp, "bias");
-    TORCH_CHECK(!sizes_differ<Int>(sizes_as<Int>(*bias), {Int(w.n)}), kOp, ": bias must have shape (", w.n,
+    check_dense_on_cpu(*bias, input, kSparseLinear, "bias");
+    check_dtype(*bias, input.scalar_type(), kSparseLinear, "bias");
+    TORCH_CHECK(!sizes_differ<Int>(sizes_as<Int>(*bias), {Int(w.n)}), kSparseLinear, ": bias must have shape (", w.n,
                 ",) (out_features), got ", sizes_as<Int>(*bias));
   }
   return output_like<Int>(input, Int(w.n), dim);
@@ -111,28 +111,28 @@ bool ascend(const Index* col, int64_t begin, int64_t end, int64_t columns) {
 void check_indices(const Tensor& crow_indices, const Tensor& col_indices, int64_t columns) {
   const int64_t rows = crow_indices.numel() - 1, blocks = col_indices.numel();
   const int32_t* const crow = crow_indices.const_data_ptr<int32_t>();
-  TORCH_CHECK(crow[0] == 0 && crow[rows] == blocks, kOp, ": crow_indices must begin with 0 and end with ", blocks,
-              ", the number of col_indices, got ", crow[0], " and ", crow[rows]);
+  TORCH_CHECK(crow[0] == 0 && crow[rows] == blocks, kSparseLinear, ": crow_indices must begin with 0 and end with ",
+              blocks, ", the number of col_indices, got ", crow[0], " and ", crow[rows]);
   for (int64_t i = 0; i < rows; ++i) {
-    TORCH_CHECK(crow[i] <= crow[i + 1] && crow[i + 1] <= blocks, kOp, ": crow_indices must not descend, got ", crow[i],
-                " and ", crow[i + 1], " at ", i);
+    TORCH_CHECK(crow[i] <= crow[i + 1] && crow[i + 1] <= blocks, kSparseLinear, ": crow_indices must not descend, got ",
+                crow[i], " and ", crow[i + 1], " at ", i);
     const bool good = col_indices.scalar_type() == at::kShort
                           ? ascend(col_indices.const_data_ptr<int16_t>(), crow[i], crow[i + 1], columns)
                           : ascend(col_indices.const_data_ptr<int32_t>(), crow[i], crow[i + 1], columns);
-    TORCH_CHECK(good, kOp, ": col_indices must ascend in each row, from 0 to at most ", columns - 1, "; those of row ",
-                i, " do not");
+    TORCH_CHECK(good, kSparseLinear, ": col_indices must ascend in each row, from 0 to at most ", columns - 1,
+                "; those of row ", i, " do not");
   }
 }
 
 int64_t columns_of_blocks(const SparseTensors& w, int64_t k) { return (k + block_cols(w) - 1) / block_cols(w); }
 
 // How a tensor whose features are dimension `dim` is matrices of rows by features, once it is contiguous in `format`.
-struct Rows {
+struct MatrixRows {
   at::MemoryFormat format;
   int64_t images, m;
   bool channels_first;
 
-  Rows(const Tensor& tensor, int64_t dim)
+  MatrixRows(const Tensor& tensor, int64_t dim)
       : format(dim == kLast ? at::MemoryFormat::Contiguous : tensor.suggest_memory_format()),
         images(1),
         m(1),
@@ -165,7 +165,7 @@ Tensor run_forward(const Tensor& input, const SparseTensors& given, const option
   const int64_t n = w.n, k = input.size(dim);
   if (!checked) check_indices(crow, col, columns_of_blocks(w, k));
   if (y.numel() == 0) return y;
-  const Rows rows(input, dim);
+  const MatrixRows rows(input, dim);
   const Tensor x = rows.contiguous(input), b = bias ? bias->contiguous() : Tensor();
   const auto type = input.scalar_type();
   const SparseLinearForward call{.dtype = to_dtype(type),
@@ -183,22 +183,23 @@ Tensor run_forward(const Tensor& input, const SparseTensors& given, const option
        {crow.const_data_ptr<int32_t>(), col.const_data_ptr(), values.const_data_ptr<float>()},
        data_or_null(b),
        y.mutable_data_ptr()},
-      at::kCPU, [&] { return record::Row{kOp, "", record::shapes_of({input, values, b}), dtype_name(type)}; });
+      at::kCPU,
+      [&] { return record::Row{kSparseLinear, "", record::shapes_of({input, values, b}), dtype_name(type)}; });
   return y;
 }
 
 template <class Int>
-std::array<Tensor, 2> new_gradients(const Tensor& grad_output, const Tensor& input, const SparseTensors& w, int64_t dim,
-                                    std::array<bool, 2> output_mask) {
+std::array<Tensor, 2> new_sparse_gradients(const Tensor& grad_output, const Tensor& input, const SparseTensors& w,
+                                           int64_t dim, std::array<bool, 2> output_mask) {
   check_sparse_tensors(input, w, dim);
-  check_dense_on_cpu(grad_output, input, kOp, "grad_output");
-  check_dtype(grad_output, input.scalar_type(), kOp, "grad_output");
+  check_dense_on_cpu(grad_output, input, kSparseLinear, "grad_output");
+  check_dtype(grad_output, input.scalar_type(), kSparseLinear, "grad_output");
   const std::string problem = sparse_problem<Int>(input, w, dim);
-  TORCH_CHECK(problem.empty(), kOp, ": ", problem);
+  TORCH_CHECK(problem.empty(), kSparseLinear, ": ", problem);
   SizeVector<Int> sizes(sizes_as<Int>(input));
   (dim == kLast ? sizes.back() : sizes[1]) = Int(w.n);
-  TORCH_CHECK(!sizes_differ<Int>(sizes_as<Int>(grad_output), sizes), kOp, ": grad_output must have the output's shape ",
-              Sizes<Int>(sizes), ", got ", sizes_as<Int>(grad_output));
+  TORCH_CHECK(!sizes_differ<Int>(sizes_as<Int>(grad_output), sizes), kSparseLinear,
+              ": grad_output must have the output's shape ", Sizes<Int>(sizes), ", got ", sizes_as<Int>(grad_output));
   std::array<Tensor, 2> out;
   const auto features = dim == kLast ? sizes_as<Int>(input).back() : sizes_as<Int>(input)[1];
   if (output_mask[0]) out[0] = output_like<Int>(input, features, dim);
@@ -208,12 +209,12 @@ std::array<Tensor, 2> new_gradients(const Tensor& grad_output, const Tensor& inp
 
 std::array<Tensor, 2> run_backward(const Tensor& grad_output, const Tensor& input, const SparseTensors& given,
                                    int64_t dim, std::array<bool, 2> output_mask) {
-  std::array<Tensor, 2> out = new_gradients<int64_t>(grad_output, input, given, dim, output_mask);
+  std::array<Tensor, 2> out = new_sparse_gradients<int64_t>(grad_output, input, given, dim, output_mask);
   const Tensor crow = given.crow.contiguous(), col = given.col.contiguous(), values = given.values.contiguous();
   const SparseTensors w{crow, col, values, given.n};
   const int64_t n = w.n, k = input.size(dim);
   check_indices(crow, col, columns_of_blocks(w, k));
-  const Rows rows(input, dim);
+  const MatrixRows rows(input, dim);
   if (rows.images * rows.m == 0) {
     for (Tensor& gradient : out)
       if (gradient.defined()) gradient.zero_();
@@ -265,7 +266,7 @@ std::tuple<Tensor, Tensor> sparse_linear_backward_op(const Tensor& grad_output, 
                                                      const Tensor& crow_indices, const Tensor& col_indices,
                                                      const Tensor& values, int64_t out_features, int64_t dim,
                                                      std::array<bool, 2> output_mask) {
-  constexpr auto backward = is_symbolic<Int> ? new_gradients<Int> : run_backward;
+  constexpr auto backward = is_symbolic<Int> ? new_sparse_gradients<Int> : run_backward;
   const auto out = backward(grad_output, input, {crow_indices, col_indices, values, out_features}, dim, output_mask);
   return {or_empty(out[0], grad_output), or_empty(out[1], values)};
 }
@@ -293,7 +294,7 @@ class SparseIndices {
         at::autocast::is_autocast_enabled(at::kCPU) || (c && c->scalar_type() != x.scalar_type()))
       return not_implemented();
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return wrap(without_gil([] { return kOp; },
+    return wrap(without_gil([] { return kSparseLinear; },
                             [&] {
                               Fingerprint now;
                               now.mix(crow);

@@ -10,7 +10,7 @@
 namespace fastops {
 namespace {
 
-constexpr const char* kOp = "weight_only";
+constexpr const char* kWeightOnly = "weight_only";
 
 bool is_group(int64_t group) { return group >= 16 && (group & (group - 1)) == 0; }
 
@@ -56,25 +56,26 @@ std::string weight_only_problem(const Tensor& input, const Tensor& weight, const
 template <class Int>
 Tensor new_output(const Tensor& input, const Tensor& weight, const Tensor& scale, const optional<Tensor>& offset,
                   const optional<Tensor>& bias, int64_t group) {
-  check_dense_on_cpu(input, input, kOp, "input");
-  check_dense_on_cpu(weight, input, kOp, "weight");
-  TORCH_CHECK(has_quantized_kernel(input.scalar_type()), kOp, ": input must be float32, bfloat16 or float16, got ",
-              dtype_name(input.scalar_type()));
-  TORCH_CHECK(format_of(weight), kOp, ": weight must be int8, float8_e4m3fn, or uint8 for two weights in a byte, got ",
+  check_dense_on_cpu(input, input, kWeightOnly, "input");
+  check_dense_on_cpu(weight, input, kWeightOnly, "weight");
+  TORCH_CHECK(has_quantized_kernel(input.scalar_type()), kWeightOnly,
+              ": input must be float32, bfloat16 or float16, got ", dtype_name(input.scalar_type()));
+  TORCH_CHECK(format_of(weight), kWeightOnly,
+              ": weight must be int8, float8_e4m3fn, or uint8 for two weights in a byte, got ",
               dtype_name(weight.scalar_type()));
-  TORCH_CHECK(!offset || weight.scalar_type() != at::kFloat8_e4m3fn, kOp, ": float8 weights have no offset");
+  TORCH_CHECK(!offset || weight.scalar_type() != at::kFloat8_e4m3fn, kWeightOnly, ": float8 weights have no offset");
   for (const auto& [tensor, name] : {std::pair(&scale, "scale"), {offset ? &*offset : &scale, "offset"}}) {
-    check_dense_on_cpu(*tensor, input, kOp, name);
-    TORCH_CHECK(tensor->scalar_type() == at::kFloat, kOp, ": ", name, " must be float32, got ",
+    check_dense_on_cpu(*tensor, input, kWeightOnly, name);
+    TORCH_CHECK(tensor->scalar_type() == at::kFloat, kWeightOnly, ": ", name, " must be float32, got ",
                 dtype_name(tensor->scalar_type()));
   }
   if (bias) {
-    check_dense_on_cpu(*bias, input, kOp, "bias");
-    check_dtype(*bias, input.scalar_type(), kOp, "bias");
+    check_dense_on_cpu(*bias, input, kWeightOnly, "bias");
+    check_dtype(*bias, input.scalar_type(), kWeightOnly, "bias");
   }
-  TORCH_CHECK(group > 0, kOp, ": group_size must be positive, got ", group);
+  TORCH_CHECK(group > 0, kWeightOnly, ": group_size must be positive, got ", group);
   const std::string problem = weight_only_problem<Int>(input, weight, scale, offset, bias, group);
-  TORCH_CHECK(problem.empty(), kOp, ": ", problem);
+  TORCH_CHECK(problem.empty(), kWeightOnly, ": ", problem);
   SizeVector<Int> sizes(sizes_as<Int>(input));
   sizes.back() = sizes_as<Int>(weight)[0];
   return new_tensor<Int>(sizes, input.scalar_type(), input.device());
@@ -105,7 +106,7 @@ Tensor weight_only_forward(const Tensor& input, const Tensor& weight, const Tens
   run(call,
       {x.const_data_ptr(), w.const_data_ptr(), s.const_data_ptr<float>(),
        o.defined() ? o.const_data_ptr<float>() : nullptr, data_or_null(b), y.mutable_data_ptr()},
-      at::kCPU, [&] { return record::Row{kOp, "", record::shapes_of({input, weight, b}), dtype_name(type)}; });
+      at::kCPU, [&] { return record::Row{kWeightOnly, "", record::shapes_of({input, weight, b}), dtype_name(type)}; });
   return y;
 }
 
@@ -141,7 +142,7 @@ py::object weight_only_fast(py::handle input, py::handle weight, py::handle scal
       (c && c->scalar_type() != x->scalar_type()))
     return not_implemented();
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return wrap(without_gil([] { return kOp; },
+  return wrap(without_gil([] { return kWeightOnly; },
                           [&] { return weight_only_forward(*x, *w, *s, o, c, group, make_activation(kind, a, b)); }, *x,
                           *w));
 }
