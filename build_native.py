@@ -458,7 +458,8 @@ def optimization(kernels: Kernels) -> list[str]:
     if in_a_hurry():
         if not runs_here(TIERS.get(kernels.source.name, [])):
             return ["-O0"]
-        if kernels.tier == "scalar" or (kernels.tier == "avx2" and runs_here(_AVX512)):
+        better = {"avx2": _AVX512, "avx512_bf16": _AMX}.get(kernels.tier)
+        if kernels.tier == "scalar" or (better is not None and runs_here(better)):
             return ["-O1"]
     return OPTIMIZE_SCALAR if kernels.tier == "scalar" else OPTIMIZE
 
