@@ -10,6 +10,11 @@ tolerance (`exact`).
 import torch
 from torch import Tensor
 
+# What an opcheck sees without tracing a graph, which takes it twenty times as long: enough for arguments that change
+# numbers alone, such as which activation it is, where a graph of the same op is traced beside it.
+UNTRACED = "test_schema", "test_autograd_registration", "test_faketensor"
+TRACED = (*UNTRACED, "test_aot_dispatch_dynamic")
+
 
 def _alike(actual: Tensor, reference: Tensor, theirs: Tensor, what: str) -> tuple[Tensor, Tensor, Tensor]:
     """Detached; asserts the reference's shape and the dtype of PyTorch's result."""
