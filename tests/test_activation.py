@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from calls import Call, call, sizes
 from compare import close, exact
+from each import each
 from reference import ACTIVATIONS, DTYPES, LAYOUTS, LENGTHS, activation, gradients
 
 import fastops
@@ -16,7 +17,7 @@ import fastops.nn as fnn
 from fastops import _C
 from fastops._activations import KIND, PIECEWISE_LINEAR
 
-EVERY = pytest.mark.parametrize("case", ACTIVATIONS, ids=str)
+EVERY = each("case", ACTIVATIONS)
 HAS_INPLACE = pytest.mark.parametrize("case", [case for case in ACTIVATIONS if case.in_place], ids=str)
 
 # Corners of the formulas and of the number formats.

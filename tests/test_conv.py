@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from calls import call, sizes, spatial
 from compare import close, close_rms, exact
+from each import each
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from reference import ACTIVATIONS, CONVS, DTYPES, LAYOUTS, Conv, activation, gradients, integers
@@ -101,14 +102,14 @@ def as_module(case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("conv", CONVS, ids=str)
+@each("conv", CONVS)
 def test_values_and_gradients(isa, conv, dtype):
     compare_all(conv, *operands(conv, dtype))
     compare_all(conv, *operands(conv, dtype, bias=False))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("conv", [conv for conv in CONVS if len(conv.size) > 1], ids=str)
+@each("conv", [conv for conv in CONVS if len(conv.size) > 1])
 def test_channels_last(isa, conv, dtype):
     """Either operand in channels_last, or both: the results lie as PyTorch's do."""
     x, w, b = operands(conv, dtype)
@@ -123,7 +124,7 @@ def test_channels_last(isa, conv, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("conv", [*CONVS, *WINOGRAD[:1], *WINOGRAD[-4:]], ids=str)
+@each("conv", [*CONVS, *WINOGRAD[:1], *WINOGRAD[-4:]])
 def test_integers_are_exact(conv, dtype):
     """On every tier; test_threads.py and tests/cpp have more threads than one."""
 
@@ -178,14 +179,14 @@ def test_precision_is_checked():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", FUSED, ids=str)
+@each("case", FUSED)
 def test_every_fused_activation(isa, case, dtype):
     for conv in (Conv(2, 5, 17, (7, 9), (3, 3), padding=1), Conv(1, 9, 7, (4, 5), (3, 3), stride=2, transposed=True)):
         compare_all(conv, *operands(conv, dtype), case)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize("conv", [c for c in CONVS if len(c.size) == 2 and math.prod(c.size) > 20], ids=str)
+@each("conv", [c for c in CONVS if len(c.size) == 2 and math.prod(c.size) > 20])
 @pytest.mark.parametrize("name", ["relu", "gelu", "tanh"])
 def test_fused_activation_on_every_path(isa, conv, name, last):
     x, w, b = operands(conv, torch.float32)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import close, exact
+from each import each
 from gpu import DEVICE, SCHEDULES, configured, put
 from reference import DTYPES, POOLS
 from test_pool import layouts, run, theirs
@@ -11,8 +12,8 @@ from test_pool import layouts, run, theirs
 import fastops
 import fastops.functional as FF
 
-EVERY = pytest.mark.parametrize("pool", POOLS, ids=str)
-MAXIMA = pytest.mark.parametrize("pool", [pool for pool in POOLS if pool.is_max], ids=str)
+EVERY = each("pool", POOLS)
+MAXIMA = each("pool", [pool for pool in POOLS if pool.is_max])
 
 
 @EVERY

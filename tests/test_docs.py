@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from each import each
 
 import docs
 import fastops
@@ -39,7 +40,7 @@ def test_docstring(name: str) -> None:
     assert docs.failed_examples(SYMBOLS[name], name) == ""
 
 
-@pytest.mark.parametrize("name", SYMBOLS)
+@each("name", SYMBOLS)
 def test_name(name: str) -> None:
     """help() and tracebacks show the public name."""
     assert SYMBOLS[name].__name__ == name.rpartition(".")[2]

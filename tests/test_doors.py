@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import exact
+from compare import TRACED, UNTRACED, exact
+from each import each
 from reference import ACTIVATIONS, CONVS, DTYPES, POOLS
 from torch.library import opcheck
 from torch.overrides import TorchFunctionMode
@@ -53,7 +54,7 @@ def both(fast, general, *tensors):
         exact(one, two)
 
 
-@pytest.mark.parametrize("case", [None, *ACTIVATIONS], ids=str)
+@each("case", [None, *ACTIVATIONS])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear(case, dtype):
     kind, a, b = ("identity", 0.0, 0.0) if case is None else (case.kind, case.a, case.b)
@@ -69,7 +70,7 @@ def geometry(conv, weight):
     return _geometry(_numbers(tuple(conv.kwargs.values())), len(conv.size), conv.transposed, weight)
 
 
-@pytest.mark.parametrize("conv", CONVS, ids=str)
+@each("conv", CONVS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["identity", "relu", "gelu"])
 def test_conv(conv, dtype, kind):
@@ -84,7 +85,7 @@ def test_conv(conv, dtype, kind):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("pool", POOLS, ids=str)
+@each("pool", POOLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pool(pool, dtype):
     def general(x):
@@ -98,7 +99,7 @@ def test_pool(pool, dtype):
             both(pool.ours, general, x)
 
 
-@pytest.mark.parametrize("case", ACTIVATIONS, ids=str)
+@each("case", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_activation(case, dtype):
     args = case.a, case.b
@@ -320,11 +321,15 @@ MASKS = [[True, True, True], [False, True, False], [True, False, True]]
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck_linear(kind):
     saved = None if _C.saved_by_linear(KIND[kind], 0.0, 0.0) == "nothing" else _double(3, 5)
+    utils = TRACED if kind in ("identity", "gelu") else UNTRACED  # what saves nothing, and what saves something
+    options = kind, 0.0, 0.0
     for need_saved in (True, False):
-        opcheck(OPS.linear_forward, (_double(3, 4), _double(5, 4), _double(5), kind, 0.0, 0.0, need_saved))
-    opcheck(OPS.linear_forward, (_double(2, 3, 4), _double(5, 4), None, kind, 0.0, 0.0, True))
+        args = _double(3, 4), _double(5, 4), _double(5), *options, need_saved
+        opcheck(OPS.linear_forward, args, test_utils=utils)
+    opcheck(OPS.linear_forward, (_double(2, 3, 4), _double(5, 4), None, *options, True), test_utils=utils)
     for mask in MASKS:
-        opcheck(OPS.linear_backward, (_double(3, 5), saved, _double(3, 4), _double(5, 4), kind, 0.0, 0.0, mask))
+        args = _double(3, 5), saved, _double(3, 4), _double(5, 4), *options, mask
+        opcheck(OPS.linear_backward, args, test_utils=utils)
 
 
 LAYOUTS = [(1, None), (2, None), (2, torch.channels_last), (3, torch.channels_last_3d)]
@@ -346,24 +351,29 @@ def test_opcheck_conv(kind, transposed):
         y, _ = OPS.conv_forward(x, w, None, *args, False)
         grad = torch.randn_like(y).requires_grad_()
         saved = None if none else torch.randn_like(y).requires_grad_()
-        opcheck(OPS.conv_forward, (x, w, _double(4), *args, i % 2 == 0))
-        opcheck(OPS.conv_backward, (grad, saved, x, w, *args, mask))
+        utils = TRACED if kind in ("identity", "gelu") else UNTRACED
+        opcheck(OPS.conv_forward, (x, w, _double(4), *args, i % 2 == 0), test_utils=utils)
+        opcheck(OPS.conv_backward, (grad, saved, x, w, *args, mask), test_utils=utils)
 
 
-@pytest.mark.parametrize("case", ACTIVATIONS, ids=str)
-def test_opcheck_activation(case):
-    args = case.kind, case.a, case.b
-    opcheck(OPS.activation_forward, (_double(3, 5), *args, True))
-    opcheck(
-        OPS.activation_forward, (torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), *args, True)
-    )
-    if case.from_input:
-        opcheck(OPS.activation_backward, (_double(3, 5), _double(3, 5), *args, "input"))
-    if _C.can_save_output(KIND[case.kind], case.a, case.b):
-        opcheck(OPS.activation_backward, (_double(3, 5), _double(3, 5), *args, "output"))
-    if case.saves == "mask":
+def test_opcheck_activations():
+    """A graph is traced of one of those that save the same: they differ in their formulas alone."""
+    traced = set()
+    for case in ACTIVATIONS:
+        args = case.kind, case.a, case.b
+        output = _C.can_save_output(KIND[case.kind], case.a, case.b)
+        kinds = case.from_input, output, case.saves
+        utils = UNTRACED if kinds in traced else TRACED
+        traced.add(kinds)
+        images = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+        for x in (_double(3, 5), images):
+            opcheck(OPS.activation_forward, (x, *args, True), test_utils=utils)
         mask = torch.tensor([0b10101010, 0b01100110], dtype=torch.uint8)
-        opcheck(OPS.activation_backward, (_double(3, 5), mask, *args, "mask"))
+        wanted = {"input": case.from_input, "output": output, "mask": case.saves == "mask"}
+        for kind in (kind for kind in wanted if wanted[kind]):
+            saved = mask if kind == "mask" else _double(3, 5)
+            opcheck(OPS.activation_backward, (_double(3, 5), saved, *args, kind), test_utils=utils)
+    assert len(traced) < 12
 
 
 def test_opcheck_prelu_and_glu():

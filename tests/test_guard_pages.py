@@ -9,6 +9,7 @@ import ctypes
 import pytest
 import torch
 from compare import exact
+from each import each
 from guarded import PAGE, Arena
 from reference import ACTIVATIONS, DTYPES, Conv, Pool
 
@@ -186,7 +187,7 @@ def test_conv(dtype, last, at_end):
 
 @SIDES
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ACTIVATIONS, ids=str)
+@each("case", ACTIVATIONS)
 def test_activation(case, dtype, at_end):
     ops, args = torch.ops.fastops, (case.kind, case.a, case.b)
     kinds = ["input"] if case.from_input else []

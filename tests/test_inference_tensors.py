@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from each import each
 from every_op import OPS
 
 CALLS = [call for op in OPS for call in op.calls(6) if hasattr(F, call.name) and len(call.shapes[0]) < 5]
@@ -27,7 +28,7 @@ def _outcome(function, shapes, made_in_inference_mode, needs_grad, calling):
 
 
 @pytest.mark.parametrize("calling", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda c: c.__name__)
-@pytest.mark.parametrize("call", CALLS, ids=str)
+@each("call", CALLS)
 def test_same_as_pytorch(call, calling):
     both = list(itertools.product((False, True), repeat=len(call.shapes)))
     for inside, needs in itertools.product(both, both):

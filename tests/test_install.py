@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.machinery
+import json
 import os
 import re
 import runpy
@@ -28,54 +29,60 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """A copy of the installed package without its extension; `import fastops` finds it through PYTHONPATH."""
-    target = tmp_path / "fastops"
-    shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build.py"))
-    return target
+def copy_to(target: Path) -> Path:
+    """A copy of the installed package without its extension; `import fastops` finds it through sys.path."""
+    return Path(
+        shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build.py", "*.pyi"))
+    )
 
 
-def import_error(copy: Path, prelude: str = "") -> str:
-    """The message of the ImportError that importing the copy raises."""
-    code = f"{prelude}\nimport sys\nsys.path.insert(0, {str(copy.parent)!r})\nimport fastops"
+def import_errors(*copies: Path, prelude: str = "") -> list[str]:
+    """The messages of the ImportErrors that importing each of them raises, in one process."""
+    code = f"""{prelude}
+import sys, json
+errors = []
+for folder in {[str(copy.parent) for copy in copies]!r}:
+    sys.path.insert(0, folder)
+    try:
+        import fastops
+    except ImportError as error:
+        errors.append(str(error))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "fastops"]:
+        del sys.modules[name]
+    sys.path.remove(folder)
+print(json.dumps(errors))
+"""
     result = run_python("-I", "-c", code)
-    assert result.returncode == 1
-    start = result.stderr.rindex("\nImportError: ")
-    return result.stderr[start + len("\nImportError: ") :]
+    assert result.returncode == 0, result.stderr
+    errors = json.loads(result.stdout)
+    assert len(errors) == len(copies)
+    return errors
 
 
-def test_extension_missing(copy: Path) -> None:
-    message = import_error(copy)
-    assert "no compiled extension" in message
-    assert str(copy) in message
-    assert "-m pip install" in message
+def test_extension_that_does_not_fit(tmp_path: Path) -> None:
+    missing, python, torch_, broken = (copy_to(tmp_path / name / "fastops") for name in ("m", "p", "t", "b"))
+    (python / "_C.cpython-39-x86_64-linux-gnu.so").touch()
+    shutil.copy(EXTENSION, torch_)
+    (torch_ / "_build.py").write_text('TORCH_VERSION = "2.10.1+cpu"\n')
+    (broken / EXTENSION.name).write_text("not a library")
+    (broken / "_build.py").write_text(f'TORCH_VERSION = "{torch.__version__}"\n')
+    of_missing, of_python, of_torch, of_broken = import_errors(missing, python, torch_, broken)
+
+    assert "no compiled extension" in of_missing
+    assert str(missing) in of_missing
+    assert "-m pip install" in of_missing
+
+    assert "built for another Python: _C.cpython-39-x86_64-linux-gnu.so" in of_python
+
+    assert f"built for torch 2.10.1+cpu, and this is torch {torch.__version__}" in of_torch
+    assert "-m pip install" in of_torch
+
+    assert "cannot be loaded" in of_broken
+    assert f"built for torch {torch.__version__}" in of_broken
 
 
-def test_extension_of_another_python(copy: Path) -> None:
-    (copy / "_C.cpython-39-x86_64-linux-gnu.so").touch()
-    message = import_error(copy)
-    assert "built for another Python: _C.cpython-39-x86_64-linux-gnu.so" in message
-
-
-def test_extension_of_another_torch(copy: Path) -> None:
-    shutil.copy(EXTENSION, copy)
-    (copy / "_build.py").write_text('TORCH_VERSION = "2.10.1+cpu"\n')
-    message = import_error(copy)
-    assert f"built for torch 2.10.1+cpu, and this is torch {torch.__version__}" in message
-    assert "-m pip install" in message
-
-
-def test_extension_that_cannot_be_loaded(copy: Path) -> None:
-    (copy / EXTENSION.name).write_text("not a library")
-    (copy / "_build.py").write_text(f'TORCH_VERSION = "{torch.__version__}"\n')
-    message = import_error(copy)
-    assert "cannot be loaded" in message
-    assert f"built for torch {torch.__version__}" in message
-
-
-def test_import_without_torch(copy: Path) -> None:
-    message = import_error(copy, "import sys; sys.modules['torch'] = None")
+def test_import_without_torch(tmp_path: Path) -> None:
+    (message,) = import_errors(copy_to(tmp_path / "fastops"), prelude="import sys; sys.modules['torch'] = None")
     assert message.startswith("fastops needs torch")
     assert "-m pip install 'torch>=2.11'" in message
 

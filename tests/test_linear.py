@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from calls import Call, call, sizes
 from compare import close, exact
+from each import each
 from reference import ACTIVATIONS, DTYPES, LAYOUTS, LINEAR_SHAPES, activation, gradients, integers, linear
 from tiers import BEST
 
@@ -53,7 +54,7 @@ def as_module(case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
+@each("shape", LINEAR_SHAPES)
 def test_values_and_gradients(isa, shape, dtype):
     m, n, _ = shape
     compare_all(*operands(*shape, dtype), torch.randn(m, n))
@@ -61,7 +62,7 @@ def test_values_and_gradients(isa, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
+@each("shape", LINEAR_SHAPES)
 def test_integers_are_exact(isa, shape, dtype):
     """test_threads.py and tests/cpp have more threads than one."""
     m, n, k = shape
@@ -78,7 +79,7 @@ def test_integers_are_exact(isa, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", FUSED, ids=str)
+@each("case", FUSED)
 def test_every_fused_activation(isa, case, dtype):
     compare_all(*operands(13, 33, 17, dtype), torch.randn(13, 33), case)
 

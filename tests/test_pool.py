@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from calls import Call, call, sizes, spatial
 from compare import close, exact
+from each import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import DTYPES, LAYOUTS, POOLS, Pool
@@ -21,12 +22,12 @@ import fastops
 import fastops.functional as FF
 import fastops.nn as fnn
 
-EVERY = pytest.mark.parametrize("pool", POOLS, ids=str)
-MAXIMA = pytest.mark.parametrize("pool", [pool for pool in POOLS if pool.is_max], ids=str)
+EVERY = each("pool", POOLS)
+MAXIMA = each("pool", [pool for pool in POOLS if pool.is_max])
 LAST = {1: None, 2: torch.channels_last, 3: torch.channels_last_3d}
 # Small ones of every kind, for what is slow.
 FEW = [pool for pool in POOLS if pool.shape in ((2, 3, 19), (2, 3, 9, 11), (2, 2, 5, 6, 7), (3, 9, 11))]
-SOME = pytest.mark.parametrize("pool", FEW, ids=str)
+SOME = each("pool", FEW)
 
 
 def run(function, x):
@@ -204,7 +205,7 @@ def test_func(pool):
             torch.testing.assert_close(one, two)
 
 
-@SOME
+@pytest.mark.parametrize("pool", FEW[::3], ids=str)  # every function; a graph takes a quarter of a second
 def test_compile(pool):
     torch._dynamo.reset()
     x = torch.randn(pool.shape)

@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from compare import exact
+from each import each
 from reference import DTYPES, Conv
 
 import fastops
@@ -27,7 +28,7 @@ def training_step(x, w, b, activation):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each("shape", SHAPES)
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_linear_bits_for_1_and_2_threads_and_run_to_run(isa, dtype, shape, activation):
     m, n, k = shape
@@ -63,7 +64,7 @@ CONVS = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize("conv", CONVS, ids=str)
+@each("conv", CONVS)
 def test_conv_bits_for_1_and_2_threads_and_run_to_run(isa, dtype, conv, last):
     x, w, b = (torch.randn(shape).to(dtype) for shape in conv.shapes)
     if last:

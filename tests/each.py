@@ -1,0 +1,36 @@
+"""Many cases in one test, where a case is small beside what pytest does for a test: it collects it in every process,
+sets up its fixtures and reports on it three times."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+
+
+def each(name: str, cases: Iterable, ids: Callable[[object], str] = str) -> Callable[[Callable], Callable]:
+    """As pytest.mark.parametrize, in one test. Each case finds the same random numbers, and a failure names it."""
+    cases = list(cases)
+
+    def decorate(test: Callable) -> Callable:
+        @functools.wraps(test)
+        def loop(*args: object, **kwargs: object) -> None:
+            for case in cases:
+                torch.manual_seed(0)
+                try:
+                    test(*args, **kwargs, **{name: case})
+                except pytest.skip.Exception:
+                    continue
+                except BaseException as error:
+                    if hasattr(error, "add_note"):  # Python 3.11
+                        error.add_note(f"{name}: {ids(case)}")
+                    raise
+
+        signature = inspect.signature(test)
+        others = [parameter for parameter in signature.parameters.values() if parameter.name != name]
+        assert len(others) < len(signature.parameters), f"{test.__name__} has no argument {name}"
+        loop.__signature__ = signature.replace(parameters=others)
+        return loop
+
+    return decorate
