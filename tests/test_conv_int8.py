@@ -63,6 +63,7 @@ CASES = {
     "groups": ((12, 18, 3), {"groups": 3, "bias": False}),
     "same, uneven": ((5, 6, (2, 4)), {"padding": "same"}),
     "valid, dilated": ((4, 6, 3), {"padding": "valid", "dilation": 2}),
+    "deep, dilated": ((20, 40, 3), {"padding": 2, "dilation": 2}),
 }
 
 

@@ -87,8 +87,9 @@ Tensor run_layer(const Int8Layer& layer, const Tensor& input, const Tensor& resi
                                           : format_of(levels ? Layout::channels_last : shape.layout, 2));
   };
   const Tensor x = image(input), added = residual.defined() ? image(residual) : Tensor();
-  const Tensor w = packed != nullptr || layer.linear ? layer.weight.contiguous()
-                                                     : layer.weight.contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor w = packed != nullptr ? Tensor()
+                   : layer.linear    ? layer.weight.contiguous()
+                                     : layer.weight.contiguous(at::MemoryFormat::ChannelsLast);
   const Tensor offset =
       layer.offset.defined() ? layer.offset : at::zeros({layer.weight.size(0)}, at::TensorOptions(at::kFloat));
   const ConvInt8Forward call{.dtype = to_dtype(type),
@@ -147,6 +148,8 @@ class PackedInt8 {
     if (!layer.linear) {
       w = weight.contiguous(at::MemoryFormat::ChannelsLast);
       for (int i = 1; i < 3; ++i) call.geometry.in[i] = call.geometry.kernel[i] = weight.size(1 + i);
+      for (int i = 1; i < 3; ++i) call.geometry.dilation[i] = layer.params.dilation[i];
+      call.geometry = canonical(call.geometry);
     }
     const auto plan = tier.planners.plan(call);
     packed_ = empty_output({static_cast<int64_t>(plan.packed)}, at::kByte);

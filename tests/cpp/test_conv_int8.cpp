@@ -231,6 +231,14 @@ int main(int argc, char** argv) {
         vary<T>(make(1, 40, 40, 1, 2, 2, 1, 1, 1, 2));
         vary<T>(make(0, 4, 4, 1, 5, 5, 3, 3));
         vary<T>(make(1, 4, 4, 1, 2, 2, 3, 3));
+        // Short and long rows, whole ones and a rest; pieces of whole chunks and of parts; no border to copy.
+        vary<T>(make(2, 64, 40, 1, 7, 7, 3, 3, 1, 1));
+        vary<T>(make(1, 64, 33, 1, 4, 35, 3, 3, 1, 1));
+        vary<T>(make(2, 24, 70, 1, 3, 20, 1, 3, 1, 0));
+        vary<T>(make(2, 128, 20, 1, 9, 18, 3, 3, 2, 0));
+        vary<T>(make(1, 40, 20, 1, 20, 35, 1, 1, 2, 0));
+        vary<T>(make(2, 128, 66, 2, 5, 6, 3, 3, 1, 1, 2));
+        vary<T>(make(3, 72, 50, 1, 5, 7, 1, 1, 1, 0));
         // Depthwise: more and fewer taps than a group of four, steps, wide rows.
         vary<T>(make(1, 70, 70, 70, 9, 11, 3, 3, 2, 1));
         vary<T>(make(2, 20, 20, 20, 7, 13, 5, 5, 1, 2));

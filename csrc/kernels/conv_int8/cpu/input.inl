@@ -16,11 +16,18 @@ struct Int8Input {
   int64_t image_bytes() const { return extent[0] * extent[1] * extent[2] * pitch; }
 };
 
-// unit: channels of a group come in multiples of this. In place if that is so, and x is uint8.
-inline Int8Input int8_input(const ConvInt8Forward& call, int64_t unit) {
+inline bool a_tap_is_outside(const ConvGeometry& g) {
+  for (int i = 0; i < 3; ++i)
+    if (g.padding[i] > 0 || (g.out[i] - 1) * g.stride[i] + (g.kernel[i] - 1) * g.dilation[i] >= g.in[i]) return true;
+  return false;
+}
+
+// unit: channels of a group come in multiples of this. In place if that is so, and x is uint8, unless `copied`.
+inline Int8Input int8_input(const ConvInt8Forward& call, int64_t unit, bool copied = false) {
   const ConvGeometry& g = call.geometry;
   const int64_t channels = g.in_channels / g.groups;
-  Int8Input in{call.float_x || channels % unit != 0, round_up(channels, unit), 0, {}, {}, false};
+  copied = copied || call.float_x || channels % unit != 0;
+  Int8Input in{copied, round_up(channels, unit), 0, {}, {}, false};
   in.pitch = in.channels * g.groups;
   for (int i = 0; i < 3; ++i) {
     in.extent[i] = in.copied ? (g.out[i] - 1) * g.stride[i] + (g.kernel[i] - 1) * g.dilation[i] + 1 : g.in[i];
@@ -70,6 +77,10 @@ void copy_positions(const Bound<ConvInt8Forward>& args, const Int8Input& in, int
     const int64_t first = (b * volume + at) * g.in_channels;
     if (args.float_x && in.channels == channels)
       return copy_levels(args, static_cast<const T*>(args.x) + first, count * g.in_channels, to);
+    if (in.channels == channels) {
+      __builtin_memcpy(to, static_cast<const uint8_t*>(args.x) + first, static_cast<size_t>(count * g.in_channels));
+      return;
+    }
     for (int64_t i = 0; i < count * g.groups; ++i, to += in.channels) {
       if (args.float_x) {
         copy_levels(args, static_cast<const T*>(args.x) + first + i * channels, channels, to);
@@ -91,8 +102,12 @@ void copy_positions(const Bound<ConvInt8Forward>& args, const Int8Input& in, int
       }
       // Fewer than four, whose group would reach into the next position.
       for (int64_t e = c; e < channels; ++e)
-        for (int64_t i = 0; i < count; ++i)
-          copy_levels(args, x + (e - c) * volume + i, 1, place + (e - c) + i * in.pitch);
+        for (int64_t i = 0; i < count; i += VecF::size) {
+          uint8_t levels[VecF::size];
+          const int64_t part = smaller<int64_t>(count - i, VecF::size);
+          copy_levels(args, x + (e - c) * volume + i, part, levels);
+          for (int64_t j = 0; j < part; ++j) place[(e - c) + (i + j) * in.pitch] = levels[j];
+        }
     }
 }
 
