@@ -37,6 +37,13 @@ class Layer(nn.Module):
                 setattr(self, name, tensor.to(getattr(self, name).device))
         return self
 
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script asks for first."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile fastops.light.{type(self).__name__}: trace the model, "
+            "torch.jit.trace(model, inputs), or script it before it is quantized"
+        )
+
     def _traced(self, input: Any) -> Any:
         """What a trace gets of a call: a layer is a leaf of any but its own, as torch.nn's are. None of a call."""
         if isinstance(input, fx.Proxy) and getattr(input.tracer, "root", self) is not self:
