@@ -11,9 +11,9 @@ import torch
 
 from fastops.benchmarks import report
 from fastops.benchmarks.harness import BOTH, FORWARD
-from fastops.benchmarks.scoreboard import command, tables, turns
-from fastops.benchmarks.scoreboard.networks import NETWORKS
-from fastops.benchmarks.scoreboard.providers import Provider, Setup, Torch, Training, installed
+from fastops.benchmarks.scoreboard import command, tables, turns, worker
+from fastops.benchmarks.scoreboard.networks import INT8, NETWORKS, Network, convolution
+from fastops.benchmarks.scoreboard.providers import PROVIDERS, Absent, Provider, Setup, Torch, Training, installed
 from fastops.benchmarks.scoreboard.tables import Case, Row
 
 
@@ -125,6 +125,7 @@ def test_training(run) -> None:
         (["--providers", "theano"], "--providers theano is none of eager, "),
         (["--providers", "no.such:Thing"], "--providers no.such:Thing"),
         (["--threads", "0"], "--threads must be between 1 and"),
+        (["--models", "mlp", "--dtype", "int8"], "--models, --only and --dtype leave no case"),
     ],
 )
 def test_options_are_checked(arguments: list[str], message: str) -> None:
@@ -137,7 +138,7 @@ def test_options_choose_the_cases() -> None:
         return command.choose(command.parser().parse_args(arguments))
 
     every = chosen()
-    assert {case.network for case in every} == set(NETWORKS)
+    assert {case.network for case in every} == set(NETWORKS) - {"bert"}
     assert {case.dtype for case in every} == {"f32", "bf16"}
     resnet = [case for case in every if (case.network, case.dtype) == ("resnet50", "f32")]
     assert [(case.batch, case.mode) for case in resnet] == [(8, FORWARD), (1, FORWARD), (8, BOTH)]
@@ -145,9 +146,41 @@ def test_options_choose_the_cases() -> None:
     assert chosen("--models", "vgg11:2", "--dtype", "bf16", "--only", "training") == [Case("vgg11", 2, "bf16", BOTH)]
 
 
+def test_int8_has_cases_and_providers_of_its_own() -> None:
+    options = command.parser().parse_args(["--dtype", "int8"])
+    cases = command.choose(options)
+    assert {case.network for case in cases} == {"resnet50", "mobilenetv2", "vitb16", "bert"}
+    assert {case.mode for case in cases} == {FORWARD}
+    names = command.take_part(options, cases[0])
+    assert {"eager", "freeze", "int8_static", "int8_dynamic", "openvino_int8", "torchao"} <= set(names)
+    assert not {"fuse", "jax", "openvino"} & set(names)
+    assert not {"int8_static", "torchao"} & set(command.take_part(options, Case("mlp", 64, "f32", FORWARD)))
+
+
+def test_int8_providers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def images() -> torch.nn.Module:
+        layers = [*convolution(3, 16, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16 * 64, 10)]
+        return torch.nn.Sequential(*layers)
+
+    def rows() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(128, 128), torch.nn.GELU(), torch.nn.Linear(128, 10))
+
+    monkeypatch.setitem(NETWORKS, "images", Network("images", images, (3, 8, 8), (2,), 2, 2, 10, (INT8,)))
+    monkeypatch.setitem(NETWORKS, "rows", Network("rows", rows, (128,), (2,), 2, 2, 10, (INT8,)))
+    for network, names in (("images", ["int8_static"]), ("rows", ["int8_static", "int8_dynamic", "quantize_dynamic"])):
+        setup = Setup(network, 2, INT8, torch.get_num_threads(), tmp_path)
+        exact = setup.model().eval()(setup.data()[0])
+        for name in names:
+            side = PROVIDERS[name].inference(setup)
+            error = worker.distance({"output": exact}, {"output": side.output(side.call())})
+            assert 0 < error < worker.INT8_ERROR
+    with pytest.raises(Absent, match="linear only"):
+        PROVIDERS["int8_dynamic"].inference(Setup("images", 2, INT8, torch.get_num_threads(), tmp_path))
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    # Of torchvision's networks; of a block of GPT-2 small.
+    # Of torchvision's networks; of a block of GPT-2 small; of transformers' BertModel without embeddings and pooler.
     [
         ("resnet50", 25557032),
         ("mobilenetv2", 3504872),
@@ -155,6 +188,7 @@ def test_options_choose_the_cases() -> None:
         ("convnext", 28589128),
         ("vitb16", 86567656),
         ("gpt2", 7087872),
+        ("bert", 85054464),
     ],
 )
 def test_networks_are_those_of_the_papers(name: str, parameters: int) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 from fastops.benchmarks import report
 from fastops.benchmarks.harness import FORWARD
 from fastops.benchmarks.scoreboard import tables
-from fastops.benchmarks.scoreboard.networks import NETWORKS
+from fastops.benchmarks.scoreboard.networks import FLOATS, INT8, NETWORKS
 from fastops.benchmarks.scoreboard.providers import PROVIDERS, provider
 from fastops.benchmarks.scoreboard.tables import MODES, Case, Row
 from fastops.benchmarks.scoreboard.turns import measure
 
-PACKAGES = ("torch", "jax", "jaxlib", "onnxruntime", "openvino")
+PACKAGES = ("torch", "jax", "jaxlib", "onnxruntime", "openvino", "nncf", "torchao")
 
 
 class Progress:
@@ -43,16 +43,18 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--providers",
         **several,
-        default=list(PROVIDERS),
-        help=f"of {', '.join(PROVIDERS)}; or package.module:Class, one of your own",
+        help=f"of {', '.join(PROVIDERS)}; or package.module:Class, one of your own; default: those for the dtype",
     )
     result.add_argument("--only", choices=list(MODES), help="default: inference and training")
-    result.add_argument("--dtype", nargs="+", choices=["f32", "bf16"], default=["f32", "bf16"])
+    result.add_argument("--dtype", nargs="+", choices=[*FLOATS, INT8], default=list(FLOATS))
     result.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))))
     result.add_argument(
         "--quick", action="store_true", help="fewer and shorter rounds, float32, and only the batch that counts"
     )
-    result.add_argument("--peers", help="a folder of `pip install --target FOLDER jax onnxruntime openvino`")
+    result.add_argument(
+        "--peers",
+        help="folder of `pip install --target FOLDER jax onnxruntime openvino nncf torchao`; several with : between",
+    )
     result.add_argument("--out", type=Path, default=Path("fastops-bench"), help="folder for JSON and plot")
     result.add_argument(
         "--add", action="store_true", help="keep what the results of this machine and day have, where --out has some"
@@ -66,7 +68,7 @@ def choose(options: argparse.Namespace) -> list[Case]:
     Raises:
         SystemExit: an option names what does not exist.
     """
-    for name in options.providers:
+    for name in options.providers or ():
         try:
             provider(name)
         except (KeyError, ImportError, AttributeError):
@@ -89,13 +91,22 @@ def choose(options: argparse.Namespace) -> list[Case]:
             if options.quick and mode == FORWARD:
                 batches = (network.decisive,)
             for dtype in options.dtype if not options.quick else options.dtype[:1]:
+                if dtype not in network.dtypes or (dtype == INT8 and mode != FORWARD):
+                    continue
                 cases += [Case(name, size, dtype, mode) for size in ([int(batch)] if batch else batches)]
+    if not cases:
+        raise SystemExit("scoreboard: --models, --only and --dtype leave no case")
     return list(dict.fromkeys(cases))
+
+
+def take_part(options: argparse.Namespace, case: Case) -> list[str]:
+    """The providers of a case."""
+    return options.providers or [name for name, one in PROVIDERS.items() if case.dtype in one.dtypes]
 
 
 def versions(peers: str | None) -> dict[str, str]:
     """Of the packages that take part, where they are installed."""
-    path = [*sys.path, *([peers] if peers else [])]
+    path = [*sys.path, *(peers.split(os.pathsep) if peers else [])]
     found = {one.metadata["Name"]: one.version for one in reversed(list(importlib.metadata.distributions(path=path)))}
     return {name: found[name] for name in PACKAGES if name in found}
 
@@ -115,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
             spent = time.perf_counter() - begin
             progress.step(f"[{number + 1}/{len(cases)}, {spent:.0f} s] {case.name}: {text}")
 
-        measured = measure(case, options.providers, options, step)
+        measured = measure(case, take_part(options, case), options, step)
         rows += measured
         progress.case(f"[{number + 1}/{len(cases)}] {case.name}: {tables.line(measured)}")
         # After every case, so that a run that is cut leaves what it has.

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from fastops.demo import MLP, ConvNet, SimpleNet
 
 CLASSES = 1000
+INT8 = "int8"  # the dtype of cases whose networks are float32 and then made 8-bit, each by its provider's own means
+FLOATS = ("f32", "bf16")
 
 
 # ---- the networks ----------------------------------------------------------------------------------------------------
@@ -188,6 +190,25 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(self.layers(x))[:, 0])
 
 
+class EncoderLayer(nn.Module):
+    """Self-attention and a two-layer perceptron with GELU, each added to its input before a layer norm."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads, causal=False)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x + self.attention(x))
+        return self.norm2(x + self.mlp(x))
+
+
+def bert_base() -> nn.Module:
+    """The encoder of BERT-base, behind its embeddings: Devlin, Chang, Lee and Toutanova, "BERT" (2018)."""
+    return nn.Sequential(*[EncoderLayer(768, 12) for _ in range(12)])
+
+
 def gpt2_block() -> nn.Module:
     """One of GPT-2 small's twelve: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019)."""
     return TransformerBlock(768, 12, causal=True, approximate="tanh")
@@ -200,7 +221,7 @@ def gpt2_block() -> nn.Module:
 class Network:
     """name: as people write it. size: of one input. inference, training: the batches. decisive: the one that counts.
 
-    Its loss is cross entropy over classes; mean squared error where `classes` is None.
+    Its loss is cross entropy over classes; mean squared error where `classes` is None. dtypes: in which it is measured.
     """
 
     name: str
@@ -210,6 +231,7 @@ class Network:
     training: int
     decisive: int
     classes: int | None = CLASSES
+    dtypes: tuple[str, ...] = FLOATS
 
     def model(self) -> nn.Module:
         """The network, float32, always with the same weights; batch norms have statistics to speak of."""
@@ -223,14 +245,18 @@ class Network:
                 nn.init.uniform_(module.bias, -0.1, 0.1)
         return model
 
-    def data(self, batch: int) -> tuple[Tensor, Tensor]:
+    def data(self, batch: int, seed: int = 1) -> tuple[Tensor, Tensor]:
         """Inputs, and what the loss compares the outputs with."""
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(seed)
         x = torch.randn(batch, *self.size, generator=generator)
         if self.classes is not None:
             return x, torch.randint(self.classes, (batch,), generator=generator)
         outputs = (batch, 1) if len(self.size) == 1 else x.shape
         return x, torch.randn(outputs, generator=generator)
+
+    def calibration(self) -> list[Tensor]:
+        """Other inputs, by which 8-bit models learn what range their layers' inputs have."""
+        return [self.data(4, seed)[0] for seed in range(2, 6)]
 
 
 IMAGE = (3, 224, 224)
@@ -238,10 +264,11 @@ NETWORKS = {
     "simplenet": Network("SimpleNet 10-5-5-1", SimpleNet, (10,), (100,), 100, 100, None),
     "mlp": Network("MLP 784-128-10", lambda: MLP(784), (784,), (64, 1), 64, 64, 10),
     "convnet": Network("ConvNet 1x28x28", ConvNet, (1, 28, 28), (64, 1), 64, 64, 10),
-    "resnet50": Network("ResNet-50", resnet50, IMAGE, (8, 1), 8, 8),
-    "mobilenetv2": Network("MobileNetV2", mobilenet_v2, IMAGE, (8, 1), 8, 8),
-    "vitb16": Network("ViT-B/16", VisionTransformer, IMAGE, (4, 8, 1), 8, 4),
+    "resnet50": Network("ResNet-50", resnet50, IMAGE, (8, 1), 8, 8, dtypes=(*FLOATS, INT8)),
+    "mobilenetv2": Network("MobileNetV2", mobilenet_v2, IMAGE, (8, 1), 8, 8, dtypes=(*FLOATS, INT8)),
+    "vitb16": Network("ViT-B/16", VisionTransformer, IMAGE, (4, 8, 1), 8, 4, dtypes=(*FLOATS, INT8)),
     "convnext": Network("ConvNeXt-T", convnext_tiny, IMAGE, (8, 1), 8, 8),
     "vgg11": Network("VGG-11", vgg11, IMAGE, (4, 8, 1), 8, 4),
     "gpt2": Network("GPT-2 block, 256 tokens", gpt2_block, (256, 768), (4, 8, 1), 4, 4, None),
+    "bert": Network("BERT-base, 128 tokens", bert_base, (128, 768), (4, 8, 1), 4, 4, None, (INT8,)),
 }

@@ -19,14 +19,20 @@ from torch import Tensor, nn
 import fastops
 import fastops.functional as FF
 import fastops.optim
+from fastops import light
 from fastops.benchmarks.harness import DTYPES
-from fastops.benchmarks.scoreboard.networks import NETWORKS, Network
+from fastops.benchmarks.scoreboard.networks import FLOATS, INT8, NETWORKS, Network
 
 RATE = 1e-3  # of SGD, while steps are timed
 
 
 class Absent(Exception):
     """The provider does not take part in a case; the message says why: "not installed"."""
+
+
+def float_dtype(dtype: str) -> torch.dtype:
+    """What parameters and inputs of a case have."""
+    return torch.float32 if dtype == INT8 else DTYPES[dtype]
 
 
 @dataclass(frozen=True)
@@ -44,13 +50,13 @@ class Setup:
         return NETWORKS[self.network]
 
     def model(self) -> nn.Module:
-        """In the case's dtype; in training."""
-        return self.chosen.model().to(DTYPES[self.dtype])
+        """In the case's dtype, float32 where that is int8; in training."""
+        return self.chosen.model().to(float_dtype(self.dtype))
 
     def data(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets, in the case's dtype where they are not classes."""
         x, target = self.chosen.data(self.batch)
-        dtype = DTYPES[self.dtype]
+        dtype = float_dtype(self.dtype)
         return x.to(dtype), target.to(dtype) if target.is_floating_point() else target
 
 
@@ -76,9 +82,13 @@ class Training:
 
 
 class Provider:
-    """label: as the tables have it. peer: whether it is somebody else's. memory: whether a step's peak is measured."""
+    """label: as the tables have it. peer: whether it is somebody else's. memory: whether a step's peak is measured.
+
+    dtypes: the cases in which it takes part unless it is asked for by name.
+    """
 
     label: str
+    dtypes: tuple[str, ...] = FLOATS
     peer = True
     memory = False
 
@@ -114,8 +124,9 @@ class Torch(Provider):
         trains: bool = True,
         channels_last: bool = False,
         own_step: bool = False,
+        dtypes: tuple[str, ...] = FLOATS,
     ) -> None:
-        self.label, self.change, self.peer, self.memory = label, change, peer, memory
+        self.label, self.change, self.peer, self.memory, self.dtypes = label, change, peer, memory, dtypes
         self.trains, self.channels_last, self.own_step = trains, channels_last, own_step
 
     def _prepare(self, setup: Setup, training: bool) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
@@ -213,14 +224,17 @@ def onnx_file(setup: Setup) -> Path:
 class OnnxRuntime(Provider):
     label = "ONNX Runtime"
 
+    def file(self, setup: Setup) -> Path:
+        if setup.dtype == "bf16":
+            raise Absent("float32 only")
+        return onnx_file(setup)
+
     def inference(self, setup: Setup) -> Inference:
         library = installed("onnxruntime")
-        if setup.dtype != "f32":
-            raise Absent("float32 only")
         options = library.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = setup.threads, 1
         options.log_severity_level = 3
-        session = library.InferenceSession(onnx_file(setup), options, providers=["CPUExecutionProvider"])
+        session = library.InferenceSession(self.file(setup), options, providers=["CPUExecutionProvider"])
         inputs = {"x": setup.data()[0].numpy()}
         return Inference(lambda: session.run(None, inputs), lambda outputs: torch.from_numpy(outputs[0]))
 
@@ -228,11 +242,14 @@ class OnnxRuntime(Provider):
 class OpenVINO(Provider):
     label = "OpenVINO"
 
+    def network(self, setup: Setup, library: Any) -> Any:
+        return onnx_file(setup)
+
     def inference(self, setup: Setup) -> Inference:
         library = installed("openvino")
-        hint = {"f32": library.Type.f32, "bf16": library.Type.bf16}[setup.dtype]
+        hint = library.Type.bf16 if setup.dtype == "bf16" else library.Type.f32
         compiled = library.Core().compile_model(
-            onnx_file(setup),
+            self.network(setup, library),
             "CPU",
             {
                 "INFERENCE_NUM_THREADS": setup.threads,
@@ -311,8 +328,131 @@ class Jax(Provider):
         )
 
 
+# ---- 8 bits ----------------------------------------------------------------------------------------------------------
+
+
+def has_convolutions(model: nn.Module) -> bool:
+    """Whether they are what most of it is; a transformer begins with one, too."""
+    return any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def _int8(how: str) -> Callable[[nn.Module, Network], nn.Module]:
+    """light.quantize_, and freeze."""
+
+    def change(model: nn.Module, network: Network) -> nn.Module:
+        light.quantize_(model, how, calibrate=network.calibration() if how == "int8_static" else None)
+        return fastops.freeze(model)
+
+    return change
+
+
+def _quantize_dynamic(model: nn.Module, network: Network) -> nn.Module:
+    """PyTorch's own, whose kernels are FBGEMM's."""
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+
+
+def _torchao(compiled: bool) -> Callable[[nn.Module, Network], nn.Module]:
+    def change(model: nn.Module, network: Network) -> nn.Module:
+        library = installed("torchao.quantization")
+        library.quantize_(model, library.Int8DynamicActivationInt8WeightConfig())
+        return _compiled(model) if compiled else model
+
+    return change
+
+
+class Int8Torch(Provider):
+    """PyTorch, with layers that `change` has made 8-bit. only_linear: it rounds linear layers alone."""
+
+    dtypes = (INT8,)
+
+    def __init__(
+        self, label: str, change: Callable[[nn.Module, Network], nn.Module], peer: bool = True, only_linear: bool = True
+    ) -> None:
+        self.label, self.change, self.peer, self.only_linear = label, change, peer, only_linear
+
+    def inference(self, setup: Setup) -> Inference:
+        if self.only_linear and has_convolutions(setup.model()):
+            raise Absent("linear only")
+        return Torch(self.label, lambda model: self.change(model, setup.chosen)).inference(setup)
+
+
+class OnnxRuntimeStatic(OnnxRuntime):
+    """Every product with one scale of its input, and a scale for each channel of its weights (QDQ), by min and max."""
+
+    label = "ONNX Runtime, static"
+    dtypes = (INT8,)
+
+    def file(self, setup: Setup) -> Path:
+        library, tools = installed("onnxruntime"), installed("onnxruntime.quantization")
+        installed("onnx")
+
+        class Batches(tools.CalibrationDataReader):
+            def __init__(self) -> None:
+                self.left = iter(setup.chosen.calibration())
+
+            def get_next(self) -> dict | None:
+                # A file has one batch size.
+                x = next(self.left, None)
+                return None if x is None else {"x": x.repeat(2, *[1] * (x.ndim - 1))[: setup.batch].numpy()}
+
+        prepared, result = setup.folder / "prepared.onnx", setup.folder / "static.onnx"
+        # What quant_pre_process does, which does not take a file whose weights lie beside it: batch norms are folded.
+        options = library.SessionOptions()
+        options.graph_optimization_level = library.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath, options.log_severity_level = str(prepared), 3
+        library.InferenceSession(onnx_file(setup), options, providers=["CPUExecutionProvider"])
+        tools.quantize_static(
+            prepared,
+            result,
+            Batches(),
+            quant_format=tools.QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=tools.QuantType.QUInt8,
+            weight_type=tools.QuantType.QInt8,
+        )
+        return result
+
+
+class OnnxRuntimeDynamic(OnnxRuntime):
+    """Linear layers and products alone; the scale of an input is found at each call."""
+
+    label = "ONNX Runtime, dynamic"
+    dtypes = (INT8,)
+
+    def file(self, setup: Setup) -> Path:
+        tools, onnx = installed("onnxruntime.quantization"), installed("onnx")
+        if has_convolutions(setup.model()):
+            raise Absent("linear only")
+        result = setup.folder / "dynamic.onnx"
+        tools.quantize_dynamic(
+            onnx.load(onnx_file(setup)),
+            result,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            weight_type=tools.QuantType.QInt8,
+        )
+        return result
+
+
+class OpenVINOInt8(OpenVINO):
+    """nncf.quantize, as its documentation says for a CPU; what is not rounded stays float32."""
+
+    label = "OpenVINO, NNCF"
+    dtypes = (INT8,)
+
+    def network(self, setup: Setup, library: Any) -> Any:
+        nncf = installed("nncf")
+        transformer = any(isinstance(module, nn.LayerNorm) for module in setup.model().modules())
+        data = [x.repeat(2, *[1] * (x.ndim - 1))[: setup.batch].numpy() for x in setup.chosen.calibration()]
+        return nncf.quantize(
+            library.Core().read_model(onnx_file(setup)),
+            nncf.Dataset(data),
+            model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+        )
+
+
 PROVIDERS: dict[str, Provider] = {
-    "eager": Torch("PyTorch", memory=True),
+    "eager": Torch("PyTorch", memory=True, dtypes=(*FLOATS, INT8)),
     "channels_last": Torch("channels_last", channels_last=True, memory=True),
     "compile": Torch("torch.compile", _compiled),
     "jax": Jax(),
@@ -320,9 +460,23 @@ PROVIDERS: dict[str, Provider] = {
     "openvino": OpenVINO(),
     "replace": Torch("replace_", _replaced, peer=False, memory=True),
     "fuse": Torch("fuse", lambda model: _fastops("fuse")(model), peer=False, memory=True, own_step=True),
-    "freeze": Torch("freeze", lambda model: _fastops("freeze")(model), peer=False, trains=False),
+    "freeze": Torch(
+        "freeze",
+        lambda model: _fastops("freeze")(model),
+        peer=False,
+        trains=False,
+        dtypes=(*FLOATS, INT8),
+    ),
     "backend": Torch("backend", _backend, peer=False),
     "enable": Torch("enable", _enabled, peer=False, memory=True),
+    "onnxruntime_static": OnnxRuntimeStatic(),
+    "onnxruntime_dynamic": OnnxRuntimeDynamic(),
+    "openvino_int8": OpenVINOInt8(),
+    "torchao": Int8Torch("torchao", _torchao(False)),
+    "torchao_compiled": Int8Torch("torchao, compiled", _torchao(True)),
+    "quantize_dynamic": Int8Torch("quantize_dynamic", _quantize_dynamic),
+    "int8_static": Int8Torch("int8_static", _int8("int8_static"), peer=False, only_linear=False),
+    "int8_dynamic": Int8Torch("int8_dynamic", _int8("int8_dynamic"), peer=False),
 }
 
 

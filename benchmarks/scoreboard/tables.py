@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fastops.benchmarks.harness import BOTH, FORWARD
-from fastops.benchmarks.scoreboard.networks import NETWORKS
+from fastops.benchmarks.scoreboard.networks import INT8, NETWORKS
 
 MODES = {"inference": FORWARD, "training": BOTH}
 PREFIX = "scoreboard-"  # of the results' name
@@ -134,10 +134,22 @@ def tables(rows: Sequence[Row]) -> str:
             chosen = [row for row in rows if (row.mode, row.dtype) == (mode, dtype)]
             if chosen:
                 parts.append(f"{what}, {dtype}, milliseconds (*the fastest*)\n{_aligned(*grid(chosen))}")
+    rounded = [row for row in rows if row.dtype == INT8]
+    if rounded:
+        parts.append(f"int8: rms error of the output, relative to its rms\n{_aligned(*error_grid(rounded))}")
     peaks = [row for row in rows if row.peak_bytes is not None]
     if peaks:
         parts.append(f"peak memory of a training step, MB\n{_aligned(*memory_grid(peaks))}")
     return "\n\n".join(parts)
+
+
+def error_grid(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    labels = {row.provider: row.label for row in rows}
+    lines = []
+    for case, found in of_cases(rows).items():
+        errors = {row.provider: "" if row.error is None else f"{row.error:.1g}" for row in found}
+        lines.append([f"{NETWORKS[case.network].name}, {case.batch}", *[errors.get(name, "") for name in labels]])
+    return ["network, batch", *labels.values()], lines
 
 
 def memory_grid(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
