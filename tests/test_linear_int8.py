@@ -485,7 +485,7 @@ def test_sharded_weights_are_left_alone(tmp_path):
 def test_script_says_what_to_do_instead():
     model = nn.Sequential(nn.Linear(128, 64))
     light.quantize_(model)
-    with pytest.raises(RuntimeError, match="cannot compile fastops.light.LinearInt8: trace the model"):
+    with pytest.raises(RuntimeError, match=r"cannot compile fastops\.light\.LinearInt8: trace the model"):
         torch.jit.script(model)
     x = torch.randn(3, 128)
     assert torch.equal(torch.jit.trace(model, x)(x), torch.jit.trace(model, x[:1])(x))
