@@ -518,7 +518,11 @@ def run(options: argparse.Namespace) -> int:
         return 1
     print(explanation)
     if options.html:
-        explanation.save_html(options.html)
+        try:
+            explanation.save_html(options.html)
+        except OSError as error:  # a full disk, and what os.access does not see
+            print(f"fastops doctor: --html: {options.html} cannot be written: {error.strerror}", file=sys.stderr)
+            return 1
         print(f"page: {options.html}")
     return 0
 

@@ -336,8 +336,11 @@ def test_doctor(program, tmp_path, capsys):
     assert printed.startswith("Sequential, 4x8 float32; ")
     assert "training step: PyTorch" in printed
     assert Page((tmp_path / "page.html").read_text()).text.count("Sequential") >= 1
-    assert doctor(f"{program}:by_name", "--no-training") == 0
-    assert "training step" not in capsys.readouterr().out
+    assert doctor(f"{program}:by_name", "--no-training", "--html", "/dev/full") == 1
+    printed = capsys.readouterr()
+    assert "advice" in printed.out
+    assert "training step" not in printed.out
+    assert printed.err == "fastops doctor: --html: /dev/full cannot be written: No space left on device\n"
 
 
 @pytest.mark.parametrize(
