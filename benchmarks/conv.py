@@ -1,6 +1,6 @@
 """Convolution: the shapes that the aims are about.
 
-A shape reads batch x channels x sizes - outputs - k(ernel) [- s(tride)] [- p(adding)] [- g(roups)]:
+A shape reads batch x channels x sizes - outputs - k(ernel) [- s(tride)] [- p(adding)] [- d(ilation)] [- g(roups)]:
 "8x64x56x56-64-k3-p1".
 
 Variants of an op: "+channels_last" lays out input and weight so, for both sides; "+medium" is that precision for
@@ -47,14 +47,16 @@ class Shape(NamedTuple):
     kernel: int
     stride: int
     padding: int
+    dilation: int
     groups: int
     transposed: bool
 
     @property
     def output_size(self) -> tuple[int, ...]:
+        window = self.dilation * (self.kernel - 1) + 1
         if self.transposed:
-            return tuple((n - 1) * self.stride + self.kernel - 2 * self.padding for n in self.size)
-        return tuple((n + 2 * self.padding - self.kernel) // self.stride + 1 for n in self.size)
+            return tuple((n - 1) * self.stride + window - 2 * self.padding for n in self.size)
+        return tuple((n + 2 * self.padding - window) // self.stride + 1 for n in self.size)
 
     @property
     def tensors(self) -> tuple[tuple[int, ...], ...]:
@@ -80,7 +82,7 @@ class Shape(NamedTuple):
 
 def parse(op: str, text: str) -> Shape:
     """Raises ValueError where text is no shape of this op."""
-    match = re.fullmatch(r"(\d+(?:x\d+)+)-(\d+)-k(\d+)(?:-s(\d+))?(?:-p(\d+))?(?:-g(\d+))?", text)
+    match = re.fullmatch(r"(\d+(?:x\d+)+)-(\d+)-k(\d+)(?:-s(\d+))?(?:-p(\d+))?(?:-d(\d+))?(?:-g(\d+))?", text)
     name = op.split("+")[0]
     if match is None:
         raise ValueError(f"{text} is no shape of a convolution")
@@ -88,15 +90,14 @@ def parse(op: str, text: str) -> Shape:
     if len(size) != int(name.removesuffix("d")[-1]):
         raise ValueError(f"{text} has not the dimensions of {name}")
     outputs, kernel = int(match[2]), int(match[3])
-    stride, padding, groups = int(match[4] or 1), int(match[5] or 0), int(match[6] or 1)
-    return Shape(
-        batch, channels, tuple(size), outputs, kernel, stride, padding, groups, name.startswith("conv_transpose")
-    )
+    stride, padding, dilation, groups = (int(match[i] or default) for i, default in ((4, 1), (5, 0), (6, 1), (7, 1)))
+    transposed = name.startswith("conv_transpose")
+    return Shape(batch, channels, tuple(size), outputs, kernel, stride, padding, dilation, groups, transposed)
 
 
 def convolution(module: object, name: str, shape: Shape, activation: str | None = None) -> Callable[..., Tensor]:
     function = getattr(module, name)
-    kwargs = {"stride": shape.stride, "padding": shape.padding, "groups": shape.groups}
+    kwargs = {"stride": shape.stride, "padding": shape.padding, "dilation": shape.dilation, "groups": shape.groups}
     if activation is not None:
         kwargs["activation"] = activation
     return lambda x, w, b: function(x, w, b, **kwargs)
@@ -117,7 +118,9 @@ def _medium(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-SHAPE = "batch x channels x sizes - outputs - kernel - stride - padding - groups: 8x64x56x56-64-k3-s1-p1-g1"
+SHAPE = (
+    "batch x channels x sizes - outputs - kernel - stride - padding - dilation - groups: 8x64x56x56-64-k3-s1-p1-d1-g1"
+)
 FUNCTIONS = (
     "conv2d", "conv2d+image", "conv2d+channels_last", "conv2d+medium", "conv2d+relu",
     "conv1d", "conv3d", "conv_transpose2d",

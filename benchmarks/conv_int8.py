@@ -32,9 +32,8 @@ def _layer(case: Case) -> Sides:
     shape = conv.parse("conv2d", case.shape)
     torch.manual_seed(0)
     dtype, last = DTYPES[case.dtype], torch.channels_last
-    plain = nn.Conv2d(shape.channels, shape.outputs, shape.kernel, shape.stride, shape.padding, groups=shape.groups).to(
-        dtype, memory_format=last
-    )
+    sizes = shape.channels, shape.outputs, shape.kernel, shape.stride, shape.padding, shape.dilation, shape.groups
+    plain = nn.Conv2d(*sizes).to(dtype, memory_format=last)
     x = torch.randn(shape.batch, shape.channels, *shape.size).to(dtype, memory_format=last)
     ours = light.Conv2dInt8.from_conv(plain, float(x.min()), float(x.max()))
     exact = ours._by_torch(x.float(), ours.bias.float())

@@ -347,10 +347,14 @@ void test_dtype(bool quick) {
     c.multiply = static_cast<Bf16Multiply>(below(3));
     test<T>(c, ++seed);
   }
-  // Blocks of C whose operands are packed by all threads, blocks of k that are added, rows that are packed in two runs.
+  // Blocks of C whose operands are packed by all threads, blocks of k that are added, more of them than a thread keeps
+  // of B, rows that are packed in two runs.
   if (isa_used() == Isa::amx) {
-    for (const auto& [m, n, k] :
-         {std::array<int64_t, 3>{261, 290, 801}, {257, 800, 770}, {1100, 300, 300}, {300, 33, 1100}}) {
+    for (const auto& [m, n, k] : {std::array<int64_t, 3>{261, 290, 801},
+                                  {257, 300, 4200},
+                                  {257, 800, 770},
+                                  {1100, 300, 300},
+                                  {300, 33, 1100}}) {
       Case c{m, n, k};
       c.kind = kinds[++seed % 4];
       c.integers = seed % 2 == 0;

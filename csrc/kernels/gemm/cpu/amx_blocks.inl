@@ -1,8 +1,11 @@
-// Products by AMX in blocks of C that stay in L2: C[i, j] is 1024 x 256 elements, whose sums of one block of k after
-// the other are added in a tile-major scratch block, while the next panel of A is prefetched from L3. Measured on
-// Granite Rapids (2 MB L2, registers alone 3500 GF/s): 256 x 256 x 256 is 1800 GF/s with A and B in L2, 1400 with both
-// in L3, 1600 with prefetching. With packing, 1024 x 256 was the fastest of six shapes, and blocks of 64 to 256 k
-// alike.
+// Products by AMX in blocks of C[i, j]. A thread packs the panels of B of a block, of as much of k as takes half of L2,
+// and keeps them. Then each panel of A passes by: in L1 for one block of k, multiplied by the panels of B, which are
+// loaded past L1 so that A stays there, while the next panel of A is prefetched from L3. The sums of a row of tiles are
+// finished once k is done. Where B takes more than its half of L2, sums of the whole block wait for the rest of k.
+//
+// Measured on Emerald Rapids (2 MB L2), one thread, GF/s, registers alone 2700 to 2900, 1024^3 with packed operands in
+// a program of its own: C of 1024 x 256 added to for every 256 k 1400 to 1520; C of a row of tiles, 512 columns, 512 k
+// of A in L1, 1510 to 1590; B past L1 1860 to 2000.
 //
 // Of three parts, the sum of each block of k begins at zero and is added to those before it: a sum that went on in the
 // unit would lose more with every block (rms, of 8192 uniform numbers 3.7e-7 for 1.1e-7). It takes 8% of the time.
@@ -31,7 +34,7 @@ struct Blocks<bf16_parts<n>> {
                                                  : "gemm_bf16x3",
                                         {kLanes, kLanes}};
   static constexpr int parts = n;
-  static constexpr int64_t kc = n == 1 ? 256 : n == 2 ? 192 : 128;  // a panel takes half of L1
+  static constexpr int64_t kc = n == 1 ? 512 : n == 2 ? 192 : 128;  // a panel of A takes half of L1 and more
 
   static Range pack(bool of_a, const Source<float>& s, int64_t lane, int lanes, int64_t k0, int64_t k,
                     unsigned char* to, float* sums) {
@@ -48,7 +51,7 @@ template <>
 struct Blocks<bf16_amx> {
   static constexpr bool some = true, all = false;
   static constexpr int parts = 1;
-  static constexpr int64_t kc = 256;
+  static constexpr int64_t kc = 512;
 
   static Range pack(bool of_a, const Source<bf16_t>& s, int64_t lane, int lanes, int64_t k0, int64_t k,
                     unsigned char* to, float* sums) {
@@ -62,6 +65,9 @@ struct Blocks<bf16_amx> {
 
 // A block of C has at most this many rows and columns.
 constexpr int64_t kBlockRows = 1024, kBlockColumns = 256;
+constexpr int64_t kWideColumns = 512, kWideK = 1024;  // of one part, where k is short
+// Packed panels of B, of as many blocks of k as there is room for, take this much of L2.
+constexpr int64_t kGroupBytes = 1 << 20;
 constexpr int64_t kSmallestBlock = 64;  // where there are few
 // Packed rows of A take at most this many bytes, where sums can wait in y.
 constexpr int64_t kMostPacked = 32 << 20;
@@ -99,8 +105,10 @@ struct PackedBlocks {
   Range& range(int64_t kb, int64_t panel) const { return ranges[(kb - first) * panels + panel]; }
 };
 
-// Bytes of a block of sums and of a row of tiles.
-inline int64_t sums_bytes(const GemmPlan& plan) { return (plan.mb + kLanes) * plan.nb * 4; }
+// Bytes of a block of sums, or of one row of its tiles where no sums wait, and of another row of tiles.
+inline int64_t sums_bytes(const GemmPlan& plan) {
+  return ((plan.group < plan.ks ? plan.mb : kLanes) + kLanes) * plan.nb * 4;
+}
 
 // Fills a plan, which is `blocked` then.
 template <class P, class T>
@@ -123,7 +131,8 @@ GemmPlan plan_blocks(const Gemm<T>& g, int threads) {
   const auto shared = [&] { return packed_bytes(plan.ms / kLanes, plan.ks * depth.most_chunks(), parts); };
   while (same_type<T, Compute<T>> && plan.ks > 1 && shared() > kMostPacked) plan.ks = ceil_div(plan.ks, 2);
 
-  int64_t rows = 1, columns = ceil_div(n, kBlockColumns);
+  const int64_t most_columns = parts == 1 && plan.ks * plan.kc <= kWideK ? kWideColumns : kBlockColumns;
+  int64_t rows = 1, columns = ceil_div(n, most_columns);
   while (rows * columns < 2 * plan.threads) {
     const bool split_rows = plan.ms / rows >= n / columns;
     if ((split_rows ? plan.ms / rows : n / columns) < 2 * kSmallestBlock) break;
@@ -133,10 +142,15 @@ GemmPlan plan_blocks(const Gemm<T>& g, int threads) {
   plan.nb = even(n, columns);
   plan.share_a = plan.nb < n;
 
-  // A thread's own: the block of sums, a row of tiles, and blocks of operands that it packs alone.
-  const auto own = [&](int64_t lanes) { return packed_bytes(lanes / kLanes, depth.most_chunks(), parts) + 64; };
+  const int64_t block_bytes = packed_bytes(plan.nb / kLanes, depth.most_chunks(), parts);
+  plan.group = smaller(plan.ks, larger<int64_t>(1, kGroupBytes / block_bytes));
+
+  // A thread's own: sums, and what it packs alone.
+  const auto own = [&](int64_t panels) {
+    return packed_bytes(panels, plan.group * depth.most_chunks(), parts) + range_bytes(panels, plan.group);
+  };
   plan.private_bytes =
-      static_cast<size_t>(sums_bytes(plan) + (plan.share_a ? 0 : own(plan.mb)) + (plan.b_packed ? 0 : own(plan.nb)));
+      static_cast<size_t>(sums_bytes(plan) + (plan.share_a ? 0 : own(1)) + (plan.b_packed ? 0 : own(plan.nb / kLanes)));
   plan.private_at = plan.share_a ? static_cast<size_t>(shared() + range_bytes(plan.ms / kLanes, plan.ks)) : 0;
   plan.total = plan.private_at + static_cast<size_t>(plan.threads) * plan.private_bytes;
   return plan;
@@ -192,7 +206,11 @@ inline void finish_tile(const Output<T>& out, float* sums, int64_t i, int64_t j,
       v[1].store(row + 16);
     }
   }
-  if (!simple) finish_rows(out, sums, kLanes, i, j, rows, cols);
+  if (simple) return;
+  if constexpr (same_type<T, bf16_t>)
+    finish_wide(out, sums, i, j, rows, cols);
+  else
+    finish_rows(out, sums, kLanes, i, j, rows, cols);
 }
 
 // sums += block, of a register tile.
@@ -230,7 +248,7 @@ void blocks_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* worksp
   const DepthBlocks depth = {g.k, plan.kc, g.k_images};
   unsigned char* const own = workspace + plan.private_at + static_cast<size_t>(crew.thread) * plan.private_bytes;
   float* const block_sums = reinterpret_cast<float*>(own);
-  float* const row_sums = block_sums + plan.mb * plan.nb;
+  float* const row_sums = block_sums + (plan.group < plan.ks ? plan.mb : kLanes) * plan.nb;
   // Of `panels` panels from block of k `first` on, in memory for `bytes` of them.
   const auto view = [&](unsigned char* data, int64_t bytes, int64_t panels, int64_t first) {
     return PackedBlocks{data, reinterpret_cast<Range*>(data + bytes), panels, first, parts * kPartBytes, depth};
@@ -280,58 +298,65 @@ void blocks_member(const Gemm<T>& g, const GemmPlan& plan, unsigned char* worksp
           if (result.residual != nullptr) result.residual += image * g.y_image;
           return result;
         };
-        const auto tile_sums = [&](int64_t p, int64_t q) { return block_sums + (p * wide + q) * kLanes * kLanes; };
+        const bool waits = plan.group < plan.ks;  // sums of a group, for the next one
+        const auto tile_sums = [&](int64_t p, int64_t q) {
+          return block_sums + ((waits ? p : 0) * wide + q) * kLanes * kLanes;
+        };
         const auto tile_rows = [&](int64_t p) {
           return static_cast<int>(smaller<int64_t>(kLanes, i1 - i0 - p * kLanes));
         };
 
-        for (int64_t kb = k0; kb < k1; ++kb) {
-          const int64_t length = depth.length(kb), chunks = depth.chunks(kb);
+        for (int64_t g0 = k0; g0 < k1; g0 += plan.group) {
+          const int64_t g1 = smaller(g0 + plan.group, k1);
+          const int64_t most_chunks = plan.group * depth.most_chunks();
           unsigned char* free = own + sums_bytes(plan);
           PackedBlocks a = shared, b;
           int64_t a_panel = (i0 - is) / kLanes, b_panel = 0;
           if (!plan.share_a) {
-            const int64_t bytes = packed_bytes(plan.mb / kLanes, depth.most_chunks(), parts);
-            a = view(free, bytes, high, kb);
-            free += bytes + 64;
-            a_panel = 0;
-            for (int64_t p = 0; p < high; ++p) pack_a(a, kb, p, i0 + p * kLanes, i1);
+            const int64_t bytes = packed_bytes(1, most_chunks, parts);
+            a = view(free, bytes, 1, g0);
+            free += bytes + range_bytes(1, plan.group);
           }
           if (plan.b_packed) {
             b = view(static_cast<unsigned char*>(const_cast<void*>(g.b_packed)),
                      packed_bytes(panels, depth.chunks_before(blocks), parts), panels, 0);
             b_panel = panel0;
           } else {
-            b = view(free, packed_bytes(plan.nb / kLanes, depth.most_chunks(), parts), wide, kb);
+            b = view(free, packed_bytes(plan.nb / kLanes, most_chunks, parts), wide, g0);
             for (int64_t q = 0; q < wide; ++q) {
               const Columns at = columns(q);
-              const Source<T> source = of_image(g.b, at.image * g.b_image + depth.image(kb) * g.b_k_image);
-              b.range(kb, q) =
-                  Kind::pack(false, source, at.j, at.count, depth.first(kb), length, b.block(kb, q), nullptr);
+              for (int64_t kb = g0; kb < g1; ++kb) {
+                const Source<T> source = of_image(g.b, at.image * g.b_image + depth.image(kb) * g.b_k_image);
+                b.range(kb, q) = Kind::pack(false, source, at.j, at.count, depth.first(kb), depth.length(kb),
+                                            b.block(kb, q), nullptr);
+              }
             }
           }
-          const int64_t step = chunks * Products<parts>::count * 4 * 64;  // bytes that a tile prefetches
           for (int64_t p = 0; p < high; ++p) {
-            const unsigned char* const row_block = a.block(kb, a_panel + p);
-            // The next panel of A, of this block of k or of the next one.
-            const bool next_block = p + 1 == high && plan.share_a && kb + 1 < k1;
-            const unsigned char* const next =
-                next_block ? a.block(kb + 1, a_panel) : row_block + chunks * parts * kPartBytes;
-            for (int64_t q = 0; q < wide; ++q) {
-              const Columns at = columns(q);
-              if constexpr (same_type<T, float>) {
-                if (kb == k0 && k0 > 0)
-                  load_tile(output(at.image), tile_sums(p, q), i0 + p * kLanes, at.j, tile_rows(p), at.count);
+            const int64_t of_a = plan.share_a ? a_panel + p : 0;
+            for (int64_t kb = g0; !plan.share_a && kb < g1; ++kb) pack_a(a, kb, 0, i0 + p * kLanes, i1);
+            for (int64_t kb = g0; kb < g1; ++kb) {
+              const int64_t length = depth.length(kb), chunks = depth.chunks(kb);
+              // What is prefetched: the next panel of A.
+              const unsigned char* const next =
+                  kb + 1 < g1 ? a.block(kb + 1, of_a) : a.block(g0, p + 1 < high ? of_a + 1 : of_a);
+              const int64_t step = ceil_div(chunks * parts * kPartBytes / 64, wide) * 64;
+              for (int64_t q = 0; q < wide; ++q) {
+                const Columns at = columns(q);
+                if constexpr (same_type<T, float>) {
+                  if (kb == k0 && k0 > 0)
+                    load_tile(output(at.image), tile_sums(p, q), i0 + p * kLanes, at.j, tile_rows(p), at.count);
+                }
+                multiply_blocks<parts>(chunks, length, a.block(kb, of_a), a.range(kb, of_a), b.block(kb, b_panel + q),
+                                       b.range(kb, b_panel + q), tile_rows(p), at.count, apart || kb == 0,
+                                       apart && kb > 0 ? row_sums + q * kLanes * kLanes : tile_sums(p, q),
+                                       next + q * step);
               }
-              multiply_blocks<parts>(chunks, length, row_block, a.range(kb, a_panel + p), b.block(kb, b_panel + q),
-                                     b.range(kb, b_panel + q), tile_rows(p), at.count, apart || kb == 0,
-                                     apart && kb > 0 ? row_sums + q * kLanes * kLanes : tile_sums(p, q),
-                                     next + q * step);
+              // What the unit has stored is read a row of tiles later: loads right behind it would wait for it.
+              for (int64_t q = 0; apart && kb > 0 && q < wide; ++q)
+                add_tile(row_sums + q * kLanes * kLanes, tile_sums(p, q), tile_rows(p), columns(q).count);
             }
-            // What the unit has stored is read a row of tiles later: loads right behind it would wait for it.
-            for (int64_t q = 0; apart && kb > 0 && q < wide; ++q)
-              add_tile(row_sums + q * kLanes * kLanes, tile_sums(p, q), tile_rows(p), columns(q).count);
-            for (int64_t q = 0; kb + 1 == k1 && q < wide; ++q) {
+            for (int64_t q = 0; g1 == k1 && q < wide; ++q) {
               const Columns at = columns(q);
               const Output<T> out = output(at.image);
               if constexpr (same_type<T, float>) {

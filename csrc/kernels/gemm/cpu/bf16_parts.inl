@@ -266,12 +266,12 @@ __attribute__((noinline)) void multiply_parts(int64_t chunks, const unsigned cha
     for (int i = 0; i < P::count; ++i) {
       const unsigned char *const x = a + P::of[i][0] * kPartBytes, *const w = b + P::of[i][1] * kPartBytes;
       const bool same_a = i > 0 && P::of[i][0] == P::of[i - 1][0], same_b = i > 0 && P::of[i][1] == P::of[i - 1][1];
-      if (!same_b) _tile_loadd(6, w, kRow);
+      if (!same_b) _tile_stream_loadd(6, w, kRow);
       if (!same_a) _tile_loadd(4, x, 64);
       _tile_dpbf16ps(0, 4, 6);
       prefetch();
       if (two_cols) {
-        if (!same_b) _tile_loadd(7, w + 64, kRow);
+        if (!same_b) _tile_stream_loadd(7, w + 64, kRow);
         _tile_dpbf16ps(1, 4, 7);
         prefetch();
       }

@@ -32,4 +32,5 @@ struct GemmPlan {
   // not used.
   bool blocked;
   int64_t ms;
+  int64_t group;  // the blocks of k whose panels of B a thread keeps
 };
