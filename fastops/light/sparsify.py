@@ -38,8 +38,8 @@ _COSTS = {
 # channels of 14 x 14 with 80% zeros are 1.6 times as fast as dense, 96 -> 24 of 56 x 56 0.8 times.
 _FEATURE_COST = 20
 # On processors with AMX dense float32 layers are faster than multiply-adds are (docs/numerics.md): 1.5 to 1.6 times for
-# 512 x 512 weights and more, Granite Rapids.
-_DENSE_BY_PARTS = 1.6
+# 512 x 512 weights and more, Granite Rapids. With fewer features than these they are multiply-adds (linear.inl).
+_DENSE_BY_PARTS, _PARTS_FEATURES = 1.6, 128
 _LEAST_WEIGHTS = 8192  # fewer take less time than a call
 
 
@@ -213,7 +213,8 @@ def _layout(weight: Tensor, costs: Mapping[tuple[int, int], float]) -> tuple[flo
         kept = int(kept_blocks(weight, block_size)[1].sum()) * block_size[0] * block_size[1]
         times[block_size] = (kept * costs[block_size] + features * _FEATURE_COST) / elements
     block_size = min(times, key=times.__getitem__)
-    dense = 1 / _DENSE_BY_PARTS if _C.isa_used() == "amx" else 1
+    by_parts = _C.isa_used() == "amx" and min(weight.shape[:2]) >= _PARTS_FEATURES
+    dense = 1 / _DENSE_BY_PARTS if by_parts else 1
     return 1 - int(weight.count_nonzero()) / elements, block_size, dense / max(times[block_size], 1e-3)
 
 
