@@ -10,22 +10,29 @@ import torch
 
 
 def each(name: str, cases: Iterable, ids: Callable[[object], str] = str) -> Callable[[Callable], Callable]:
-    """As pytest.mark.parametrize, in one test. Each case finds the same random numbers, and a failure names it."""
+    """As pytest.mark.parametrize, in one test. Each case finds the same random numbers, and a failure names it.
+
+    A test of which every case is skipped, or that has none, is skipped.
+    """
     cases = list(cases)
 
     def decorate(test: Callable) -> Callable:
         @functools.wraps(test)
         def loop(*args: object, **kwargs: object) -> None:
+            ran, why = 0, "no cases"
             for case in cases:
                 torch.manual_seed(0)
                 try:
                     test(*args, **kwargs, **{name: case})
-                except pytest.skip.Exception:
-                    continue
+                    ran += 1
+                except pytest.skip.Exception as skipped:
+                    why = str(skipped)
                 except BaseException as error:
                     if hasattr(error, "add_note"):  # Python 3.11
                         error.add_note(f"{name}: {ids(case)}")
                     raise
+            if not ran:
+                pytest.skip(why)
 
         signature = inspect.signature(test)
         others = [parameter for parameter in signature.parameters.values() if parameter.name != name]
