@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
 from fastops import _C
@@ -201,7 +203,7 @@ def explain(
 
     PyTorch and each way run in turn, `rounds` times, on copies: inference in eval mode without gradients, and a
     training step, forward and backward, in train mode. A training step's loss is the output's `loss` where it has one,
-    else the mean of squares.
+    else the mean of squares. A way in which no kernel of fastops ran is measured, but not advised.
 
     Args:
         model: any module that can be copied. Nothing of it is changed, nor is the state of torch's random numbers.
@@ -216,8 +218,9 @@ def explain(
         An Explanation: print it, or save_html("page.html").
 
     Raises:
-        TypeError: model is no torch.nn.Module, or cannot be copied. ValueError: a way that does not exist, or rounds
-        below 1. RuntimeError: enable() is on. What the model raises for these inputs in eval mode.
+        TypeError: model is no torch.nn.Module, or cannot be copied. ValueError: a way that does not exist, rounds
+        below 1, or a model that has no values yet: lazy, or on the meta device. RuntimeError: enable() is on. What the
+        model raises for these inputs in eval mode.
 
     Source: fastops' own.
 
@@ -238,6 +241,11 @@ def explain(
         raise RuntimeError(
             "explain: PyTorch's ops are fastops' now, and there is nothing to compare: call disable() first"
         )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"explain: model must have been called once: {name} has no values before that")
+        if tensor.is_meta:
+            raise ValueError(f"explain: model must have values, got {name} on the meta device")
     given = tree_map_only(Tensor, _copied_input, (example_inputs, dict(kwargs or {})))
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         return _Measurement(model, given, [one for one in _CALLS if one in ways], training, rounds).run()
@@ -292,9 +300,12 @@ class _Measurement:
 
     def _step(self, model: nn.Module) -> None:
         output = model(*self.given[0], **self.given[1])
-        loss = getattr(output, "loss", None)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if not isinstance(loss, Tensor):
-            loss = sum(one.float().square().mean() for one in _tensors(output) if one.requires_grad)
+            losses = [one.float().square().mean() for one in _tensors(output) if one.requires_grad]
+            if not losses:
+                raise ValueError("no output that is a floating-point tensor has a gradient")
+            loss = sum(losses)
         loss.backward()
         for parameter in model.parameters():
             parameter.grad = None
@@ -305,13 +316,16 @@ class _Measurement:
         sides = {"": _Side(lambda: function(plain))}
         differences: dict[str, float] = {}
         failed: dict[str, str] = {}
+        idle: set[str] = set()
         for name in self.names:
             if mode == TRAINING and name == "freeze":
                 continue
             try:
                 side = self._side(name, mode, function)
-                with side.block():
+                with side.block(), record() as calls:
                     result = side.call()
+                if all(call.kernel == "aten" for call in calls):
+                    idle.add(name)
                 if mode == INFERENCE:
                     differences[name] = _difference(expected, _tensors(result))
             except Exception as error:  # this way does not do for this model, and the page says why
@@ -327,7 +341,9 @@ class _Measurement:
                 ratios = [a / b for a, b in zip(samples[""], samples[name], strict=True)]
                 difference = differences.get(name, 0.0)
                 allowed = max((_TOLERANCE.get(one.dtype, 0.0) for one in expected), default=0.0)
-                problem = f"but its results differ by {difference:.1g}" if difference > allowed else ""
+                problem = "but none of fastops' kernels ran" if name in idle else ""
+                if difference > allowed:
+                    problem = f"but its results differ by {difference:.1g}"
                 milliseconds = median(samples[name]) * 1e3
                 way = Way(name, mode, milliseconds, median(ratios), min(ratios), max(ratios), difference, problem)
                 self.ways.append(way)
@@ -441,9 +457,13 @@ def _stopwatches(model: nn.Module) -> Iterator[dict[str, float]]:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The floating-point tensors in an output."""
+    """The floating-point tensors in an output, complex ones as pairs."""
     if isinstance(value, Tensor):
+        if value.is_complex():
+            return [torch.view_as_real(value.resolve_conj())]
         return [value] if value.is_floating_point() else []
+    if dataclasses.is_dataclass(value) and not isinstance(value, (type, Mapping)):
+        value = [getattr(value, one.name, None) for one in dataclasses.fields(value)]
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
@@ -514,7 +534,11 @@ def run(options: argparse.Namespace) -> int:
             model, *inputs, kwargs=kwargs, ways=options.ways, training=not options.no_training, rounds=options.rounds
         )
     except Exception as error:
-        print(f"fastops doctor: the model raised {type(error).__name__}: {_line(error)}", file=sys.stderr)
+        line = _line(error)
+        said = line.removeprefix("explain: ")
+        if said == line:
+            said = f"the model raised {type(error).__name__}: {line}"
+        print(f"fastops doctor: {said}", file=sys.stderr)
         return 1
     print(explanation)
     if options.html:

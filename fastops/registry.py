@@ -40,11 +40,12 @@ def register(cls: type, replacement: type, why_not: Callable[[nn.Module], str] |
         why_not: why_not(module) is the reason why this instance is to be left alone, or "". None: there is none.
 
     transformers' Conv1D, its GELUs, SiLU and Mish, and timm's Linear and GELUs are known already, once a model has
-    them. A second call for cls takes the place of the first.
+    them. A second call for cls takes the place of the first; what the first has replaced, `restore_` knows still.
 
     Raises:
-        TypeError: cls is no class of modules, or is one of torch.nn's or fastops.nn's that is known; replacement is not
-            derived from it, has no forward of its own, another signature, or an `__init__`; why_not is no function.
+        TypeError: cls is no class of modules, is one of torch.nn's or fastops.nn's that is known, or a replacement
+            itself; replacement is not derived from it, replaces another class already, has no forward of its own,
+            another signature, an `__init__` or `__slots__`; why_not is no function.
 
     Source: fastops' own.
 
@@ -66,9 +67,22 @@ def register(cls: type, replacement: type, why_not: Callable[[nn.Module], str] |
         raise TypeError(f"register: cls must be a class derived from torch.nn.Module, got {cls!r}")
     if cls in _OWN:
         raise TypeError(f"register: cls must be another library's class, got {cls.__module__}.{cls.__qualname__}")
+    if cls in TO_THEIRS:
+        raise TypeError(
+            f"register: cls must be another library's class, got {cls.__qualname__}, which replaces "
+            f"{TO_THEIRS[cls].__qualname__}"
+        )
     if not isinstance(replacement, type) or not issubclass(replacement, cls) or replacement is cls:
         raise TypeError(f"register: replacement must be a class derived from {cls.__qualname__}, got {replacement!r}")
     name = replacement.__qualname__
+    if TO_THEIRS.get(replacement, cls) is not cls:
+        raise TypeError(
+            f"register: {name} replaces {TO_THEIRS[replacement].__qualname__} already, got it for {cls.__qualname__}"
+        )
+    if replacement in TO_FASTOPS:
+        raise TypeError(
+            f"register: replacement must not be replaced itself, {name} is, by {TO_FASTOPS[replacement].__qualname__}"
+        )
     if "forward" not in vars(replacement):
         raise TypeError(f"register: replacement must have a forward of its own, {name} has none")
     theirs, ours = (list(inspect.signature(one.forward).parameters) for one in (cls, replacement))
@@ -79,9 +93,12 @@ def register(cls: type, replacement: type, why_not: Callable[[nn.Module], str] |
         )
     if replacement.__init__ is not cls.__init__:
         raise TypeError(f"register: replacement must have no __init__ of its own, {name} has one: replace_ calls none")
+    if replacement.__basicsize__ != cls.__basicsize__:
+        raise TypeError(
+            f"register: replacement must have no state of its own, {name} has __slots__: replace_ makes none"
+        )
     if why_not is not None and not callable(why_not):
         raise TypeError(f"register: why_not must be a function of a module, or None, got {why_not!r}")
-    TO_THEIRS.pop(TO_FASTOPS.get(cls), None)
     TO_FASTOPS[cls], TO_THEIRS[replacement] = replacement, cls
     _WHY_NOT.pop(cls, None)
     if why_not is not None:
@@ -118,5 +135,8 @@ def registered(module: nn.Module) -> type | None:
 
 def why_not(module: nn.Module) -> str:
     """Why whoever registered its class leaves this instance alone; "" where it is replaced."""
-    reason = _WHY_NOT.get(type(module))
-    return reason(module) if reason is not None else ""
+    function = _WHY_NOT.get(type(module))
+    reason = (function(module) if function is not None else None) or ""
+    if not isinstance(reason, str):
+        raise TypeError(f"replace_: why_not of {type(module).__qualname__} must return a reason, or '', got {reason!r}")
+    return reason

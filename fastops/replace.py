@@ -275,6 +275,8 @@ def _works(module: nn.Module) -> bool:
     """Whether a module computes something itself, as far as can be seen: it has parameters, or no child to call."""
     if getattr(type(module), "forward", None) is nn.Module.forward or isinstance(module, _NO_WORK):
         return False
+    if type(module) is nn.Sequential:  # an empty one, too: the shortcut of a residual block that has nothing to adapt
+        return False
     return next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None
 
 

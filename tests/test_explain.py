@@ -1,6 +1,7 @@
 """fastops.explain and `fastops doctor`: what they measure and say, and that they change nothing."""
 
 import copy
+import dataclasses
 import html.parser
 import re
 import shutil
@@ -190,6 +191,7 @@ def test_infinities_and_nan(value, monkeypatch):
         def __init__(self, inner, column):
             super().__init__()
             self.inner, self.column = inner, column
+            fastops.replace_(inner)
 
         def forward(self, x):
             return self.inner(x).index_fill(1, torch.tensor([self.column]), value)
@@ -199,6 +201,45 @@ def test_infinities_and_nan(value, monkeypatch):
         model = Spoils(nn.Linear(3, 4), column)
         found = fastops.explain(model, torch.randn(2, 3), ways=["fuse"], rounds=1, training=False)
         assert found.ways[0].problem == ("but its results differ by inf" if differs else "")
+
+
+@dataclasses.dataclass
+class Output:
+    scores: torch.Tensor
+    note: str = ""
+
+
+@pytest.mark.parametrize("outputs", ["dataclass", "dict", "complex"])
+def test_outputs_of_other_kinds(outputs, monkeypatch):
+    """They are compared, and give a loss."""
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x):
+            y = self.fc(x)
+            if outputs == "dataclass":
+                return Output(y)
+            return {"loss": y.mean(), "classes": y.argmax(1)} if outputs == "dict" else torch.complex(y, y)
+
+    def differs(model):
+        with torch.no_grad():
+            model.fc.bias.add_(1)
+        return fastops.fuse(model)
+
+    monkeypatch.setattr(sys.modules["fastops.explain"], "fuse", differs)
+    found = fastops.explain(Named(), torch.randn(4, 6), rounds=1, ways=["replace_", "fuse"])
+    assert not found.problems
+    assert [way.problem[:22] for way in found.ways if way.mode == "inference"] == ["", "but its results differ"]
+
+
+def test_a_way_in_which_no_kernel_ran_is_not_advised():
+    found = fastops.explain(nn.Sequential(nn.GroupNorm(2, 4), nn.Sequential()), torch.randn(2, 4), rounds=1)
+    assert {way.problem for way in found.ways} == {"but none of fastops' kernels ran"}
+    assert found.advice() == "leave the model as it is, nothing was faster in every round"
+    assert [what for _, what, _ in found.left()] == ["1 x GroupNorm"]  # and not a Sequential of nothing
 
 
 def test_errors():
@@ -214,6 +255,10 @@ def test_errors():
         fastops.explain(Net(), torch.randn(4, 7))
     with fastops.enabled(), pytest.raises(RuntimeError, match="explain: PyTorch's ops are fastops' now"):
         fastops.explain(Net(), x)
+    with pytest.raises(ValueError, match=r"explain: model must have been called once: 0\.weight has no values before"):
+        fastops.explain(nn.Sequential(nn.LazyLinear(3)), torch.randn(4, 7))
+    with pytest.raises(ValueError, match=r"explain: model must have values, got 0\.weight on the meta device"):
+        fastops.explain(nn.Sequential(nn.Linear(7, 3, device="meta")), torch.randn(4, 7))
     model = Net()
     model.lock = (one for one in ())
     with pytest.raises(TypeError, match=r"explain: model must be one that copy.deepcopy can copy, got an error: "):
@@ -311,6 +356,9 @@ def alone():
 def wrong():
     return nn.Linear(8, 8), torch.randn(4, 9)
 
+def lazy():
+    return nn.LazyLinear(8), torch.randn(4, 9)
+
 def raises():
     raise ValueError("no weights\\nhere")
 
@@ -354,6 +402,7 @@ def test_doctor(program, tmp_path, capsys):
         ("model.py:raises", 2, ".*model.py:raises raised ValueError: no weights$"),
         ("model.py:alone", 2, r".*must return \(model, inputs...\), a torch.nn.Module first, got Linear"),
         ("model.py:wrong", 1, "the model raised RuntimeError: .*"),
+        ("model.py:lazy", 1, "model must have been called once: weight has no values before that"),
     ],
 )
 def test_doctor_says_what_to_mend(target, status, message, program, capsys):

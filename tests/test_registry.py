@@ -190,6 +190,35 @@ def test_errors():
         def forward(self, x):
             return x
 
+    class Slotted(Dense):
+        __slots__ = ("scale",)
+
+        def forward(self, x):
+            return x
+
+    class Chained(FastDense):
+        def forward(self, x):
+            return x
+
+    class Module(nn.Module):
+        def forward(self, x):
+            return x
+
+    class Both(Dense, Module):
+        def forward(self, x):
+            return x
+
+    class Library(Module):
+        def forward(self, x):
+            return x
+
+    class Ours(Library):
+        def forward(self, x):
+            return x
+
+    fastops.register(Dense, Both)
+    fastops.register(Dense, FastDense)
+    fastops.register(Library, Ours)
     for cls, replacement, message in (
         ("Dense", FastDense, "cls must be a class derived from torch.nn.Module, got 'Dense'"),
         (int, FastDense, "cls must be a class derived from torch.nn.Module, got <class 'int'>"),
@@ -203,11 +232,37 @@ def test_errors():
             r"the arguments of Dense's, \(self, x\), got \(self, x, y\)",
         ),
         (Dense, Initialized, "replacement must have no __init__ of its own"),
+        (Dense, Slotted, "replacement must have no state of its own, .*Slotted has __slots__"),
+        (FastDense, Chained, "cls must be another library's class, got FastDense, which replaces Dense"),
+        (Module, Both, "Both replaces Dense already, got it for .*Module"),
+        (Module, Library, "replacement must not be replaced itself, .*Library is, by .*Ours"),
     ):
         with pytest.raises(TypeError, match=message):
             fastops.register(cls, replacement)
     with pytest.raises(TypeError, match="why_not must be a function of a module, or None, got 'never'"):
         fastops.register(Dense, FastDense, "never")
+    fastops.register(Dense, FastDense, lambda module: True)
+    model = network()
+    with pytest.raises(TypeError, match="replace_: why_not of Dense must return a reason, or '', got True"):
+        fastops.replace_(model)
+    assert not any(type(module).__module__.startswith("fastops") for module in model.modules())
+
+
+def test_what_an_earlier_replacement_replaced_can_be_restored():
+    class Newer(Dense):
+        def forward(self, x):
+            return FF.linear(x, self.kernel.t())
+
+    model = nn.Sequential(Dense(4, 4))
+    fastops.replace_(model)
+    fastops.register(Dense, Newer)
+    other = nn.Sequential(Dense(4, 4), FastDense(4, 4))
+    report = fastops.replace_(other)
+    assert [type(layer) for layer in other] == [Newer, FastDense]
+    assert [row.result for row in report.skipped] == ["already a fastops module"]
+    for one in (model, other):
+        fastops.restore_(one)
+        assert {type(layer) for layer in one} == {Dense}
 
 
 def test_another_version_of_a_library(monkeypatch):
