@@ -122,9 +122,16 @@ def test_recompiles_are_bounded(dynamic):
 def test_replaced_models_with_dynamic_shapes():
     model, other = pair(replaced=True)
     compiled = torch.compile(model, backend="fastops", fullgraph=True, dynamic=True)
-    for batch, size in ((4, 12), (3, 13), (2, 20)):
+    sizes = (4, 12), (3, 13), (2, 20)
+    for batch, size in sizes:
         assert_same_steps(model, other, compiled, torch.randn(batch, 1, size, size))
-    assert counters["stats"]["unique_graphs"] == 1
+    graphs = counters["stats"]["unique_graphs"]
+    # As many as PyTorch's own layers need: before 2.12 their pooling compiles again for odd sizes.
+    counter = CompileCounterWithBackend("eager")
+    plain = torch.compile(pair()[0], backend=counter, fullgraph=True, dynamic=True)
+    for batch, size in sizes:
+        plain(torch.randn(batch, 1, size, size))
+    assert graphs == counter.frame_count
 
 
 def test_second_derivatives_and_autocast():

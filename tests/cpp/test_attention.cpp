@@ -130,6 +130,30 @@ void check(int64_t batch, int64_t heads, int64_t queries, int64_t keys, int64_t 
     }
 }
 
+// Scores far apart, and a mask of large numbers: no weight is so small that a product with it underflows.
+template <class T>
+void check_underflow() {
+  constexpr int64_t rows = 70, size = 20;
+  Heads<T> q(1, 1, rows, size, 0), k(1, 1, rows, size, 0), v(1, 1, rows, size, 0), g(1, 1, rows, size, 0),
+      mask(1, 1, rows, rows, 0), y(1, 1, rows, size, 0), dq(1, 1, rows, size, 0), dk(1, 1, rows, size, 0),
+      dv(1, 1, rows, size, 0);
+  for (Heads<T>* t : {&q, &k, &v, &g}) t->fill();
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < rows; ++j) mask.at(0, 0, i, j) = j <= i ? 0 : j % 2 ? -INFINITY : static_cast<T>(-1e9);
+  const Pages lse(rows * sizeof(T), true, sizeof(T));
+  for (const double scale : {1.0, 8.0, 80.0}) {
+    const AttentionShape s{kDType<T>, false, true,      scale,     1,         1,         rows,        rows,
+                           size,      size,  q.strides, k.strides, v.strides, y.strides, mask.strides};
+    const bool slow = underflows([&] {
+      run_call(AttentionForward{s, kDType<T>}, {q.data(), k.data(), v.data(), mask.data(), y.data(), lse.data()});
+      run_call(
+          AttentionBackward{s, kDType<T>, g.strides, dq.strides, dk.strides, dv.strides},
+          {g.data(), q.data(), k.data(), v.data(), mask.data(), y.data(), lse.data(), dq.data(), dk.data(), dv.data()});
+    });
+    if (slow && ++failures < 20) std::printf("FAIL %s: scores of scale %g underflow\n", isa_name(isa_used()), scale);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -138,6 +162,7 @@ int main(int argc, char** argv) {
       for (int i = 0; i < (quick ? 10 : 40); ++i)
         check<T>(between(1, 2), between(1, 3), between(1, 110), between(1, 70), between(1, 40), between(1, 40));
       check<T>(1, 1, 5, 1030, 3, 2);
+      check_underflow<T>();
     }
   });
 }

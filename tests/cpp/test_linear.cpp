@@ -450,6 +450,8 @@ void test_parts() {
       {"infinities in w", any, [&](double) { return now_and_then(-INFINITY); }},
       {"NaN", [&](double) { return now_and_then(NAN); }, any},
       {"a few denormals", [&](double) { return now_and_then(1e-41); }, any},
+      {"a few tiny", [&](double) { return now_and_then(1e-28); }, any},
+      {"tiny results", [&](double) { return 1e-16 * normal(random); }, [&](double) { return 1e-16 * normal(random); }},
   };
   for (const Data& d : data)
     for (const int64_t k : {64, 500}) {

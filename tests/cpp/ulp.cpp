@@ -189,6 +189,7 @@ constexpr int kChunk = 1 << 14;
 void check(const Case& c, bool backward, const std::vector<const fastops::KernelTable*>& tables, int64_t stride,
            int threads, std::vector<Worst>& worst) {
   const int64_t inputs = ((int64_t{1} << 32) + stride - 1) / stride;
+  const bool gelu = c.activation.kind == ActivationKind::gelu || c.activation.kind == ActivationKind::gelu_tanh;
   std::atomic<int64_t> next{0};
   std::mutex mutex;
   const fastops::Saved kind = fastops::saved_by_default(c.activation);
@@ -220,6 +221,8 @@ void check(const Case& c, bool backward, const std::vector<const fastops::Kernel
               .run({x.data(), y.data()}, nullptr);
         for (int i = 0; i < n; ++i) {
           if (backward && std::isnan(x[i])) continue;  // a choice of PyTorch's, checked in test_activation
+          // An exponential below the normal numbers, in GELU below 2^-98, is zero, and so is the result.
+          if (y[i] == 0 && std::fabs(x[i]) > 8 && std::fabs(reference[i]) < (gelu ? 0x1p-95 : 0x1p-116)) continue;
           const double error = ulps(y[i], reference[i]);
           if (error > mine[t].error) mine[t] = {error, x[i], y[i]};
         }

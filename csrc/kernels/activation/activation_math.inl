@@ -238,13 +238,13 @@ struct Gelu {
   template <class S, class C = Compute<S>>
   static FASTOPS_FN Vec<C> forward(Vec<C> x, const Parameters<S>&) {
     const Vec<C> t = min(set<C>(normal_limit<C>), abs(x));
-    return fnma(times_normal_exp<S>(t * normal_ratio<S>(t), t), set<C>(unbias<C>), max(Vec<C>::zero(), x));
+    return fnma(times_normal_exp<S>(t * normal_ratio<S>(t), t), unbias(t), max(Vec<C>::zero(), x));
   }
   template <class S, class C = Compute<S>>
   static FASTOPS_FN Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>&) {  // Phi(x) + x phi(x)
     const Vec<C> t = min(set<C>(normal_limit<C>), abs(x));
     const Vec<C> d = times_normal_exp<C>(fnma(t, set<C>(0.398942280401432678), normal_ratio<C>(t)), t);
-    return g * gated_derivative(x, d * set<C>(unbias<C>));
+    return g * gated_derivative(x, d * unbias(t));
   }
 };
 
@@ -294,7 +294,8 @@ struct Mish {
     const Vec<C> e = whole_exp(parts), e78 = set<C>(0.875) * e, d78 = fma(e, e78 + set<C>(1.75), set<C>(1.75));
     const Mask<C> right = gt(x, set<C>(-0.25));
     const Vec<C> whole = select(right, x, times_exp(t, parts));
-    const Vec<C> part = quotient_for<S>(select(right, set<C>(1.75), fma(e, e78, e78)), d78);
+    // No less than 2^-60, which makes no difference to the result, as the rest of the quotient would underflow.
+    const Vec<C> part = quotient_for<S>(max(set<C>(0x1p-60), select(right, set<C>(1.75), fma(e, e78, e78))), d78);
     return fnma(min(set<C>(mish_limit<C>), whole), part, whole);  // min, as infinity times part would be NaN
   }
   // sech^2(softplus(x)) sigmoid(x) = 4 e (1 + e) / d^2, so f'(x) = e ((e + 2) d + 4 x (1 + e)) / d^2.

@@ -9,6 +9,10 @@
 // t + t^2 P, so that rounding errors of the small term count little. NaN gives NaN, which requires that the variable is
 // the last argument of min and max (vec.h).
 //
+// Large arguments underflow nowhere: an exponential that would be below the normal numbers is zero. Intel's processors
+// take 100 to 150 cycles for an instruction whose result underflows or whose operand is denormal: a masked softmax was
+// 8 times slower for it, and so was GELU of all numbers above 14.5.
+//
 // S is the storage type of the result. For 8 or 11 bits of precision shorter polynomials suffice: their error (2^-14 to
 // 2^-16 for bf16_t, 2^-19 for f16_t) adds at most 0.03 ulp to the 0.5 ulp of the final rounding.
 #pragma once
@@ -88,15 +92,19 @@ FASTOPS_FN Vec<T> exp_series(Vec<T> r) {
   }
 }
 
-// exp(x) = (1 + p) 2^n, as the parts p and n. t exp(x) is scale(fma(t, p, t), n), which is accurate also where exp(x)
-// itself is denormal.
+// The smallest n for which every (1 + p) 2^n is a normal number, and half of it, too.
+template <class T>
+constexpr double least_exponent = is_single<T> ? -124 : -1020;
+
+// exp(x) = (1 + p) 2^n, as the parts p and n. t exp(x) is scale(fma(t, p, t), n), which rounds once. Zero has p = -1.
 template <class T>
 struct ExpParts {
   Vec<T> p, n;
 };
 template <class S, class T>
 FASTOPS_FN ExpParts<T> exp_parts(Reduced<T> x) {
-  return {fma(x.r * x.r, exp_series<S>(x.r), x.r), x.n};
+  const Vec<T> p = fma(x.r * x.r, exp_series<S>(x.r), x.r);
+  return {select(lt(x.n, set<T>(least_exponent<T>)), set<T>(-1), p), x.n};
 }
 template <class S, class T>
 FASTOPS_FN ExpParts<T> exp_parts(Vec<T> x) {
@@ -141,30 +149,30 @@ FASTOPS_FN Vec<T> quotient_for(Vec<T> a, Vec<T> b) {
     return quotient(a, b);
 }
 
-// log(1 + t) for 0 <= t <= 1. Error 2^-27.5 (2^-60.4; f16_t 2^-19.4, bf16_t 2^-14.1).
+// log(1 + t) for 0 <= t <= 1. Error 2^-27.5 (2^-60.4; f16_t 2^-19.4, bf16_t 2^-14.1). t (t P), as t^2 can underflow.
 template <class S, class T>
 FASTOPS_FN Vec<T> log1p(Vec<T> t) {
   if constexpr (is_bf16<S>) {
     return t * horner(t, 0.999943465, -0.496980459, 0.306306548, -0.157428958, 0.0413457721);
   } else if constexpr (is_half<S>) {
-    return fma(t * t, horner(t, -0.499907464, 0.331404269, -0.236113474, 0.151027769, -0.0678512603, 0.0145883346), t);
+    return fma(t, t * horner(t, -0.499907464, 0.331404269, -0.236113474, 0.151027769, -0.0678512603, 0.0145883346), t);
   } else if constexpr (is_single<T>) {
-    return fma(t * t,
-               horner(t, -0.499999315, 0.33330512, -0.249585882, 0.196954012, -0.153553963, 0.106805563, -0.0576644503,
-                      0.0202045888, -0.00331847323),
+    return fma(t,
+               t * horner(t, -0.499999315, 0.33330512, -0.249585882, 0.196954012, -0.153553963, 0.106805563,
+                          -0.0576644503, 0.0202045888, -0.00331847323),
                t);
   } else {
     const Vec<T> p = horner(t, -0.499999999999999921, -1.23369486464782461, -1.10263199677608663, -0.43302093546410315,
                             -0.0714264966495558781, -0.00368640222254472835, -1.2155738784033319e-6);
     const Vec<T> q = horner(t, 1, 3.13405639596229157, 3.79463492419474394, 2.22877028905574605, 0.651671615873732687,
                             0.0863181919742383249, 0.00378658712956419735);
-    return t + quotient(t * t * p, q);
+    return fma(t, quotient(t * p, q), t);
   }
 }
 
-// From here on both exp(-|x|) and |x| exp(-|x|) are zero.
+// From here on exp(-|x|) is zero.
 template <class T>
-constexpr double exp_limit = is_single<T> ? 110 : 755;
+constexpr double exp_limit = is_single<T> ? 90 : 720;
 
 #if defined(FASTOPS_VEC_AVX512)
 
@@ -180,7 +188,8 @@ constexpr float kCoarsePowers[kTableColumns] = {
 FASTOPS_FN VecF coarse_exp_minus(VecF t) {
   const VecF shifted = fma(t, set<float>(-1.4426950408889634), set<float>(0x1.8p18));  // rounded to multiples of 1/32
   const VecF n = shifted - set<float>(0x1.8p18), minus_r = fma(n, set<float>(0.6931471805599453), t);
-  const VecF power = look_up(kCoarsePowers, columns_of(shifted, 0));
+  const VecF power =
+      select(lt(n, set<float>(least_exponent<float>)), VecF::zero(), look_up(kCoarsePowers, columns_of(shifted, 0)));
   return scale(fnma(power, minus_r, power), n);  // this scale uses floor(n); `power` is the rest of 2^n
 }
 
@@ -332,10 +341,11 @@ FASTOPS_FN VecF tanhshrink(VecF x) {
   }
 }
 
-// Phi(-t) = exp(-t^2 / 2) g(t) for 0 <= t <= normal_limit; from normal_limit on t Phi(-t) is zero. normal_ratio is g:
-// error 2^-62 in float64, 2^-20.4 in 16 bits.
+// Phi(-t) = exp(-t^2 / 2) g(t) for 0 <= t <= normal_limit. From there on t Phi(-t) is less than 2^-98 in float32,
+// 2^-1020 in float64, and taken for zero. Products by bf16 parts, whose operand it may be, lose parts of numbers below
+// 2^-103. normal_ratio is g: error 2^-62 in float64, 2^-20.4 in 16 bits.
 template <class T>
-constexpr double normal_limit = is_single<T> ? 14.5 : 38.7;
+constexpr double normal_limit = is_single<T> ? 11.625 : 37.59375;
 
 // g as a piecewise polynomial for float32. A rational function is as fast but has 3 ulp of rounding error. The points
 // lie near the middles of the pieces, at arguments where g is within 2^-30 of a float32.
@@ -423,12 +433,14 @@ FASTOPS_FN Vec<T> normal_ratio(Vec<T> t) {
   }
 }
 
-// times_normal_exp(w, t) = w exp(-t^2 / 2) 2^normal_bias. The bias keeps it a normal number for all t <= normal_limit.
-// Callers multiply their result by unbias.
+// times_normal_exp(w, t) = w exp(-t^2 / 2) 2^normal_bias, for t <= normal_limit. The bias keeps it and its parts normal
+// numbers. Callers multiply their result by unbias, which is zero from normal_limit on.
 template <class T>
 constexpr double normal_bias = is_single<T> ? 64 : 512;
 template <class T>
-constexpr double unbias = is_single<T> ? 0x1p-64 : 0x1p-512;
+FASTOPS_FN Vec<T> unbias(Vec<T> t) {
+  return select(lt(t, set<T>(normal_limit<T>)), set<T>(is_single<T> ? 0x1p-64 : 0x1p-512), Vec<T>::zero());
+}
 
 template <class S>
 FASTOPS_FN VecD times_normal_exp(VecD w, VecD t) {
@@ -487,14 +499,14 @@ FASTOPS_FN VecF times_normal_exp(VecF w, VecF t) {
 
 #endif
 
-// exp(-(c1 t + c3 t^3)) for 0 <= t <= tanh_gelu_limit, c1 = 2 sqrt(2/pi) and c3 = 0.044715 c1. The argument is a sum of
-// two words, as the rounding error of one word would be hundreds of ulp of the result.
+// exp(-(c1 t + c3 t^3)) for 0 <= t <= tanh_gelu_limit, c1 = 2 sqrt(2/pi) and c3 = 0.044715 c1; zero at the limit, as in
+// GELU. The argument is a sum of two words, as the rounding error of one word would be hundreds of ulp of the result.
 template <class T>
-constexpr double tanh_gelu_limit = is_single<T> ? 11 : 21.8;
+constexpr double tanh_gelu_limit = is_single<T> ? 9.125 : 21.8;
 constexpr double kTanhGelu1 = 1.59576912160573071, kTanhGelu3 = 0.0713548162726002488;
 
 template <class S, class T>
-FASTOPS_FN ExpParts<T> tanh_gelu_exp(Vec<T> t) {
+FASTOPS_FN ExpParts<T> tanh_gelu_exp_inside(Vec<T> t) {
   if constexpr (is_half<S>) return exp_parts<S>(-t * fma(t * t, set<T>(kTanhGelu3), set<T>(kTanhGelu1)));
   // The high word of c1 has 12 (26) bits. Then w - c1 is exact, and cubic - (w - c1) is the rounding error of the sum.
   const Vec<T> c1 = set<T>(is_single<T> ? 1.595703125 : 1.59576910734176636);
@@ -507,4 +519,9 @@ FASTOPS_FN ExpParts<T> tanh_gelu_exp(Vec<T> t) {
   const Vec<T> w_low = (cubic - (w - c1)) + c_low;
   const Vec<T> u = t * w;
   return exp_parts<S>(-u, fnma(t, w_low, product_error(t, w, u)));
+}
+template <class S, class T>
+FASTOPS_FN ExpParts<T> tanh_gelu_exp(Vec<T> t) {
+  const ExpParts<T> e = tanh_gelu_exp_inside<S>(t);
+  return {select(ge(t, set<T>(tanh_gelu_limit<T>)), set<T>(-1), e.p), e.n};
 }

@@ -170,7 +170,7 @@ inline C exp_row(C* row, const T* mask, int64_t count, C scale, C& before) {
   const V base = before == -static_cast<C>(__builtin_inf()) ? V::zero() : V::set1(before);
   V sum = V::zero();
   for (int64_t j = 0; j < count; j += V::size) {
-    const V e = exp_of<C>(V::load(row + j) - base);
+    const V e = weight_of<C>(V::load(row + j) - base);
     e.store(row + j);
     sum = sum + (count - j >= V::size ? e : select(Mask<C>::from_bits((1u << (count - j)) - 1), e, V::zero()));
   }
@@ -234,7 +234,7 @@ void attention_forward(const Bound<AttentionForward>& args, void* workspace, con
             t.sum[i] = t.sum[i] + sum;
             continue;
           }
-          const V factor = exp_of<C>(V::set1(before) - V::set1(t.most[i]));
+          const V factor = weight_of<C>(V::set1(before) - V::set1(t.most[i]));
           C lane;
           factor.store(&lane, 1);
           t.sum[i] = t.sum[i] * lane + sum;
@@ -269,7 +269,7 @@ inline void gradient_row(C* row, C* grad_row, const T* mask, int64_t count, C sc
   for (int64_t j = 0; j < count; j += V::size) {
     V t = V::load(row + j) * times;
     if (mask != nullptr) t = t + load_upto<V>(mask + j, count - j);
-    const V p = exp_of<C>(t - base);
+    const V p = weight_of<C>(t - base);
     p.store(row + j);
     ((V::load(grad_row + j) - of_y) * p * times).store(grad_row + j);
   }

@@ -5,7 +5,7 @@
 //
 // The unit takes denormals for zero, and parts of numbers near float32's limits are not numbers. A packed block says
 // what it holds; one of three or two parts that is out of range holds its float32 values instead, and is multiplied by
-// multiply-adds.
+// multiply-adds. So are two blocks whose products are so small that lost parts would count.
 #pragma once
 
 #include "amx.inl"
@@ -30,10 +30,10 @@ struct Range {
 // Whether the parts of a block are exact: the last bit of an element is at least 2^-126, and rounding, which multiplies
 // by 2^16, overflows nowhere.
 inline bool has_parts(Range r) { return r.least >= 24 && r.most <= 254 - 18; }
-// Whether products of these blocks are, too: below 2^-96, parts of products would be denormal.
-inline bool in_range(Range a, Range b) {
-  return has_parts(a) && has_parts(b) && a.least + b.least >= 254 - 96 && a.most + b.most <= 254 + 86;
-}
+// Whether these blocks are, and no product of theirs overflows.
+inline bool have_parts(Range a, Range b) { return has_parts(a) && has_parts(b) && a.most + b.most <= 254 + 86; }
+// Whether products are exact, too: below 2^-96, parts of products would be denormal.
+inline bool in_range(Range a, Range b) { return have_parts(a, b) && a.least + b.least >= 254 - 96; }
 
 struct RangeOf {
   __m512i least = _mm512_set1_epi32(-1), most = _mm512_setzero_si512();

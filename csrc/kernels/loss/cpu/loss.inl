@@ -2,34 +2,13 @@
 #pragma once
 
 #include "../../common/cpu/common.inl"
+#include "../../softmax/cpu/rows.inl"
 #include "../loss.h"
 
 // body(block) for every block, each on one thread.
 template <class Body>
 void for_each_block(const Team& team, int64_t blocks, int64_t elements, int64_t grain, Body body) {
   parallel(team, threads_for(team, elements, blocks, grain), [&](Crew& crew) { crew.each(blocks, body); });
-}
-
-template <class T>
-inline T largest_lane(Vec<T> x) {
-  T lanes[Vec<T>::size];
-  x.store(lanes);
-  T result = lanes[0];
-  for (int i = 1; i < Vec<T>::size; ++i) result = lanes[i] > result ? lanes[i] : result;
-  return result;
-}
-
-// exp(x) for x <= 0, also where it is denormal or 0; NaN stays NaN.
-template <class S, class T>
-inline Vec<T> exp_below(Vec<T> x) {
-  return exp<S>(max(set<T>(-exp_limit<T>), x));
-}
-
-// log(x) for finite x >= 1; NaN stays NaN.
-template <class T>
-inline Vec<T> log_above(Vec<T> x) {
-  const Vec<T> whole = exponent(x) * set<T>(0.6931471805599453);
-  return select(unordered(x, x), x, whole + log1p<T>(mantissa(x) - set<T>(1)));
 }
 
 // ---- cross entropy
@@ -87,7 +66,7 @@ inline Range positions_of(const Call& args, int64_t block) {
 
 template <class C>
 inline void take_logs(const C* sums, C* logs, int count) {
-  for (int i = 0; i < count; i += Vec<C>::size) log_above(Vec<C>::load(sums + i)).store(logs + i);
+  for (int i = 0; i < count; i += Vec<C>::size) log_of(Vec<C>::load(sums + i)).store(logs + i);
 }
 
 // One position: its classes lie next to each other. Lanes past the end are -infinity, whose exponential is 0.
@@ -101,13 +80,13 @@ inline void row_statistics(const S* x, const S* w, int64_t classes, bool smooth,
   const auto rest = [&] { return select(inside, V::load(x + whole, tail), lowest); };
   V most = tail > 0 ? rest() : lowest;
   for (int64_t c = 0; c < whole; c += V::size) most = max(most, V::load(x + c));
-  top = largest_lane(most);
+  top = reduce_max(most);
   const V t = V::set1(top);
   double total = 0, mean = 0;
   const auto part = [&](int64_t first, int64_t end) {
     V sums[2] = {V::zero(), V::zero()}, means = V::zero();
     const auto add = [&](V& to, V difference, int64_t c, int count) __attribute__((always_inline)) {
-      to = to + exp_below<S>(difference);
+      to = to + exp_of<S>(difference);
       if (smooth) {
         const V d = count == 0 ? difference : select(inside, difference, V::zero());
         means = w == nullptr ? means + d : fma(count == 0 ? V::load(w + c) : V::load(w + c, count), d, means);
@@ -142,7 +121,7 @@ inline void plane_statistics(const S* x, const S* w, int64_t classes, int64_t in
   V total = V::zero(), mean = V::zero();
   for (int64_t c = 0; c < classes; ++c) {
     const V difference = load(c) - most;
-    total = total + exp_below<S>(difference);
+    total = total + exp_of<S>(difference);
     if (smooth) mean = w == nullptr ? mean + difference : fma(V::set1(load_one(w + c)), difference, mean);
   }
   most.store(top);
@@ -276,7 +255,7 @@ void cross_entropy_backward(const Bound<CrossEntropyBackward>& args, const Team&
     return p;
   };
   const auto gradient = [&](V value, V top, V slope, V factor, V spread) __attribute__((always_inline)) {
-    return factor * (slope * exp_below<S>(value - top) - spread);
+    return factor * (slope * weight_of<S>(value - top) - spread);
   };
   const auto spread_at = [&](int64_t c) { return of_all * (w == nullptr ? C(1) : load_one(w + c)); };
   const auto fix_target = [&](int64_t at, const Position& p, C value, S* to) {

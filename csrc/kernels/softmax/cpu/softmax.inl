@@ -84,12 +84,12 @@ inline void softmax_row(const S* x, S* y, int64_t size) {
     const V less = log_of(V::set1(static_cast<C>(sum)));
     by_vectors<C>(0, size, [&](int64_t i, auto load, auto store) { store(load(x + i) - most - less, y + i); });
   } else {
-    const V scale = V::set1(static_cast<C>(1 / sum));
+    const Shares<C> shares(V::set1(static_cast<C>(sum)));
     by_vectors<C>(0, size, [&](int64_t i, auto load, auto store) {
       if constexpr (is_half<S>)
-        store(exp_of<S>(load(x + i) - most) * scale, y + i);
+        store(shares.of(exp_of<S>(load(x + i) - most)), y + i);
       else
-        store(load(y + i) * scale, y + i);
+        store(shares.of(load(y + i)), y + i);
     });
   }
 }
@@ -145,16 +145,21 @@ inline void softmax_strip(const S* x, S* y, int64_t size, int64_t inner, int cou
       if constexpr (!log && !is_half<S>) store(e, y + at);
       sum.v[k] = sum.v[k] + e;
     });
-  for (int k = 0; k < kStrip; ++k) sum.v[k] = log ? log_of(sum.v[k]) : set<C>(1) / sum.v[k];
+  Shares<C> shares[kStrip];
+  for (int k = 0; k < kStrip; ++k)
+    if constexpr (log)
+      sum.v[k] = log_of(sum.v[k]);
+    else
+      shares[k] = Shares<C>(sum.v[k]);
   for (int64_t j = 0; j < size; ++j)
     by_strip<C>(count, [&](int k, auto load, auto store) {
       const int64_t at = j * inner + k * V::size;
       if constexpr (log)
         store(load(x + at) - most.v[k] - sum.v[k], y + at);
       else if constexpr (is_half<S>)
-        store(exp_of<S>(load(x + at) - most.v[k]) * sum.v[k], y + at);
+        store(shares[k].of(exp_of<S>(load(x + at) - most.v[k])), y + at);
       else
-        store(load(y + at) * sum.v[k], y + at);
+        store(shares[k].of(load(y + at)), y + at);
     });
 }
 
