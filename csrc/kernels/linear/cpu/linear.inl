@@ -338,8 +338,9 @@ void plan_linear_backward(Plan<Call>& plan, const Bound<Call>& call, AsLinear as
 // Where the matrix unit is faster than multiply-adds: on Granite Rapids, one thread and two, m x n x k of 1024^3 1.60
 // times, 800 x 768 x 768 1.50, 256^3 1.19; 128^3 0.95, 25088 x 64 x 64 0.93. 25088 x 128 x 256 0.87 with gradients.
 constexpr int64_t kPartsRows = 64, kPartsFeatures = 128, kPartsWork = 16 << 20, kPartsManyRows = 8192;
-// With weights that are packed already (Emerald Rapids, m x n x k): 32 x 128 x 784 1.24 and 1.07, 64 x 128 x 784 1.23 and
-// 1.46, 64 x 512 x 512 1.28 and 1.31, 100 x 200 x 300 1.07 and 1.17; 16 x 128 x 784 0.99, 196 x 128 x 128 1.10 and 0.92.
+// With weights that are packed already (Emerald Rapids, m x n x k): 32 x 128 x 784 1.24 and 1.07, 64 x 128 x 784 1.23
+// and 1.46, 64 x 512 x 512 1.28 and 1.31, 100 x 200 x 300 1.07 and 1.17; 16 x 128 x 784 0.99, 196 x 128 x 128 1.10 and
+// 0.92.
 constexpr int64_t kPartsPackedWork = 1 << 20, kPartsPackedDepth = 256, kPartsPackedRows = 32;
 
 inline bool has_packed_w(const LinearForward& call) { return call.packed_w; }
