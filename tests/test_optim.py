@@ -380,6 +380,40 @@ def test_copies(cls):
         assert not torch.equal(p, before)
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_averages_that_have_decayed_are_zero(cls, dtype):
+    """PyTorch's become denormal and stay so, which makes every later step slow."""
+    tiny = torch.finfo(dtype).smallest_normal / 100
+    options = {"momentum": 0.9} if cls is SGD else {}
+    ours = parameters([(70,)], dtype)
+    theirs = copies(ours)
+    optimizers = cls(ours, lr=0.1, **options), getattr(torch.optim, cls.__name__)(theirs, lr=0.1, **options)
+    set_gradients(ours, theirs)
+    for optimizer, (p,) in zip(optimizers, (ours, theirs), strict=True):
+        optimizer.step()
+        for name, value in optimizer.state[p].items():
+            if name != "step":
+                value[:35] = tiny
+        p.grad.zero_()
+        optimizer.step()
+    averages = [
+        [value[:35] for name, value in optimizer.state[p].items() if name != "step"]
+        for optimizer, p in zip(optimizers, (*ours, *theirs), strict=True)
+    ]
+    assert all((v == 0).all() for v in averages[0])
+    assert all((v != 0).all() for v in averages[1])
+    torch.testing.assert_close(ours, theirs)
+    if cls is not SGD:  # with eps = 0, the smallest v divides
+        p = parameters([(5,)], dtype)[0]
+        p.grad = torch.zeros_like(p)
+        optimizer = cls([p], eps=0)
+        optimizer.step()
+        optimizer.state[p]["exp_avg_sq"].fill_(tiny)
+        optimizer.step()
+        assert (optimizer.state[p]["exp_avg_sq"] != 0).all()
+
+
 def test_zero_grad():
     for cls in CLASSES:
         params = parameters([(3,), (2, 2)])
