@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from compare import close, exact
 from gpu import DEVICE, EMULATED, SCHEDULES, configured, put
 from reference import ACTIVATIONS, DTYPES, activation, gradients
-from test_activation import PRELU, SPECIAL, _as_good, _sampled, _table, _ulps, compare
+from test_activation import PRELU, SPECIAL, _as_good, _sampled, _table, _ulps_of, compare
 from test_activation import run as on_cpu
 
 import fastops
@@ -45,7 +45,7 @@ def test_values_and_gradients(case, dtype):
 def test_ulps_of_float32(case):
     x, reference, theirs = _sampled(ACTIVATIONS.index(case))
     x, reference = x[::5], reference[::5]
-    ours = _ulps(case.ours(x.to(DEVICE)).cpu(), reference)
+    ours = _ulps_of(case, case.ours(x.to(DEVICE)).cpu(), reference, x)
     limit = max(4.0 if case.kind == "gelu" else 2.5, theirs)
     worst = int(ours.argmax())
     assert float(ours[worst]) <= limit, f"{float(ours[worst]):.2f} ulp at {float(x[worst])!r}"
@@ -58,10 +58,10 @@ def test_special_values(case, dtype):
     ones = torch.ones(x.shape)
     ours, theirs, wide = run(case.ours, x, ones), on_cpu(case.theirs, x, ones), on_cpu(case.theirs, x.double(), ones)
     reference = activation(case, x)
-    good = _as_good(ours[0], reference, theirs[0], x)
+    good = _as_good(case, ours[0], reference, theirs[0], x)
     good |= x.isinf() & torch.isnan(reference) & ((ours[0] == 0) | (ours[0] == x) | (ours[0] == x.sign()))
     assert good.all(), _table(good, x, ours[0], reference, theirs[0])
-    good = _as_good(ours[1], wide[1], theirs[1], x) | (x.isinf() & torch.isnan(wide[1]))
+    good = _as_good(case, ours[1], wide[1], theirs[1], x) | (x.isinf() & torch.isnan(wide[1]))
     singles = torch.cat([on_cpu(case.theirs, one, torch.ones(1))[1] for one in x.split(1)])
     good |= torch.isnan(x) & (ours[1] == singles)
     eps = torch.finfo(torch.float32 if case.kind == "hardsigmoid" else dtype).eps
