@@ -47,12 +47,14 @@ inline int64_t image_at(Layout layout, int64_t channels, int64_t volume, int64_t
                                          : (b * channels + c) * volume + position;
 }
 
-// body(b, k, c, output position, input position, x index, w index, y index) for every product of the convolution.
+// body(x index, w index, y index, x step, w step, n) for the products of an output with n input channels at one tap.
 template <class Body>
-void for_products(const Case& test, Body&& body) {
+void for_channels(const Case& test, Body&& body) {
   const ConvGeometry& g = test.geometry;
   const int64_t channels = g.in_channels / g.groups, outputs = g.out_channels / g.groups;
   const int64_t in_volume = volume(g.in), out_volume = volume(g.out), taps = volume(g.kernel);
+  const bool w_last = test.w_layout == Layout::channels_last;
+  const int64_t x_step = test.layout == Layout::channels_last ? 1 : in_volume, w_step = w_last ? 1 : taps;
   for (int64_t p = 0; p < out_volume; ++p)
     for (int64_t r = 0; r < taps; ++r) {
       const int64_t position[3] = {p / g.out[2] / g.out[1], p / g.out[2] % g.out[1], p % g.out[2]};
@@ -67,14 +69,18 @@ void for_products(const Case& test, Body&& body) {
       if (!inside) continue;
       for (int64_t b = 0; b < g.batch; ++b)
         for (int64_t k = 0; k < g.out_channels; ++k)
-          for (int64_t c = 0; c < channels; ++c) {
-            const int64_t in_channel = k / outputs * channels + c;
-            const int64_t w =
-                test.w_layout == Layout::channels_last ? (k * taps + r) * channels + c : (k * channels + c) * taps + r;
-            body(image_at(test.layout, g.in_channels, in_volume, b, in_channel, q), w,
-                 image_at(test.layout, g.out_channels, out_volume, b, k, p));
-          }
+          body(image_at(test.layout, g.in_channels, in_volume, b, k / outputs * channels, q),
+               k * channels * taps + r * (w_last ? channels : 1),
+               image_at(test.layout, g.out_channels, out_volume, b, k, p), x_step, w_step, channels);
     }
+}
+
+// body(x index, w index, y index) for every product of the convolution.
+template <class Body>
+void for_products(const Case& test, Body&& body) {
+  for_channels(test, [&](int64_t x_at, int64_t w_at, int64_t y_at, int64_t x_step, int64_t w_step, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) body(x_at + i * x_step, w_at + i * w_step, y_at);
+  });
 }
 
 // A sum and the sum of its terms' magnitudes.
@@ -111,12 +117,18 @@ class Test {
     saved.fill([&] { return c.kind == ActivationKind::tanh ? std::tanh(draw()) : draw(); });
     bias.fill(draw);
     in_bias.fill(draw);
+    x_values = widened(x, x_size);
+    w_values = widened(w, w_size);
   }
 
   void forward() const {
     std::vector<Sum> expected(static_cast<size_t>(y_size));
-    for_products(c, [&](int64_t x_at, int64_t w_at, int64_t y_at) {
-      expected[static_cast<size_t>(y_at)].add(x(x_at), w(w_at), std::fabs(x(x_at)));
+    for_channels(c, [&](int64_t x_at, int64_t w_at, int64_t y_at, int64_t x_step, int64_t w_step, int64_t n) {
+      const double *from = x_values.data() + x_at, *by = w_values.data() + w_at;
+      Sum sum;
+      for (int64_t i = 0; i < n; ++i, from += x_step, by += w_step) sum.add(*from, *by, std::fabs(*from));
+      expected[static_cast<size_t>(y_at)].value += sum.value;
+      expected[static_cast<size_t>(y_at)].magnitude += sum.magnitude;
     });
     const ConvForward call{.dtype = kDType<T>,
                            .layout = c.layout,
@@ -139,10 +151,12 @@ class Test {
   void backward_input(bool transposed_convolution) const {
     const ActivationKind before = transposed_convolution ? ActivationKind::identity : c.kind;
     std::vector<Sum> expected(static_cast<size_t>(x_size));
-    for_products(c, [&](int64_t x_at, int64_t w_at, int64_t y_at) {
-      double scale;
-      const double value = gradient(before, y_at, &scale);
-      expected[static_cast<size_t>(x_at)].add(value, w(w_at), scale);
+    const std::vector<Gradient> gradients = gradients_of(before);
+    for_channels(c, [&](int64_t x_at, int64_t w_at, int64_t y_at, int64_t x_step, int64_t w_step, int64_t n) {
+      const Gradient gradient = gradients[static_cast<size_t>(y_at)];
+      Sum* to = expected.data() + x_at;
+      const double* by = w_values.data() + w_at;
+      for (int64_t i = 0; i < n; ++i, to += x_step, by += w_step) to->add(gradient.value, *by, gradient.scale);
     });
     const bool biased = transposed_convolution && c.bias;
     const ActivationKind after = transposed_convolution ? c.kind : ActivationKind::identity;
@@ -166,18 +180,20 @@ class Test {
 
   void backward_weight() const {
     std::vector<Sum> w_expected(static_cast<size_t>(w_size)), bias_expected(static_cast<size_t>(g.out_channels));
-    for_products(c, [&](int64_t x_at, int64_t w_at, int64_t y_at) {
-      double scale;
-      const double value = gradient(c.kind, y_at, &scale);
-      w_expected[static_cast<size_t>(w_at)].add(value, x(x_at), scale);
+    const std::vector<Gradient> gradients = gradients_of(c.kind);
+    for_channels(c, [&](int64_t x_at, int64_t w_at, int64_t y_at, int64_t x_step, int64_t w_step, int64_t n) {
+      const Gradient gradient = gradients[static_cast<size_t>(y_at)];
+      Sum* to = w_expected.data() + w_at;
+      const double* by = x_values.data() + x_at;
+      for (int64_t i = 0; i < n; ++i, to += w_step, by += x_step) to->add(gradient.value, *by, gradient.scale);
     });
     const int64_t positions = volume(g.out);
     for (int64_t b = 0; b < g.batch; ++b)
       for (int64_t k = 0; k < g.out_channels; ++k)
         for (int64_t p = 0; p < positions; ++p) {
-          double scale;
-          const double value = gradient(c.kind, image_at(c.layout, g.out_channels, positions, b, k, p), &scale);
-          bias_expected[static_cast<size_t>(k)].add(value, 1, scale);
+          const int64_t at = image_at(c.layout, g.out_channels, positions, b, k, p);
+          const Gradient gradient = gradients[static_cast<size_t>(at)];
+          bias_expected[static_cast<size_t>(k)].add(gradient.value, 1, gradient.scale);
         }
     std::vector<T> first_w, first_bias;
     const bool with_w = (c.outputs & 1) != 0, with_bias = (c.outputs & 2) != 0;
@@ -230,11 +246,24 @@ class Test {
     return kind == ActivationKind::identity ? 0 : 16 * kCompute + (kDType<T> == DType::bf16 ? 0x1p-8 : 0);
   }
 
-  // g, and what its rounding error is relative to: 1 - y^2 cancels, so that is grad_y itself.
-  double gradient(ActivationKind kind, int64_t at, double* scale) const {
-    const double factor = kind == ActivationKind::identity ? 1 : derivative(kind, saved(at));
-    *scale = std::fabs(grad_y(at)) * std::max(1.0, std::fabs(factor));
-    return grad_y(at) * factor;
+  // g, and what its rounding error is relative to: 1 - y^2 cancels, so that is grad_y itself. Formed once for each
+  // element of y, which has many products.
+  struct Gradient {
+    double value, scale;
+  };
+  std::vector<Gradient> gradients_of(ActivationKind kind) const {
+    std::vector<Gradient> all;
+    for (int64_t i = 0; i < y_size; ++i) {
+      const double factor = kind == ActivationKind::identity ? 1 : derivative(kind, saved(i));
+      all.push_back({grad_y(i) * factor, std::fabs(grad_y(i)) * std::max(1.0, std::fabs(factor))});
+    }
+    return all;
+  }
+
+  static std::vector<double> widened(const Guarded<T>& from, int64_t size) {
+    std::vector<double> all;
+    for (int64_t i = 0; i < size; ++i) all.push_back(from(i));
+    return all;
   }
 
   static std::vector<T> joined(const Guarded<T>& y, const Guarded<T>& z) {
@@ -284,6 +313,7 @@ class Test {
   const ConvGeometry& g;
   const int64_t x_size, w_size, y_size;
   Guarded<T> x, w, grad_y, saved, bias, in_bias;
+  std::vector<double> x_values, w_values;  // what the references read, again and again
 };
 
 template <class T>

@@ -92,6 +92,15 @@ struct Operand {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < cols; ++j) at(i, j) = narrow<T>(draw());
   }
+
+  // All elements, row after row, for what reads them again and again.
+  std::vector<double> values() const {
+    std::vector<double> all;
+    all.reserve(static_cast<size_t>(rows * cols));
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; ++j) all.push_back((*this)(i, j));
+    return all;
+  }
 };
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -123,6 +132,7 @@ void test_forward(const Case& c, const Operand<T>& x, const Operand<T>& w, const
   const int64_t rs = c.n + c.y_gap;
   const size_t size = c.m > 0 && c.n > 0 ? static_cast<size_t>((c.m - 1) * rs + c.n) : 0;
   const T poison = narrow<T>(12345);
+  const std::vector<double> x_values = x.values(), w_values = w.values();
   std::vector<T> first_y, first_z;
   const LinearForward call{.dtype = kDType<T>,
                            .m = c.m,
@@ -184,9 +194,11 @@ void test_forward(const Case& c, const Operand<T>& x, const Operand<T>& w, const
           continue;
         }
         double sum = c.bias ? bias(0, j) : 0, magnitude = std::fabs(sum);
+        const double *const row = x_values.data() + i * c.k, *const by = w_values.data() + j * c.k;
         for (int64_t p = 0; p < c.k; ++p) {
-          sum += x(i, p) * w(j, p);
-          magnitude += std::fabs(x(i, p) * w(j, p));
+          const double product = row[p] * by[p];
+          sum += product;
+          magnitude += std::fabs(product);
         }
         check(got_y, got_z, i, j, sum, magnitude);
         if (!alike) check(packed_y, packed_z, i, j, sum, magnitude);
@@ -210,6 +222,7 @@ void test_backward(const Case& c, const Operand<T>& x, const Operand<T>& w, cons
       scale[at] = std::fabs(grad_y(i, j)) * std::max(1.0, std::fabs(factor));
     }
 
+  const std::vector<double> x_values = x.values(), w_values = w.values();
   const LinearBackward call{.dtype = kDType<T>,
                             .m = c.m,
                             .n = c.n,
@@ -252,9 +265,10 @@ void test_backward(const Case& c, const Operand<T>& x, const Operand<T>& w, cons
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < cols; ++j) {
           double sum = 0, magnitude = 0;
+          const double* const by = o == 0 ? w_values.data() + j : x_values.data() + j;
           for (int64_t p = 0; p < length; ++p) {
             const size_t at = static_cast<size_t>(o == 0 ? i * c.n + p : p * c.n + i);
-            const double b = o == 0 ? w(p, j) : o == 1 ? x(p, j) : 1;
+            const double b = o == 2 ? 1 : by[p * c.k];
             sum += g[at] * b;
             magnitude += scale[at] * std::fabs(b);
           }

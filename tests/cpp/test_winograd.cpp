@@ -103,6 +103,22 @@ void run_packed(ConvForward call, ConvForward::Pointers pointers, const Team& te
   packed_orders[large][reinterpret_cast<const tested::WinogradPlan*>(plan.decisions)->share_tiles] = true;
 }
 
+// Adds a[i] b[i] to expected[i] in float64 and to direct[i] in float32, and returns the largest product. The
+// sanitizers, which watch the kernels of this file, would take longer here than there.
+__attribute__((no_sanitize("address", "undefined"))) double add_products(const double* a, int64_t a_step,
+                                                                         const float* b, int64_t b_step,
+                                                                         double* expected, float* direct,
+                                                                         int64_t to_step, int64_t n) {
+  double largest = 0;
+  for (; n > 0; --n, a += a_step, b += b_step, expected += to_step, direct += to_step) {
+    const double product = *a * static_cast<double>(*b), magnitude = product < 0 ? -product : product;
+    if (magnitude > largest) largest = magnitude;
+    *expected += product;
+    *direct += static_cast<float>(*a) * *b;
+  }
+  return largest;
+}
+
 bool exact_kind(ActivationKind kind) { return kind == ActivationKind::identity || kind == ActivationKind::relu; }
 
 void test(const Case& c, unsigned seed) {
@@ -124,30 +140,30 @@ void test(const Case& c, unsigned seed) {
   w.fill(draw);
   bias.fill(draw);
 
-  // The sums in float64, and in float32 as they come.
+  // The sums in float64, and in float32 as they come. What is added up is formed once: each value has many products.
   std::vector<double> expected(static_cast<size_t>(to_size), 0.0);
   std::vector<float> direct(static_cast<size_t>(to_size), 0.0f);
   double largest = 1;
+  std::vector<double> summands;
+  for (int64_t i = 0; i < from_size; ++i) summands.push_back(c.backward ? x(i) * derivative(c.kind, saved(i)) : x(i));
+  const int64_t in_step = c.layout == Layout::channels_last ? 1 : c.height * c.width;
+  const int64_t w_step = c.w_layout == Layout::channels_last ? 1 : 9;
   for (int64_t i = 0; i < out_h; ++i)
     for (int64_t j = 0; j < out_w; ++j)
-      for (int64_t r = 0; r < 3; ++r)
-        for (int64_t s = 0; s < 3; ++s) {
-          const int64_t ii = i - c.pad_h + r, jj = j - c.pad_w + s;
-          if (ii < 0 || jj < 0 || ii >= c.height || jj >= c.width) continue;
-          for (int64_t b = 0; b < c.batch; ++b)
-            for (int64_t k = 0; k < c.outputs; ++k)
-              for (int64_t n = 0; n < c.channels; ++n) {
-                const int64_t at_in = in(b, n, ii, jj), at_out = out(b, k, i, j), tap = 3 * r + s;
-                const float weight = w[c.w_layout == Layout::channels_last ? (9 * k + tap) * c.channels + n
-                                                                           : (k * c.channels + n) * 9 + tap];
-                const int64_t from = c.backward ? at_out : at_in;
-                const size_t into = static_cast<size_t>(c.backward ? at_in : at_out);
-                const double value = c.backward ? x(from) * derivative(c.kind, saved(from)) : x(from);
-                largest = std::max(largest, std::fabs(value * static_cast<double>(weight)));
-                expected[into] += value * static_cast<double>(weight);
-                direct[into] += static_cast<float>(value) * weight;
-              }
-        }
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        const int64_t ii = i - c.pad_h + tap / 3, jj = j - c.pad_w + tap % 3;
+        if (ii < 0 || jj < 0 || ii >= c.height || jj >= c.width) continue;
+        for (int64_t b = 0; b < c.batch; ++b)
+          for (int64_t k = 0; k < c.outputs; ++k) {
+            const int64_t at_in = in(b, 0, ii, jj), at_out = out(b, k, i, j);
+            const float* const weights = w.data() + (9 * k * c.channels + tap * (w_step == 1 ? c.channels : 1));
+            const double* const from = summands.data() + (c.backward ? at_out : at_in);
+            const int64_t into = c.backward ? at_in : at_out;
+            const int64_t from_step = c.backward ? 0 : in_step, into_step = c.backward ? in_step : 0;
+            largest = std::max(largest, add_products(from, from_step, weights, w_step, expected.data() + into,
+                                                     direct.data() + into, into_step, c.channels));
+          }
+      }
   double direct_squares = 0;
   for (size_t i = 0; i < expected.size(); ++i) direct_squares += (direct[i] - expected[i]) * (direct[i] - expected[i]);
   const Image& to = c.backward ? in : out;
@@ -238,6 +254,8 @@ void test_weight(const Case& c, unsigned seed) {
   std::vector<double> expected(static_cast<size_t>(w_size + c.outputs), 0.0);
   std::vector<float> direct(expected.size(), 0.0f);
   double largest = 1;
+  const int64_t in_step = c.layout == Layout::channels_last ? 1 : c.height * c.width;
+  const int64_t w_step = c.w_layout == Layout::channels_last ? 1 : 9;
   for (int64_t b = 0; b < c.batch; ++b)
     for (int64_t k = 0; k < c.outputs; ++k)
       for (int64_t i = 0; i < out_h; ++i)
@@ -248,15 +266,9 @@ void test_weight(const Case& c, unsigned seed) {
           for (int64_t tap = 0; tap < 9; ++tap) {
             const int64_t ii = i - c.pad_h + tap / 3, jj = j - c.pad_w + tap % 3;
             if (ii < 0 || jj < 0 || ii >= c.height || jj >= c.width) continue;
-            for (int64_t n = 0; n < c.channels; ++n) {
-              const size_t to =
-                  static_cast<size_t>(c.w_layout == Layout::channels_last ? (9 * k + tap) * c.channels + n
-                                                                          : (k * c.channels + n) * 9 + tap);
-              const float value = x[in(b, n, ii, jj)];
-              largest = std::max(largest, std::fabs(gradient * static_cast<double>(value)));
-              expected[to] += gradient * static_cast<double>(value);
-              direct[to] += static_cast<float>(gradient) * value;
-            }
+            const int64_t to = 9 * k * c.channels + tap * (w_step == 1 ? c.channels : 1);
+            largest = std::max(largest, add_products(&gradient, 0, x.data() + in(b, 0, ii, jj), in_step,
+                                                     expected.data() + to, direct.data() + to, w_step, c.channels));
           }
         }
 
