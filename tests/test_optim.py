@@ -404,14 +404,26 @@ def test_averages_that_have_decayed_are_zero(cls, dtype):
     assert all((v == 0).all() for v in averages[0])
     assert all((v != 0).all() for v in averages[1])
     torch.testing.assert_close(ours, theirs)
-    if cls is not SGD:  # with eps = 0, the smallest v divides
-        p = parameters([(5,)], dtype)[0]
-        p.grad = torch.zeros_like(p)
-        optimizer = cls([p], eps=0)
-        optimizer.step()
-        optimizer.state[p]["exp_avg_sq"].fill_(tiny)
-        optimizer.step()
-        assert (optimizer.state[p]["exp_avg_sq"] != 0).all()
+
+
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls is not SGD])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("power", [None, 0.9, 0.5], ids=str)
+def test_small_averages_divide(cls, dtype, power):
+    """With a tiny eps, a step for tiny gradients is as long as for any others; it was up to 10^10 times longer."""
+    smallest = torch.finfo(dtype).smallest_normal
+    eps = 0.0 if power is None else smallest**power
+    ours = parameters([(70,)], dtype)
+    theirs = copies(ours)
+    optimizers = cls(ours, lr=0.1, eps=eps), getattr(torch.optim, cls.__name__)(theirs, lr=0.1, eps=eps)
+    for _ in range(3):
+        gradient = torch.linspace(0.3, 3, 70, dtype=dtype) * smallest**0.5
+        for optimizer, (p,) in zip(optimizers, (ours, theirs), strict=True):
+            p.grad = gradient.clone()
+            optimizer.step()
+    assert ((optimizers[1].state[theirs[0]]["exp_avg_sq"] < smallest) & (gradient > 0)).any()
+    # What is denormal has fewer bits, which are rounded in another order.
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_zero_grad():

@@ -7,8 +7,8 @@
 // Rounding is that of PyTorch's single-tensor implementation, operation by operation, in float32 and float64, so that
 // results are bitwise the same on tiers that have a fused multiply-add; but the square root is correctly rounded, which
 // MKL's is not. Of 16-bit types everything between the loads and the stores is float32: PyTorch rounds after every
-// operation. A result does not depend on the number of threads. On a CPU, m is zero where PyTorch's is denormal, and
-// so is v, unless eps is 0.
+// operation. A result does not depend on the number of threads. On a CPU, averages are zero where PyTorch's are
+// denormal; but Adam's are kept where eps is below 1e-10 (1e-130 in float64), as there the smallest v divides.
 //
 // Sources: torch/optim/sgd.py, torch/optim/adam.py.
 #pragma once
