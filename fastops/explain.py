@@ -510,7 +510,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         metavar="FILE.py:FUNCTION",
         help="a function without arguments that returns the model and its example inputs: (model, x) or (model, x, y); "
-        "a dict as the last one has those by name",
+        "a dict as the last one has those by name; an argument that is a dict comes before it: (model, batch, {})",
     )
     parser.add_argument("--html", metavar="PAGE.html", help="also write a page for a browser")
     parser.add_argument("--rounds", type=int, default=7, help="how often everything is measured in turn (default: 7)")

@@ -350,6 +350,13 @@ def build():
 def by_name():
     return nn.Linear(8, 8), {"input": torch.randn(4, 8)}
 
+class TakesDict(nn.Linear):
+    def forward(self, batch):
+        return super().forward(batch["x"])
+
+def takes_dict():
+    return TakesDict(8, 8), {"x": torch.randn(4, 8)}, {}
+
 def alone():
     return nn.Linear(8, 8)
 
@@ -389,6 +396,8 @@ def test_doctor(program, tmp_path, capsys):
     assert "advice" in printed.out
     assert "training step" not in printed.out
     assert printed.err == "fastops doctor: --html: /dev/full cannot be written: No space left on device\n"
+    assert doctor(f"{program}:takes_dict", "--no-training") == 0
+    assert capsys.readouterr().out.startswith("TakesDict, dict; ")
 
 
 @pytest.mark.parametrize(
