@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from reference import ACTIVATIONS, CONVS, DTYPES, LAYOUTS, Conv, activation, gradients, integers
 from tiers import tiers
+from torch import nn
 from torch._prims_common import suggest_memory_format
 
 import fastops
@@ -822,3 +823,42 @@ def random_conv(rng):
 
 
 RANDOM_CALLS = [random_conv]
+
+
+@pytest.mark.parametrize("images", [False, True], ids=["weight", "weight and images"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        lambda: nn.Conv2d(8, 4, 1),
+        lambda: nn.Conv2d(1, 8, 3),
+        lambda: nn.Conv2d(8, 16, 3),
+        lambda: nn.ConvTranspose2d(8, 8, 3, groups=8),
+        lambda: nn.ConvTranspose2d(8, 4, 1),
+        lambda: nn.Conv3d(8, 4, 1),
+        lambda: nn.Conv3d(1, 8, 3),
+    ],
+    ids=[
+        "depthwise",
+        "1x1",
+        "one channel",
+        "3x3",
+        "transposed depthwise",
+        "transposed 1x1",
+        "3d 1x1",
+        "3d one channel",
+    ],
+)
+def test_gradients_have_the_strides_of_weights(layer, images):
+    """Also where both layouts are the same in memory: DDP warns if they differ, and copies."""
+    plain = layer()
+    dims = plain.weight.dim() - 2
+    memory_format = torch.channels_last if dims == 2 else torch.channels_last_3d
+    x = torch.randn(2, plain.in_channels, *[6] * dims)
+    if images:
+        x = x.contiguous(memory_format=memory_format)
+    for model in (nn.Sequential(plain), nn.Sequential(layer()).to(memory_format=memory_format)):
+        fastops.replace_(model)
+        model(x).square().sum().backward()
+        weight = model[0].weight
+        assert weight.grad.stride() == weight.stride()

@@ -81,7 +81,8 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
   if (takes(grad_output, input, weight) &&
       plan(input, weight, {}, stride, padding, dilation, transposed, output_padding, groups, planned) &&
       grad_output.sizes() == IntArrayRef(transposed ? in_sizes(planned) : out_sizes(planned))) {
-    planned.w_layout = planned.layout;  // PyTorch gives the weight's gradient the layout of the images
+    // PyTorch gives the weight's gradient the layout of the images.
+    planned.w_layout = planned.w_strides = planned.layout;
     auto [grad_input, grad_weight, grad_bias] = conv_backward(grad_output, {}, input, weight, planned, {}, output_mask);
     return {grad_input, grad_weight, grad_bias};
   }

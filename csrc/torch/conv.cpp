@@ -194,7 +194,7 @@ Tensor conv_weight(const Tensor& g, const Tensor& x, const ConvPlan& plan) {
   if (!fast_door::is_plain(g) || !fast_door::is_plain(x) || is_pytorchs(plan, g)) return torch_conv_weight(g, x, plan);
   check_operand(g, x.scalar_type(), out_sizes(plan), "grad_output", g.device());
   check_operand(x, x.scalar_type(), in_sizes(plan), "input", g.device());
-  const Tensor grad_w = empty_in(weight_sizes(plan), plan.w_layout, g.scalar_type(), g.device());
+  const Tensor grad_w = empty_in(weight_sizes(plan), plan.w_strides, g.scalar_type(), g.device());
   if (plan.geometry.batch == 0)
     grad_w.zero_();
   else
@@ -387,6 +387,7 @@ std::string plan_conv(const Tensor& input, const Tensor& weight, const optional<
   const ConvLayouts layouts = conv_layouts(input, weight);
   plan.layout = layouts.image;
   plan.w_layout = layouts.weight;
+  plan.w_strides = layouts.weight_strides;
   return {};
 }
 

@@ -94,16 +94,16 @@ ConvParams make_params(at::IntArrayRef stride, at::IntArrayRef padding, at::IntA
                        int64_t groups);
 
 struct ConvLayouts {
-  Layout image, weight;
+  Layout image, weight, weight_strides;  // as in ConvPlan
 };
 // As in PyTorch, the output is channels_last if either operand is. With one dimension it is always channels first.
 inline ConvLayouts conv_layouts(const Tensor& input, const Tensor& weight) {
-  if (weight.dim() == 3) return {Layout::channels_first, Layout::channels_first};
+  if (weight.dim() == 3) return {Layout::channels_first, Layout::channels_first, Layout::channels_first};
   const bool image = suggests_channels_last(input) || suggests_channels_last(weight);
-  const bool last = !weight.is_contiguous_or_false() &&
-                    weight.is_contiguous_or_false(format_of(Layout::channels_last, static_cast<int>(weight.dim() - 2)));
-  return {image ? Layout::channels_last : Layout::channels_first,
-          last ? Layout::channels_last : Layout::channels_first};
+  const bool last = weight.is_contiguous_or_false(format_of(Layout::channels_last, static_cast<int>(weight.dim() - 2)));
+  const bool first = weight.is_contiguous_or_false();
+  const auto layout = [](bool last) { return last ? Layout::channels_last : Layout::channels_first; };
+  return {layout(image), layout(last && !first), layout(last && (!first || suggests_channels_last(weight)))};
 }
 
 // Uninitialised tensors for the gradients of input, weight and bias that are wanted.
@@ -112,7 +112,7 @@ std::array<Tensor, 3> new_gradients(Sizes<Int> input, Sizes<Int> weight, const I
                                     at::ScalarType type, at::Device device, std::array<bool, 3> output_mask) {
   std::array<Tensor, 3> out;
   if (output_mask[0]) out[0] = empty_in<Int>(input, layouts.image, type, device);
-  if (output_mask[1]) out[1] = empty_in<Int>(weight, layouts.weight, type, device);
+  if (output_mask[1]) out[1] = empty_in<Int>(weight, layouts.weight_strides, type, device);
   if (output_mask[2]) out[2] = new_tensor<Int>({outputs}, type, device);
   return out;
 }
@@ -121,7 +121,7 @@ inline std::array<Tensor, 3> new_gradients(const ConvPlan& plan, at::ScalarType 
                                            bool of_nothing, at::Device device = at::kCPU) {
   const int64_t outputs = plan.transposed ? plan.geometry.in_channels : plan.geometry.out_channels;
   auto out = new_gradients<int64_t>(plan.transposed ? out_sizes(plan) : in_sizes(plan), weight_sizes(plan), outputs,
-                                    {plan.layout, plan.w_layout}, type, device, output_mask);
+                                    {plan.layout, plan.w_layout, plan.w_strides}, type, device, output_mask);
   if (of_nothing)
     for (Tensor& gradient : out)
       if (gradient.defined()) gradient.zero_();
@@ -132,15 +132,16 @@ inline std::array<Tensor, 3> new_gradients(const ConvPlan& plan, at::ScalarType 
 inline std::vector<int64_t> pack_plan(const ConvPlan& plan) {
   static_assert(sizeof(ConvGeometry) % sizeof(int64_t) == 0);
   std::vector<int64_t> values{plan.dims, plan.transposed, static_cast<int64_t>(plan.layout),
-                              static_cast<int64_t>(plan.w_layout)};
+                              static_cast<int64_t>(plan.w_layout), static_cast<int64_t>(plan.w_strides)};
   values.resize(values.size() + sizeof(ConvGeometry) / sizeof(int64_t));
-  std::memcpy(values.data() + 4, &plan.geometry, sizeof(ConvGeometry));
+  std::memcpy(values.data() + 5, &plan.geometry, sizeof(ConvGeometry));
   return values;
 }
 inline ConvPlan unpack_plan(const std::vector<int64_t>& values) {
-  ConvPlan plan{
-      static_cast<int>(values[0]), values[1] != 0, static_cast<Layout>(values[2]), static_cast<Layout>(values[3]), {}};
-  std::memcpy(&plan.geometry, values.data() + 4, sizeof(ConvGeometry));
+  ConvPlan plan{static_cast<int>(values[0]),    values[1] != 0,
+                static_cast<Layout>(values[2]), static_cast<Layout>(values[3]),
+                static_cast<Layout>(values[4]), {}};
+  std::memcpy(&plan.geometry, values.data() + 5, sizeof(ConvGeometry));
   return plan;
 }
 

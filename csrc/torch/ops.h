@@ -66,6 +66,9 @@ struct ConvPlan {
   int dims;
   bool transposed;
   Layout layout, w_layout;
+  // The weight's own strides, for its gradient: where a kernel of one element or a single channel makes both layouts
+  // the same in memory, their strides differ still, and DDP's buckets have the weight's.
+  Layout w_strides;
   ConvGeometry geometry;
 };
 // The op's name in record(): "conv2d", "conv_transpose1d_backward".
