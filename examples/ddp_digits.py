@@ -2,10 +2,12 @@
 
     pip install scikit-learn
     torchrun --nproc-per-node 2 examples/ddp_digits.py
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun --nproc-per-node 2 --max-restarts 1 examples/ddp_digits.py --checkpoint /tmp/digits.pt --fail-at 15
 
-The second line stops one process at step 15. torchrun starts all of them again, and they go on from the last
-checkpoint. For more than one machine: examples/multi_node.sh.
+The last line stops one process at step 15. torchrun starts all of them again, and they go on from the last
+checkpoint. Without the variable they may look for each other at a store that outlives the failure, and find processes
+that are gone (torch 2.13). For more than one machine: examples/multi_node.sh.
 """
 
 import argparse

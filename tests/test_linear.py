@@ -187,6 +187,17 @@ def test_float32_denormals_survive(isa):
     exact(FF.linear(x, w), x)
 
 
+@pytest.mark.parametrize("kind", ["relu", "leaky_relu", "gelu", "silu", "tanh"])
+def test_tiny_gradients_survive(isa, kind):
+    """A derivative loses what is tiny beside the gradient, not what is tiny as the gradient is."""
+    x, w, g = torch.randn(70, 130), 0.1 * torch.randn(150, 130), 1e-30 * torch.randn(70, 150)
+    ours, wide = leaves(x, w), leaves(x.double(), w.double())
+    FF.linear(*ours, activation=kind).backward(g)
+    getattr(F, kind)(F.linear(*wide)).backward(g.double())
+    for p, q in zip(ours, wide, strict=True):
+        assert (p.grad - q.grad).abs().max() < 1e-6 * q.grad.abs().max()
+
+
 def test_float16_saturates_like_pytorch(isa):
     x, w = torch.full((2, 8), 200.0).half(), torch.full((3, 8), 200.0).half()
     assert FF.linear(x, w).isinf().all()

@@ -59,15 +59,17 @@ RowForward<S> row_forward(ActivationKind kind) {
   return find_forward_row<Compute<S>, S>(kind);
 }
 
-// A derivative without tiny results: what is below 2^-100 (2^-1000) is zero. A product would use each of them many
-// times. On Intel's processors a multiply-add with a denormal number takes 100 cycles and more, and bf16 parts lose
-// what is below 2^-103.
+// A derivative without tiny results: what is below 2^-100 (2^-1000), and below 2^-30 (2^-60) of the gradient, is zero.
+// A product would use each of them many times. On Intel's processors a multiply-add with a denormal number takes 100
+// cycles and more, and bf16 parts lose what is below 2^-103.
 template <class Kind>
 struct WithoutTiny {
   template <class S, class C = Compute<S>>
   static FASTOPS_FN Vec<C> backward(Vec<C> g, Vec<C> saved, const Parameters<S>& p) {
     const Vec<C> result = Kind::backward(g, saved, p);
-    return select(lt(abs(result), set<C>(is_single<C> ? 0x1p-100 : 0x1p-1000)), Vec<C>::zero(), result);
+    const Vec<C> of_gradient = abs(g) * set<C>(is_single<C> ? 0x1p-30 : 0x1p-60);
+    const Vec<C> least = min(set<C>(is_single<C> ? 0x1p-100 : 0x1p-1000), of_gradient);
+    return select(lt(abs(result), least), Vec<C>::zero(), result);
   }
 };
 

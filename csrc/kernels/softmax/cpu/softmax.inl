@@ -87,7 +87,7 @@ inline void softmax_row(const S* x, S* y, int64_t size) {
     const Shares<C> shares(V::set1(static_cast<C>(sum)));
     by_vectors<C>(0, size, [&](int64_t i, auto load, auto store) {
       if constexpr (is_half<S>)
-        store(shares.of(exp_of<S>(load(x + i) - most)), y + i);
+        store(exp_of<S>(load(x + i) - most) * shares.scale, y + i);
       else
         store(shares.of(load(y + i)), y + i);
     });
@@ -157,7 +157,7 @@ inline void softmax_strip(const S* x, S* y, int64_t size, int64_t inner, int cou
       if constexpr (log)
         store(load(x + at) - most.v[k] - sum.v[k], y + at);
       else if constexpr (is_half<S>)
-        store(shares[k].of(exp_of<S>(load(x + at) - most.v[k])), y + at);
+        store(exp_of<S>(load(x + at) - most.v[k]) * shares[k].scale, y + at);
       else
         store(shares[k].of(load(y + at)), y + at);
     });
