@@ -14,6 +14,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
+from setuptools.command.egg_info import egg_info
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -93,20 +94,26 @@ class BuildExtension(build_ext):
             self.copy_file(str(self._package / name), str(HERE / "fastops" / name))
 
 
-class DistInfo(dist_info):
-    """Says that torch is missing before pip starts to download one that nothing was compiled against.
-
-    What is built runs with the minor version of torch that it is compiled against, and asks for that one.
-    """
+class EggInfo(egg_info):
+    """Of what is built: it runs with the minor version of torch that it is compiled against, and asks for that one."""
 
     def run(self) -> None:
-        _, version = find_torch()
-        only = [f"torch=={'.'.join(version.split('.')[:2])}.*"]
-        self.distribution.install_requires = self.distribution.metadata.install_requires = only
+        if "sdist" not in self.distribution.commands:
+            _, version = find_torch()
+            only = [f"torch=={'.'.join(version.split('.')[:2])}.*"]
+            self.distribution.install_requires = self.distribution.metadata.install_requires = only
+        super().run()
+
+
+class DistInfo(dist_info):
+    """Says that torch is missing before pip starts to download one that nothing was compiled against."""
+
+    def run(self) -> None:
+        find_torch()
         super().run()
 
 
 setup(
     ext_modules=[Extension("fastops._C", sources=[])],
-    cmdclass={"build_ext": BuildExtension, "dist_info": DistInfo},
+    cmdclass={"build_ext": BuildExtension, "dist_info": DistInfo, "egg_info": EggInfo},
 )

@@ -152,6 +152,18 @@ def test_sources_are_all_there_and_nothing_else(tmp_path: Path) -> None:
     assert left_out == {".gitignore"}
 
 
+@pytest.mark.parametrize("command", ["egg_info", "sdist"])
+def test_what_is_built_asks_for_its_torch_and_sources_do_not(command: str, tmp_path: Path) -> None:
+    """setuptools before 70 writes a wheel's metadata from egg_info's."""
+    more = ["sdist", "-d", tmp_path] if command == "sdist" else []
+    command_line = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path, *more]
+    subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, check=True)
+    metadata = (tmp_path / "fastops.egg-info" / "PKG-INFO").read_text()
+    minor = ".".join(torch.__version__.split(".")[:2])
+    asked = ">=2.11" if command == "sdist" else f"=={minor}.*"
+    assert re.findall("^Requires-Dist: torch.*$", metadata, re.MULTILINE) == [f"Requires-Dist: torch{asked}"]
+
+
 def test_setup_without_torch_says_what_to_run(sources: Path, tmp_path: Path) -> None:
     result = describe_in_isolation(sources, tmp_path, None)
     assert result.returncode == 1
