@@ -38,11 +38,11 @@ inline Vec<C> weight_of(Vec<C> d) {
   return select(lt(d, set<C>(is_single<C> ? -69.3 : -623.8)), Vec<C>::zero(), exp_of<S>(d));
 }
 
-// Divides by `sum`; what would be below the normal numbers is zero.
+// Divides by `sum`, which is 1 / scale; what would be below the normal numbers is zero.
 template <class C>
 struct Shares {
   Vec<C> scale, least;
-  explicit Shares(Vec<C> sum) : scale(set<C>(1) / sum), least(set<C>(is_single<C> ? 0x1p-126 : 0x1p-1022) * sum) {}
+  Shares(Vec<C> sum, Vec<C> scale) : scale(scale), least(set<C>(is_single<C> ? 0x1p-126 : 0x1p-1022) * sum) {}
   Shares() = default;
   Vec<C> of(Vec<C> e) const { return select(lt(e, least), Vec<C>::zero(), e) * scale; }
 };

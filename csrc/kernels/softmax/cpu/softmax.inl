@@ -84,7 +84,7 @@ inline void softmax_row(const S* x, S* y, int64_t size) {
     const V less = log_of(V::set1(static_cast<C>(sum)));
     by_vectors<C>(0, size, [&](int64_t i, auto load, auto store) { store(load(x + i) - most - less, y + i); });
   } else {
-    const Shares<C> shares(V::set1(static_cast<C>(sum)));
+    const Shares<C> shares(V::set1(static_cast<C>(sum)), V::set1(static_cast<C>(1 / sum)));
     by_vectors<C>(0, size, [&](int64_t i, auto load, auto store) {
       if constexpr (is_half<S>)
         store(exp_of<S>(load(x + i) - most) * shares.scale, y + i);
@@ -150,7 +150,7 @@ inline void softmax_strip(const S* x, S* y, int64_t size, int64_t inner, int cou
     if constexpr (log)
       sum.v[k] = log_of(sum.v[k]);
     else
-      shares[k] = Shares<C>(sum.v[k]);
+      shares[k] = Shares<C>(sum.v[k], set<C>(1) / sum.v[k]);
   for (int64_t j = 0; j < size; ++j)
     by_strip<C>(count, [&](int k, auto load, auto store) {
       const int64_t at = j * inner + k * V::size;
