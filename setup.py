@@ -13,7 +13,6 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.command.dist_info import dist_info
 from setuptools.command.egg_info import egg_info
 
 HERE = Path(__file__).resolve().parent
@@ -95,7 +94,10 @@ class BuildExtension(build_ext):
 
 
 class EggInfo(egg_info):
-    """Of what is built: it runs with the minor version of torch that it is compiled against, and asks for that one."""
+    """Of what is built: it runs with the minor version of torch that it is compiled against, and asks for that one.
+
+    Where torch is missing, this says so before pip starts to download one that nothing was compiled against.
+    """
 
     def run(self) -> None:
         if "sdist" not in self.distribution.commands:
@@ -105,15 +107,7 @@ class EggInfo(egg_info):
         super().run()
 
 
-class DistInfo(dist_info):
-    """Says that torch is missing before pip starts to download one that nothing was compiled against."""
-
-    def run(self) -> None:
-        find_torch()
-        super().run()
-
-
 setup(
     ext_modules=[Extension("fastops._C", sources=[])],
-    cmdclass={"build_ext": BuildExtension, "dist_info": DistInfo, "egg_info": EggInfo},
+    cmdclass={"build_ext": BuildExtension, "egg_info": EggInfo},
 )
