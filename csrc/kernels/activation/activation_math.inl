@@ -210,7 +210,7 @@ struct Elu {  // and selu, celu
   }
   template <class S, class C = Compute<S>>
   static FASTOPS_FN Vec<C> backward(Vec<C> g, Vec<C> x, const Parameters<S>& p) {
-    const Vec<C> e = exp<S>(clamp(x * p.c, -exp_limit<C>, exp_limit<C>));
+    const Vec<C> e = exp_of_any<S>(x * p.c);
     return select(gt(x, Vec<C>::zero()), g * p.b, g * (p.a * p.c * e));
   }
   template <class S, class C = Compute<S>>

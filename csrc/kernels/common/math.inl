@@ -96,15 +96,14 @@ FASTOPS_FN Vec<T> exp_series(Vec<T> r) {
 template <class T>
 constexpr double least_exponent = is_single<T> ? -124 : -1020;
 
-// exp(x) = (1 + p) 2^n, as the parts p and n. t exp(x) is scale(fma(t, p, t), n), which rounds once. Zero has p = -1.
+// exp(x) = (1 + p) 2^n, as the parts p and n. t exp(x) is t + t p times 2^n, which rounds once.
 template <class T>
 struct ExpParts {
   Vec<T> p, n;
 };
 template <class S, class T>
 FASTOPS_FN ExpParts<T> exp_parts(Reduced<T> x) {
-  const Vec<T> p = fma(x.r * x.r, exp_series<S>(x.r), x.r);
-  return {select(lt(x.n, set<T>(least_exponent<T>)), set<T>(-1), p), x.n};
+  return {fma(x.r * x.r, exp_series<S>(x.r), x.r), x.n};
 }
 template <class S, class T>
 FASTOPS_FN ExpParts<T> exp_parts(Vec<T> x) {
@@ -116,19 +115,28 @@ FASTOPS_FN ExpParts<T> exp_parts(Vec<T> x, Vec<T> low) {
   const Reduced<T> reduced = reduce_by_ln2<S>(x);
   return exp_parts<S>(Reduced<T>{reduced.n, reduced.r + low});
 }
+// These two are for x <= 88 (709).
 template <class T>
 FASTOPS_FN Vec<T> times_exp(Vec<T> t, ExpParts<T> e) {
-  return scale(fma(t, e.p, t), e.n);
+  return scale_from(set<T>(least_exponent<T>), fma(t, e.p, t), e.n);
 }
 template <class T>
 FASTOPS_FN Vec<T> whole_exp(ExpParts<T> e) {
-  return scale(set<T>(1) + e.p, e.n);
+  return scale_from(set<T>(least_exponent<T>), set<T>(1) + e.p, e.n);
 }
 
-// exp(x) for |x| <= 170 (1400).
+// exp(x) for -170 <= x <= 88 (-1400, 709).
 template <class S, class T>
 FASTOPS_FN Vec<T> exp(Vec<T> x) {
   return whole_exp(exp_parts<S>(x));
+}
+
+// exp(x) for all x; it may be infinite.
+template <class S, class T>
+FASTOPS_FN Vec<T> exp_of_any(Vec<T> x) {
+  const ExpParts<T> e = exp_parts<S>(clamp(x, is_single<T> ? -90 : -720, is_single<T> ? 90 : 720));
+  const Vec<T> least = set<T>(least_exponent<T>);
+  return select(lt(e.n, least), Vec<T>::zero(), scale(set<T>(1) + e.p, max(least, e.n)));
 }
 
 // exp(x) - 1 for x <= 88 (709), accurate near 0.
@@ -188,9 +196,9 @@ constexpr float kCoarsePowers[kTableColumns] = {
 FASTOPS_FN VecF coarse_exp_minus(VecF t) {
   const VecF shifted = fma(t, set<float>(-1.4426950408889634), set<float>(0x1.8p18));  // rounded to multiples of 1/32
   const VecF n = shifted - set<float>(0x1.8p18), minus_r = fma(n, set<float>(0.6931471805599453), t);
-  const VecF power =
-      select(lt(n, set<float>(least_exponent<float>)), VecF::zero(), look_up(kCoarsePowers, columns_of(shifted, 0)));
-  return scale(fnma(power, minus_r, power), n);  // this scale uses floor(n); `power` is the rest of 2^n
+  const VecF power = look_up(kCoarsePowers, columns_of(shifted, 0));
+  // It scales by floor(n); `power` is the rest of 2^n.
+  return scale_from(set<float>(least_exponent<float>), fnma(power, minus_r, power), n);
 }
 
 #endif

@@ -143,6 +143,10 @@ FASTOPS_FN VecF round(VecF a) { return {(a.v + 0x1.8p23f) - 0x1.8p23f}; }
 FASTOPS_FN VecD round(VecD a) { return {(a.v + 0x1.8p52) - 0x1.8p52}; }
 FASTOPS_FN VecF power_of_two(VecF n) { return {of_bits(bits_of(n.v + (0x1.8p23f + 127)) << 23)}; }
 FASTOPS_FN VecD power_of_two(VecD n) { return {of_bits(bits_of(n.v + (0x1.8p52 + 1023)) << 52)}; }
+template <class T>
+FASTOPS_FN Vec<T> scale_from(Vec<T> least, Vec<T> x, Vec<T> n) {
+  return x * (n.v >= least.v ? power_of_two(n) : Vec<T>::zero());
+}
 // Multiplies by two powers of two, as 2^n alone may not be a normal number. At most one of the two products rounds.
 template <class T>
 FASTOPS_FN Vec<T> scale(Vec<T> x, Vec<T> n) {
