@@ -125,6 +125,16 @@ MODELS = {
     "small": lambda: (SimpleNet(), image(10)),
     "deep": lambda: (nn.Sequential(*(nn.Linear(8, 8) for _ in range(20))), image(8)),
     "convnet": lambda: (ConvNet(), image(1, 28, 28)),
+    "planes": lambda: (  # which conv_max_pool leaves as they are, and a convolution does not
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1),
+                      nn.MaxPool2d(2), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.LazyLinear(4)),
+        image(3, 40, 36),
+    ),
+    "large": lambda: (  # copies and sums of many elements, whose innermost dimension is long, and one of three
+        function(lambda parts, x: (parts[0](x) + x.permute(0, 2, 3, 1).reshape(-1, 3, 150, 130)) * x[:, :1],
+                 nn.Conv2d(3, 3, 1)),
+        image(3, 150, 130),
+    ),
     "resnet": lambda: (
         nn.Sequential(nn.Conv2d(3, 16, 7, 2, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1), Residual(16, 16, 1),
                       Residual(16, 32, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)),

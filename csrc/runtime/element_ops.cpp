@@ -7,8 +7,10 @@
 #define FASTOPS_HOST_FN inline
 namespace fastops::runtime {
 namespace {
+#include "../kernels/common/cpu/crew.inl"
+#include "../kernels/common/cpu/threads.inl"
 #include "../kernels/common/half.inl"
-}
+}  // namespace
 }  // namespace fastops::runtime
 
 namespace fastops::runtime {
@@ -41,17 +43,25 @@ struct Loops {
 
   Loops(const Shape& shape, const View* const (&tensors)[kTensors]) {
     // From the outermost to the innermost dimension of the last tensor, which is the one that is written.
-    int order[kMostDims];
-    for (int i = 0; i < shape.rank; ++i) order[i] = i;
-    std::stable_sort(order, order + shape.rank, [&](int i, int j) {
+    int order[kMostDims], dims = 0;
+    for (int i = 0; i < shape.rank; ++i)
+      if (shape[i] > 1) order[dims++] = i;
+    std::stable_sort(order, order + dims, [&](int i, int j) {
       return tensors[kTensors - 1]->strides[i] > tensors[kTensors - 1]->strides[j];
     });
-    for (int i = 0; i < shape.rank; ++i) {
+    const auto join = [&](int outer, int inner) {  // whether they are one dimension
+      for (const View* tensor : tensors)
+        if (tensor->strides[outer] != tensor->strides[inner] * shape[inner]) return false;
+      return true;
+    };
+    // Channels of an image: rows of three would be as many calls as there are positions.
+    if (dims > 1) {
+      int &outer = order[dims - 2], &inner = order[dims - 1];
+      if (shape[inner] < kShort && shape[inner] < shape[outer] && !join(outer, inner)) std::swap(outer, inner);
+    }
+    for (int i = 0; i < dims; ++i) {
       const int dim = order[i];
-      if (shape[dim] == 1) continue;
-      bool joined = rank > 0;
-      for (int t = 0; joined && t < kTensors; ++t)
-        joined = strides[t][rank - 1] == tensors[t]->strides[dim] * shape[dim];
+      const bool joined = i > 0 && join(order[i - 1], dim);
       const int at = joined ? rank - 1 : rank++;
       sizes[at] = joined ? sizes[at] * shape[dim] : shape[dim];
       for (int t = 0; t < kTensors; ++t) strides[t][at] = tensors[t]->strides[dim];
@@ -59,24 +69,33 @@ struct Loops {
     if (rank == 0) sizes[rank++] = 1;
   }
 
-  // row(offsets, count, strides), all in elements.
+  // row(offsets, count, strides), all in elements, by the members of a team.
   template <class Row>
-  void run(Row row) const {
-    int64_t at[kMostDims] = {}, offsets[kTensors] = {};
-    int64_t inner[kTensors];
-    for (int t = 0; t < kTensors; ++t) inner[t] = strides[t][rank - 1];
-    for (;;) {
-      row(offsets, sizes[rank - 1], inner);
-      int dim = rank - 2;
-      for (; dim >= 0; --dim) {
-        for (int t = 0; t < kTensors; ++t) offsets[t] += strides[t][dim];
-        if (++at[dim] < sizes[dim]) break;
-        for (int t = 0; t < kTensors; ++t) offsets[t] -= strides[t][dim] * sizes[dim];
-        at[dim] = 0;
-      }
-      if (dim < 0) return;
-    }
+  void run(const Team& team, Row row) const {
+    const int64_t count = sizes[rank - 1], pieces = ceil_div(count, kPiece);
+    int64_t units = pieces;
+    for (int dim = 0; dim < rank - 1; ++dim) units *= sizes[dim];
+    parallel(team, threads_for(team, units / pieces * count, units, kPerThread), [&](Crew& crew) {
+      crew.each(units, [&](int64_t unit) {
+        const int64_t first = unit % pieces * kPiece;
+        int64_t offsets[kTensors], inner[kTensors];
+        for (int t = 0; t < kTensors; ++t) {
+          inner[t] = strides[t][rank - 1];
+          offsets[t] = first * inner[t];
+        }
+        int64_t outer = unit / pieces;
+        for (int dim = rank - 2; dim >= 0; outer /= sizes[dim--])
+          for (int t = 0; t < kTensors; ++t) offsets[t] += outer % sizes[dim] * strides[t][dim];
+        row(offsets, smaller(kPiece, count - first), inner);
+      });
+    });
   }
+
+ private:
+  static constexpr int64_t kShort = 16;    // an innermost dimension
+  static constexpr int64_t kPiece = 8192;  // elements of a unit of work
+  // The least number of elements for one more thread: some 10 us.
+  static constexpr int64_t kPerThread = 16384;
 };
 
 template <class T, class U>
@@ -95,7 +114,7 @@ void copy_elements(Builder& b, const View& from, const View& to) {
   b.step({from, to}, [=](const Run& run) {
     const T* const source = static_cast<const T*>(run.at(from));
     U* const target = static_cast<U*>(run.at(to));
-    loops.run([&](const int64_t* offsets, int64_t count, const int64_t* strides) {
+    loops.run(run.team, [&](const int64_t* offsets, int64_t count, const int64_t* strides) {
       if (strides[0] == 1 && strides[1] == 1)
         copy_row(source + offsets[0], target + offsets[1], count, 1, 1);
       else
@@ -140,7 +159,7 @@ View elementwise(Builder& b, const View& x, const View& y) {
       const T* const p = static_cast<const T*>(run.at(x));
       const T* const q = static_cast<const T*>(run.at(y));
       T* const to = static_cast<T*>(run.at(z));
-      loops.run([&](const int64_t* at, int64_t count, const int64_t* s) {
+      loops.run(run.team, [&](const int64_t* at, int64_t count, const int64_t* s) {
         if (s[0] == 1 && s[1] == 1 && s[2] == 1)
           row_of<Op>(p + at[0], q + at[1], to + at[2], count, 1, 1, 1);
         else

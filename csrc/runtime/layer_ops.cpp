@@ -120,9 +120,9 @@ Image image_of(Builder& b, const View& x, int dims, Layout layout) {
   return {b.dense(x, layout), dims, layout};
 }
 
-Layout weight_layout(Builder& b, int dims) {
+Layout weight_layout(Builder& b) {
   const auto layout = static_cast<Layout>(b.integer(2, 0, 1));
-  b.require(dims > 1 || layout == Layout::channels_first, "weights of one dimension are channels first");
+  b.require(b.integer(0, 1, 3) > 1 || layout == Layout::channels_first, "weights of one dimension are channels first");
   return layout;
 }
 
@@ -133,10 +133,10 @@ struct Convolution {
   const void* bias;
   ConvGeometry geometry;
 };
-Convolution convolution_of(Builder& b) {
+Convolution convolution_of(Builder& b, Layout layout) {
   const int dims = static_cast<int>(b.integer(0, 1, 3));
   const View input = b.input(0), w = b.weight(1, input.type, dims + 2);
-  const Image x = image_of(b, input, dims, weight_layout(b, dims));
+  const Image x = image_of(b, input, dims, layout);
   const ConvGeometry geometry = geometry_of(b, x.view, w, dims);
   const View bias = b.has(2) ? b.weight(2, input.type, 1) : View{};
   b.require(!b.has(2) || bias.shape[0] == geometry.out_channels, "its bias has to have ", geometry.out_channels,
@@ -163,15 +163,21 @@ View convolve(Builder& b, const Convolution& c, Activation f, const View* residu
 }
 
 // ... residual?; texts: activation; floats: a, b
-View conv(Builder& b) { return convolve(b, convolution_of(b), b.activation(), b.has(3) ? &b.input(3) : nullptr); }
+View conv(Builder& b) {
+  const Convolution c = convolution_of(b, weight_layout(b));
+  return convolve(b, c, b.activation(), b.has(3) ? &b.input(3) : nullptr);
+}
 
 // ... and ints: the pool's sizes; texts: identity or relu
 View conv_max_pool(Builder& b) {
-  const Convolution c = convolution_of(b);
+  // Planes stay planes: of few channels these have a kernel of their own, and others take as long in either layout.
+  const Layout w_layout = weight_layout(b);
+  const bool planes = b.input(0).type == Element::f32 && is_dense(b.input(0));
+  const Convolution c = convolution_of(b, planes ? Layout::channels_first : w_layout);
   const View x = c.x.view;
   ConvPoolForward call{.dtype = dtype_of(x),
                        .layout = c.x.layout,
-                       .w_layout = c.x.layout,
+                       .w_layout = w_layout,
                        .geometry = c.geometry,
                        .pool = {1, 1, 1},
                        .with_bias = c.bias != nullptr,

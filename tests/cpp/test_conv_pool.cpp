@@ -213,8 +213,20 @@ void test_dtype(bool quick) {
   first(20, 1, 3, 5, 7, false);
   first(1, 3, 2, 180, 66, false);
   first(2, 1, 6, 28, 28, true);
+  if constexpr (sizeof(T) >= 4) {  // two threads share one image
+    const Guarded<T> x(56 * 28, true), w(32 * 9, true), y(32 * 28 * 14, true);
+    const ConvPoolForward call{.dtype = kDType<T>,
+                               .layout = Layout::channels_first,
+                               .w_layout = Layout::channels_first,
+                               .geometry = make(1, 1, 32, 1, {56, 28}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, {1, 1}),
+                               .pool = {1, 2, 2}};
+    asked = 0;
+    run_call(call, {x.data(), w.data(), nullptr, y.data()}, {2, run_and_note});
+    if (asked != 2 && ++failures <= 20) std::printf("one image of 56x28 asked for %d threads, not 2\n", asked);
+  }
   // Blocks of images; windows of all shapes, with rows and columns left over.
   check(make(3, 6, 8, 1, {40, 41}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, {1, 1}), {1, 2, 2}, Layout::channels_first, false);
+  check(make(7, 2, 20, 1, {80, 80}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, {1, 1}), {1, 2, 2}, Layout::channels_last, true);
   check(make(3, 6, 35, 1, {90, 90}, {1, 1}, {1, 1}, {0, 0}, {1, 1}, {0, 0}), {1, 3, 2}, Layout::channels_first, true);
   check(make(2, 3, 5, 1, {6, 7, 9}, {2, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 1, 1}, {0, 1, 1}), {2, 2, 3},
         Layout::channels_last, false);

@@ -139,6 +139,20 @@ void test_dtype(bool quick) {
     }
     test_block<T>(call, step, kTeams[step % 4], step % 2 == 0);
   }
+  // Two threads share one small image, as the last blocks of a mobile network are given it.
+  InvertedResidualForward call{};
+  call.batch = 1;
+  call.in_channels = call.out_channels = 40;
+  call.wide_channels = 240;
+  call.with_expand = call.with_project = call.with_residual = true;
+  for (int i = 0; i < 2; ++i) {
+    call.kernel[i] = 3;
+    call.stride[i] = call.padding[i] = call.dilation[i] = 1;
+    call.in[i] = 7;
+  }
+  asked = 0;
+  test_block<T>(call, 1, {2, run_and_note}, true);
+  if (asked != 2 && ++failures <= 20) std::printf("one image of 7x7 asked for %d threads, not 2\n", asked);
 }
 
 }  // namespace

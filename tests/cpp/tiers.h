@@ -59,6 +59,12 @@ inline void run_late(int threads, Region::Body body, void* context) {
   region.lead();
   for (std::thread& t : others) t.join();
 }
+// How many threads the last kernel has asked its team for; 0 before one has.
+inline int asked = 0;
+inline void run_and_note(int threads, Region::Body body, void* context) {
+  asked = threads;
+  run_threads(threads, body, context);
+}
 
 const Team kTeams[] = {{1, nullptr}, {2, run_threads}, {3, run_threads}, {3, run_at_most_two}, {3, run_late}};
 

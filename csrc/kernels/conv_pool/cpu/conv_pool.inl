@@ -11,6 +11,7 @@
 // shared by the whole team, as every block costs a pass over the weight gradient.
 constexpr int64_t kPoolBlockBytes = 1 << 20;
 constexpr int64_t kUnpoolBlockBytes = 8 << 20;
+constexpr int64_t kManyBlocks = 4;  // a thread's, of which one more is little
 
 inline void pooled_size(const ConvGeometry& g, const int64_t* pool, int64_t* pooled) {
   for (int d = 0; d < 3; ++d) pooled[d] = g.out[d] / pool[d];
@@ -107,8 +108,12 @@ ConvPoolPlan plan_conv_pool(const Bound<ConvPoolForward>& args, int threads) {
   ConvPoolPlan plan{};
   plan.images = images_in_block<T>(args, kPoolBlockBytes);
   plan.blocks = ceil_div(g.batch, plan.images);
+  plan.images = ceil_div(g.batch, plan.blocks);
+  plan.blocks = ceil_div(g.batch, plan.images);
   plan.rest = g.batch - (plan.blocks - 1) * plan.images;
-  plan.workers = plan.blocks >= threads ? 1 : threads;
+  // Each its own, unless some threads would have nothing to do for a part of the time. 64 x 32 x 14 x 14 -> 64 on two
+  // threads, AMD Zen 1: blocks of 20, 20, 20 and 4 images 6.3 ms, of 16 5.1; on one thread 9.8.
+  plan.workers = plan.blocks % threads == 0 || plan.blocks >= kManyBlocks * threads ? 1 : threads;
   const ConvPoolSteps whole(args, plan.images, plan.workers), last(args, plan.rest, plan.workers);
   plan.packed = whole.conv.packed + last.conv.packed > 0;
   plan.conv_bytes = larger(whole.conv.workspace, last.conv.workspace);

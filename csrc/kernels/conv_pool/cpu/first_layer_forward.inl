@@ -41,17 +41,20 @@ PooledPlan plan_pooled(const ConvGeometry& g, bool weights, int threads) {
   plan.cols = g.out[2] / 2;
   plan.row = padded_row<T>(g.in[2], g.padding[2], 2 * plan.cols + 2, 2);
   const int64_t fit = kBandBytes / (g.in_channels * plan.row.elements() * kT);
+  const double work =
+      72.0 * static_cast<double>(g.batch * plan.rows * plan.cols) * static_cast<double>(g.in_channels * g.out_channels);
+  const auto useful = static_cast<int64_t>(
+      smaller(static_cast<double>(threads), larger(1.0, work / static_cast<double>(kFlopPerThread))));
   plan.band = smaller(larger<int64_t>((fit - 2) / 2, 4), plan.rows);
+  // Where there are fewer images than threads, all of these get a band. Sums of the weights' gradient must not depend
+  // on the number of threads.
+  if (!weights) plan.band = smaller(plan.band, ceil_div(plan.rows, ceil_div(useful, g.batch)));
   plan.bands = ceil_div(plan.rows, plan.band);
   plan.units = g.batch * plan.bands;
   plan.plane = (2 * plan.band + 2) * plan.row.elements();
   plan.chunks = weights ? smaller(plan.units, kLastChunks) : 0;
   plan.sums = g.out_channels * (9 * g.in_channels + 1) * S;
-  const double work =
-      72.0 * static_cast<double>(g.batch * plan.rows * plan.cols) * static_cast<double>(g.in_channels * g.out_channels);
-  const int64_t most = weights ? plan.chunks : plan.units;
-  plan.threads = static_cast<int>(larger(
-      1.0, smaller(static_cast<double>(smaller<int64_t>(threads, most)), work / static_cast<double>(kFlopPerThread))));
+  plan.threads = static_cast<int>(smaller(useful, weights ? plan.chunks : plan.units));
   plan.per_thread = round_up(g.in_channels * plan.plane * kT, 64);
   plan.total = plan.per_thread * plan.threads + plan.chunks * plan.sums * kT;
   return plan;
