@@ -34,6 +34,8 @@ inline void add_rows(const G* grad, int64_t grad_stride, const S* x, int64_t str
   using V = Vec<C>;
   for_vectors<C>(n, [&](int64_t i, auto lanes, int) {
     const Channel<C> channel = channels_of(numbers, i);
+    fetch_next<size, C>(x, n, i);
+    fetch_next<size, C>(grad, n, i);
     V a = V::zero(), b = V::zero();
     for (int r = 0; r < size; ++r) {
       const V d = load_vector<C>(x + r * stride + i, lanes) - channel.mean;
@@ -77,7 +79,7 @@ void gradient_rows(const S* grad, const S* x, S* grad_x, int64_t n, int64_t begi
   using C = Compute<S>;
   const auto p = parameters<S>(activation);
   const Numbers<C> numbers = given;  // a copy, which no store can change
-  for_rows(begin, end, [&](int64_t row, auto size) {
+  for_rows<kWritten>(begin, end, [&](int64_t row, auto size) {
     for_vectors<C>(n, [&](int64_t i, auto lanes, int) {
       const Channel<C> channel = channels_of(numbers, i);
       for (int r = 0; r < size.value; ++r) {
@@ -147,7 +149,7 @@ void backward_sum_rows(const S* grad, const S* x, int64_t n, int64_t begin, int6
                        const Numbers<Compute<S>>& numbers, const Activation& activation, Compute<S>* first,
                        Compute<S>* second) {
   const auto p = parameters<S>(activation);
-  for_rows(begin, end, [&](int64_t row, auto size) {
+  for_rows<kTogether>(begin, end, [&](int64_t row, auto size) {
     add_rows<D, size.value>(grad + row * n, n, x + row * n, n, n, numbers, p, first, second);
   });
 }

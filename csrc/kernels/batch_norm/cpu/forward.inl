@@ -72,7 +72,7 @@ void forward_rows(const ForwardKernels<S>& kernels, const S* x, const S* more, S
                   const Numbers<Compute<S>>& numbers, const Activation& activation) {
   const int64_t n = kernels.walk.channels;
   const auto p = parameters<S>(activation);
-  for_rows(begin, end, [&](int64_t row, auto size) {
+  for_rows<kWritten>(begin, end, [&](int64_t row, auto size) {
     normalize_rows<Kind, residual, size.value>(x + row * n, more + row * n, n, y + row * n, n, n, numbers, p);
   });
 }

@@ -125,7 +125,7 @@ void row_moments(const S* x, int64_t channels, int64_t padded, int64_t begin, in
   C *const shift = sums, *const sum = sums + padded, *const square = sums + 2 * padded;
   // Every vector of a group of rows: body(c, lanes, size, from), from(r) being row r of the group.
   const auto over_rows = [&](int64_t first, int64_t last, auto body) {
-    for_rows(first, last, [&](int64_t row, auto size) {
+    for_rows<kTogether>(first, last, [&](int64_t row, auto size) {
       const S* const rows = x + row * channels;
       int64_t c = 0;
       for (; c + V::size <= channels; c += V::size) body(rows + c, c, Constant<V::size>{}, size);
@@ -149,6 +149,7 @@ void row_moments(const S* x, int64_t channels, int64_t padded, int64_t begin, in
     for (int64_t c = 0; c < padded; ++c) sum[c] = square[c] = 0;
     over_rows(at, to, [&](const S* from, int64_t c, auto lanes, auto size) {
       const V by = V::load(shift + c);
+      fetch_next<size.value, C>(from - c, channels, c);
       // The group's own sums first: a fourth of the roundings of growing sums.
       V total = V::zero(), total_square = V::zero();
       for (int r = 0; r < size.value; ++r) {
