@@ -75,9 +75,10 @@ library: $(VENV)/ninja
 	$(PYTHON) build_native.py library $(PREFIX)
 
 # What runs models of fastops.light.save, without torch: a library, its header and a command, into $(PREFIX).
+# TIERS="avx2": with kernels of these tiers alone, and scalar ones.
 MACHINE ?= $(shell uname -m)
 runtime: $(VENV)/ninja
-	$(PYTHON) build_native.py runtime $(PREFIX) $(MACHINE)
+	$(PYTHON) build_native.py runtime $(PREFIX) $(MACHINE) $(TIERS)
 
 # tests/cpp for 64-bit Arm, by Debian's g++-aarch64-linux-gnu and qemu-user.
 test-arm: $(VENV)/ninja

@@ -10,6 +10,7 @@ setup.py builds the extension with it; `make build`, `make sanitize`, `make ulp`
     python build_native.py library DIR # DIR/lib/libfastops.a, DIR/include/fastops and a CMake package: no torch
     python build_native.py runtime DIR # what runs models of light.save, without torch: DIR/lib, DIR/bin, DIR/include
     python build_native.py runtime DIR aarch64  # the same for 64-bit Arm
+    python build_native.py runtime DIR x86_64 avx2 ...  # the same with kernels of these tiers, and scalar ones
     python build_native.py cuda-usage  # registers, stack and spills of every CUDA kernel on every architecture
 """
 
@@ -93,6 +94,9 @@ TIERS_OF = {
     "aarch64": ["isa_scalar.cpp", "isa_neon.cpp"],
 }
 KERNEL_FLAGS = ["-ffp-contract=off"]
+# The tiers in the order of Isa (isa.h), and those that hand what they have no kernel for to another one (tier.inl).
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon")
+LOWER_TIER = {"avx512_bf16": "avx512", "amx": "avx512"}
 # The same for the GPU: every fused multiply-add is one that the source asks for.
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-Wall,-Wextra,-fPIC,-fvisibility=hidden"]
 ARCHITECTURES = "8.0+PTX;9.0a"
@@ -512,22 +516,34 @@ def add_runtime(
     build.link([*of_command, library / RUN_LIBRARY], command / RUN_COMMAND, beside)
 
 
-def build_runtime(prefix: Path, machine: str = platform.machine(), optimize: Sequence[str] = ()) -> None:
+def build_runtime(
+    prefix: Path, machine: str = platform.machine(), tiers: Sequence[str] = (), optimize: Sequence[str] = ()
+) -> None:
     """Installs what runs models without torch, and nothing else: a library of a few megabytes, its header, a command.
 
     Its kernels are those of inference, in float32 and bfloat16. machine: "aarch64" is compiled for by Debian's
-    g++-aarch64-linux-gnu on another one.
+    g++-aarch64-linux-gnu on another one. tiers: those that it has, besides scalar and what they hand calls to; none
+    means all.
     """
+    known = [Kernels(KERNELS / name).tier for name in TIERS_OF.get(machine, ["isa_scalar.cpp"])]
+    if unknown := set(tiers) - set(known):
+        raise SystemExit(f"fastops: TIERS must name some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    with_tiers = {"", "scalar", *(tiers or known), *(LOWER_TIER.get(tier, "scalar") for tier in tiers)}
     cross = [] if machine == platform.machine() else [f"{machine}-linux-gnu-g++"]
-    few = ["-include", str(KERNELS / "common" / "inference.h"), "-DFASTOPS_TWO_DTYPES"]
-    few += ["-ffunction-sections", "-fdata-sections"]
+    few = ["-include", str(KERNELS / "common" / "inference.h"), "-DFASTOPS_INFERENCE"]
+    few += ["-DFASTOPS_TWO_DTYPES", "-ffunction-sections", "-fdata-sections"]
+    bits = sum(1 << ISAS.index(tier) for tier in with_tiers if tier)
+
+    def which(kernels: Kernels) -> list[str]:
+        return [f"-DFASTOPS_TIERS={bits}"] if kernels.source.name == "dispatch.cpp" else []
+
     with locked(ROOT / "build" / f"run-{machine}{''.join(optimize)}") as folder:
         build = Build(folder, cross or compiler())
         common = [*common_flags(compiler_version(build.compiler)), *few]
         objects = [
-            build.compile_kernels(kernels, [*common, *(optimize or optimization(kernels))])
+            build.compile_kernels(kernels, [*common, *(optimize or optimization(kernels)), *which(kernels)])
             for kernels in kernel_sources(machine)
-            if kernels.room not in ("loss", "optim", "fake_quantize")
+            if kernels.tier in with_tiers and kernels.room not in ("loss", "optim", "fake_quantize")
         ]
         add_runtime(build, objects, prefix / "lib", prefix / "bin", [*few, *optimize], folding(machine))
         for name in ("lib", "bin", "include"):
@@ -853,8 +869,8 @@ def main(arguments: list[str]) -> int:
     elif len(arguments) == 2 and arguments[0] == "library":
         build_library(Path(arguments[1]).resolve())
         return 0
-    elif len(arguments) in (2, 3) and arguments[0] == "runtime":
-        build_runtime(Path(arguments[1]).resolve(), *arguments[2:])
+    elif len(arguments) >= 2 and arguments[0] == "runtime":
+        build_runtime(Path(arguments[1]).resolve(), *arguments[2:3], tiers=arguments[3:])
         return 0
     elif arguments == ["kernels"]:
         build_kernels()

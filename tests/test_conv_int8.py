@@ -325,6 +325,15 @@ CALIBRATIONS = {
 }
 
 
+def test_a_model_on_the_meta_device_cannot_be_calibrated():
+    with torch.device("meta"):
+        model = Net().eval()
+    with pytest.raises(
+        ValueError, match=r"quantize_: 'int8_static' is calibrated.*'conv.weight' is on the meta device"
+    ):
+        light.quantize_(model, "int8_static", calibrate=batches(1))
+
+
 @pytest.mark.parametrize("kind", CALIBRATIONS)
 def test_what_calibrates(kind):
     model = Net().eval()

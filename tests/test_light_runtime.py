@@ -549,6 +549,31 @@ def test_the_command(saved, tmp_path):
         assert message in result.stderr
 
 
+def test_a_run_time_without_some_tiers(tmp_path):
+    """The tiers that TIERS leaves out are neither linked nor chosen."""
+    source = tmp_path / "tiers.cpp"
+    source.write_text(
+        """#include <cstdio>
+#include "kernels/common/cpu/isa.h"
+namespace fastops { const KernelTable kernels_scalar = {"scalar", {}, nullptr, nullptr}; }
+using namespace fastops;
+int main() {
+  std::printf("%s %s ", isa_name(isa_found()), kernels(DType::bf16).isa);
+  std::printf("%d %d", set_isa(Isa::avx2), has_kernels(Isa::amx));
+}
+"""
+    )
+    folder = build_native.KERNELS / "common" / "cpu"
+    sources = [source, folder / "dispatch.cpp", folder / "isa.cpp"]
+    flags = ["-std=c++20", f"-I{ROOT / 'csrc'}", "-DFASTOPS_TIERS=1"]
+    program = tmp_path / "tiers"
+    subprocess.run([*build_native.compiler(), *flags, *sources, "-o", program], check=True)
+    environment = {**os.environ, "FASTOPS_ISA": ""}
+    assert subprocess.run([program], capture_output=True, text=True, env=environment).stdout == "scalar scalar 0 0"
+    with pytest.raises(SystemExit, match=r"TIERS must name some of scalar, avx2, .*, got avx3"):
+        build_native.build_runtime(tmp_path, "x86_64", ["avx3"])
+
+
 ARM = (build_native.ARM_COMPILER, build_native.ARM_RUNNER[0])
 
 
@@ -556,7 +581,7 @@ ARM = (build_native.ARM_COMPILER, build_native.ARM_RUNNER[0])
 def test_64_bit_arm(tmp_path):
     """The run time for Arm, its NEON tier under an emulator, gives what this processor does."""
     prefix = ROOT / "build" / "aarch64"
-    build_native.build_runtime(prefix, "aarch64", ["-O0"])  # in 40 s of the processor; with -O3 it takes 300
+    build_native.build_runtime(prefix, "aarch64", optimize=["-O0"])  # in 40 s of the processor; with -O3 it takes 300
     command = prefix / "bin" / build_native.RUN_COMMAND
     sources = {"quantized": "mlp", "half": "mobile", "static": "convnet", "sparse": "mlp"}
     plain = ("convnet", "resnet", "mobile", "transformer", "signal", "norms", "masked", "gates")

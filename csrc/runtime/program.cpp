@@ -64,7 +64,10 @@ DType dtype_of(const View& view) {
       return DType::f32;
     case Element::bf16:
       return DType::bf16;
-#if !defined(FASTOPS_TWO_DTYPES)
+#if defined(FASTOPS_TWO_DTYPES)
+    case Element::f16:
+      fail("this library has no kernels for float16, as only the one in the package fastops has");
+#else
     case Element::f16:
       return DType::f16;
 #endif

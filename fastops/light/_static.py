@@ -43,6 +43,12 @@ def quantize_static(
         )
     if observer not in OBSERVERS:
         raise ValueError(f"quantize_: observer must be one of {', '.join(map(repr, OBSERVERS))}, got {observer!r}")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"quantize_: 'int8_static' is calibrated by calling the model, whose {name!r} is on the meta device "
+                "and has no numbers: load its weights first"
+            )
     report, chosen = choose_static(model, filter_fn)
     seen = Calibration(chosen, observer)
     seen.run(model, calibrate)

@@ -56,12 +56,12 @@ Isa detect() {
   return amx && amx_permitted() ? Isa::amx : Isa::avx512_bf16;
 }
 
-bool has(Isa isa) { return isa <= isa_found(); }
+bool has(Isa isa) { return isa <= isa_found() && has_kernels(isa); }
 
 #elif defined(__aarch64__)
 
 Isa detect() { return Isa::neon; }
-bool has(Isa isa) { return isa == Isa::scalar || isa == Isa::neon; }
+bool has(Isa isa) { return has_kernels(isa); }
 
 #else
 
@@ -98,7 +98,11 @@ std::atomic<int>& used() {
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
 Isa isa_found() {
-  static const Isa isa = detect();
+  static const Isa isa = [] {
+    auto best = static_cast<int>(detect());
+    while (!has_kernels(static_cast<Isa>(best))) --best;
+    return static_cast<Isa>(best);
+  }();
   return isa;
 }
 

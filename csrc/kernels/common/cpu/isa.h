@@ -11,7 +11,8 @@ enum class Isa : int { scalar, avx2, avx512, avx512_bf16, amx, neon, count };
 
 const char* isa_name(Isa isa);
 
-// The best tier that the processor and the operating system support. For AMX, Linux must also have granted permission.
+// The best tier that the processor, the operating system and this library have. For AMX, Linux must also have granted
+// permission.
 Isa isa_found();
 
 // isa_found(), or a lower tier chosen by FASTOPS_ISA or set_isa. If FASTOPS_ISA names no tier, or a tier above
@@ -21,6 +22,8 @@ const char* isa_problem();
 
 // Selects a tier, for tests. Returns false and changes nothing if the processor does not have it.
 bool set_isa(Isa isa);
+
+bool has_kernels(Isa isa);  // whether this library has them; the scalar ones always
 
 const char* cpu_name();  // the processor's brand string
 

@@ -28,6 +28,8 @@ using WeightTile = Tile<float>;
 inline bool takes_many_rows(const WeightOnlyForward& call) { return call.m >= kManyRows && call.k > 0; }
 
 struct ManyRowsPlan {
+  // What unpacks the weights into a panel; all else is the same for every format.
+  void (*unpack)(const Bound<WeightOnlyForward>&, int64_t n0, int outputs, int64_t k0, int64_t k1, float* panel);
   int threads;
   int64_t slab, strip;  // rows of x, outputs
   size_t x_bytes, bias_bytes, panel_bytes, sums_bytes;
@@ -68,7 +70,7 @@ void unpack_panel(const Bound<WeightOnlyForward>& args, int64_t n0, int outputs,
     }
 }
 
-template <WeightFormat format, bool offset, class T>
+template <class T>
 void many_rows_member(const Bound<WeightOnlyForward>& args, const ManyRowsPlan& plan, unsigned char* workspace,
                       Crew& crew) {
   constexpr int64_t mr = WeightTile::mr, nr = WeightTile::nr, kc = WeightTile::blocking.kc;
@@ -106,8 +108,7 @@ void many_rows_member(const Bound<WeightOnlyForward>& args, const ManyRowsPlan& 
       for (int64_t k0 = 0; k0 < args.k; k0 += kc) {
         const int64_t k1 = smaller(k0 + kc, args.k), length = k1 - k0;
         for (int64_t j = j0; j < j1; j += nr)
-          unpack_panel<format, offset>(args, j, static_cast<int>(smaller(nr, j1 - j)), k0, k1,
-                                       panels + (j - j0) * length);
+          plan.unpack(args, j, static_cast<int>(smaller(nr, j1 - j)), k0, k1, panels + (j - j0) * length);
         multiply_block<float, T>(out, packed_view<float>(x + k0 * mr, mr * args.k, static_cast<int>(mr)),
                                  packed_view<float>(panels, nr * length, static_cast<int>(nr)), i0, i1, j0, j1, length,
                                  k0 == 0, k1 == args.k, {sums, plan.strip, i0, j0});
@@ -122,6 +123,7 @@ void plan_many_rows(Plan<WeightOnlyForward>& plan) {
   constexpr int64_t mr = WeightTile::mr, nr = WeightTile::nr, kFloat = sizeof(float);
   const WeightOnlyForward& call = plan.call;
   ManyRowsPlan how{};
+  how.unpack = unpack_panel<format, offset>;
   const double work = 2.0 * static_cast<double>(call.m) * static_cast<double>(call.n) * static_cast<double>(call.k);
   how.threads = static_cast<int>(smaller(static_cast<double>(plan.target.threads), larger(1.0, work / kFlopPerThread)));
   how.slab = smaller(round_up(call.m, mr), round_up(larger<int64_t>(kSlabBytes / (call.k * kFloat), 1), mr));
@@ -133,8 +135,7 @@ void plan_many_rows(Plan<WeightOnlyForward>& plan) {
   decide(plan, {kWeightNames<format>.many, {static_cast<int>(mr), static_cast<int>(nr)}},
          how.x_bytes + how.bias_bytes + static_cast<size_t>(how.threads) * (how.panel_bytes + how.sums_bytes), how,
          [](auto& args, auto& how, auto* workspace, auto& team) {
-           parallel(team, how.threads, [&](Crew& crew) {
-             many_rows_member<format, offset, T>(args, how, static_cast<unsigned char*>(workspace), crew);
-           });
+           parallel(team, how.threads,
+                    [&](Crew& crew) { many_rows_member<T>(args, how, static_cast<unsigned char*>(workspace), crew); });
          });
 }
