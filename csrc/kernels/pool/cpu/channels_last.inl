@@ -284,9 +284,29 @@ void backward_last_rows(const Pool& shape, const S* grad_y, S* grad_x, const Rou
             });
 }
 
+// For maxima with positions in the plane, of large windows that do not overlap: zeros, and each gradient at its place.
+// backward_last_tiled compares an index with every position of its window: 8x256x28x28 to 1x1, forward and
+// backward, 1.5 times as long, and bfloat16 8x512x28x28 2.6 times (Zen 1, 2 threads).
+template <class S>
+void backward_last_far(const Pool& pool, const S* grad_y, S* grad_x, const int64_t* indices, const Team& team) {
+  const int64_t channels = pool.channels, windows = pool.out_plane(), plane = pool.in_plane() * channels;
+  for_units(team, pool.planes * plane, 1, [&](int64_t begin, int64_t end) {
+    __builtin_memset(grad_x + begin, 0, static_cast<size_t>(end - begin) * sizeof(S));
+  });
+  for_units(team, pool.planes * windows, channels, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      S* const to = grad_x + i / windows * plane;
+      for (int64_t c = 0; c < channels; ++c) to[indices[i * channels + c] * channels + c] = grad_y[i * channels + c];
+    }
+  });
+}
+
 template <class S, class Route>
 void pool_backward_last(const Pool& pool, const S* grad_y, S* grad_x, const Route& op, const Team& team) {
-  if (is_tiled(pool.d) && is_tiled(pool.h) && is_tiled(pool.w))
+  const bool tiled = is_tiled(pool.d) && is_tiled(pool.h) && is_tiled(pool.w);
+  if constexpr (same_type<Route, MaxRoute<S, int64_t>>)
+    if (tiled && pool.taps() > 256) return backward_last_far(pool, grad_y, grad_x, op.indices, team);
+  if (tiled)
     backward_last_tiled(pool, grad_y, grad_x, op, team);
   else
     backward_last_rows(pool, grad_y, grad_x, op, team);
