@@ -296,7 +296,12 @@ void backward_last_far(const Pool& pool, const S* grad_y, S* grad_x, const int64
   for_units(team, pool.planes * windows, channels, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       S* const to = grad_x + i / windows * plane;
-      for (int64_t c = 0; c < channels; ++c) to[indices[i * channels + c] * channels + c] = grad_y[i * channels + c];
+      for (int64_t c = 0; c < channels; ++c) {
+        const int64_t at = indices[i * channels + c];
+        // Indices may be anybody's: nothing is written outside the plane.
+        if (static_cast<uint64_t>(at) < static_cast<uint64_t>(pool.in_plane()))
+          to[at * channels + c] = grad_y[i * channels + c];
+      }
     }
   });
 }
