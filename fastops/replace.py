@@ -299,6 +299,8 @@ def _why_not_type(module: nn.Module) -> str:
     """Why a module whose class is not one of those that are replaced is not; "" where nobody would expect it to be."""
     cls = type(module)
     base = _base(cls)
+    if cls.__module__.startswith("fastops.light."):
+        return "already a fastops module"
     if base is not None and base not in TO_FASTOPS:
         return "already a fastops module" if cls is base else f"already derived from {_name(base)}"
     if isinstance(module, torch.jit.ScriptModule):

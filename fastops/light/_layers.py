@@ -37,6 +37,17 @@ def checked_filter(function: str, filter_fn: Any) -> None:
         raise TypeError(f"{function}: filter_fn must be a function of a module and its name, or None, got {got}")
 
 
+def in_adapters(model: nn.Module) -> dict[int, str]:
+    """Layers of peft's adapters, and below them, by id, and why they stay: merging adds to a float weight, and inputs
+    are cast to the dtype of the adapter's."""
+    return {
+        id(module): f"a part of {type(parent).__name__} of peft, which reads its weight: get_peft_model comes after"
+        for parent in model.modules()
+        if "base_layer" in parent._modules and any(cls.__module__.startswith("peft.") for cls in type(parent).__mro__)
+        for module in parent.modules()
+    }
+
+
 def why_not_written(module: nn.Module) -> str:
     """Why a layer's weight cannot be written to; "" where it can."""
     if parametrize.is_parametrized(module) or "weight" not in module._parameters:

@@ -33,6 +33,10 @@ class FakeQuantized(Layer):
     input_low: Tensor
     input_high: Tensor
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Some tools make a layer of the class of another one: peft, of convolutions.
+        raise TypeError(f"{type(self).__name__} is what light.prepare_qat_ makes of a layer, and cannot be constructed")
+
     @property
     def _buffer_names(self) -> tuple[str, ...]:
         return ("input_low", "input_high") if self.config == "int8_static" else ()

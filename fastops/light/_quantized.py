@@ -45,10 +45,15 @@ class Layer(nn.Module):
         )
 
     def _traced(self, input: Any) -> Any:
-        """What a trace gets of a call: a layer is a leaf of any but its own, as torch.nn's are. None of a call."""
-        if isinstance(input, fx.Proxy) and getattr(input.tracer, "root", self) is not self:
-            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
-        return None
+        """What a trace gets of a call: a layer is a leaf, as torch.nn's are. None of a call."""
+        if not isinstance(input, fx.Proxy):
+            return None
+        if getattr(input.tracer, "root", self) is self:
+            raise TypeError(
+                f"{type(self).__name__}: a trace calls the layer and does not look into it: trace a model that holds "
+                "it, such as nn.Sequential(layer)"
+            )
+        return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
 
 
 class Quantized(Layer):
@@ -77,6 +82,23 @@ class Quantized(Layer):
         raise NotImplementedError
 
     _buffer_names = ("weight", "scale")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter):
+            self._check_parameter(name)  # before nn.Module drops the buffer
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self._check_parameter(name)
+        super().register_parameter(name, param)
+
+    def _check_parameter(self, name: str) -> None:
+        """Raises a TypeError for what tools that prune or fold make of a float weight: "weight_orig", "weight"."""
+        if name in self._buffer_names or name.partition("_")[0] == "weight":
+            raise TypeError(
+                f"{type(self).__name__}: {name} cannot be a parameter, as the layer keeps its weight in another form: "
+                "prune, fold or reparametrize it before light.quantize_ or light.sparsify_"
+            )
 
     def forward(self, input: Tensor) -> Tensor:
         traced = self._traced(input)

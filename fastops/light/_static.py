@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fastops.nn as fnn
 from fastops._frozen_norms import NORMS
+from fastops.light._layers import in_adapters
 from fastops.light._observers import OBSERVERS, Observer
 from fastops.light._qat_layers import FakeQuantized
 from fastops.light._quantized import Quantized, activation_of, become
@@ -73,7 +74,7 @@ def choose_static(
 ) -> tuple[Report, dict[nn.Module, str]]:
     """Which layers become what `results` says for their classes, with their names, and the report that says so."""
     report, chosen = Report(), {}
-    direct = read_directly(model, calling=())
+    direct = {**in_adapters(model), **read_directly(model, calling=())}
     for name, module in model.named_modules():
         cls, why = type(module), direct.get(id(module), "")
         result = results.get(cls)

@@ -18,6 +18,7 @@ from fastops.ops.conv_int8 import POINTWISE, Geometry, by_torch, conv_int8, line
 __all__ = ["Conv2dInt8", "LinearInt8Static"]
 
 MOST_PRODUCTS = 65536  # of 8 bits, whose sum fits 32 (conv_int8.h)
+_OPERANDS = ("weight", "scale", "input_scale", "input_zero")
 
 
 class _Static(Quantized):
@@ -30,8 +31,9 @@ class _Static(Quantized):
         levels, scale = quantized(weight.flatten(1))
         self.register_buffer("weight", levels.view(weight.shape))
         self.register_buffer("scale", scale)
-        self.set_range("input", 0.0, 1.0)
-        self.set_range("output", 0.0, 1.0)
+        if "input_scale" not in self._buffers:  # another weight changes no range
+            self.set_range("input", 0.0, 1.0)
+            self.set_range("output", 0.0, 1.0)
 
     @torch.inference_mode(False)
     def set_range(self, which: str, low: float, high: float, symmetric: bool = False) -> None:
@@ -75,8 +77,11 @@ class _Static(Quantized):
         if packed is None:
             packed = self.__dict__["_packed"] = _C.ConvInt8()
         buffers = self._buffers
-        scales = buffers["input_scale"], buffers["input_zero"]
-        return packed(input, buffers["weight"], buffers["scale"], self.bias, *scales, *geometry, *activation)
+        try:
+            weight, scale, *scales = [buffers[name] for name in _OPERANDS]
+        except KeyError:  # a parametrization computes one
+            weight, scale, *scales = [getattr(self, name) for name in _OPERANDS]
+        return packed(input, weight, scale, self.bias, *scales, *geometry, *activation)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_packed"}

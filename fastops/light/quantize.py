@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastops.nn as fnn
-from fastops.light._layers import checked_filter
+from fastops.light._layers import checked_filter, in_adapters
 from fastops.light._qat_layers import FakeQuantized
 from fastops.light._quantized import Quantized, QuantizedLinear, activation_of, become
 from fastops.light._static import Batches, quantize_static
@@ -136,7 +136,7 @@ def choose(
     """Which linear layers become `result`, and the report that says so; not of "int8_static"."""
     report, chosen = Report(), []
     # fastops' TransformerEncoderLayer reads weights, too, where it leaves a call to PyTorch's.
-    direct = {**_read_in_forward(model, config), **read_directly(model, calling=())}
+    direct = {**in_adapters(model), **_read_in_forward(model, config), **read_directly(model, calling=())}
     for name, module in model.named_modules():
         cls = type(module)
         why = direct.get(id(module), "")

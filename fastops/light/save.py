@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastops
 from fastops.light._graph import Graph, described, fuse, joined, write
+from fastops.light._qat_layers import FakeQuantized
 from fastops.light._recording import CannotSave, recorded
 
 __all__ = ["Saved", "save"]
@@ -61,7 +62,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *inputs: Tensor) -> Sav
     Raises:
         TypeError: model is no torch.nn.Module, an input no Tensor, or path no path.
         ValueError: the model has a layer or calls a function that the run time has not; the message names both. Or
-            there is no input, or one on a GPU; or the folder of path does not exist.
+            there is no input, or one on a GPU; the folder of path does not exist; a layer is one of prepare_qat_.
 
     Source: the recording is that of torch.utils._python_dispatch; the format is described in docs/light-runtime.md.
 
@@ -83,6 +84,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], *inputs: Tensor) -> Sav
     if not Path(path).parent.is_dir() or Path(path).is_dir():
         what = "is a folder" if Path(path).is_dir() else "is in a folder that does not exist"
         raise ValueError(f"save: path must be that of a file in a folder that exists, got {str(path)!r}, which {what}")
+    prepared = [name for name, module in model.named_modules() if isinstance(module, FakeQuantized)]
+    if prepared:
+        raise ValueError(
+            f"save: {prepared[0]!r} of the model is prepared for training: light.convert_qat_ quantizes it"
+        )
     names = _names(model, len(inputs))
     try:
         frozen = fastops.freeze(model).model

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import fastops.nn as fnn
 from fastops import _C
-from fastops.light._layers import checked_filter
+from fastops.light._layers import checked_filter, in_adapters
+from fastops.light._qat_layers import FakeQuantized
 from fastops.light._quantized import QuantizedLinear, activation_of, become
 from fastops.light.sparse_linear import BLOCK_SIZES, Conv2d1x1Sparse, LinearSparse, is_pointwise, kept_blocks
 from fastops.light.weights import take_masks_
@@ -91,7 +92,7 @@ def sparsify_(
         raise ValueError(f"sparsify_: rows must be a positive int, got {rows!r}")
     costs = next(costs for most, costs in _COSTS.items() if rows <= most)
     report, chosen = Report(), []
-    direct = read_directly(model, calling=())
+    direct = {**in_adapters(model), **read_directly(model, calling=())}
     for name, module in model.named_modules():
         cls = type(module)
         why = direct.get(id(module), "")
@@ -119,6 +120,8 @@ def sparsify_(
             why = "already sparse"
         elif isinstance(module, QuantizedLinear):
             why = "quantized"
+        elif isinstance(module, FakeQuantized):
+            why = "prepared for training"
         elif isinstance(module, nn.Linear):
             why = why or why_not_type(module)
         elif works(module):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastops.ops import forward_mode, register, through, to_front
 from fastops.ops.conv import Geometry as FloatGeometry
+from fastops.ops.conv import _backward as conv_backward
 from fastops.ops.conv import conv
 
 _ops = torch.ops.fastops
@@ -94,8 +95,12 @@ def _in_range(input: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return ((level >= -0.5) & (level <= 255.5)).to(input.dtype)
 
 
+def _float_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (weight * scale.view(-1, 1, 1, 1)).to(dtype)
+
+
 def _product(input: Tensor, weight: Tensor, scale: Tensor, geometry: Geometry) -> Tensor:
-    w = (weight * scale.view(-1, 1, 1, 1)).to(input.dtype)
+    w = _float_weight(weight, scale, input.dtype)
     stride, padding, dilation, groups = geometry
     return conv(input, w, None, FloatGeometry(stride, padding, dilation, False, groups), "identity", 0.0, 0.0)
 
@@ -120,10 +125,9 @@ class _ConvInt8(torch.autograd.Function):
         weight, scale, input_scale, input_zero, input = ctx.saved_tensors
         grad_input = grad_bias = None
         if ctx.needs_input_grad[0]:
-            with torch.enable_grad():
-                x = torch.zeros_like(input).requires_grad_()
-                y = _product(x, weight, scale, ctx.geometry)
-            (grad_input,) = torch.autograd.grad(y, x, grad_output, create_graph=torch.is_grad_enabled())
+            w, (stride, padding, dilation, groups) = _float_weight(weight, scale, input.dtype), ctx.geometry
+            rest = stride, padding, dilation, False, groups, "identity", 0.0, 0.0, [True, False, False]
+            grad_input = conv_backward(grad_output, None, input, w, *rest)[0]
             grad_input = grad_input * _in_range(input, input_scale, input_zero)
         if ctx.has_bias and ctx.needs_input_grad[3]:
             grad_bias = grad_output.sum((0, 2, 3))
