@@ -280,7 +280,19 @@ STATIC = {
     "mlp": lambda: (MLP(64), image(1, 8, 8), ["linear_int8_static"]),
     "pools": lambda: (Pools(), image(3, 33, 30), ["max_pool", "avg_pool_int8", "adaptive_avg_pool_int8"]),
     "apart": lambda: (Apart(), image(3, 9, 8), ["conv_int8", "adaptive_avg_pool"]),
+    "large": lambda: (Large(), image(1, 300, 290), ["conv_int8", "adaptive_avg_pool_int8"]),
 }
+
+
+class Large(nn.Module):
+    """Windows of more than 2^16 levels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(F.adaptive_avg_pool2d(F.relu(self.conv(x)), 1).flatten(1))
 
 
 @pytest.mark.parametrize("name", STATIC)

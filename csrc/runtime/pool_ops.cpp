@@ -1,5 +1,5 @@
 // Pools.
-#include <algorithm>
+#include <iterator>
 
 #include "ops.h"
 
@@ -95,13 +95,7 @@ View levels_of(Builder& b) {
 // ints after those of the windows: the element type of the average, the zero point of x; floats: factor, offset (see
 // pool_int8.h)
 View average_levels(Builder& b, const PoolGeometry& g, const View& x, size_t after, PoolInt8Forward call) {
-  // Sums of the levels of a window fit 32 bits.
-  int64_t most = 1;
-  for (int i = 0; i < 3; ++i) {
-    const int64_t size = !g.adaptive ? g.kernel[i] : g.in[i] / std::max<int64_t>(g.out[i], 1) + 2;
-    b.require(!__builtin_mul_overflow(most, std::min(size, g.in[i] + 2 * g.padding[i]), &most) && most <= 65536,
-              "its windows have more than 65536 elements");
-  }
+  b.require(sums_fit(g), "its windows have more than 2^23 elements");
   call.average = true;
   call.zero = static_cast<int>(b.integer(after + 1, 0, 255));
   call.factor = static_cast<float>(b.number(0));

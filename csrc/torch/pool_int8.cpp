@@ -30,7 +30,7 @@ struct Windows {
 };
 
 // Fills the call's geometry and runs it. The output is uint8, or of the type of `like`. NotImplemented for an input
-// that is not plain.
+// that is not plain, and for windows whose sums do not fit.
 py::object run_pool(py::handle input, const Windows& windows, PoolInt8Forward call, const optional<Tensor>& like) {
   if (!fast_door::ambient_is_plain() || !fast_door::is_plain(input.ptr())) return not_implemented();
   const Tensor& image = THPVariable_Unpack(input.ptr());
@@ -39,6 +39,7 @@ py::object run_pool(py::handle input, const Windows& windows, PoolInt8Forward ca
   const std::string problem = plan_pool(image.sizes(), windows.params(), plan);
   TORCH_CHECK(problem.empty(), "pool_int8: ", problem);
   const PoolGeometry& g = plan.geometry;
+  if (call.average && !sums_fit(g)) return not_implemented();
   const auto type = like ? like->scalar_type() : at::kByte;
   call.geometry = g;
   call.dtype = like ? to_dtype(type) : DType::f32;

@@ -12,7 +12,7 @@ namespace fastops {
 //   maximum: y = the greatest level of the window, 0 where none of it is inside the input
 //   average: v = (sum of the levels of the window - zero * their number) * factor / divisor + offset, the sum exact,
 //            the rest in float32, one rounding for each operation; y = v, or round(min(max(v, 0), 255)), halves to
-//            even, where y is uint8. divisor is what AvgPoolForward says. Windows have at most 2^16 elements.
+//            even, where y is uint8. divisor is what AvgPoolForward says. sums_fit says which windows are too large.
 struct PoolInt8Forward {
   static constexpr bool integer_products = true;
 
@@ -31,6 +31,13 @@ struct PoolInt8Forward {
   };
   bool operator==(const PoolInt8Forward&) const = default;
 };
+
+// Whether sums over the windows fit 32 bits: none has more than 2^23 elements inside the input.
+inline bool sums_fit(const PoolGeometry& g) {
+  double elements = 1;
+  for (int i = 0; i < 3; ++i) elements *= static_cast<double>(pool_box(g, i) < g.in[i] ? pool_box(g, i) : g.in[i]);
+  return elements <= (1 << 23);
+}
 
 #define FASTOPS_CALLS_pool_int8(X) X(PoolInt8Forward)
 
