@@ -278,6 +278,50 @@ def test_export(strict):
     torch.testing.assert_close(program.module()(x), ours(x))
 
 
+@each("layout", ["first", "last"])
+@pytest.mark.parametrize(
+    ("shape", "windows"),
+    [
+        ((2, 3, 9, 11), (2, 2, 0)),
+        ((2, 20, 9, 11), (3, 2, 1)),
+        ((2, 3, 5, 6, 7), (2, 2, 0)),
+        ((1, 3, 30, 40), None),  # one large window a plane
+        ((2, 20, 17, 33), None),
+        ((1, 3, 8, 9, 10), None),
+    ],
+)
+def test_damaged_indices(isa, shape, windows, layout):
+    """An index that is not one of the plane gets nothing, by our op and by ATen's on our kernels. cpp/test_pool.cpp
+    has memory that must not be touched around the gradient."""
+    dims = len(shape) - 2
+    x = torch.randn(shape)
+    x = x if layout == "first" else x.contiguous(memory_format=LAST[dims])
+    name = f"max_pool{dims}d" if windows else f"adaptive_max_pool{dims}d"
+    arguments = windows or (1,)
+    y, indices = getattr(F, name)(x, *arguments, return_indices=True)
+    grad_y, plane = torch.randn_like(y), math.prod(shape[2:])
+    damage = torch.tensor([0, -1, 0, plane, -plane, 2**40, -(2**62), plane + 5, 2**62])
+    damage = damage[torch.arange(indices.numel()) % 9].view_as(indices)
+    bad = torch.where(damage == 0, indices, damage)
+    kept = torch.where(damage == 0, grad_y, 0).flatten(2)
+    expected = torch.zeros(*shape[:2], plane).scatter_add_(2, indices.flatten(2), kept).view(shape)
+    fixed = [[size] * dims for size in (*arguments, 1)] if windows else [[]] * 4
+    ours = torch.ops.fastops.max_pool_backward(grad_y, bad, shape, *fixed, False, dims, layout == "last")
+    exact(ours, expected)
+    if dims == 3 and not windows and layout == "last":
+        return  # which ATen's operator is left to do, with what it makes of such indices
+    aten = torch.ops.aten
+    with fastops.enabled(), fastops.record() as calls:
+        if windows:
+            op = getattr(aten, f"{name}_with_indices_backward")
+            other = op(grad_y, x, *fixed, False, bad)
+        else:
+            other = getattr(aten, f"{name}_backward")(grad_y, x, bad)
+    assert [call.op for call in calls] == [f"{name}_backward"]
+    assert calls[0].kernel != "aten"
+    exact(other, expected)
+
+
 def test_compiled_double_backward_and_autograd():
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     torch._dynamo.reset()

@@ -117,13 +117,16 @@ void fill(T* x, int64_t n, Values values, unsigned seed) {
   }
 }
 
+// Which indices a gradient is computed with once more, after they were damaged.
+bool is_damaged(size_t i) { return i % 3 == 1; }
+
 template <class T>
 void check_max(const PoolGeometry& g, Layout layout, Values values) {
   const int64_t planes = g.batch * g.channels, in = volume(g.in), out = volume(g.out);
   const Exact<T> x(planes * in);
   fill(x.get(), planes * in, values, 1);
   const auto size = static_cast<size_t>(planes * out);
-  std::vector<double> y(size), grad_x(static_cast<size_t>(planes * in));
+  std::vector<double> y(size), grad_x(static_cast<size_t>(planes * in)), grad_rest(grad_x.size());
   std::vector<int64_t> positions(size), numbers(size);
   std::vector<bool> any(size);
   const Exact<T> grad_y(planes * out);
@@ -148,8 +151,10 @@ void check_max(const PoolGeometry& g, Layout layout, Values values) {
           y[to] = best;
           positions[to] = where.position;
           numbers[to] = where.number;
-          if (!taps.empty())
-            grad_x[static_cast<size_t>(index_of(g, layout, plane, where.position, in))] += widen(grad_y[to]);
+          if (taps.empty()) continue;
+          const auto named = static_cast<size_t>(index_of(g, layout, plane, where.position, in));
+          grad_x[named] += widen(grad_y[to]);
+          if (!is_damaged(to)) grad_rest[named] += widen(grad_y[to]);
         }
   }
   const bool fits = box(g, 0) * box(g, 1) * box(g, 2) <= 256;
@@ -170,10 +175,25 @@ void check_max(const PoolGeometry& g, Layout layout, Values values) {
         }
       }
       if (kind == PoolIndices::none) continue;
-      run_call(MaxPoolBackward{kDType<T>, layout, g, kind}, {grad_y.get(), indices.get(), got_grad.get()}, team);
-      if (std::find(any.begin(), any.end(), false) == any.end())
+      const MaxPoolBackward backward{kDType<T>, layout, g, kind};
+      run_call(backward, {grad_y.get(), indices.get(), got_grad.get()}, team);
+      const bool all = std::find(any.begin(), any.end(), false) == any.end();
+      if (all)
         expect(g, layout, kind == PoolIndices::plane ? "max gradient (plane)" : "max gradient (window)", got_grad.get(),
                grad_x);
+      if (&team != &kTeams[1]) continue;
+      // Indices may be anybody's: those outside the plane get nothing. One of a window may be that of another element.
+      const int64_t damage[] = {-1, in, in + 7, -in, int64_t{1} << 40, -(int64_t{1} << 62), int64_t{1} << 62};
+      for (size_t i = 0; i < size; ++i) {
+        if (!is_damaged(i)) continue;
+        if (kind == PoolIndices::plane)
+          std::memcpy(indices.get() + 8 * i, &damage[i / 3 % 7], 8);
+        else
+          indices[i] = i % 2 == 0 ? 255 : static_cast<uint8_t>(box(g, 0) * box(g, 1) * box(g, 2));
+      }
+      run_call(backward, {grad_y.get(), indices.get(), got_grad.get()}, team);
+      if (all && kind == PoolIndices::plane)
+        expect(g, layout, "max gradient of damaged indices", got_grad.get(), grad_rest);
     }
   }
 }
