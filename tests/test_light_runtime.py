@@ -15,6 +15,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from tiers import TIERS
 from torch import nn
 
 import build_native
@@ -584,6 +585,44 @@ int main() {
     assert subprocess.run([program], capture_output=True, text=True, env=environment).stdout == "scalar scalar 0 0"
     with pytest.raises(SystemExit, match=r"TIERS must name some of scalar, avx2, .*, got avx3"):
         build_native.build_runtime(tmp_path, "x86_64", ["avx3"])
+
+
+def test_the_library_of_some_tiers(saved, tmp_path):
+    """TIERS=avx2: with dispatch.cpp for it and the objects of these tiers, which the extension's build has left, it
+    links and runs. Its kernels are those of the extension: those of inference alone take minutes to compile."""
+    dispatch = build_native.KERNELS / "common" / "cpu" / "dispatch.cpp"
+    kernels = [one for one in build_native.kernel_sources() if one.tier in ("", "scalar", "avx2")]
+    objects = [build_native.EXTENSION / one.object.relative_to(ROOT) for one in kernels if one.source != dispatch]
+    runtime = (build_native.EXTENSION / "csrc" / "runtime").glob("*.o")
+    objects += [path for path in runtime if path.name not in ("main.o", "npy.o")]
+    if "avx2" not in TIERS or not all(path.exists() for path in objects):
+        pytest.skip("the objects are not here, or not for this processor")
+    library = tmp_path / build_native.RUN_LIBRARY
+    flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-DFASTOPS_TIERS=3", "-shared", "-pthread", "-Wl,-z,defs"]
+    flags += [f"-Wl,--version-script={build_native.RUNTIME / 'exports.map'}", "-Wl,--gc-sections", "-s"]
+    subprocess.run([*build_native.compiler(), *flags, dispatch, *objects, "-o", library], check=True)
+    x = numpy.random.default_rng(0).standard_normal((5, 4), "f4")
+    numpy.save(tmp_path / "x.npy", x)
+    code = """
+import sys, numpy, fastops_light
+print(fastops_light.isa())
+numpy.save("y.npy", fastops_light.Model(sys.argv[1])(numpy.load("x.npy")))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "light"), "FASTOPS_RUN_LIBRARY": str(library)}
+    for asked, isa in (("", "avx2"), ("scalar", "scalar")):
+        result = subprocess.run(
+            [sys.executable, "-c", code, saved], cwd=tmp_path, env={**environment, "FASTOPS_ISA": asked},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert result.stdout == f"{isa}\n", result.stderr
+        numpy.testing.assert_allclose(
+            numpy.load(tmp_path / "y.npy"), fastops_light.Model(saved)(x), rtol=1e-5, atol=1e-6
+        )
+
+
+def test_the_size_of_the_run_time():
+    """What a library has besides its kernels: 400 KB (GCC 12, x86-64)."""
+    assert 100_000 < COMMAND.with_name(build_native.RUN_LIBRARY).stat().st_size < 500_000
 
 
 ARM = (build_native.ARM_COMPILER, build_native.ARM_RUNNER[0])
