@@ -89,6 +89,14 @@ void test_dtype(bool quick) {
   // A 1x1 convolution that is not a product of matrices: what padding adds in front is cropped behind.
   both_layouts(make(2, 3, 5, 1, {4, 6}, {1, 1}, {1, 1}, {1, 0}, {1, 1}, {-1, 0}));
   both_layouts(make(1, 3, 5, 1, {7}, {1}, {1}, {2}, {1}, {-2}));
+  // bfloat16 by its own instructions, channels first, planes that are not whole chunks: the gradient is copied before
+  // it is packed, and what is copied is summed for the bias (add_rows). No other dtype or tier takes that way.
+  for (const auto& [outputs, width] : {std::array<int64_t, 2>{5, 7}, {33, 10}, {70, 15}}) {
+    Case c{make(3, 7, outputs, 1, {9, width}, {1, 1}, {1, 1}, {0, 0}, {1, 1}, {0, 0})};
+    c.outputs = 2 + outputs % 2;  // with grad_w and without
+    c.multiply = Bf16Multiply::native;
+    test<T>(c, ++seed);
+  }
   // Everything at random.
   std::mt19937 random(7);
   const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
