@@ -101,6 +101,7 @@ void pool_window_last(const Pool& pool, const S* x, const Op& op, int64_t at, co
     } else {
       take(results.of, d, h, w);
     }
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) op.finish(at + c + v * V::size, count, results.of[v], place);
   });
 }
@@ -136,21 +137,27 @@ void pool_last(const Pool& pool, const S* x, const Op& op, const Team& team) {
   const int64_t positions = pool.planes * pool.out_plane();
   const int64_t cost = pool.channels * (1 + smaller(pool.taps(), pool.in_plane()));
   for_units(team, positions, cost, [&](int64_t begin, int64_t end) {
+    // All that is the same along a row is found once for it: a window is often a handful of loads.
+    const PoolWindows ws(pool.w, op.include_pad);
     PoolPosition o = PoolPosition::of(begin, pool.d.out, pool.h.out, pool.w.out);
-    for (int64_t i = begin; i < end; ++i, o.next(pool.d.out, pool.h.out, pool.w.out)) {
-      const PoolWindow d = window_of(pool.d, o.d), h = window_of(pool.h, o.h), w = window_of(pool.w, o.w);
-      const S* plane = x + o.plane * pool.in_plane() * pool.channels;
-      if constexpr (same_type<Op, MaxPool<S, int64_t>>) {
-        if (pool.taps() > 256) {
-          max_far_last(pool, plane, op, i * pool.channels, d, h, w);
-          continue;
+    for (int64_t i = begin; i < end; o.w = pool.w.out, o.next(pool.d.out, pool.h.out, pool.w.out)) {
+      const PoolWindow d = window_of(pool.d, o.d), h = window_of(pool.h, o.h);
+      const S* const plane = x + o.plane * pool.in_plane() * pool.channels;
+      const PoolPlace<C> row = place_of(op, pool, o.d, o.h);
+      for (; o.w < pool.w.out && i < end; ++o.w, ++i) {
+        const PoolWindow w = ws.window(o.w);
+        if constexpr (same_type<Op, MaxPool<S, int64_t>>) {
+          if (pool.taps() > 256) {
+            max_far_last(pool, plane, op, i * pool.channels, d, h, w);
+            continue;
+          }
         }
+        PoolPlace<C> place = row;
+        place.position += w.first;
+        place.step = 0;
+        place.divisor = op.whole_divisor(row.divisor * static_cast<C>(Op::kSums ? ws.divisor(o.w) : 1));
+        pool_window_last(pool, plane, op, i * pool.channels, d, h, w, place);
       }
-      PoolPlace<C> place = place_of(op, pool, o.d, o.h);
-      place.position += w.first;
-      place.step = 0;
-      place.divisor = op.whole_divisor(place.divisor * static_cast<C>(op.divisor(pool.w, o.w)));
-      pool_window_last(pool, plane, op, i * pool.channels, d, h, w, place);
     }
   });
 }

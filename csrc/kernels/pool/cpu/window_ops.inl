@@ -65,7 +65,7 @@ struct MaxPool {
   using C = Compute<S>;
   static constexpr bool kIndexed = !same_type<I, NoIndices>;
   static constexpr bool kPlane = same_type<I, int64_t>;
-  static constexpr bool kSums = false;
+  static constexpr bool kSums = false, include_pad = true;
   using Accumulator = Maximum<C, kIndexed>;
   static constexpr C kOutside = kMinusInfinity<C>;
 
