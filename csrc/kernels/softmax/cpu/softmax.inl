@@ -1,7 +1,8 @@
 // softmax_forward and softmax_backward.
 //
-// Where inner is 1, a row is read three times: for its maximum, its sum, its result. Else the lanes of a vector are
-// neighbours along inner, each with a maximum and a sum of its own, and kStrip vectors go through the rows together.
+// Where inner is 1, a row is read three times: for its maximum, its sum, its result; short rows are transposed first,
+// and then are as if inner were their number. Else the lanes of a vector are neighbours along inner, each with a
+// maximum and a sum of its own, and kStrip vectors go through the rows together.
 //
 // float32 and float64 keep exp(x - m) in y between the sum and the result. 16-bit types compute it again, as y would
 // round it.
@@ -11,6 +12,15 @@
 #include "rows.inl"
 
 constexpr int kStrip = 4;
+
+// Rows at most this long are transposed; 0: none. 256 rows, one thread, softmax and log_softmax, us, a row at a time
+// and transposed (Zen 1): of 2 elements 20 and 5, 26 and 5; 10: 28 and 11, 32 and 10; 24: 25 and 22, 29 and 20; 32: 28
+// and 28, 32 and 27; 48: 34 and 41, 38 and 39. Not measured with AVX-512, where 16 elements are one vector.
+#if defined(FASTOPS_VEC_AVX2)
+constexpr int64_t kShortRow = 24;
+#else
+constexpr int64_t kShortRow = 0;
+#endif
 
 // Sums run over this many elements in the compute type, then in double.
 constexpr int64_t kSumElements = 4096;
@@ -198,10 +208,36 @@ inline void for_rows(const Call& call, const Team& team, Row row, StripBody stri
   });
 }
 
+// Rows of at most kShortRow elements, as many as a strip has lanes: they are transposed, a row a lane, as a row of its
+// own takes longer to reduce its maximum and its sum to one number than to all else.
+template <bool log, class S>
+inline void softmax_short_rows(const S* x, S* y, int64_t size, int count) {
+  constexpr int64_t width = kStrip * Vec<Compute<S>>::size;
+  if (size < 1 || count < 1) __builtin_unreachable();  // softmax.h; g++ warns of `lanes` without it
+  S lanes[kShortRow * width];
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < size; ++j) lanes[j * width + i] = x[i * size + j];
+  softmax_strip<log>(lanes, lanes, size, width, count);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < size; ++j) y[i * size + j] = lanes[j * width + i];
+}
+
 template <bool log, class S>
 void softmax_forward(const Bound<SoftmaxForward>& args, const Team& team) {
   const S* const x = static_cast<const S*>(args.x);
   S* const y = static_cast<S*>(args.y);
+  if constexpr (kShortRow > 0)
+    if (args.inner == 1 && args.size <= kShortRow && args.outer >= Vec<Compute<S>>::size) {
+      constexpr int64_t width = kStrip * Vec<Compute<S>>::size;
+      const int64_t blocks = ceil_div(args.outer, width);
+      parallel(team, threads_for(team, args.outer * args.size, blocks, kSoftmaxGrain), [&](Crew& crew) {
+        crew.each(blocks, [&](int64_t block) {
+          const int64_t first = block * width, at = first * args.size;
+          softmax_short_rows<log>(x + at, y + at, args.size, static_cast<int>(smaller(width, args.outer - first)));
+        });
+      });
+      return;
+    }
   for_rows<Compute<S>>(
       args, team, [&](int64_t at) { softmax_row<log>(x + at, y + at, args.size); },
       [&](int64_t at, int count) { softmax_strip<log>(x + at, y + at, args.size, args.inner, count); });
