@@ -54,9 +54,11 @@ OPTIMIZE_SCALAR = ["-O2"]
 SANITIZE = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # AddressSanitizer sees a null pointer and the end of an object too, and the kernels have no virtual function.
 SANITIZE += ["-fno-sanitize=null,object-size,vptr"]
-# -Og compiles in 0.6 of the time of -O1 and runs in 1.3: of use but for these, whose tests run for longer than they
-# compile (linear 13.9 s and 7.7, Emerald Rapids; test_linear 10.8 s and 13.9, test_plans 38 and 52).
-SANITIZE_OPTIMIZED = ("conv", "linear", "conv_int8", "linear_int8")
+# -Og compiles in 0.4 to 0.6 of the time of -O1. Kernels then run in 1.3 of it under the sanitizers, in up to 3 without:
+# of use for tests but for these rooms, whose tests run for longer than they compile (test_conv_as_built, scalar tier,
+# 20 s and 62, to compile conv 72 and 27; Zen 1. Under the sanitizers linear compiles in 13.9 s and 7.7, test_linear
+# runs 10.8 s and 13.9; Emerald Rapids).
+RUN_LONGER = ("conv", "linear", "conv_int8", "linear_int8")
 # The tiers that are sanitized unless all are asked for. Bodies are the same templates in every tier; an operand lies
 # between pages that fault, where AddressSanitizer sees nothing in any tier. What other tiers alone have (vec.h,
 # FASTOPS_VEC_... and FASTOPS_HAS_...) is sanitized by `make sanitize TIERS=all` only.
@@ -64,7 +66,7 @@ SANITIZED = ("scalar", "")
 # With which dtypes: one whose elements are what is computed with, and one whose are not. The bodies are templates that
 # ask for nothing else: bfloat16 and float16 differ in half.inl alone, float32 and float64 in the number of lanes and in
 # activations' formulas. So these rooms are sanitized with all dtypes, and others are tested with all as they are.
-SANITIZED_DTYPES = ("f32", "bf16")
+DTYPES, SANITIZED_DTYPES = ("f32", "f64", "bf16", "f16"), ("f32", "bf16")
 ALL_DTYPES_SANITIZED = ("activation", "mlp")
 # Uses after scope are seen in the scalar tier, whose scopes the others have too: softmax's avx512 kernels compile in
 # 8.5 s instead of 12.4 (Zen 3). Checks by calls (asan-instrumentation-with-call-threshold=0) compile sooner still, but
@@ -458,16 +460,17 @@ def _path(path: Path) -> str:
 def optimization(kernels: Kernels) -> list[str]:
     """How hard the compiler tries.
 
-    FASTOPS_HURRY=1: not at all for tiers that this processor lacks, and little for those that it runs in tests only.
-    pool's kernels of avx512 compile in 5.5 s instead of 31, conv's of amx in 5.5 instead of 27 (Granite Rapids) where
-    they are not run; conv's of avx2 in 30 s instead of 58 and of the scalar tier in 31 instead of 76 (Zen 5).
+    FASTOPS_HURRY=1: not at all for tiers that this processor lacks, and of their dtypes with two; little for those that
+    it runs in tests only. pool's kernels of avx512 compile in 5.5 s instead of 31, conv's of amx in 5.5 instead of 27
+    (Granite Rapids) where they are not run, and with two dtypes in half of that; conv's of avx2 in 30 s instead of 58
+    and of the scalar tier in 31 instead of 76 (Zen 5).
     """
     if in_a_hurry():
         if not runs_here(TIERS.get(kernels.source.name, [])):
-            return ["-O0"]
+            return ["-O0", "-DFASTOPS_TWO_DTYPES"]
         better = {"avx2": _AVX512, "avx512_bf16": _AMX}.get(kernels.tier)
         if kernels.tier == "scalar" or (better is not None and runs_here(better)):
-            return ["-O1"]
+            return ["-O1" if kernels.room in RUN_LONGER else "-Og"]
     return OPTIMIZE_SCALAR if kernels.tier == "scalar" else OPTIMIZE
 
 
@@ -773,7 +776,8 @@ def build_cpp_tests(folder: Path, sources: list[Path], sanitized: Collection[str
     The kernels are those of the extension, which are compiled already where that was built, but for the sanitized tiers
     ("" for code of none). A source's own code is not sanitized, unless it has kernels in it: what kernels are compared
     with would take the sanitizers longer than they do. If the sanitized tiers are SANITIZED, a source that runs every
-    tier is two programs: one with kernels of SANITIZED_DTYPES under the sanitizers, and one with the extension's.
+    tier is two programs: one with kernels of SANITIZED_DTYPES under the sanitizers, and one with the extension's for
+    the scalar tier's other dtypes and for the other tiers.
     """
     with locked(EXTENSION):
         ordinary = Build(EXTENSION)
@@ -782,11 +786,13 @@ def build_cpp_tests(folder: Path, sources: list[Path], sanitized: Collection[str
     build = Build(folder)
     common = common_flags(compiler_version(build.compiler))
     few = sanitized == SANITIZED
+    vectors = [kernels.tier for kernels in objects if kernels.tier not in SANITIZED and not kernels.room]
+    vectors = [tier for tier in vectors if runs_here(TIERS[f"isa_{tier}.cpp"])]
     watched = dict(objects)
     for kernels in objects:
         if kernels.tier in sanitized:
             flags = [*common, *SANITIZE, *(SANITIZE_WIDE if kernels.tier not in SANITIZED else [])]
-            if kernels.room not in SANITIZE_OPTIMIZED:
+            if kernels.room not in RUN_LONGER:
                 flags.append("-Og")
             if few and kernels.room not in ALL_DTYPES_SANITIZED:
                 flags.append("-DFASTOPS_TWO_DTYPES")
@@ -797,6 +803,8 @@ def build_cpp_tests(folder: Path, sources: list[Path], sanitized: Collection[str
     for source in sources:
         text = source.read_text()
         flags = sanitize if "bodies_prelude.h" in text else []
+        if flags and not any(f"/{room}/cpu/" in text for room in RUN_LONGER):
+            flags = [*flags, "-Og"]
         test = build.compile(
             source, [*common, *(flags or ["-O1"]), "-ffp-contract=off", "-pthread", f"-I{ROOT / 'csrc'}"]
         )
@@ -805,9 +813,16 @@ def build_cpp_tests(folder: Path, sources: list[Path], sanitized: Collection[str
         if few and "run_tiers(" in text:
             dtypes = [] if source.stem.removeprefix("test_") in ALL_DTYPES_SANITIZED else SANITIZED_DTYPES
             programs.append(Program(program.path, [*quick, "scalar", *dtypes]))
-            program = Program(folder / f"{source.stem}_as_built", quick)
-            build.link([test, *objects.values()], program.path, ["-pthread"])
-        programs.append(program)
+            as_built = folder / f"{source.stem}_as_built"
+            build.link([test, *objects.values()], as_built, ["-pthread"])
+            if dtypes:
+                programs.append(
+                    Program(as_built, [*quick, "scalar", *(dtype for dtype in DTYPES if dtype not in dtypes)])
+                )
+            if vectors:
+                programs.append(Program(as_built, [*quick, *vectors]))
+        else:
+            programs.append(program)
     build.run()
     return programs
 

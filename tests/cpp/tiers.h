@@ -9,6 +9,7 @@
 #include <xmmintrin.h>
 #endif
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -185,15 +186,15 @@ bool run_packed(Call call, typename Call::Pointers pointers, const Team& team, b
   return plan.packed > 0;
 }
 
-// What a test's main does. Arguments: "quick" for fewer cases, the name of a tier to run that one alone, and names of
-// dtypes to run those alone. body<T>(quick) runs the cases of one dtype on the tier that is set. by_parts: of a room
-// where AMX takes float32 too; for others that tier has avx512's kernels. integers: of a room of products of integers,
-// which every tier has for every dtype but float64.
+// What a test's main does. Arguments: "quick" for fewer cases, names of tiers to run those alone, and names of dtypes
+// to run those alone. body<T>(quick) runs the cases of one dtype on the tier that is set. by_parts: of a room where AMX
+// takes float32 too; for others that tier has avx512's kernels. integers: of a room of products of integers, which
+// every tier has for every dtype but float64.
 template <class Body>
 int run_tiers(int argc, char** argv, Body&& body, bool by_parts = false, bool integers = false) {
   const char* const dtypes[] = {"f32", "f64", "bf16", "f16"};  // as in DType
   bool quick = false, all = true, wanted[4] = {};
-  const char* only = nullptr;
+  std::vector<const char*> only;
   for (int i = 1; i < argc; ++i) {
     bool is_dtype = false;
     for (int d = 0; d < 4; ++d)
@@ -203,11 +204,12 @@ int run_tiers(int argc, char** argv, Body&& body, bool by_parts = false, bool in
     else if (std::strcmp(argv[i], "quick") == 0)
       quick = true;
     else
-      only = argv[i];
+      only.push_back(argv[i]);
   }
   for (int i = 0; i <= static_cast<int>(isa_found()); ++i) {
     const Isa isa = static_cast<Isa>(i);
-    if ((only != nullptr && std::strcmp(only, isa_name(isa)) != 0) || !set_isa(isa)) continue;
+    const auto named = [&](const char* name) { return std::strcmp(name, isa_name(isa)) == 0; };
+    if ((!only.empty() && std::none_of(only.begin(), only.end(), named)) || !set_isa(isa)) continue;
     const auto run = [&]<class T>() {
       if (!all && !wanted[static_cast<int>(kDType<T>)]) return;
       if (integers) return kDType<T> == DType::f64 ? void() : body.template operator()<T>(quick);
