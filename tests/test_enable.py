@@ -3,8 +3,6 @@
 import contextlib
 import copy
 import os
-import subprocess
-import sys
 import threading
 import warnings
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import close, exact
+from fresh import run_python
 from torch import nn
 from torch.testing._internal.common_methods_invocations import op_db
 
@@ -490,7 +489,7 @@ print("ok")
 
 
 def test_first_call_in_inference_mode():
-    run = subprocess.run([sys.executable, "-W", "error", "-c", FIRST_CALL], capture_output=True, text=True, timeout=60)
+    run = run_python(f"import warnings; warnings.simplefilter('error')\n{FIRST_CALL}")
     assert run.stdout.strip() == "ok", run.stderr
     assert "Overriding" not in run.stderr
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from every_op import declared, layer_input
+from fresh import run_python
 from modes import ENVIRONMENT
 
 import build_native
@@ -69,5 +70,5 @@ print("ok")
 
 def test_first_call_in_a_forked_child():
     """Where torch has used its threads before, and fastops has not been called."""
-    run = subprocess.run([sys.executable, "-c", AFTER_A_FORK], capture_output=True, text=True, timeout=60)
+    run = run_python(AFTER_A_FORK)
     assert run.stdout.strip() == "ok", run.stderr

@@ -1,11 +1,10 @@
 """fastops.info(), fastops.memory's doors and the command line around them."""
 
-import os
 import subprocess
-import sys
 
 import pytest
 import torch
+from fresh import run_python
 
 import fastops
 from fastops import _C
@@ -13,13 +12,8 @@ from fastops.__main__ import main
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "fastops", *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """python -m fastops with these arguments."""
+    return run_python("import runpy; runpy.run_module('fastops', run_name='__main__')", *arguments, **environment)
 
 
 def test_attributes() -> None:

@@ -12,6 +12,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -252,4 +253,4 @@ def test_one_openmp_runtime() -> None:
         "FF.tanh(FF.linear(x, x))\n"
         "print(len(fastops.info().openmp))"
     )
-    assert run_python("-c", code).stdout == "1\n"
+    assert fresh.run_python(code).stdout == "1\n"

@@ -2,10 +2,7 @@
 
 import itertools
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 import time
 
@@ -13,6 +10,7 @@ import pytest
 import torch
 from calls import spatial
 from every_op import OPS
+from fresh import run_python
 from reference import DTYPES
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -96,8 +94,8 @@ def test_table():
 @pytest.mark.parametrize(("value", "lines"), [("1", 2), ("0", 0), ("", 0)])
 def test_verbose(value, lines):
     code = "import torch, fastops.functional as FF; x = torch.ones(3, 4); FF.linear(x, x); FF.relu(torch.arange(3))"
-    environment = {**os.environ, "FASTOPS_VERBOSE": value}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    result = run_python(code, FASTOPS_VERBOSE=value)
+    assert result.returncode == 0, result.stderr
     rows = [line for line in result.stderr.splitlines() if line.startswith("fastops: ")]
     assert len(rows) == lines
     if lines:

@@ -3,13 +3,11 @@
 import copy
 import pickle
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from modes import ENVIRONMENT
+from fresh import run_python
 from torch import nn
 
 import fastops
@@ -278,4 +276,4 @@ def test_another_version_of_a_library(monkeypatch):
 
 def test_importing_fastops_imports_no_other_library():
     program = "import fastops, sys; sys.exit(bool({'transformers', 'timm', 'tensorboard'} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, check=False).returncode == 0
+    assert run_python(program).returncode == 0

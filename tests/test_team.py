@@ -1,14 +1,13 @@
 """Whose threads the kernels run on: PyTorch's, or a team of fastops' own while other programs want the processor."""
 
 import os
-import subprocess
-import sys
 import textwrap
 import threading
 
 import pytest
 import torch
 from every_op import OPS
+from fresh import run_python
 from test_threads import run_child, training_step
 
 import fastops.functional as FF
@@ -102,10 +101,8 @@ def test_members_treat_denormals_as_the_lead(own_team):
     assert kept[0] != 0
 
 
-def run_python(code, **environment):
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env={**os.environ, **environment}
-    )
+def words_of(code, **environment):
+    result = run_python(textwrap.dedent(code), **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout.split()
 
@@ -124,7 +121,7 @@ def test_own_threads_are_started_when_wanted_and_no_more_than_processors():
         print(len(os.listdir("/proc/self/task")))
     print(len(os.sched_getaffinity(0)))
     """
-    before, alone, two, many, processors = map(int, run_python(code, FASTOPS_TEAM="own"))
+    before, alone, two, many, processors = map(int, words_of(code, FASTOPS_TEAM="own"))
     assert alone == before
     assert two - before in ((1, 3) if processors > 1 else (0, 2))
     assert many - before <= min(processors, 64) - 1 + 2
@@ -139,13 +136,13 @@ def test_one_processor_is_enough():
     x = torch.randn(300, 300)
     print((FF.linear(x, x) - x @ x.T).abs().max().item() < 1e-3)
     """
-    assert run_python(code, FASTOPS_TEAM="own") == ["True"]
-    assert run_python(code, FASTOPS_TEAM="auto") == ["True"]
+    assert words_of(code, FASTOPS_TEAM="own") == ["True"]
+    assert words_of(code, FASTOPS_TEAM="auto") == ["True"]
 
 
 def test_an_unknown_choice_is_ignored_and_said():
     code = "import fastops; i = fastops.info(); print(i.team, 'FASTOPS_TEAM=mine is none of' in str(i))"
-    assert run_python(code, FASTOPS_TEAM="mine") == ["openmp", "True"]
+    assert words_of(code, FASTOPS_TEAM="mine") == ["openmp", "True"]
     assert not _C.set_team("mine")
 
 
@@ -168,4 +165,4 @@ def test_the_own_team_takes_over_beside_other_programs():
         for loop in loops:
             loop.kill()
     """
-    assert run_python(code, FASTOPS_TEAM="auto") == ["own"]
+    assert words_of(code, FASTOPS_TEAM="auto") == ["own"]

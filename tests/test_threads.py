@@ -1,15 +1,13 @@
 """Threads and processes: the same bits for any number of threads, and after a fork."""
 
 import multiprocessing
-import os
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
 from compare import exact
 from each import each
+from fresh import run_python
 from reference import DTYPES, Conv
 
 import fastops
@@ -157,8 +155,8 @@ count(ours, 1)
 count(ours, 2)
 count(lambda: torch.tanh(torch.ones(1_000_000)), 2)
 """
-    environment = {**os.environ, "FASTOPS_TEAM": "openmp"}  # whatever else this machine has to do
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    result = run_python(code, FASTOPS_TEAM="openmp")  # whatever else this machine has to do
+    assert result.returncode == 0, result.stderr
     before, alone, two, theirs = map(int, result.stdout.split())
     assert alone == before
     assert two == before + 1

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from calls import spatial
 from every_op import LAYER_NAMES, declared, layer_input
+from fresh import run_python
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -542,7 +543,8 @@ print(sorted(str(op) for op in flop_registry if "fastops" in str(op)))
 
 def test_import_is_light():
     """PyTorch loads these when they are needed (Dynamo takes a second), and the FLOP formulas are there then."""
-    run = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True)
+    run = run_python(_IMPORT)
+    assert run.returncode == 0, run.stderr
     loaded, registered = run.stdout.splitlines()
     assert loaded == "[]"
     both = [f"fastops.{op}_{way}" for op in ("attention", "conv", "linear") for way in ("backward", "forward")]
