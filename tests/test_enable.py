@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from compare import close, exact
 from fresh import run_python
+from opinfo import op_db
 from torch import nn
-from torch.testing._internal.common_methods_invocations import op_db
 
 import fastops
 from fastops import _C
