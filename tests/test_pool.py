@@ -255,10 +255,20 @@ def test_replace_is_a_swap_of_classes():
     assert [type(m) for m in ours.modules()] == [type(m) for m in plain.modules()]
 
 
+def without_averages(net):
+    for parent in list(net.modules()):
+        for name, layer in list(parent.named_children()):
+            if "Avg" in type(layer).__name__:
+                setattr(parent, name, nn.Identity())
+    return net
+
+
 @pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", False), ("inductor", True)])
 def test_compile_a_model(backend, dynamic):
     torch._dynamo.reset()
     ours, plain = Net(), Net()
+    if backend == "inductor":  # averages with a gradient are PyTorch's there, and it compiles theirs for a minute
+        ours, plain = without_averages(ours), without_averages(plain)
     plain.load_state_dict(ours.state_dict())
     fastops.replace_(ours)
     compiled = torch.compile(ours, fullgraph=True, backend=backend, dynamic=dynamic)
