@@ -377,13 +377,18 @@ void mse_backward(const Bound<MseBackward>& args, const Team& team) {
   const V factor = V::set1(static_cast<C>(norm)), whole = none ? V::zero() : V::set1(load_one(grad_y));
   for_each_block(team, ceil_div(args.n, kMseBlock), args.n, kMseGrain, [&](int64_t block) {
     const int64_t end = smaller((block + 1) * kMseBlock, args.n);
-    for (int64_t i = block * kMseBlock; i < end; i += V::size) {
-      const int count = static_cast<int>(smaller(V::size, end - i));
-      const V d = V::load(x + i, count) - V::load(t + i, count);
-      const V g = factor * d * (none ? V::load(grad_y + i, count) : whole);
-      if (grad_x != nullptr) g.store(grad_x + i, count);
-      if (grad_t != nullptr) (-g).store(grad_t + i, count);
-    }
+    const auto load = [](const S* p, int tail)
+                          __attribute__((always_inline)) { return tail ? V::load(p, tail) : V::load(p); };
+    const auto store = [](V v, S* p, int tail) __attribute__((always_inline)) { tail ? v.store(p, tail) : v.store(p); };
+    const auto write = [&](int64_t i, int tail) __attribute__((always_inline)) {
+      const V d = load(x + i, tail) - load(t + i, tail);
+      const V g = factor * d * (none ? load(grad_y + i, tail) : whole);
+      if (grad_x != nullptr) store(g, grad_x + i, tail);
+      if (grad_t != nullptr) store(-g, grad_t + i, tail);
+    };
+    int64_t i = block * kMseBlock;
+    for (; i + V::size <= end; i += V::size) write(i, 0);
+    if (i < end) write(i, static_cast<int>(end - i));
   });
 }
 
