@@ -18,6 +18,16 @@ inline Compute<S> value_at(const S* p) {
     return load_one(p);
 }
 
+// `count` elements. Where the compiler knows that they are a whole vector, nothing is masked.
+template <class V, class S>
+__attribute__((always_inline)) inline V load_some(const S* p, int count) {
+  return count == V::size ? V::load(p) : V::load(p, count);
+}
+template <class V, class S>
+__attribute__((always_inline)) inline void store_some(V v, S* p, int count) {
+  count == V::size ? v.store(p) : v.store(p, count);
+}
+
 // Takes an element if (v > max) || isnan(v), as in PyTorch: the first of equal maxima counts, and the last NaN.
 template <class C, bool kIndexed>
 struct Maximum {
@@ -77,8 +87,9 @@ struct MaxPool {
   C whole_divisor(C divisor) const { return divisor; }
   const C* lane_divisors(const C*) const { return nullptr; }
 
-  void finish(int64_t at, int count, const Accumulator& result, const PoolPlace<C>& place) const {
-    result.value.store(y + at, count);
+  __attribute__((always_inline)) void finish(int64_t at, int count, const Accumulator& result,
+                                             const PoolPlace<C>& place) const {
+    store_some(result.value, y + at, count);
     if constexpr (kPlane) {
       uint8_t taps[Vec<C>::size];
       result.tap.store(taps, count);
@@ -106,10 +117,11 @@ struct AvgPool {
   C whole_divisor(C divisor) const { return override != 0 ? static_cast<C>(override) : divisor; }
   const C* lane_divisors(const C* divisors) const { return override != 0 ? nullptr : divisors; }
 
-  void finish(int64_t at, int count, const Accumulator& result, const PoolPlace<C>& place) const {
+  __attribute__((always_inline)) void finish(int64_t at, int count, const Accumulator& result,
+                                             const PoolPlace<C>& place) const {
     Vec<C> divisor = Vec<C>::set1(place.divisor);
     if (place.divisors != nullptr) divisor = divisor * Vec<C>::load(place.divisors, count);
-    (result.value / divisor).store(y + at, count);
+    store_some(result.value / divisor, y + at, count);
   }
 };
 
