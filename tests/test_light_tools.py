@@ -7,6 +7,7 @@ torch.export, vmap, checkpoints and casts of each layer: test_linear_int8.py and
 import copy
 import io
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -89,7 +90,9 @@ def shared(model):
 
 
 def data_parallel(model):
-    return nn.DataParallel(model)(X)
+    # For other tests the CUDA emulator may be a device of this process.
+    with mock.patch("torch.nn.parallel.data_parallel._get_available_device_type", return_value=None):
+        return nn.DataParallel(model)(X)
 
 
 def swapped(model):
