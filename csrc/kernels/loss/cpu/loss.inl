@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../common/cpu/common.inl"
+#include "../../common/cpu/some.inl"
 #include "../../softmax/cpu/rows.inl"
 #include "../loss.h"
 
@@ -377,18 +378,12 @@ void mse_backward(const Bound<MseBackward>& args, const Team& team) {
   const V factor = V::set1(static_cast<C>(norm)), whole = none ? V::zero() : V::set1(load_one(grad_y));
   for_each_block(team, ceil_div(args.n, kMseBlock), args.n, kMseGrain, [&](int64_t block) {
     const int64_t end = smaller((block + 1) * kMseBlock, args.n);
-    const auto load = [](const S* p, int tail)
-                          __attribute__((always_inline)) { return tail ? V::load(p, tail) : V::load(p); };
-    const auto store = [](V v, S* p, int tail) __attribute__((always_inline)) { tail ? v.store(p, tail) : v.store(p); };
-    const auto write = [&](int64_t i, int tail) __attribute__((always_inline)) {
-      const V d = load(x + i, tail) - load(t + i, tail);
-      const V g = factor * d * (none ? load(grad_y + i, tail) : whole);
-      if (grad_x != nullptr) store(g, grad_x + i, tail);
-      if (grad_t != nullptr) store(-g, grad_t + i, tail);
-    };
-    int64_t i = block * kMseBlock;
-    for (; i + V::size <= end; i += V::size) write(i, 0);
-    if (i < end) write(i, static_cast<int>(end - i));
+    for_vectors<V>(block * kMseBlock, end, [&](int64_t i, int count) __attribute__((always_inline)) {
+      const V d = load_some<V>(x + i, count) - load_some<V>(t + i, count);
+      const V g = factor * d * (none ? load_some<V>(grad_y + i, count) : whole);
+      if (grad_x != nullptr) store_some(g, grad_x + i, count);
+      if (grad_t != nullptr) store_some(-g, grad_t + i, count);
+    });
   });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../common/cpu/common.inl"
+#include "../../common/cpu/some.inl"
 #include "../optim.h"
 
 // Elements a thread: with fewer, starting a team takes longer than it saves (SGD with 2 x 16384 float32: 3.0 us on one
@@ -31,27 +32,6 @@ void for_pieces(const Bound<Call>& args, const Team& team, Body body) {
   });
 }
 
-// One vector after the other: step(offset, tail), where tail is 0 for a whole one.
-template <class V, class Step>
-inline void for_vectors(int64_t first, int64_t count, Step step) {
-  int64_t i = first;
-  for (; i + V::size <= first + count; i += V::size) step(i, 0);
-  const int tail = static_cast<int>(first + count - i);
-  if (tail > 0) step(i, tail);
-}
-
-template <class V, class S>
-inline V load_some(const S* p, int tail) {
-  return tail == 0 ? V::load(p) : V::load(p, tail);
-}
-template <class V, class S>
-inline void store_some(V x, S* p, int tail) {
-  if (tail == 0)
-    x.store(p);
-  else
-    x.store(p, tail);
-}
-
 // x, or zero where x is less than `least`. An average of gradients that have become zero decays and then stays
 // denormal, for good, which made every step 12 times slower on an Intel processor.
 template <class C>
@@ -75,17 +55,17 @@ void sgd_step(const Bound<SgdStep>& args, const Team& team) {
     S* const p = static_cast<S*>(piece.p);
     const S* const grad = static_cast<const S*>(piece.grad);
     S* const m = static_cast<S*>(piece.m);
-    for_vectors<V>(first, count, [&](int64_t i, int tail) __attribute__((always_inline)) {
-      V g = load_some<V>(grad + i, tail);
+    for_vectors<V>(first, first + count, [&](int64_t i, int n) __attribute__((always_inline)) {
+      V g = load_some<V>(grad + i, n);
       if (args.maximize) g = -g;
-      const V x = load_some<V>(p + i, tail);
+      const V x = load_some<V>(p + i, n);
       if (decays) g = fma(weight_decay, x, g);
       if constexpr (with_momentum) {
-        const V buffer = without_less(fma(rest, g, load_some<V>(m + i, tail) * momentum), smallest_normal<C>());
-        store_some(buffer, m + i, tail);
+        const V buffer = without_less(fma(rest, g, load_some<V>(m + i, n) * momentum), smallest_normal<C>());
+        store_some(buffer, m + i, n);
         g = args.nesterov ? fma(momentum, buffer, g) : buffer;
       }
-      store_some(fma(minus_lr, g, x), p + i, tail);
+      store_some(fma(minus_lr, g, x), p + i, n);
     });
   });
 }
@@ -117,23 +97,23 @@ void adam_step(const Bound<AdamStep>& args, const Team& team) {
     S* const v = static_cast<S*>(piece.v);
     S* const top = static_cast<S*>(piece.top);
     const V step_size = set<C>(piece.step_size), correction = set<C>(piece.correction);
-    for_vectors<V>(first, count, [&](int64_t i, int tail) __attribute__((always_inline)) {
-      V g = load_some<V>(grad + i, tail), x = load_some<V>(p + i, tail);
+    for_vectors<V>(first, first + count, [&](int64_t i, int n) __attribute__((always_inline)) {
+      V g = load_some<V>(grad + i, n), x = load_some<V>(p + i, n);
       if (args.maximize) g = -g;
       if (decoupled) x = x * decay;
       if (decays) g = fma(weight_decay, x, g);
-      const V old = load_some<V>(m + i, tail);
+      const V old = load_some<V>(m + i, n);
       const V mean = without_less(fma(slope, g - old, near_m ? old : g), least);
-      const V square = without_less(fma(rest2 * g, g, load_some<V>(v + i, tail) * beta2), least);
-      store_some(mean, m + i, tail);
-      store_some(square, v + i, tail);
+      const V square = without_less(fma(rest2 * g, g, load_some<V>(v + i, n) * beta2), least);
+      store_some(mean, m + i, n);
+      store_some(square, v + i, n);
       V largest = square;
       if constexpr (amsgrad) {
-        largest = maximum(load_some<V>(top + i, tail), square);
-        store_some(largest, top + i, tail);
+        largest = maximum(load_some<V>(top + i, n), square);
+        store_some(largest, top + i, n);
       }
       const V denominator = sqrt(largest) / correction + eps;
-      store_some(x + step_size * mean / denominator, p + i, tail);
+      store_some(x + step_size * mean / denominator, p + i, n);
     });
   });
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../common/cpu/common.inl"
+#include "../../common/cpu/some.inl"
 #include "taps.inl"
 #include "windows.inl"
 
@@ -16,16 +17,6 @@ inline Compute<S> value_at(const S* p) {
     return __builtin_bit_cast(float, static_cast<uint32_t>(p->bits) << 16);
   else
     return load_one(p);
-}
-
-// `count` elements. Where the compiler knows that they are a whole vector, nothing is masked.
-template <class V, class S>
-__attribute__((always_inline)) inline V load_some(const S* p, int count) {
-  return count == V::size ? V::load(p) : V::load(p, count);
-}
-template <class V, class S>
-__attribute__((always_inline)) inline void store_some(V v, S* p, int count) {
-  count == V::size ? v.store(p) : v.store(p, count);
 }
 
 // Takes an element if (v > max) || isnan(v), as in PyTorch: the first of equal maxima counts, and the last NaN.
