@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import fastops.functional as FF
 from fastops._activations import ACTIVATIONS
-from fastops.benchmarks.harness import BACKWARD, BOTH, DTYPES, FORWARD, Case, Sides, functional_sides
+from fastops.benchmarks.harness import BACKWARD, BOTH, DTYPES, FORWARD, Case, Sides, functional_sides, of_mode
 
 SIZES = (1024, 65536, 1048576)
 LARGE = 16777216  # float32: 64 MB
@@ -49,7 +49,7 @@ def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | No
     """`shape` is the number of elements of the output."""
     inputs = 2 if op == "glu" else 1
     # forward: x, y; backward: grad_y, what was saved, grad_x
-    tensors: float = {FORWARD: inputs + 1, BACKWARD: 2 * inputs + 1, BOTH: 3 * inputs + 2}.get(mode, inputs + 1)
+    tensors = of_mode(mode, inputs + 1, 2 * inputs + 1)
     if mode == BACKWARD and op in ACTIVATIONS and ACTIVATIONS[op].saves == "mask":
         tensors = 2 + 1 / (8 * DTYPES[dtype].itemsize)  # a bit an element is kept
     traffic = float(int(shape) * DTYPES[dtype].itemsize * tensors)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastops.functional as FF
-from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides
+from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides, of_mode
 
 SHAPE = "4x12x197x64"
 SHAPES = ("4x12x197x64", "8x12x197x64", "4x12x256x64", "1x12x1024x64", "1x1x16x16", "8x6x49x32")
@@ -31,9 +31,9 @@ def prepare(case: Case) -> Sides:
 def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | None = None) -> Case:
     batch, heads, length, size = map(int, shape.split("x"))
     elements = batch * heads * length * size
-    flops = 4.0 * elements * length * (3.5 if mode == BOTH else 1) / (2 if op.endswith("+causal") else 1)
+    flops = 4.0 * elements * length * of_mode(mode, 1, 2.5) / (2 if op.endswith("+causal") else 1)
     # forward: three operands, y; backward: grad_y, y, three operands, three gradients
-    traffic = float(DTYPES[dtype].itemsize * elements * (12 if mode == BOTH else 4))
+    traffic = float(DTYPES[dtype].itemsize * elements * of_mode(mode, 4, 8))
     return Case(op, shape, dtype, mode, threads, flops, traffic, prepare, bound="flops", isa=isa)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastops.functional as FF
-from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides
+from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides, of_mode
 
 # Of image classifiers: the first, a middle and the last stage of a ResNet, MobileNetV2's, and of small nets.
 SHAPES = ("8x64x56x56", "8x256x14x14", "8x512x7x7", "8x144x56x56")
@@ -65,7 +65,7 @@ def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | No
         raise ValueError(f"{shape} is no shape of {op}")
     elements = float(math.prod(map(int, shape.split("x"))))
     # forward: x twice, y; backward: grad_y and x twice, grad_x
-    tensors = 3 if mode == FORWARD else 8
+    tensors = of_mode(mode, 3, 5)
     return Case(
         op, shape, dtype, mode, threads, elements, elements * tensors * DTYPES[dtype].itemsize, prepare, isa=isa
     )

@@ -11,7 +11,7 @@ import torch
 
 from fastops._modules import modules
 from fastops.benchmarks import busy, figures, footprint, models, report
-from fastops.benchmarks.harness import DTYPES, FORWARD, MODES, Case, Row, WrongResult, measure
+from fastops.benchmarks.harness import BACKWARD, BOTH, DTYPES, FORWARD, MODES, Case, Row, WrongResult, measure
 
 # What measures an op (FUNCTIONS, SHAPE, make, cases), by its stem. The whole models are measured if --models asks.
 STEMS = {
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         **several,
         dest="mode",
         choices=list(MODES),
-        help="without autograd, recording, with backward",
+        help="without autograd, recording, backward alone, forward and backward; default: all but backward alone",
     )
     parser.add_argument(
         "--busy", action="store_true", help="instead: three models while other programs want the processor"
@@ -80,6 +80,8 @@ def choose(options: argparse.Namespace) -> list[Case]:
         cases = [case for count in threads for stem in stems for case in stem.cases(count)]
         if options.threads is not None:
             cases = [case for case in cases if case.threads in threads]
+        if BACKWARD in (options.mode or []):
+            cases += [alone for case in cases if case.mode == BOTH and (alone := _backward(case)).mode == BACKWARD]
     else:
         dtypes, modes = options.dtype or ["f32"], options.mode or [FORWARD]
         if options.op is None:
@@ -146,6 +148,13 @@ def run(options: argparse.Namespace) -> int:
     if wrong:
         print(f"\n{wrong} cases gave wrong results", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _backward(case: Case) -> Case:
+    """The backward pass of the case alone; the case itself where there is none, as of a step of an optimizer."""
+    if OPS[case.op] is models:
+        return case
+    return OPS[case.op].make(case.op, case.shape, case.dtype, BACKWARD, case.threads, case.isa)
 
 
 def _matches(op: str, name: str) -> bool:

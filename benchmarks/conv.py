@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastops
 import fastops.functional as FF
-from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides
+from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides, of_mode
 
 FIRST = "64x1x28x28-32-k3-p1"
 WINDOWS = ("8x64x56x56-64-k3-p1", "8x256x14x14-256-k3-p1", "8x512x7x7-512-k3-p1", "64x32x14x14-64-k3-p1")
@@ -180,7 +180,7 @@ def compare_rms(
 
 def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | None = None) -> Case:
     parsed = parse(op, shape)
-    passes = 1 if mode != BOTH else 2 if "+image" in op else 3
+    passes = of_mode(mode, 1, 1 if "+image" in op else 2)
     traffic = float(DTYPES[dtype].itemsize * parsed.elements * passes)
     bound = "bytes" if parsed.groups == parsed.channels else "flops"
     return Case(op, shape, dtype, mode, threads, parsed.flops * passes, traffic, prepare, bound, isa)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import fastops.functional as FF
 from fastops.benchmarks import conv
-from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides
+from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides, of_mode
 
 SHAPE = conv.SHAPE
 FUNCTIONS = ("conv_max_pool2d",)
@@ -27,7 +27,7 @@ def prepare(case: Case) -> Sides:
 
 def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | None = None) -> Case:
     parsed = conv.parse(op, shape)
-    passes = 1 if mode != BOTH else 3
+    passes = of_mode(mode, 1, 2)
     traffic = float(DTYPES[dtype].itemsize * parsed.elements * passes)
     return Case(op, shape, dtype, mode, threads, parsed.flops * passes, traffic, prepare, "flops", isa)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastops import light
-from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides
+from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides, of_mode
 
 SHAPE = "64x128x56x56, 4096x4096"
 FUNCTIONS = {"fake_quantize": None, "fake_quantize+channel": 0, "fake_quantize+last": -1}
@@ -38,9 +38,9 @@ def prepare(case: Case) -> Sides:
 
 def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | None = None) -> Case:
     elements = math.prod(map(int, shape.split("x")))
-    # forward: x, y; with backward also the mask twice, grad_y and grad_x
+    # forward: x, y; recorded, the mask too; backward: the mask, grad_y, grad_x
     size = DTYPES[dtype].itemsize
-    traffic = float(elements * (4 * size + 2 if mode == BOTH else 2 * size))
+    traffic = float(elements * of_mode(mode, 2 * size + (mode != FORWARD), 2 * size + 1))
     return Case(op, shape, dtype, mode, threads, float(elements), traffic, prepare, isa=isa)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median, quantiles
 
 import torch
@@ -21,8 +22,8 @@ from torch import Tensor
 from fastops import _C
 
 FORWARD, RECORD, BOTH = "forward", "record", "both"  # without autograd; recording for it; forward and backward
-BACKWARD = "backward"  # alone, of a forward that is kept: measured on a GPU only
-MODES = (FORWARD, RECORD, BOTH)
+BACKWARD = "backward"  # alone, of a forward that is kept: measured if asked for, as BOTH has it too
+MODES = (FORWARD, RECORD, BACKWARD, BOTH)
 PASSES = {FORWARD: "forward", RECORD: "forward, recorded", BACKWARD: "backward", BOTH: "forward+backward"}
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -43,7 +44,7 @@ class Case:
     op: str  # "linear", "linear+relu", "tanh", "training step", ...
     shape: str
     dtype: str  # a key of DTYPES
-    mode: str  # one of MODES, or BACKWARD
+    mode: str  # one of MODES
     threads: int
     flops: float  # floating point operations that the formula asks for
     bytes: float  # bytes that have to be read or written when nothing is cached
@@ -89,6 +90,11 @@ class Row:
         return asdict(self)
 
 
+def of_mode(mode: str, forward: float, backward: float) -> float:
+    """What a call in this mode does, if its two passes do this much each."""
+    return {BACKWARD: backward, BOTH: forward + backward}.get(mode, forward)
+
+
 class WrongResult(Exception):
     """fastops' result is farther from the reference than it may be."""
 
@@ -104,20 +110,6 @@ def functional_sides(
     leaves = [tensor.detach().to(case.device).requires_grad_(case.mode != FORWARD) for tensor in inputs]
     grad = torch.rand_like(theirs(*leaves)) if case.mode in (BACKWARD, BOTH) else None
 
-    def one(function: Callable) -> Callable[[], object]:
-        if grad is None:
-            return lambda: function(*leaves)
-        if case.mode == BACKWARD:
-            output = function(*leaves)
-            return lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)
-
-        def forward_and_backward() -> None:
-            function(*leaves).backward(grad)
-            for leaf in leaves:
-                leaf.grad = None
-
-        return forward_and_backward
-
     def results(function: Callable, dtype: torch.dtype) -> list[Tensor]:
         operands = [leaf.detach().to(dtype).requires_grad_(leaf.requires_grad) for leaf in leaves]
         output = function(*operands)
@@ -129,7 +121,26 @@ def functional_sides(
     error, torch_error, allowed = (rule or compare)(
         exact, results(ours, leaves[0].dtype), results(theirs, leaves[0].dtype), leaves[0].dtype
     )
-    return Sides(one(theirs), one(ours), error, torch_error, allowed)
+    sides = (in_mode(case.mode, partial(function, *leaves), leaves, grad) for function in (theirs, ours))
+    return Sides(*sides, error, torch_error, allowed)
+
+
+def in_mode(
+    mode: str, function: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor | None
+) -> Callable[[], object]:
+    """One call of the function in this mode; grad: what is sent back through its output, to the leaves."""
+    if mode not in (BACKWARD, BOTH):
+        return function
+    if mode == BACKWARD:
+        output = function()
+        return lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)
+
+    def forward_and_backward() -> None:
+        function().backward(grad)
+        for leaf in leaves:
+            leaf.grad = None
+
+    return forward_and_backward
 
 
 # float64 references for ops where PyTorch's own is not exact enough: its hardsigmoid multiplies by a float32 1/6.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastops.functional as FF
-from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides
+from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides, of_mode
 
 SHAPE = "1024x768, 8x56x56x96"
 FIGURES = ("1024x768", "8x56x56x96")
@@ -39,7 +39,7 @@ def prepare(case: Case) -> Sides:
 def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | None = None) -> Case:
     elements = math.prod(map(int, shape.split("x")))
     # forward: x, y; backward: grad_y, x, grad_x
-    traffic = float(DTYPES[dtype].itemsize * elements * (5 if mode == BOTH else 2))
+    traffic = float(DTYPES[dtype].itemsize * elements * of_mode(mode, 2, 3))
     return Case(op, shape, dtype, mode, threads, float(elements), traffic, prepare, isa=isa)
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastops.functional as FF
-from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, MODES, Case, Sides, functional_sides
+from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, RECORD, Case, Sides, functional_sides, of_mode
 
 SQUARES = ("1024x1024x1024", "2048x2048x2048")
 LAYERS = (  # of image classifiers, language models and transformers
@@ -56,7 +56,7 @@ def prepare(case: Case) -> Sides:
 
 def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | None = None) -> Case:
     m, k, n = map(int, shape.split("x"))
-    passes = 3 if mode == BOTH else 1
+    passes = of_mode(mode, 1, 2)
     size = DTYPES[dtype].itemsize
     flops, traffic = 2.0 * m * k * n * passes, float(size * (m * k + k * n + m * n) * passes)
     return Case(op, shape, dtype, mode, threads, flops, traffic, prepare, "bytes" if m == 1 else "flops", isa)
@@ -75,7 +75,7 @@ def cases(threads: int) -> list[Case]:
         for mode in (FORWARD, BOTH):
             result += [make("linear", shape, dtype, mode, threads) for shape in LAYERS]
     for op in ("linear", "linear+relu"):
-        for mode in MODES:
+        for mode in (FORWARD, RECORD, BOTH):
             result += [make(op, shape, "f32", mode, threads) for shape in SMALL]
     for dtype in ("f64", "f16"):
         result += [make("linear", "512x512x512", dtype, mode, threads) for mode in (FORWARD, BOTH)]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastops.functional as FF
-from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides
+from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides, of_mode
 
 ENTROPIES = ("64x10", "128x1000", "1024x50257", "8x21x128x128")
 SQUARES = ("100x1", "64x128", "1024x4096")
@@ -43,7 +43,7 @@ def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | No
         raise ValueError(f"{shape} has no classes")
     elements = math.prod(sizes)
     operands = 1 if op == "cross_entropy" else 2
-    traffic = float(DTYPES[dtype].itemsize * elements * (2 * operands + 1 if mode == BOTH else operands))
+    traffic = float(DTYPES[dtype].itemsize * elements * of_mode(mode, operands, operands + 1))
     return Case(op, shape, dtype, mode, threads, float(elements), traffic, prepare, isa=isa)
 
 

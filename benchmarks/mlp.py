@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastops.functional as FF
-from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides
+from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides, of_mode
 
 SHAPES = ("64x64x4", "1024x64x4", "1024x128x4")
 
@@ -71,10 +71,10 @@ def _step(function: Callable[..., Tensor], x: Tensor, values: list[Tensor]) -> C
 def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | None = None) -> Case:
     batch, width, layers = map(int, shape.split("x"))
     mode = BOTH if op == "mlp step" else mode
-    passes = 3 if mode == BOTH else 1
+    passes = of_mode(mode, 1, 2)
     size = DTYPES[dtype].itemsize
     # A fused forward pass has to move x and y; the backward pass x, grad_y and grad_x.
-    traffic = float(size * batch * width * (5 if mode == BOTH else 2))
+    traffic = float(size * batch * width * of_mode(mode, 2, 3))
     return Case(op, shape, dtype, mode, threads, 2.0 * batch * width**2 * layers * passes, traffic, prepare, isa=isa)
 
 

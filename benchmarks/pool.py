@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastops.functional as FF
-from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides
+from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides, of_mode
 
 FIGURES = tuple(f"{size}-k{kernel}-s2" for size in ("64x32x28x28", "8x64x112x112") for kernel in (2, 3))
 WINDOWS = (*FIGURES, "8x64x112x112-k3-s2-p1", "2x64x28x28-k3-s1-p1", "8x64x28x28-k3-s3", "8x64x32x32-k8-s8")
@@ -61,7 +61,7 @@ def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | No
     sizes, args = parse(op, shape)
     outputs = _pool(FF, op, args)(torch.empty(sizes, device="meta")).numel()
     elements = math.prod(sizes) + outputs
-    traffic = float(DTYPES[dtype].itemsize * elements * (2 if mode == BOTH else 1))
+    traffic = float(DTYPES[dtype].itemsize * elements * of_mode(mode, 1, 1))
     return Case(op, shape, dtype, mode, threads, float(math.prod(sizes)), traffic, prepare, isa=isa)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastops.functional as FF
-from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides
+from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, functional_sides, of_mode
 
 SHAPE = "48x197x197, 64x10, 8x21x64x64"
 ROWS = ("64x10", "1x1000", "128x1000", "48x197x197", "48x256x256", "256x50257")
@@ -33,7 +33,7 @@ def prepare(case: Case) -> Sides:
 def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | None = None) -> Case:
     elements = math.prod(map(int, shape.split("x")))
     # forward: x, y; backward: grad_y, y, grad_x
-    traffic = float(DTYPES[dtype].itemsize * elements * (5 if mode == BOTH else 2))
+    traffic = float(DTYPES[dtype].itemsize * elements * of_mode(mode, 2, 3))
     return Case(op, shape, dtype, mode, threads, float(elements), traffic, prepare, isa=isa)
 
 

@@ -5,12 +5,13 @@ A shape is M x K x N for a linear layer (M rows, K input and N output features),
 "64x1024x1024-90-4x4". What "pytorch" names in the results is fastops.nn.Linear or Conv2d here, with the same weights.
 """
 
+from functools import partial
+
 import torch
-from torch import nn
 
 import fastops.nn as fnn
 from fastops import light
-from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides
+from fastops.benchmarks.harness import BOTH, DTYPES, FORWARD, Case, Sides, in_mode, of_mode
 
 SHAPE = "MxKxN-ZEROS-BLOCK"
 FUNCTIONS = {"sparse_linear": "linear", "sparse_conv1x1": "conv"}
@@ -54,20 +55,10 @@ def prepare(case: Case) -> Sides:
     dense.to(dtype)
     error = float((ours(x).double() - exact).detach().abs().max() / exact.detach().abs().max())
     bound = 8 * k**0.5 * 2**-24 + torch.finfo(dtype).eps
-    if case.mode == FORWARD:
-        return Sides(lambda: dense(x), lambda: ours(x), error, 0.0, bound)
-    x.requires_grad_()
+    x.requires_grad_(case.mode != FORWARD)
     grad = torch.randn_like(exact, dtype=dtype)
-
-    def both(layer: nn.Module):
-        def call():
-            layer.zero_grad()
-            x.grad = None
-            layer(x).backward(grad)
-
-        return call
-
-    return Sides(both(dense), both(ours), error, 0.0, bound)
+    sides = (in_mode(case.mode, partial(side, x), [x, *side.parameters()], grad) for side in (dense, ours))
+    return Sides(*sides, error, 0.0, bound)
 
 
 def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | None = None) -> Case:
@@ -78,7 +69,7 @@ def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | No
     k, n = sizes[1], sizes[-1]
     rows = work / (2.0 * (1 - zeros) * k * n)
     traffic = DTYPES[dtype].itemsize * rows * (k + n) + 6 * (1 - zeros) * k * n
-    passes = 1 if mode == FORWARD else 3
+    passes = of_mode(mode, 1, 2)
     return Case(op, shape, dtype, mode, threads, passes * work, passes * traffic, prepare, "flops", isa)
 
 

@@ -116,6 +116,7 @@ def make(op: str, shape: str, dtype: str, mode: str, threads: int, isa: str | No
     model = MODELS[shape]
     weights = sum(parameter.numel() for parameter in model.build().parameters())
     size, batch = DTYPES[dtype].itemsize, model.batch
+    mode = BOTH if op == "training step" else FORWARD
     flops, traffic = 2.0 * batch * model.products, float(size * (weights + batch * model.activations))
     if mode != FORWARD:
         flops, traffic = 3 * flops - 2.0 * batch * model.first, 4 * traffic

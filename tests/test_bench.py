@@ -67,6 +67,7 @@ def row_of(case: Case, ratio: float = 1.0, isa: str = "avx512", spread: float = 
         ("conv1d", "2x3x9-4-k3"),
         ("conv3d", "1x2x4x5x6-3-k2"),
         ("conv_transpose2d", "2x3x4x4-5-k4-s2-p1"),
+        ("sparse_linear", "8x16x16-50-1x1"),
     ],
 )
 def test_measure(op: str, shape: str, mode: str) -> None:
@@ -110,6 +111,14 @@ def test_every_figure_has_its_cases() -> None:
     by_name = {result.name: result for result in results}
     assert by_name["what a ReLU keeps for backward: PyTorch's / ours"].verdict == figures.REACHED
     assert by_name["linear f32 1x4096x4096, forward: lowest"].verdict == figures.MISSED
+
+
+def test_backward_alone_is_measured_if_asked_for() -> None:
+    alone = command.choose(options("--pass", "backward"))
+    assert {case.mode for case in alone} == {harness.BACKWARD}
+    both = {(case.op, case.shape, case.dtype) for case in command.choose(options("--pass", "both"))}
+    assert {(case.op, case.shape, case.dtype) for case in alone} == {row for row in both if not row[0].endswith("step")}
+    assert not any(case.mode == harness.BACKWARD for case in command.choose(options()))
 
 
 def test_figures_take_the_lowest_and_the_geomean() -> None:
