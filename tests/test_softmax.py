@@ -23,12 +23,14 @@ OPS = torch.ops.fastops
 NAMES = ["softmax", "log_softmax"]
 NAME = pytest.mark.parametrize("name", NAMES)
 
-# (shape, dim): sizes around the vectors, their doubles and their fours, sums longer than a block, one element.
+# (shape, dim): sizes around the vectors, their doubles and their fours, sums longer than a block, one element; short
+# rows of few neighbours, strips of the greatest width and what is left of them.
 SHAPES = [
     ((3,), 0), ((1, 1), 1), ((4, 7), 1), ((4, 7), 0), ((5, 8), -1), ((2, 15), 1), ((7, 16), 1), ((3, 17), 1),
     ((2, 3, 31), 2), ((6, 32), 1), ((4, 33), 1), ((3, 64), 1), ((2, 65), 1), ((2, 197), 1), ((2, 5000), 1),
     ((3, 5, 4), 1), ((2, 3, 17), 1), ((2, 3, 31), 0), ((2, 4, 33), 1), ((1, 5, 64), 1), ((3, 2, 65), 1),
-    ((2, 9, 7, 11), 1), ((40, 130), 0),
+    ((2, 9, 7, 11), 1), ((40, 130), 0), ((13, 10, 3), 1), ((7, 24, 5), 1), ((6, 25, 3), 1), ((40, 24), 1),
+    ((2, 3, 2060), 1), ((70, 1030), 0),
 ]  # fmt: skip
 
 
