@@ -580,7 +580,7 @@ def calls(size):
 def kernels(dtype, on_gpu):
     if on_gpu:
         return {"pool_gather": 0}
-    return dict.fromkeys(("pool_across", "pool_halves", "pool_last", "pool_scatter", "pool_whole", "pool_within"), 0)
+    return dict.fromkeys(("pool_across", "pool_halves", "pool_last", "pool_scatter", "pool_spread", "pool_within"), 0)
 
 
 def random_pool(rng):

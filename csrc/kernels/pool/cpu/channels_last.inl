@@ -7,11 +7,31 @@
 #include "../../conv/cpu/patches.inl"
 #include "channels_first_backward.inl"
 #include "channels_first_forward.inl"
+#include "routes.inl"
+#include "spread.inl"
 #include "taps.inl"
 #include "window_ops.inl"
 #include "windows.inl"
 
 constexpr int kPoolVectors = 4;  // vectors of channels at a time
+
+// Of windows of more elements than that a maximum's gradient goes to its place; of fewer, each element compares its
+// name with the index. Where windows overlap, and the dtype is that of sums, it goes to its place as well, kPlaces. One
+// thread, Zen 1, us, compared and placed: 8x64x28x28 with 3x3 windows 195 and 242, bfloat16 334 and 206; 8x64x32x32
+// with 8x8 230 and 174, bfloat16 432 and 161; 8x64x56x56 with 3x3, stride 2, 2046 and 1708. Not measured with AVX-512.
+#if defined(FASTOPS_VEC_AVX2)
+template <class S>
+constexpr int64_t kTapsCompared = is_half<S> ? 4 : 9;
+template <class S>
+constexpr int64_t kLeastCompared = Vec<Compute<S>>::size;  // of fewer channels each element has a part of a vector
+constexpr bool kPlaces = true;
+#else
+template <class S>
+constexpr int64_t kTapsCompared = 256;
+template <class S>
+constexpr int64_t kLeastCompared = 0;
+constexpr bool kPlaces = false;
+#endif
 
 template <int kValue>
 struct Constant {
@@ -174,22 +194,18 @@ inline void store_vectors(const V (&values)[kVectors], S* to, int count) {
   }
 }
 
-// Whether windows do not overlap. Each window then writes the elements of its stride.
-inline bool is_tiled(const PoolAxis& axis) {
-  return !axis.ragged && axis.padding == 0 && axis.dilation == 1 && axis.kernel <= axis.stride;
-}
-
-// The window whose stride contains element i, and the tap; window is -1 if there is none.
+// The window whose tile contains element i, and the tap; window is -1 if there is none.
 struct PoolTile {
   int64_t window, tap;
 
-  PoolTile(const PoolAxis& axis, int64_t i) : window(i / axis.stride), tap(i % axis.stride) {
+  PoolTile(const PoolAxis& axis, int64_t i) : window(i / axis.tile()), tap(i % axis.tile()) {
     if (window >= axis.out || tap >= axis.kernel) window = -1;
   }
 };
 
-template <class S, class Route>
-void backward_last_tiled(const Pool& shape, const S* grad_y, S* grad_x, const Route& op, const Team& team) {
+// Of maxima. Each element compares its name with the index of its window.
+template <class S, class I>
+void backward_last_tiled(const Pool& shape, const S* grad_y, S* grad_x, const MaxRoute<S, I>& op, const Team& team) {
   using V = Vec<Compute<S>>;
   for_units(team, shape.planes * shape.d.in * shape.h.in, 2 * shape.channels * shape.w.in,
             [&](int64_t begin, int64_t end) {
@@ -205,9 +221,6 @@ void backward_last_tiled(const Pool& shape, const S* grad_y, S* grad_x, const Ro
                 for (int64_t j = 0; j < pool.w.in; ++j, to += pool.channels) {
                   const bool send = any && w < pool.w.out && tap < pool.w.kernel;
                   const int64_t name = op.name(row_tap + tap, position_of(pool, row.d, row.h, j));
-                  V share = V::zero();
-                  if constexpr (Route::kAverages)
-                    if (send) share = op.share(pool, d.window, h.window, w);
                   const int64_t from = (windows + w) * pool.channels;
                   for_channels<V::size>(pool.channels, [&](int64_t c, auto vectors, int count) {
                     constexpr int kVectors = decltype(vectors)::value;
@@ -217,13 +230,13 @@ void backward_last_tiled(const Pool& shape, const S* grad_y, S* grad_x, const Ro
                       V value = V::zero();  // stored once for both cases: g++ 12 crashes on two stores here at -O1
                       if (send) {
                         const V g = kVectors > 1 ? V::load(grad_y + at) : V::load(grad_y + at, count);
-                        value = Route::kAverages ? g * share : op.sent(name, g, at, kVectors > 1 ? V::size : count);
+                        value = op.sent(name, g, at, kVectors > 1 ? V::size : count);
                       }
                       values[v] = value;
                     }
                     store_vectors(values, to + c, count);
                   });
-                  if (++tap == pool.w.stride) {
+                  if (++tap == pool.w.tile()) {
                     tap = 0;
                     ++w;
                   }
@@ -243,6 +256,7 @@ void backward_last_rows(const Pool& shape, const S* grad_y, S* grad_x, const Rou
             [&](int64_t begin, int64_t end) {
               const Pool pool = shape;  // a local copy, which stores to grad_x cannot alias
               alignas(64) C buffer[kPoolBandBytes / sizeof(C)];
+              const PlaneWindows windows(pool, op.pads());
               PoolRow row(begin, pool.d.in, pool.h.in);
               PoolReach ds(pool.d, row.d), hs(pool.h, row.h);
               for (int64_t i = begin; i < end; ++i, move_on(pool, row, ds, hs))
@@ -256,16 +270,16 @@ void backward_last_rows(const Pool& shape, const S* grad_y, S* grad_x, const Rou
                       for (int64_t h = hs.begin; h < hs.end; ++h) {
                         const int64_t d_tap = tap_of(pool.d, d, row.d), h_tap = tap_of(pool.h, h, row.h);
                         if (d_tap < 0 || h_tap < 0) continue;
-                        const int64_t windows = ((row.plane * pool.d.out + d) * pool.h.out + h) * pool.w.out;
+                        const int64_t number = ((row.plane * pool.d.out + d) * pool.h.out + h) * pool.w.out;
                         const int64_t row_tap = (d_tap * pool.h.kernel + h_tap) * pool.w.kernel;
                         for (int64_t w = ws.begin; w < ws.end; ++w) {
-                          const PoolWindow window = window_of(pool.w, w);
-                          const int64_t from = (windows + w) * pool.channels + c;
+                          const PoolWindow window = windows.w.window(w);
+                          const int64_t from = (number + w) * pool.channels + c;
                           V g[kVectors];
                           for (int v = 0; v < kVectors; ++v)
                             g[v] = kVectors > 1 ? V::load(grad_y + from + v * V::size) : V::load(grad_y + from, count);
                           if constexpr (Route::kAverages) {
-                            const V share = op.share(pool, d, h, w);
+                            const V share = op.share(windows, d, h, w);
                             for (V& value : g) value = value * share;
                           }
                           for (int64_t t = window.begin; t < window.end; ++t) {
@@ -291,35 +305,71 @@ void backward_last_rows(const Pool& shape, const S* grad_y, S* grad_x, const Rou
             });
 }
 
-// For maxima with positions in the plane, of large windows that do not overlap: zeros, and each gradient at its place.
-// backward_last_tiled compares an index with every position of its window: 8x256x28x28 to 1x1, forward and
-// backward, 1.5 times as long, and bfloat16 8x512x28x28 2.6 times (Zen 1, 2 threads).
-template <class S>
-void backward_last_far(const Pool& pool, const S* grad_y, S* grad_x, const int64_t* indices, const Team& team) {
-  const int64_t channels = pool.channels, windows = pool.out_plane(), plane = pool.in_plane() * channels;
-  for_units(team, pool.planes * plane, 1, [&](int64_t begin, int64_t end) {
-    __builtin_memset(grad_x + begin, 0, static_cast<size_t>(end - begin) * sizeof(S));
-  });
-  for_units(team, pool.planes * windows, channels, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      S* const to = grad_x + i / windows * plane;
-      for (int64_t c = 0; c < channels; ++c) {
-        const int64_t at = indices[i * channels + c];
-        // Indices may be anybody's: nothing is written outside the plane.
-        if (static_cast<uint64_t>(at) < static_cast<uint64_t>(pool.in_plane()))
-          to[at * channels + c] = grad_y[i * channels + c];
-      }
+// The gradients of a window go to their places among `size` positions from `to` on; the window starts at `first`.
+template <class S, class I>
+__attribute__((noinline)) void places_of_maxima(const S* grad_y, MaxRoute<S, I> op, int64_t first, int64_t size,
+                                                int64_t channels, S* to) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const int64_t at = op.position(c, first);
+    // The maximum may be in another thread's rows. Indices may be anybody's, too.
+    if (static_cast<uint64_t>(at) >= static_cast<uint64_t>(size)) continue;
+    if constexpr (same_type<S, Compute<S>>)
+      to[at * channels + c] += grad_y[c];
+    else
+      to[at * channels + c] = grad_y[c];
+  }
+}
+
+// For maxima: each gradient goes to its place. Rows of elements are cleared as windows come to them. Where an element
+// can get several gradients, they are added in memory, so S is their dtype.
+template <class S, class I>
+void backward_last_places(const Pool& pool, const S* grad_y, S* grad_x, const MaxRoute<S, I>& op, const Team& team) {
+  const int64_t channels = pool.channels, rows = pool.d.in * pool.h.in, row_size = pool.w.in * channels;
+  for_units(team, pool.planes * rows, 2 * row_size, [&](int64_t begin, int64_t end) {
+    const PlaneWindows windows(pool, op.pads());
+    for (int64_t i = begin; i < end;) {
+      const int64_t plane = i / rows, low = i % rows, high = smaller(rows, low + end - i);
+      S* const to = grad_x + plane * rows * row_size;
+      int64_t cleared = low;
+      const auto clear = [&](int64_t up_to) {
+        if (up_to <= cleared) return;
+        __builtin_memset(to + cleared * row_size, 0, static_cast<size_t>((up_to - cleared) * row_size) * sizeof(S));
+        cleared = up_to;
+      };
+      const int64_t first_d = low / pool.h.in, last_d = (high - 1) / pool.h.in;
+      const PoolRange ds = outputs_of(pool.d, first_d, last_d + 1);
+      const PoolRange hs = first_d == last_d ? outputs_of(pool.h, low % pool.h.in, (high - 1) % pool.h.in + 1)
+                                             : PoolRange{0, pool.h.out};
+      for (int64_t d = ds.begin; d < ds.end; ++d)
+        for (int64_t h = hs.begin; h < hs.end; ++h) {
+          const PoolWindow dw = windows.d.window(d), hw = windows.h.window(h);
+          const int64_t last = dw.first + (dw.end - 1) * pool.d.dilation,
+                        below = hw.first + (hw.end - 1) * pool.h.dilation;
+          clear(smaller(high, last * pool.h.in + below + 1));
+          const int64_t row = position_of(pool, dw.first, hw.first, 0);
+          const int64_t at = ((plane * pool.d.out + d) * pool.h.out + h) * pool.w.out * channels;
+          for (int64_t w = 0; w < pool.w.out; ++w) {
+            const int64_t first = MaxRoute<S, I>::kWindow ? row + windows.w.window(w).first : 0;
+            places_of_maxima(grad_y + at + w * channels, op.from(at + w * channels), first - low * pool.w.in,
+                             (high - low) * pool.w.in, channels, to + low * row_size);
+          }
+        }
+      clear(high);
+      i += high - low;
     }
   });
 }
 
 template <class S, class Route>
 void pool_backward_last(const Pool& pool, const S* grad_y, S* grad_x, const Route& op, const Team& team) {
-  const bool tiled = is_tiled(pool.d) && is_tiled(pool.h) && is_tiled(pool.w);
-  if constexpr (same_type<Route, MaxRoute<S, int64_t>>)
-    if (tiled && pool.taps() > 256) return backward_last_far(pool, grad_y, grad_x, op.indices, team);
-  if (tiled)
-    backward_last_tiled(pool, grad_y, grad_x, op, team);
-  else
-    backward_last_rows(pool, grad_y, grad_x, op, team);
+  const bool tiled = is_tiled(pool);
+  if constexpr (Route::kAverages) {
+    if (tiled) return backward_spread(pool, grad_y, grad_x, op, team);
+  } else {
+    if (tiled ? pool.taps() > kTapsCompared<S> || pool.channels < kLeastCompared<S>
+              : kPlaces && same_type<S, Compute<S>>)
+      return backward_last_places(pool, grad_y, grad_x, op, team);
+    if (tiled) return backward_last_tiled(pool, grad_y, grad_x, op, team);
+  }
+  backward_last_rows(pool, grad_y, grad_x, op, team);
 }

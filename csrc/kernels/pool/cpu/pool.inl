@@ -49,8 +49,8 @@ inline KernelName pool_backward_name(DType dtype, Layout layout, const PoolGeome
   switch (way) {
     case PoolBackwardWay::halves:
       return {"pool_halves"};
-    case PoolBackwardWay::whole:
-      return {"pool_whole"};
+    case PoolBackwardWay::spread:
+      return {"pool_spread"};
     case PoolBackwardWay::across:
       return {"pool_across"};
     case PoolBackwardWay::scatter:

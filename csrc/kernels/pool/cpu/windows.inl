@@ -6,6 +6,9 @@
 struct PoolAxis {
   int64_t in, out, kernel, stride, padding, dilation;
   bool ragged;  // adaptive windows of several sizes; `kernel` is then an upper bound
+
+  // The elements from the first of a window to that of the next one, or all of them.
+  int64_t tile() const { return out == 1 ? in : stride; }
 };
 
 // A window. Taps [begin, end) are inside the input; tap t is element first + t * dilation.
@@ -95,6 +98,13 @@ struct Pool {
   int64_t taps() const { return d.kernel * h.kernel * w.kernel; }
 };
 
+// Of all axes.
+struct PlaneWindows {
+  PoolWindows d, h, w;
+  PlaneWindows(const Pool& pool, bool include_pad)
+      : d(pool.d, include_pad), h(pool.h, include_pad), w(pool.w, include_pad) {}
+};
+
 inline PoolAxis pool_axis(const PoolGeometry& g, int i) {
   if (!g.adaptive) return {g.in[i], g.out[i], g.kernel[i], g.stride[i], g.padding[i], g.dilation[i], false};
   if (g.out[i] == 0) return {g.in[i], 0, 1, 1, 0, 1, false};
@@ -121,6 +131,12 @@ inline Pool make_pool(const PoolGeometry& g, Layout layout) {
   }
   return pool;
 }
+
+// Whether windows do not overlap and the first begins with the first element. Each window then has a tile for itself.
+inline bool is_tiled(const PoolAxis& axis) {
+  return !axis.ragged && axis.padding == 0 && axis.dilation == 1 && (axis.out == 1 || axis.kernel <= axis.stride);
+}
+inline bool is_tiled(const Pool& pool) { return is_tiled(pool.d) && is_tiled(pool.h) && is_tiled(pool.w); }
 
 // Whether a plane is a single window, and, after merging, a single row. A window that reaches beyond that row has
 // another divisor.
