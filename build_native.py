@@ -99,7 +99,19 @@ TIERS_OF = {
 KERNEL_FLAGS = ["-ffp-contract=off"]
 # The tiers in the order of Isa (isa.h), and those that hand what they have no kernel for to another one (tier.inl).
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon")
-LOWER_TIER = {"avx512_bf16": "avx512", "amx": "avx512"}
+LOWER_TIERS = {"avx512_bf16": ("avx512",), "amx": ("avx512_bf16", "avx512")}
+# The rooms whose kernels these tiers have in the run time, where all rooms of a tier are compiled together: those that
+# do with the tier's instructions more than round what they store. Other calls get the next tier's kernels.
+RUN_ROOMS = {
+    "avx512_bf16": (
+        *("conv", "linear", "conv_int8", "linear_int8"),
+        *("activation", "batch_norm", "conv_pool", "layer_norm", "pool", "pool_int8", "softmax"),
+    ),
+    "amx": ("conv", "linear", "conv_int8", "linear_int8"),
+}
+TRAINING_ROOMS = ("loss", "optim", "fake_quantize")
+# Kernels throw nothing, and nothing throws through them.
+NO_UNWINDING = ["-fno-exceptions", "-fno-asynchronous-unwind-tables"]
 # The same for the GPU: every fused multiply-add is one that the source asks for.
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-Wall,-Wextra,-fPIC,-fvisibility=hidden"]
 ARCHITECTURES = "8.0+PTX;9.0a"
@@ -324,17 +336,22 @@ class Build:
         """The same for several sources, which are one for the compiler."""
         if len(sources) == 1:
             return self.compile_with(precompiled, sources[0], flags, into)
-        unit = self.folder / into / f"{sources[0].stem}_to_{sources[-1].stem}.cpp"
         text = "".join(f'#include "{source}"\n' for source in sources)
+        unit = Path(into) / f"{sources[0].stem}_to_{sources[-1].stem}.cpp"
+        self.parts[self.folder / unit] = sources
+        result = self.compile_text(unit, text, [*flags, "-include", str(precompiled.with_suffix(""))])
+        self.headers[result] = precompiled
+        return result
+
+    def compile_text(self, unit: Path, text: str, flags: list[str]) -> Path:
+        """The same for a text, which becomes a file in the folder."""
+        unit = self.folder / unit
         if not unit.exists() or unit.read_text() != text:
             unit.parent.mkdir(parents=True, exist_ok=True)
             unit.write_text(text)
-        self.parts[unit] = sources
-        flags = [*flags, "-include", str(precompiled.with_suffix("")), *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        result = unit.with_suffix(".o")
-        self.compiles.append((self.compiler, unit, result, flags))
-        self.headers[result] = precompiled
-        return result
+        flags = [*flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        self.compiles.append((self.compiler, unit, unit.with_suffix(".o"), flags))
+        return unit.with_suffix(".o")
 
     def compile_kernels(self, kernels: Kernels, flags: list[str]) -> Path:
         """The same for kernels of the CPU, with their own flags besides."""
@@ -520,6 +537,23 @@ def add_runtime(
     build.link([*of_command, library / RUN_LIBRARY], command / RUN_COMMAND, beside)
 
 
+def run_flags() -> list[str]:
+    """What makes of the kernels, and of what runs models, those of the library that only runs models."""
+    inference = ["-include", str(KERNELS / "common" / "inference.h"), "-DFASTOPS_INFERENCE", "-DFASTOPS_TWO_DTYPES"]
+    return [*inference, "-ffunction-sections", "-fdata-sections"]
+
+
+def tier_unit(tier: Kernels) -> str:
+    """The rooms of a tier that the run time has, and the tier's table, as one source: what rooms share is compiled
+    once. Calls of other rooms get the next tier's kernels."""
+    everything = [room for room in rooms() if room not in TRAINING_ROOMS]
+    own = RUN_ROOMS.get(tier.tier, everything)
+    include = f'#include "{tier.source}"\n'
+    handed_down = " ".join(f"FASTOPS_CALLS_{room}(X)" for room in everything if room not in own)
+    text = "".join(f"#define FASTOPS_ROOM {room}\n{include}#undef FASTOPS_ROOM\n" for room in own)
+    return text + (f"#define FASTOPS_HANDED_DOWN(X) {handed_down}\n" if handed_down else "") + include
+
+
 def build_runtime(
     prefix: Path, machine: str = platform.machine(), tiers: Sequence[str] = (), optimize: Sequence[str] = ()
 ) -> None:
@@ -532,10 +566,9 @@ def build_runtime(
     known = [Kernels(KERNELS / name).tier for name in TIERS_OF.get(machine, ["isa_scalar.cpp"])]
     if unknown := set(tiers) - set(known):
         raise SystemExit(f"fastops: TIERS must name some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
-    with_tiers = {"", "scalar", *(tiers or known), *(LOWER_TIER.get(tier, "scalar") for tier in tiers)}
+    with_tiers = {"", "scalar", *(tiers or known), *(lower for tier in tiers for lower in LOWER_TIERS.get(tier, ()))}
     cross = [] if machine == platform.machine() else [f"{machine}-linux-gnu-g++"]
-    few = ["-include", str(KERNELS / "common" / "inference.h"), "-DFASTOPS_INFERENCE"]
-    few += ["-DFASTOPS_TWO_DTYPES", "-ffunction-sections", "-fdata-sections"]
+    few = run_flags()
     bits = sum(1 << ISAS.index(tier) for tier in with_tiers if tier)
 
     def which(kernels: Kernels) -> list[str]:
@@ -544,11 +577,14 @@ def build_runtime(
     with locked(ROOT / "build" / f"run-{machine}{''.join(optimize)}") as folder:
         build = Build(folder, cross or compiler())
         common = [*common_flags(compiler_version(build.compiler)), *few]
-        objects = [
-            build.compile_kernels(kernels, [*common, *(optimize or optimization(kernels)), *which(kernels)])
-            for kernels in kernel_sources(machine)
-            if kernels.tier in with_tiers and kernels.room not in ("loss", "optim", "fake_quantize")
-        ]
+        objects = []
+        for kernels in kernel_sources(machine):
+            flags = [*common, *(optimize or optimization(kernels)), *which(kernels)]
+            if not kernels.tier:
+                objects.append(build.compile_kernels(kernels, flags))
+            elif not kernels.room and kernels.tier in with_tiers:  # a tier as a whole
+                flags += [*kernels.flags, *NO_UNWINDING]
+                objects.append(build.compile_text(Path(kernels.source.name), tier_unit(kernels), flags))
         add_runtime(build, objects, prefix / "lib", prefix / "bin", [*few, *optimize], folding(machine))
         for name in ("lib", "bin", "include"):
             (prefix / name).mkdir(parents=True, exist_ok=True)

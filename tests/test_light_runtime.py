@@ -4,6 +4,7 @@ damaged files, a process that has no torch, and the command. tests/cpp/test_runt
 
 import collections
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -620,9 +621,69 @@ numpy.save("y.npy", fastops_light.Model(sys.argv[1])(numpy.load("x.npy")))
         )
 
 
+def sections(path, prefix):
+    """Bytes of an object's or a library's sections whose names begin so."""
+    rows = subprocess.run(["size", "-A", path], capture_output=True, text=True, check=True).stdout.splitlines()
+    return sum(int(row.split()[1]) for row in rows if row.startswith(prefix))
+
+
 def test_the_size_of_the_run_time():
-    """What a library has besides its kernels: 400 KB (GCC 12, x86-64)."""
-    assert 100_000 < COMMAND.with_name(build_native.RUN_LIBRARY).stat().st_size < 500_000
+    """What a library has besides its kernels: 400 KB (GCC 12, x86-64), most of them code."""
+    library = COMMAND.with_name(build_native.RUN_LIBRARY)
+    code = sections(library, ".text")
+    assert code > 0.65 * library.stat().st_size
+    assert library.stat().st_size < 450_000
+
+
+# Code of a tier's kernels in the run time, as built by `make runtime` (GCC 12), in KB.
+MOST_KB = {"scalar": 1450, "avx2": 1750, "avx512": 2000, "avx512_bf16": 1200, "amx": 800}
+
+
+@pytest.mark.parametrize("tier", MOST_KB)
+def test_the_size_of_a_tier(tier):
+    unit = ROOT / "build" / "run-x86_64" / f"isa_{tier}.o"
+    if not unit.exists():
+        pytest.skip("`make runtime` has built no kernels of this tier")
+    assert sections(unit, ".text") < 1000 * MOST_KB[tier]
+
+
+def for_the_run_time(kernels, *arguments, source=None):
+    """Compiles kernels, or a source in their place, as for the run time but in a hurry; what the compiler says."""
+    flags = [*build_native.COMMON, *build_native.run_flags(), *kernels.flags, "-Og", "-w", "-xc++"]
+    command = [*build_native.compiler(), *flags, *arguments, "-" if source else kernels.source]
+    return subprocess.run(command, input=source, capture_output=True, text=True).stderr
+
+
+SCALAR = {one.room: one for one in build_native.kernel_sources() if one.tier == "scalar"}
+
+
+def test_all_rooms_of_a_tier_are_one_source():
+    """A name that two rooms have in different senses is an error."""
+    assert for_the_run_time(SCALAR[""], "-fsyntax-only", source=build_native.tier_unit(SCALAR[""])) == ""
+
+
+@pytest.mark.parametrize("room", ["activation", "batch_norm", "mlp"])
+def test_the_run_time_has_no_kernels_for_training(room, tmp_path):
+    """No gradients, no masks, no statistics of a batch, no other dtypes."""
+    assert for_the_run_time(SCALAR[room], "-c", "-o", tmp_path / "room.o") == ""
+    names = subprocess.run(["nm", "-C", tmp_path / "room.o"], capture_output=True, text=True, check=True).stdout
+    code = [name.replace("bf16_t", "") for name in names.splitlines() if " t " in name or " T " in name]
+    assert any("forward_row" in name for name in code)
+    for left_out in ("ackward_", "mask_row", "moments<", "<double", "f16_t"):
+        assert not [name for name in code if left_out in name]
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="there is no objdump")
+@pytest.mark.parametrize(("tier", "products"), [("avx512_bf16", "vdpbf16ps|vpdpbusd"), ("amx", "tdpbf16ps|tdpbusd")])
+def test_what_a_tier_hands_down(tier, products):
+    """Rooms that the run time does not have of a tier use none of its products in the extension either."""
+    unreached = ("inverted_residual", "weight_only")  # have them without optimization, where nothing leads to them
+    own = (*build_native.RUN_ROOMS[tier], *build_native.TRAINING_ROOMS, *unreached)
+    for kernels in build_native.kernel_sources():
+        path = build_native.EXTENSION / kernels.object.relative_to(ROOT)
+        if kernels.tier == tier and kernels.room not in ("", *own) and path.exists():
+            find = f"objdump -d {shlex.quote(str(path))} | grep -cwE '{products}'"
+            assert subprocess.run(find, shell=True, capture_output=True, text=True).stdout == "0\n", kernels.room
 
 
 ARM = (build_native.ARM_COMPILER, build_native.ARM_RUNNER[0])

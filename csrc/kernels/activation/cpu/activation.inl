@@ -272,11 +272,12 @@ constexpr KernelName kElementwise{"elementwise"};
 
 void plan_call(Plan<ActivationForward>& plan) {
   const ActivationForward& call = plan.call;
+  if (kInference && call.with_mask) return;
   with_dtype(call.dtype, [&](auto type) {
     using S = decltype(type);
     const ActivationKind kind = call.activation.kind;
     const ForwardKernels<S> kernels = {call.with_mask ? nullptr : find_forward_row<S, S>(kind),
-                                       call.with_mask ? find_forward_mask_row<S>(kind) : nullptr};
+                                       !kInference && call.with_mask ? find_forward_mask_row<S>(kind) : nullptr};
     decide(plan, kElementwise, 0, kernels,
            [](auto& args, auto& kernels, auto*, auto& team) { activation_forward<S>(args, kernels, team); });
   });

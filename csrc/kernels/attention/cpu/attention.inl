@@ -11,6 +11,7 @@
 
 #include "../../common/cpu/common.inl"
 #include "../../common/cpu/elements.inl"
+#include "../../common/cpu/some.inl"
 #include "../../gemm/cpu/microkernels.inl"
 #include "../../gemm/cpu/pack.inl"
 #include "../../softmax/cpu/rows.inl"
@@ -137,18 +138,6 @@ template <class T, class C>
 inline void narrow_rows(const RowsAt<C>& from, T* to, int64_t row, int64_t rows, int64_t size) {
   if constexpr (!__is_same(T, C))
     for (int64_t i = 0; i < rows; ++i) store_row<T>(from.row(i), to + i * row, static_cast<int>(size));
-}
-
-template <class V, class T>
-inline V load_upto(const T* p, int64_t left) {
-  return left >= V::size ? V::load(p) : V::load(p, static_cast<int>(left));
-}
-template <class V, class T>
-inline void store_upto(V v, T* p, int64_t left) {
-  if (left >= V::size)
-    v.store(p);
-  else
-    v.store(p, static_cast<int>(left));
 }
 
 // row[j] = exp(scale row[j] + mask[j] - base) for j < count, with base the largest of those and `before`, which is

@@ -117,7 +117,7 @@ SlopeRow<S> find_slope_row(ActivationKind kind) {
 }
 
 template <class S>
-struct BackwardKernels {
+struct NormBackwardKernels {
   using C = Compute<S>;
   Walk walk;
   bool direct;  // both passes form the derivative, or there is none
@@ -149,7 +149,7 @@ void backward_sum_rows(const S* grad, const S* x, int64_t n, int64_t begin, int6
                        const Numbers<Compute<S>>& numbers, const Activation& activation, Compute<S>* first,
                        Compute<S>* second) {
   const auto p = parameters<S>(activation);
-  for_rows<kTogether>(begin, end, [&](int64_t row, auto size) {
+  for_rows<kRowGroup>(begin, end, [&](int64_t row, auto size) {
     add_rows<D, size.value>(grad + row * n, n, x + row * n, n, n, numbers, p, first, second);
   });
 }
@@ -158,7 +158,7 @@ template <class S>
 struct Backward {
   using C = Compute<S>;
   const Bound<BatchNormBackward>& args;
-  const BackwardKernels<S>& kernels;
+  const NormBackwardKernels<S>& kernels;
   const Walk& walk;
   const S *grad, *x, *saved;
   S *g, *grad_x;  // g: where the first pass writes grad_y f', or null
@@ -197,9 +197,9 @@ struct Backward {
   // The sums of elements [begin, end) of a channel.
   void sum_channel(int64_t c, int64_t begin, int64_t end, double& a, double& b) const {
     const Channel<C> channel = channel_of(numbers, c);
-    for (int64_t from = begin; from < end; from += kBlock) {
+    for (int64_t from = begin; from < end; from += kPlaneBlock) {
       PlaneSums<C> sums;
-      for_planes(walk.inner, from, smaller(from + kBlock, end),
+      for_planes(walk.inner, from, smaller(from + kPlaneBlock, end),
                  [&](int64_t plane, int64_t first, int64_t count, int64_t planes) {
                    const int64_t stride = walk.channels * walk.inner;
                    int64_t at = (plane * walk.channels + c) * walk.inner + first;
@@ -269,7 +269,7 @@ struct Backward {
 };
 
 template <class S>
-void batch_norm_backward(const Bound<BatchNormBackward>& args, const BackwardKernels<S>& kernels, void* memory,
+void batch_norm_backward(const Bound<BatchNormBackward>& args, const NormBackwardKernels<S>& kernels, void* memory,
                          const Team& team) {
   using C = Compute<S>;
   const Walk& walk = kernels.walk;
@@ -307,7 +307,7 @@ void batch_norm_backward(const Bound<BatchNormBackward>& args, const BackwardKer
 
   if (walk.rows()) {
     if (first_pass) {
-      for_units(team, elements, walk.parts, [&](int64_t part, int thread) {
+      for_norm_units(team, elements, walk.parts, [&](int64_t part, int thread) {
         const int64_t at = part * walk.padded;
         backward.sum_part(walk.begin(part), walk.begin(part + 1), workspace.first + at, workspace.second + at,
                           workspace.sums + thread * Workspace<C>::kThreadArrays * walk.padded);
@@ -315,7 +315,7 @@ void batch_norm_backward(const Bound<BatchNormBackward>& args, const BackwardKer
       finish_all();
     }
     if (!args.with_grad_x) return;
-    for_units<false>(team, elements, walk.parts, [&](int64_t part, int) {
+    for_norm_units<false>(team, elements, walk.parts, [&](int64_t part, int) {
       kernels.rows(backward.g != nullptr ? backward.g : backward.grad, backward.x, grad_x, channels, walk.begin(part),
                    walk.begin(part + 1), workspace.numbers, args.activation);
     });
@@ -323,7 +323,7 @@ void batch_norm_backward(const Bound<BatchNormBackward>& args, const BackwardKer
   }
 
   if (first_pass && walk.parts == 1) {
-    for_units(team, elements, channels, [&](int64_t c, int) {
+    for_norm_units(team, elements, channels, [&](int64_t c, int) {
       double a = 0, b = 0;
       backward.sum_channel(c, 0, walk.size(), a, b);
       backward.finish(c, a, b);
@@ -333,7 +333,7 @@ void batch_norm_backward(const Bound<BatchNormBackward>& args, const BackwardKer
     return;
   }
   if (first_pass) {
-    for_units(team, elements, channels * walk.parts, [&](int64_t unit, int) {
+    for_norm_units(team, elements, channels * walk.parts, [&](int64_t unit, int) {
       const int64_t c = unit / walk.parts, part = unit % walk.parts;
       double a = 0, b = 0;
       backward.sum_channel(c, walk.begin(part), walk.begin(part + 1), a, b);
@@ -343,17 +343,17 @@ void batch_norm_backward(const Bound<BatchNormBackward>& args, const BackwardKer
     finish_all();
   }
   if (!args.with_grad_x) return;
-  const int64_t step = 8 * kBlock, steps = ceil_div(inner, step);
-  for_units(team, elements, walk.outer * channels * steps, [&](int64_t unit, int) {
+  const int64_t step = 8 * kPlaneBlock, steps = ceil_div(inner, step);
+  for_norm_units(team, elements, walk.outer * channels * steps, [&](int64_t unit, int) {
     const int64_t plane = unit / steps, first = unit % steps * step;
     backward.gradient(plane % channels, plane / channels, first, smaller(step, inner - first), 1);
   });
 }
 
 template <class S>
-BackwardKernels<S> backward_kernels(const BatchNormBackward& call) {
+NormBackwardKernels<S> backward_kernels(const BatchNormBackward& call) {
   const ActivationKind kind = call.activation.kind;
-  BackwardKernels<S> kernels = {};
+  NormBackwardKernels<S> kernels = {};
   kernels.walk = walk_of(call.outer, call.channels, call.inner);
   kernels.direct =
       kind == ActivationKind::identity || (is_direct(kind) && call.saved_kind == Saved::input && !call.with_residual);

@@ -4,9 +4,10 @@
 #include "backward.inl"
 
 void plan_call(Plan<BatchNormForward>& plan) {
+  if (kInference && plan.call.training) return;
   with_dtype(plan.call.dtype, [&](auto type) {
     using S = decltype(type);
-    const ForwardKernels<S> kernels = forward_kernels<S>(plan.call);
+    const NormForwardKernels<S> kernels = forward_kernels<S>(plan.call);
     const KernelName name = {kernels.walk.rows() ? "channels_last" : "channels_first"};
     decide(plan, name, Workspace<Compute<S>>::bytes(kernels.walk, plan.target.threads), kernels,
            [](auto& args, auto& kernels, auto* memory, auto& team) {
@@ -18,7 +19,7 @@ void plan_call(Plan<BatchNormForward>& plan) {
 void plan_call(Plan<BatchNormBackward>& plan) {
   with_dtype(plan.call.dtype, [&](auto type) {
     using S = decltype(type);
-    const BackwardKernels<S> kernels = backward_kernels<S>(plan.call);
+    const NormBackwardKernels<S> kernels = backward_kernels<S>(plan.call);
     const KernelName name = {kernels.walk.rows() ? "channels_last" : "channels_first"};
     decide(plan, name, Workspace<Compute<S>>::bytes(kernels.walk, plan.target.threads), kernels,
            [](auto& args, auto& kernels, auto* memory, auto& team) {

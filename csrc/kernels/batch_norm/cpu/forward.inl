@@ -31,20 +31,20 @@ inline void normalize_rows(const S* x, const S* more, int64_t stride, Out* y, in
 }
 
 template <class S>
-struct ForwardKernels {
+struct NormForwardKernels {
   using C = Compute<S>;
   Walk walk;
   // n elements of each of `planes` planes of channel c; rows [begin, end). `row` is the activation, where these have
   // none.
-  void (*plane)(const ForwardKernels&, const S* x, const S* more, S* y, int64_t n, int64_t planes, const Numbers<C>&,
-                int64_t c, const Activation&);
-  void (*rows)(const ForwardKernels&, const S* x, const S* more, S* y, int64_t begin, int64_t end, const Numbers<C>&,
-               const Activation&);
+  void (*plane)(const NormForwardKernels&, const S* x, const S* more, S* y, int64_t n, int64_t planes,
+                const Numbers<C>&, int64_t c, const Activation&);
+  void (*rows)(const NormForwardKernels&, const S* x, const S* more, S* y, int64_t begin, int64_t end,
+               const Numbers<C>&, const Activation&);
   ForwardRow<C, S> row;
 };
 
 template <class Kind, bool residual, class S>
-void forward_plane(const ForwardKernels<S>& kernels, const S* x, const S* more, S* y, int64_t n, int64_t planes,
+void forward_plane(const NormForwardKernels<S>& kernels, const S* x, const S* more, S* y, int64_t n, int64_t planes,
                    const Numbers<Compute<S>>& numbers, int64_t c, const Activation& activation) {
   const int64_t stride = kernels.walk.channels * kernels.walk.inner;
   const auto channel = channel_of(numbers, c);
@@ -53,8 +53,9 @@ void forward_plane(const ForwardKernels<S>& kernels, const S* x, const S* more, 
     normalize_plane<Kind, residual>(x + at, more + at, y + at, n, channel, p);
 }
 template <bool residual, class S>
-void forward_plane_through(const ForwardKernels<S>& kernels, const S* x, const S* more, S* y, int64_t n, int64_t planes,
-                           const Numbers<Compute<S>>& numbers, int64_t c, const Activation& activation) {
+void forward_plane_through(const NormForwardKernels<S>& kernels, const S* x, const S* more, S* y, int64_t n,
+                           int64_t planes, const Numbers<Compute<S>>& numbers, int64_t c,
+                           const Activation& activation) {
   alignas(64) Compute<S> z[kPiece];
   const int64_t stride = kernels.walk.channels * kernels.walk.inner;
   const auto channel = channel_of(numbers, c);
@@ -68,7 +69,7 @@ void forward_plane_through(const ForwardKernels<S>& kernels, const S* x, const S
 }
 
 template <class Kind, bool residual, class S>
-void forward_rows(const ForwardKernels<S>& kernels, const S* x, const S* more, S* y, int64_t begin, int64_t end,
+void forward_rows(const NormForwardKernels<S>& kernels, const S* x, const S* more, S* y, int64_t begin, int64_t end,
                   const Numbers<Compute<S>>& numbers, const Activation& activation) {
   const int64_t n = kernels.walk.channels;
   const auto p = parameters<S>(activation);
@@ -77,8 +78,8 @@ void forward_rows(const ForwardKernels<S>& kernels, const S* x, const S* more, S
   });
 }
 template <bool residual, class S>
-void forward_rows_through(const ForwardKernels<S>& kernels, const S* x, const S* more, S* y, int64_t begin, int64_t end,
-                          const Numbers<Compute<S>>& numbers, const Activation& activation) {
+void forward_rows_through(const NormForwardKernels<S>& kernels, const S* x, const S* more, S* y, int64_t begin,
+                          int64_t end, const Numbers<Compute<S>>& numbers, const Activation& activation) {
   alignas(64) Compute<S> z[kPiece];
   const int64_t n = kernels.walk.channels;
   for (int64_t row = begin; row < end; ++row) {
@@ -95,7 +96,7 @@ template <class S>
 struct Forward {
   using C = Compute<S>;
   const Bound<BatchNormForward>& args;
-  const ForwardKernels<S>& kernels;
+  const NormForwardKernels<S>& kernels;
   const Walk& walk;
   const S *x, *residual;
   S* y;
@@ -137,9 +138,10 @@ struct Forward {
 };
 
 template <class S>
-void batch_norm_forward(const Bound<BatchNormForward>& args, const ForwardKernels<S>& kernels, void* memory,
+void batch_norm_forward(const Bound<BatchNormForward>& args, const NormForwardKernels<S>& kernels, void* memory,
                         const Team& team) {
   using C = Compute<S>;
+  const bool training = !kInference && args.training;
   const Walk& walk = kernels.walk;
   const Workspace<C> workspace(walk, memory);
   const bool single = args.param_dtype == DType::f32;
@@ -161,19 +163,19 @@ void batch_norm_forward(const Bound<BatchNormForward>& args, const ForwardKernel
     for (int64_t c = 0; c < channels; ++c)
       forward.finish(c, {static_cast<double>(walk.size()), workspace.first[c], workspace.second[c]});
   };
-  if (!args.training)
+  if (!training)
     for (int64_t c = 0; c < channels; ++c) forward.read_running(c);
 
   if (walk.rows()) {
-    if (args.training) {
-      for_units(team, elements, walk.parts, [&](int64_t part, int thread) {
+    if (training) {
+      for_norm_units(team, elements, walk.parts, [&](int64_t part, int thread) {
         const int64_t sums = part * walk.padded;
         row_moments(x, channels, walk.padded, walk.begin(part), walk.begin(part + 1), workspace.first + sums,
                     workspace.second + sums, workspace.sums + thread * Workspace<C>::kThreadArrays * walk.padded);
       });
       finish_all();
     }
-    for_units<false>(team, elements, walk.parts, [&](int64_t part, int) {
+    for_norm_units<false>(team, elements, walk.parts, [&](int64_t part, int) {
       kernels.rows(kernels, x, forward.residual, forward.y, walk.begin(part), walk.begin(part + 1), workspace.numbers,
                    args.activation);
     });
@@ -183,15 +185,15 @@ void batch_norm_forward(const Bound<BatchNormForward>& args, const ForwardKernel
   const auto moments = [&](int64_t c, int64_t part) {
     return plane_moments(x + c * inner, channels * inner, inner, walk.begin(part), walk.begin(part + 1));
   };
-  if (args.training && walk.parts == 1) {
-    for_units(team, elements, channels, [&](int64_t c, int) {
+  if (training && walk.parts == 1) {
+    for_norm_units(team, elements, channels, [&](int64_t c, int) {
       forward.finish(c, moments(c, 0));
       forward.normalize(c, 0, 0, inner, walk.outer);
     });
     return;
   }
-  if (args.training) {
-    for_units(team, elements, channels * walk.parts, [&](int64_t unit, int) {
+  if (training) {
+    for_norm_units(team, elements, channels * walk.parts, [&](int64_t unit, int) {
       const int64_t c = unit / walk.parts, part = unit % walk.parts;
       const Moments m = moments(c, part);
       workspace.first[part * walk.padded + c] = m.mean;
@@ -200,20 +202,20 @@ void batch_norm_forward(const Bound<BatchNormForward>& args, const ForwardKernel
     finish_all();
   }
   // In the order of memory.
-  const int64_t step = 8 * kBlock, steps = ceil_div(inner, step);
-  for_units(team, elements, walk.outer * channels * steps, [&](int64_t unit, int) {
+  const int64_t step = 8 * kPlaneBlock, steps = ceil_div(inner, step);
+  for_norm_units(team, elements, walk.outer * channels * steps, [&](int64_t unit, int) {
     const int64_t plane = unit / steps, first = unit % steps * step;
     forward.normalize(plane % channels, plane / channels, first, smaller(step, inner - first), 1);
   });
 }
 
 template <class S>
-ForwardKernels<S> forward_kernels(const BatchNormForward& call) {
+NormForwardKernels<S> forward_kernels(const BatchNormForward& call) {
   const ActivationKind kind = call.activation.kind;
-  const auto with_residual = [&](auto residual) -> ForwardKernels<S> {
+  const auto with_residual = [&](auto residual) -> NormForwardKernels<S> {
     constexpr bool with = residual.value != 0;
-    ForwardKernels<S> kernels = {walk_of(call.outer, call.channels, call.inner), forward_plane_through<with, S>,
-                                 forward_rows_through<with, S>, nullptr};
+    NormForwardKernels<S> kernels = {walk_of(call.outer, call.channels, call.inner), forward_plane_through<with, S>,
+                                     forward_rows_through<with, S>, nullptr};
     if (!is_direct(kind)) {
       kernels.row = find_forward_row<Compute<S>, S>(kind);
       return kernels;
@@ -224,5 +226,5 @@ ForwardKernels<S> forward_kernels(const BatchNormForward& call) {
     });
     return kernels;
   };
-  return call.with_residual ? with_residual(Constant<1>{}) : with_residual(Constant<0>{});
+  return call.with_residual ? with_residual(Fixed<1>{}) : with_residual(Fixed<0>{});
 }

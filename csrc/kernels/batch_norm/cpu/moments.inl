@@ -36,12 +36,12 @@ inline void for_vectors(int64_t n, Body body) {
   constexpr int size = Vec<C>::size;
   int64_t i = 0;
   for (; i + 4 * size <= n; i += 4 * size)
-    for (int k = 0; k < 4; ++k) body(i + k * size, Constant<size>{}, k);
-  for (; i + size <= n; i += size) body(i, Constant<size>{}, 0);
+    for (int k = 0; k < 4; ++k) body(i + k * size, Fixed<size>{}, k);
+  for (; i + size <= n; i += size) body(i, Fixed<size>{}, 0);
   if (i < n) body(i, static_cast<int>(n - i), 1);
 }
 template <class C, class T, int n>
-inline Vec<C> load_vector(const T* p, Constant<n>) {
+inline Vec<C> load_vector(const T* p, Fixed<n>) {
   return Vec<C>::load(p);
 }
 template <class C, class T>
@@ -49,7 +49,7 @@ inline Vec<C> load_vector(const T* p, int count) {
   return Vec<C>::load(p, count);
 }
 template <class C, class T, int n>
-inline void store_vector(Vec<C> v, T* p, Constant<n>) {
+inline void store_vector(Vec<C> v, T* p, Fixed<n>) {
   v.store(p);
 }
 template <class C, class T>
@@ -57,7 +57,7 @@ inline void store_vector(Vec<C> v, T* p, int count) {
   v.store(p, count);
 }
 template <class C, int n>
-inline Vec<C> first_lanes(Vec<C> v, Constant<n>) {
+inline Vec<C> first_lanes(Vec<C> v, Fixed<n>) {
   return v;
 }
 template <class C>
@@ -85,7 +85,7 @@ Moments plane_moments(const S* x, int64_t stride, int64_t inner, int64_t begin, 
   using V = Vec<C>;
   Moments result;
   PlaneSums<C> start;
-  const int64_t block = smaller(kBlock, end - begin);
+  const int64_t block = smaller(kPlaneBlock, end - begin);
   for_planes(inner, begin, begin + block, [&](int64_t plane, int64_t first, int64_t count, int64_t planes) {
     const S* from = x + plane * stride + first;
     for (; planes > 0; --planes, from += stride)
@@ -93,8 +93,8 @@ Moments plane_moments(const S* x, int64_t stride, int64_t inner, int64_t begin, 
                      [&](int64_t i, auto lanes, int k) { start.a[k] = start.a[k] + load_vector<C>(from + i, lanes); });
   });
   C shift = static_cast<C>(start.first() / static_cast<double>(block));
-  for (int64_t at = begin; at < end; at += kBlock) {
-    const int64_t to = smaller(at + kBlock, end);
+  for (int64_t at = begin; at < end; at += kPlaneBlock) {
+    const int64_t to = smaller(at + kPlaneBlock, end);
     const V by = V::set1(shift);
     PlaneSums<C> sums;
     for_planes(inner, at, to, [&](int64_t plane, int64_t first, int64_t count, int64_t planes) {
@@ -125,10 +125,10 @@ void row_moments(const S* x, int64_t channels, int64_t padded, int64_t begin, in
   C *const shift = sums, *const sum = sums + padded, *const square = sums + 2 * padded;
   // Every vector of a group of rows: body(c, lanes, size, from), from(r) being row r of the group.
   const auto over_rows = [&](int64_t first, int64_t last, auto body) {
-    for_rows<kTogether>(first, last, [&](int64_t row, auto size) {
+    for_rows<kRowGroup>(first, last, [&](int64_t row, auto size) {
       const S* const rows = x + row * channels;
       int64_t c = 0;
-      for (; c + V::size <= channels; c += V::size) body(rows + c, c, Constant<V::size>{}, size);
+      for (; c + V::size <= channels; c += V::size) body(rows + c, c, Fixed<V::size>{}, size);
       if (c < channels) body(rows + c, c, static_cast<int>(channels - c), size);
     });
   };

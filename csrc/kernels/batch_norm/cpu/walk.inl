@@ -13,11 +13,11 @@
 #include "../../common/cpu/common.inl"
 #include "../batch_norm.h"
 
-constexpr int64_t kBlock = 2048;    // elements of a plane, or
-constexpr int64_t kBlockRows = 64;  // rows, whose sums are formed in the compute type before they go into float64
+constexpr int64_t kPlaneBlock = 2048;  // elements of a plane, or
+constexpr int64_t kBlockRows = 64;     // rows, whose sums are formed in the compute type before they go into float64
 constexpr int64_t kPiece =
     256;                      // elements that are computed in a buffer, for activations without a kernel of their own
-constexpr int kTogether = 4;  // rows that are read together, so that a channel's numbers are loaded once for all
+constexpr int kRowGroup = 4;  // rows that are read together, so that a channel's numbers are loaded once for all
 
 // Rows that are written together, and whether rows that are read together are fetched ahead, in the order of memory:
 // Zen 1's prefetchers do not follow four ways through one page. Channels_last, 2 threads, us, medians of four
@@ -28,7 +28,7 @@ constexpr int kTogether = 4;  // rows that are read together, so that a channel'
 constexpr int kWritten = 1;
 constexpr bool kFetched = true;
 #else
-constexpr int kWritten = kTogether;
+constexpr int kWritten = kRowGroup;
 constexpr bool kFetched = false;
 #endif
 
@@ -57,7 +57,7 @@ inline Walk walk_of(int64_t outer, int64_t channels, int64_t inner) {
 // body(unit, thread) for every unit. A thread of a team of this size always gets the same run of units, in order or
 // from the last to the first: what was read last is then in its caches still.
 template <bool in_order = true, class Body>
-void for_units(const Team& team, int64_t elements, int64_t units, Body body) {
+void for_norm_units(const Team& team, int64_t elements, int64_t units, Body body) {
   parallel(team, threads_for(team, elements, units, kGrain),
            [&](Crew& crew) { crew.each<in_order>(units, [&](int64_t unit) { body(unit, crew.thread); }); });
 }
@@ -79,13 +79,13 @@ inline void for_planes(int64_t inner, int64_t begin, int64_t end, Body body) {
 
 // body(group, size) for rows [begin, end), `together` at a time and then one by one; `size` is a constant.
 template <int n>
-struct Constant {
+struct Fixed {
   static constexpr int value = n;
 };
 template <int together, class Body>
 inline void for_rows(int64_t begin, int64_t end, Body body) {
-  for (; begin + together <= end; begin += together) body(begin, Constant<together>{});
-  for (; begin < end; ++begin) body(begin, Constant<1>{});
+  for (; begin + together <= end; begin += together) body(begin, Fixed<together>{});
+  for (; begin < end; ++begin) body(begin, Fixed<1>{});
 }
 
 // For vector i / Vec<C>::size of a group of `size` rows of n elements: fetches its share of the group behind it.

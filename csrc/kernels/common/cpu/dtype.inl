@@ -4,6 +4,8 @@
 // sends every other dtype to avx512, where the code would be the same.
 #pragma once
 
+#include "planning.inl"
+
 template <class Body>
 inline auto with_dtype(DType dtype, Body&& body) {
 #if defined(FASTOPS_HAS_AVX512_BF16)
@@ -23,4 +25,13 @@ inline auto with_dtype(DType dtype, Body&& body) {
       return body(float{});
   }
 #endif
+}
+
+// The same for products of integers, which every tier has for all dtypes but float64.
+template <class Body>
+inline void with_float_dtype(DType dtype, Body&& body) {
+  if (dtype == DType::f32) return body(float{});
+  if (dtype == DType::bf16) return body(bf16_t{});
+  if constexpr (!kInference)
+    if (dtype == DType::f16) return body(f16_t{});
 }

@@ -3,6 +3,20 @@
 
 #include "numbers.inl"
 
+// Whether this library only runs models (common/inference.h): what training alone asks of a call, and float16 and
+// float64, have no kernels then.
+#if defined(FASTOPS_INFERENCE)
+constexpr bool kInference = true;
+#else
+constexpr bool kInference = false;
+#endif
+// Whether this tier leaves convolutions without products to the next one, whose kernels are the same.
+#if defined(FASTOPS_HAS_AMX)
+constexpr bool kHandsDown = kInference;
+#else
+constexpr bool kHandsDown = false;
+#endif
+
 // A call and its pointers in one, as kernels read them.
 template <class Call>
 struct Bound : Call, Call::Pointers {

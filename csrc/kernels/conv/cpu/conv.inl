@@ -37,13 +37,14 @@ void plan_algorithm(Plan<Call>& plan, const Bound<Call>& args) {
       return plan_implicit_gemm<T>(plan, args);
     }
   }
-  if (depthwise_takes<T>(args)) {
+  if (kHandsDown && (depthwise_takes<T>(args) || depthwise_last_takes<T>(args))) return;  // these have no products
+  if (!kHandsDown && depthwise_takes<T>(args)) {
     const DepthwisePlan bands = plan_depthwise<T>(args, threads);
     return decide(
         plan, is_depthwise(args.geometry) ? kDepthwiseName : kPlanesName, static_cast<size_t>(bands.total()), bands,
         [](auto& args, auto& bands, auto* workspace, auto& team) { depthwise<T>(args, bands, workspace, team); });
   }
-  if (depthwise_last_takes<T>(args)) {
+  if (!kHandsDown && depthwise_last_takes<T>(args)) {
     const LastPlan bands = plan_depthwise_last<T>(args, threads);
     return decide(
         plan, kDepthwiseLastName, static_cast<size_t>(bands.total()), bands,

@@ -455,7 +455,9 @@ inline bool winograd_pays(DType dtype, const ConvGeometry& g, Problem&& problem)
 
 template <class T, class Args>
 bool winograd_takes(const Args& args) {
-  return winograd_pays(args.dtype, args.geometry, [&] { return winograd_problem(args); });
+  if constexpr (same_type<T, float>)
+    return winograd_pays(args.dtype, args.geometry, [&] { return winograd_problem(args); });
+  return false;
 }
 
 template <class Call>

@@ -313,7 +313,7 @@ constexpr int64_t kLeastMatrixDepth = 16;
 
 // Which products, and how the weights are packed for them: a matter of the convolution alone.
 inline Int8Way int8_way(const ConvGeometry& g) {
-  if (is_depthwise(g)) return Int8Way::depthwise;
+  if (is_int8_depthwise(g)) return Int8Way::depthwise;
 #if defined(FASTOPS_HAS_AMX)
   const int64_t depth = g.kernel[0] * g.kernel[1] * g.kernel[2] * (g.in_channels / g.groups);
   return depth >= kLeastMatrixDepth ? Int8Way::panels : Int8Way::tiles;
@@ -531,14 +531,5 @@ void plan_conv_int8(Plan<ConvInt8Forward>& plan) {
 void plan_call(Plan<ConvInt8Forward>& plan) {
   const ConvGeometry& g = plan.call.geometry;
   if (g.batch * g.out_channels * g.out[0] * g.out[1] * g.out[2] == 0) return decide_nothing(plan);
-  switch (plan.call.dtype) {
-    case DType::f32:
-      return plan_conv_int8<float>(plan);
-    case DType::bf16:
-      return plan_conv_int8<bf16_t>(plan);
-    case DType::f16:
-      return plan_conv_int8<f16_t>(plan);
-    default:
-      return;
-  }
+  with_float_dtype(plan.call.dtype, [&](auto type) { plan_conv_int8<decltype(type)>(plan); });
 }

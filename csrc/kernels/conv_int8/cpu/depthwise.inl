@@ -9,7 +9,7 @@
 
 constexpr int64_t kMostDepthwiseTaps = 512;  // whose sums are below 2^24
 
-inline bool is_depthwise(const ConvGeometry& g) {
+inline bool is_int8_depthwise(const ConvGeometry& g) {
   return g.groups > 1 && g.groups == g.in_channels && g.groups == g.out_channels &&
          g.kernel[0] * g.kernel[1] * g.kernel[2] <= kMostDepthwiseTaps && g.kernel[0] == 1;
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../../common/cpu/common.inl"
+#include "../../common/cpu/some.inl"
 
 constexpr int kRows = 4;
 
@@ -119,18 +120,6 @@ inline void by_rows(int64_t count, Body body) {
   int64_t row = 0;
   for (; row + kRows <= count; row += kRows) body(Count<kRows>{}, row);
   for (; row < count; ++row) body(Count<1>{}, row);
-}
-
-template <class V, class T>
-inline V load_upto(const T* p, int64_t left) {
-  return left >= V::size ? V::load(p) : V::load(p, static_cast<int>(left));
-}
-template <class V, class T>
-inline void store_upto(V v, T* p, int64_t left) {
-  if (left >= V::size)
-    v.store(p);
-  else
-    v.store(p, static_cast<int>(left));
 }
 
 // For each of R rows the sums of v - shift and, if squares, of their squares.

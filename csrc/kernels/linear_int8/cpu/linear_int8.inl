@@ -282,14 +282,5 @@ void plan_linear_int8(Plan<LinearInt8Forward>& plan) {
 
 void plan_call(Plan<LinearInt8Forward>& plan) {
   if (plan.call.m == 0 || plan.call.n == 0) return decide_nothing(plan);
-  switch (plan.call.dtype) {
-    case DType::f32:
-      return plan_linear_int8<float>(plan);
-    case DType::bf16:
-      return plan_linear_int8<bf16_t>(plan);
-    case DType::f16:
-      return plan_linear_int8<f16_t>(plan);
-    default:
-      return;
-  }
+  with_float_dtype(plan.call.dtype, [&](auto type) { plan_linear_int8<decltype(type)>(plan); });
 }

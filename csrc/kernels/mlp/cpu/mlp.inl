@@ -343,7 +343,8 @@ void plan_call(Plan<MlpForward>& plan) {
     decide(plan, {"mlp_panels"}, static_cast<size_t>(how.scratch * how.threads) * sizeof(T), how,
            [](auto& args, auto& how, auto* workspace, auto& team) { mlp_forward<T>(args, how, workspace, team); });
   };
-  call.shape.dtype == DType::f32 ? decided(float{}) : decided(double{});
+  if (call.shape.dtype == DType::f32) return decided(float{});
+  if constexpr (!kInference) decided(double{});
 }
 
 void plan_call(Plan<MlpBackward>& plan) {

@@ -27,13 +27,6 @@ void pool_backward(const Pool& pool, Layout layout, const void* grad_y, void* gr
     pool_backward_last(pool, static_cast<const S*>(grad_y), static_cast<S*>(grad_x), op, team);
 }
 
-// Whether maxima may come with their positions: not where models only run (common/inference.h).
-#if defined(FASTOPS_INFERENCE)
-constexpr bool kWithIndices = false;
-#else
-constexpr bool kWithIndices = true;
-#endif
-
 // Names of the kernels (kernel_name.h).
 inline KernelName pool_name(DType dtype, Layout layout, const PoolGeometry& g, bool indexed) {
   if (layout == Layout::channels_last) return {"pool_last"};
@@ -74,7 +67,7 @@ void decide_zeros(Plan<Call>& plan) {
 
 void plan_call(Plan<MaxPoolForward>& plan) {
   const MaxPoolForward& call = plan.call;
-  if (!kWithIndices && call.kind != PoolIndices::none) return;
+  if (kInference && call.kind != PoolIndices::none) return;
   if (elements(call.geometry, call.geometry.out) == 0) return decide_nothing(plan);
   const KernelName name = pool_name(call.dtype, call.layout, call.geometry, call.kind != PoolIndices::none);
   with_dtype(call.dtype, [&](auto type) {
@@ -85,7 +78,7 @@ void plan_call(Plan<MaxPoolForward>& plan) {
         pool_forward<S>(pool, args.layout, args.x, MaxPool<S, I>{y, indices, offsets}, team);
       };
       if (args.kind == PoolIndices::none) return run(static_cast<NoIndices*>(nullptr), nullptr);
-      if constexpr (kWithIndices) {
+      if constexpr (!kInference) {
         if (args.kind == PoolIndices::window) return run(static_cast<uint8_t*>(args.indices), nullptr);
         const TapOffsets offsets(pool);
         run(static_cast<int64_t*>(args.indices), &offsets);

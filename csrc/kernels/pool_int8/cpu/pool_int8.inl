@@ -8,7 +8,7 @@
 #include "../../conv_int8/cpu/levels.inl"
 
 constexpr int64_t kPoolChannels = 64;
-constexpr int64_t kPoolGrain = 16384;  // outputs that are worth a thread
+constexpr int64_t kOutputGrain = 16384;  // outputs that are worth a thread
 
 // The elements [first, end) of a window that are inside the input, along one axis, and how many count as its length.
 struct PoolSpan {
@@ -104,21 +104,13 @@ void plan_pool_int8(Plan<PoolInt8Forward>& plan) {
   decide(plan, {plan.call.average ? "average_int8" : "maximum_int8"}, 0, [](auto& args, auto*, auto& team) {
     const PoolGeometry& g = args.geometry;
     const int64_t rows = g.batch * g.out[0] * g.out[1], elements = rows * g.out[2] * g.channels;
-    parallel(team, threads_for(team, elements, rows, kPoolGrain), [&](Crew& crew) { pool_int8_member<T>(args, crew); });
+    parallel(team, threads_for(team, elements, rows, kOutputGrain),
+             [&](Crew& crew) { pool_int8_member<T>(args, crew); });
   });
 }
 
 void plan_call(Plan<PoolInt8Forward>& plan) {
   const PoolGeometry& g = plan.call.geometry;
   if (g.batch * g.channels * g.out[0] * g.out[1] * g.out[2] == 0) return decide_nothing(plan);
-  switch (plan.call.dtype) {
-    case DType::f32:
-      return plan_pool_int8<float>(plan);
-    case DType::bf16:
-      return plan_pool_int8<bf16_t>(plan);
-    case DType::f16:
-      return plan_pool_int8<f16_t>(plan);
-    default:
-      return;
-  }
+  with_float_dtype(plan.call.dtype, [&](auto type) { plan_pool_int8<decltype(type)>(plan); });
 }

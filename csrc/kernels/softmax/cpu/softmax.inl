@@ -19,7 +19,7 @@
 constexpr int64_t kStripElements = 65536, kWidest = 1024;
 
 // Rows whose elements are taken together for a maximum or a sum, between reading and writing it.
-constexpr int64_t kRowsAtOnce = 4;
+constexpr int64_t kStripRows = 4;
 
 // Rows at most this long are transposed; 0: none. 256 rows, one thread, softmax and log_softmax, us, a row at a time
 // and transposed (Zen 1): of 2 elements 20 and 5, 26 and 5; 10: 28 and 11, 32 and 10; 24: 25 and 22, 29 and 20; 32: 28
@@ -130,8 +130,8 @@ inline void softmax_strip(const S* x, S* y, int64_t size, int64_t inner, int64_t
     lowest<C>().store(most.at + k);
     V::zero().store(sum.at + k);
   }
-  for (int64_t first = 0; first < size; first += kRowsAtOnce) {
-    const int64_t last = smaller(size, first + kRowsAtOnce);
+  for (int64_t first = 0; first < size; first += kStripRows) {
+    const int64_t last = smaller(size, first + kStripRows);
     for_vectors<V>(0, count, [&](int64_t k, int some) {
       V m = V::load(most.at + k);
       for (int64_t j = first; j < last; ++j) m = max(load_some<V>(x + j * inner + k, some), m);
@@ -177,8 +177,8 @@ inline void softmax_gradient_strip(const S* grad_y, const S* y, S* grad_x, int64
   using V = Vec<C>;
   Strip<C> sum;
   for (int64_t k = 0; k < count; k += V::size) V::zero().store(sum.at + k);
-  for (int64_t first = 0; first < size; first += kRowsAtOnce) {
-    const int64_t last = smaller(size, first + kRowsAtOnce);
+  for (int64_t first = 0; first < size; first += kStripRows) {
+    const int64_t last = smaller(size, first + kStripRows);
     for_vectors<V>(0, count, [&](int64_t k, int some) {
       V s = V::load(sum.at + k);
       for (int64_t j = first; j < last; ++j) {

@@ -21,8 +21,8 @@ constexpr WeightNames kWeightNames =
 // From this many rows on. Unpacking takes as long as multiplying 10 to 16 rows. 4096 x 1024, 4 bits and 8, us, one
 // thread, Zen 5, rows as they are and unpacked: 16 rows 878 and 928, 869 and 959; 32 rows 1710 and 1440, 1686 and 1514.
 constexpr int64_t kManyRows = 24;
-constexpr int64_t kSlabBytes = 8 << 20;  // of packed rows of x
-constexpr int64_t kUnpackedStrip = 128;  // outputs of a unit, at most: with a block of k 256 KB, in L2
+constexpr int64_t kRowSlabBytes = 8 << 20;  // of packed rows of x
+constexpr int64_t kUnpackedStrip = 128;     // outputs of a unit, at most: with a block of k 256 KB, in L2
 using WeightTile = Tile<float>;
 
 inline bool takes_many_rows(const WeightOnlyForward& call) { return call.m >= kManyRows && call.k > 0; }
@@ -126,7 +126,7 @@ void plan_many_rows(Plan<WeightOnlyForward>& plan) {
   how.unpack = unpack_panel<format, offset>;
   const double work = 2.0 * static_cast<double>(call.m) * static_cast<double>(call.n) * static_cast<double>(call.k);
   how.threads = static_cast<int>(smaller(static_cast<double>(plan.target.threads), larger(1.0, work / kFlopPerThread)));
-  how.slab = smaller(round_up(call.m, mr), round_up(larger<int64_t>(kSlabBytes / (call.k * kFloat), 1), mr));
+  how.slab = smaller(round_up(call.m, mr), round_up(larger<int64_t>(kRowSlabBytes / (call.k * kFloat), 1), mr));
   how.strip = smaller(kUnpackedStrip, round_up(ceil_div(call.n, 4 * how.threads), nr));
   how.x_bytes = aligned(how.slab * call.k * kFloat);
   how.bias_bytes = aligned(call.with_bias ? call.n * kFloat : 0);

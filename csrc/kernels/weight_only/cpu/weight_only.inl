@@ -83,17 +83,17 @@ void order_row(const T* x, int64_t k, int64_t blocks, float* to) {
 // registers, and there are enough chains of multiply-adds.
 #if defined(FASTOPS_32_REGISTERS)
 constexpr int kMostRows = 8;
-constexpr int kTogether[kMostRows + 1] = {0, 4, 4, 2, 2, 2, 2, 2, 2};
+constexpr int kOutputsTogether[kMostRows + 1] = {0, 4, 4, 2, 2, 2, 2, 2, 2};
 #else
 constexpr int kMostRows = 4;
-constexpr int kTogether[kMostRows + 1] = {0, 4, 2, 2, 2};
+constexpr int kOutputsTogether[kMostRows + 1] = {0, 4, 2, 2, 2};
 #endif
 // With so few rows, sums of a block are scaled; with more, the weights are. Where such a sum overflows or is not a
 // number, what it stands for need not: a unit of outputs that are not finite is computed again as with more rows.
 constexpr int kLateRows = 2;
 // Sums of so much of x, which stays in L1, before the next part of it.
 constexpr int64_t kXBytes = 32 << 10;
-constexpr int64_t kOutputs = 32;  // of a unit of work
+constexpr int64_t kUnitOutputs = 32;  // of a unit of work
 
 struct WeightOnlyPlan {
   int threads;
@@ -122,7 +122,7 @@ __attribute__((noinline)) void add_blocks(const Bound<WeightOnlyForward>& args, 
                                           const float* x, int64_t x_stride, int64_t n, int64_t n1, int64_t b0,
                                           int64_t b1, Vec<float>* partial) {
   using W = Words<format>;
-  constexpr int outputs = kTogether[rows];
+  constexpr int outputs = kOutputsTogether[rows];
   Vec<float> sums[rows][outputs];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
@@ -217,7 +217,7 @@ struct RowsKernel {
 
   template <int rows>
   static RowsKernel of(bool several) {
-    return {kTogether[rows],
+    return {kOutputsTogether[rows],
             several ? add_blocks<format, rows, offset, true> : add_blocks<format, rows, offset, false>};
   }
   static RowsKernel find(int64_t rows, bool several) {
@@ -250,8 +250,8 @@ void weight_only_member(const Bound<WeightOnlyForward>& args, const WeightOnlyPl
             order_row<format>(static_cast<const T*>(args.x) + (i0 + i) * args.x_row_stride, args.k, plan.blocks, to);
         }))
       return;
-    const bool stays = crew.share(ceil_div(args.n, kOutputs), [&](int64_t unit) {
-      const int64_t n0 = unit * kOutputs, n1 = smaller(n0 + kOutputs, args.n);
+    const bool stays = crew.share(ceil_div(args.n, kUnitOutputs), [&](int64_t unit) {
+      const int64_t n0 = unit * kUnitOutputs, n1 = smaller(n0 + kUnitOutputs, args.n);
       for (int64_t i = 0; i < rows; i += kMostRows) {
         const int64_t high = smaller<int64_t>(kMostRows, rows - i);
         auto kernel = RowsKernel<format, offset>::find(high, groups.log < 0);
@@ -277,7 +277,7 @@ void weight_only_member(const Bound<WeightOnlyForward>& args, const WeightOnlyPl
           }
         }
         for (int64_t r = 0; r < high; ++r) {
-          alignas(64) float row[kOutputs];
+          alignas(64) float row[kUnitOutputs];
           const int count = static_cast<int>(n1 - n0);
           for (int n = 0; n < count; ++n) {
             const int in_group = n % kernel.outputs;
@@ -307,8 +307,8 @@ void plan_weight_only(Plan<WeightOnlyForward>& plan) {
   const int64_t row = larger<int64_t>(how.blocks, 1) * kOrdered<format> * static_cast<int64_t>(sizeof(float));
   how.slab = smaller(round_up(call.m, kMostRows), round_up(larger<int64_t>(1, kOrderedBytes / row), kMostRows));
   how.sums_at = aligned(how.slab * row);
-  how.sums_bytes = aligned(kOutputs * kMostRows * static_cast<int64_t>(sizeof(Vec<float>)));
-  decide(plan, {kWeightNames<format>.few, {kMostRows, kTogether[kMostRows]}},
+  how.sums_bytes = aligned(kUnitOutputs * kMostRows * static_cast<int64_t>(sizeof(Vec<float>)));
+  decide(plan, {kWeightNames<format>.few, {kMostRows, kOutputsTogether[kMostRows]}},
          how.sums_at + static_cast<size_t>(how.threads) * how.sums_bytes, how,
          [](auto& args, auto& how, auto* workspace, auto& team) {
            parallel(team, how.threads, [&](Crew& crew) {
