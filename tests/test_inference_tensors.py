@@ -1,5 +1,6 @@
 """Operands made in inference mode and used outside: PyTorch's results and its refusals."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -27,7 +28,17 @@ def _outcome(function, shapes, made_in_inference_mode, needs_grad, calling):
     return torch.Tensor.tolist(y.detach().clone().round(decimals=4)), y.is_inference(), y.requires_grad, grads
 
 
-@pytest.mark.parametrize("calling", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda c: c.__name__)
+@contextlib.contextmanager
+def enable_grad_in_inference_mode():
+    """Which does not make autograd record anything."""
+    with torch.inference_mode(), torch.enable_grad():
+        yield
+
+
+CALLING = [torch.enable_grad, torch.no_grad, torch.inference_mode, enable_grad_in_inference_mode]
+
+
+@pytest.mark.parametrize("calling", CALLING, ids=lambda c: c.__name__)
 @each("call", CALLS)
 def test_same_as_pytorch(call, calling):
     both = list(itertools.product((False, True), repeat=len(call.shapes)))

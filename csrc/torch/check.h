@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/core/InferenceMode.h>
 
 #include "../kernels/activation/activation.h"
 #include "../kernels/common/tensor.h"
@@ -84,11 +85,14 @@ inline bool needs_grad(const std::optional<at::Tensor>& tensor) { return tensor 
 inline bool is_normal(const at::Tensor& tensor) { return !tensor.is_inference(); }
 inline bool is_normal(const std::optional<at::Tensor>& tensor) { return !tensor || is_normal(*tensor); }
 
+// Whether autograd records anything now. In inference mode it does not, inside enable_grad neither.
+inline bool autograd_records() { return at::GradMode::is_enabled() && !c10::InferenceMode::is_enabled(); }
+
 // Whether autograd records a call with these operands; `wanted`: one of their gradients is. As in PyTorch, where
 // tensors made in inference mode have no autograd key, a call with nothing but those is not recorded.
 template <class... Operands>
 bool is_recorded(bool wanted, const Operands&... operands) {
-  return wanted && at::GradMode::is_enabled() && (is_normal(operands) || ...);
+  return wanted && autograd_records() && (is_normal(operands) || ...);
 }
 inline bool is_recorded(const at::Tensor& operand) { return is_recorded(operand.requires_grad(), operand); }
 

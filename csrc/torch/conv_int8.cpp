@@ -237,7 +237,7 @@ class ConvInt8 {
                  &s = THPVariable_Unpack(scale.ptr()), &xs = THPVariable_Unpack(input_scale.ptr()),
                  &xz = THPVariable_Unpack(input_zero.ptr());
     const optional<Tensor> bias_tensor = has_bias ? optional<Tensor>(THPVariable_Unpack(bias.ptr())) : std::nullopt;
-    const bool recorded = at::GradMode::is_enabled() && (needs_grad(x) || (has_bias && needs_grad(*bias_tensor)));
+    const bool recorded = autograd_records() && (needs_grad(x) || (has_bias && needs_grad(*bias_tensor)));
     const auto refused = [&](const Tensor& tensor) { return !tensor.is_cpu() || tensor.layout() != at::kStrided; };
     if (refused(x) || refused(w) || refused(s) || refused(xs) || refused(xz) || recorded ||
         at::autocast::is_autocast_enabled(at::kCPU) || !has_quantized_kernel(x.scalar_type()) ||

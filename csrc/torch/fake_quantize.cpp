@@ -257,7 +257,7 @@ py::object fake_quantize_fast(py::handle input, py::handle scale, py::handle zer
     return not_implemented();
   const Tensor &x = THPVariable_Unpack(input.ptr()), &s = THPVariable_Unpack(scale.ptr()),
                &z = THPVariable_Unpack(zero_point.ptr());
-  if (!x.is_cpu() || !is_supported(x.scalar_type()) || (at::GradMode::is_enabled() && (needs_grad(s) || needs_grad(z))))
+  if (!x.is_cpu() || !is_supported(x.scalar_type()) || (autograd_records() && (needs_grad(s) || needs_grad(z))))
     return not_implemented();
   const optional<int64_t> dim = axis.is_none() ? std::nullopt : optional<int64_t>(along);
   return wrap(without_gil([] { return kFakeQuantize; }, [&] { return fake_quantize(x, s, z, low, high, dim); }, x));

@@ -360,7 +360,7 @@ py::object call_frozen(Layer& layer, py::handle input, py::handle residual) {
   const Tensor& x = THPVariable_Unpack(input.ptr());
   const Tensor added = residual.is_none() ? Tensor() : THPVariable_Unpack(residual.ptr());
   if (!x.is_cpu() || at::autocast::is_autocast_enabled(at::kCPU)) return not_implemented();
-  TORCH_CHECK(!at::GradMode::is_enabled() || !(needs_grad(x) || (added.defined() && needs_grad(added))),
+  TORCH_CHECK(!autograd_records() || !(needs_grad(x) || (added.defined() && needs_grad(added))),
               "fastops.freeze: a frozen model has no gradients, but its input requires one. Call it under ",
               "torch.no_grad(), or use the model that it was made from");
   const at::AutoDispatchBelowADInplaceOrView guard;

@@ -105,7 +105,7 @@ class Int8Weight {
     const Tensor &x = THPVariable_Unpack(input.ptr()), &w = THPVariable_Unpack(weight.ptr()),
                  &s = THPVariable_Unpack(scale.ptr());
     optional<Tensor> bias_tensor = has_bias ? optional<Tensor>(THPVariable_Unpack(bias.ptr())) : std::nullopt;
-    const bool recorded = at::GradMode::is_enabled() && (needs_grad(x) || (has_bias && needs_grad(*bias_tensor)));
+    const bool recorded = autograd_records() && (needs_grad(x) || (has_bias && needs_grad(*bias_tensor)));
     if (!x.is_cpu() || at::autocast::is_autocast_enabled(at::kCPU) || recorded ||
         !has_quantized_kernel(x.scalar_type()))
       return not_implemented();

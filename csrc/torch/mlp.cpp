@@ -260,7 +260,7 @@ Tensor mlp(const Tensor& input, at::TensorList weights, at::TensorList biases, A
       operands.push_back(tensor);
       records = records || needs_grad(tensor);
     }
-  records = records && at::GradMode::is_enabled();
+  records = records && autograd_records();
   const Precision precision = gpu::precision(input);
   if (input.is_cpu() && !mlp_fits_cpu(shape_of(input, weights, precision)))
     return mlp_layers(input, weights, biases, {hidden, output}, operands, records);

@@ -290,7 +290,7 @@ class SparseIndices {
     const Tensor &x = THPVariable_Unpack(input.ptr()), &crow = THPVariable_Unpack(crow_indices.ptr()),
                  &col = THPVariable_Unpack(col_indices.ptr()), &v = THPVariable_Unpack(values.ptr());
     const optional<Tensor> c = bias.is_none() ? optional<Tensor>() : THPVariable_Unpack(bias.ptr());
-    if ((recorded && at::GradMode::is_enabled()) || !x.is_cpu() || !has_quantized_kernel(x.scalar_type()) ||
+    if ((recorded && autograd_records()) || !x.is_cpu() || !has_quantized_kernel(x.scalar_type()) ||
         at::autocast::is_autocast_enabled(at::kCPU) || (c && c->scalar_type() != x.scalar_type()))
       return not_implemented();
     const at::AutoDispatchBelowADInplaceOrView guard;

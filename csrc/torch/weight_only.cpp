@@ -137,9 +137,8 @@ py::object weight_only_fast(py::handle input, py::handle weight, py::handle scal
     return operand.is_none() ? optional<Tensor>() : THPVariable_Unpack(operand.ptr());
   };
   const optional<Tensor> x = tensor(input), w = tensor(weight), s = tensor(scale), o = tensor(offset), c = tensor(bias);
-  if (!x || !w || !s || (recorded && at::GradMode::is_enabled()) || !x->is_cpu() ||
-      !has_quantized_kernel(x->scalar_type()) || at::autocast::is_autocast_enabled(at::kCPU) ||
-      (c && c->scalar_type() != x->scalar_type()))
+  if (!x || !w || !s || (recorded && autograd_records()) || !x->is_cpu() || !has_quantized_kernel(x->scalar_type()) ||
+      at::autocast::is_autocast_enabled(at::kCPU) || (c && c->scalar_type() != x->scalar_type()))
     return not_implemented();
   const at::AutoDispatchBelowADInplaceOrView guard;
   return wrap(without_gil([] { return kWeightOnly; },

@@ -112,7 +112,8 @@ def viewed(weight: torch.Tensor) -> torch.Tensor:
 
 def records(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd will want a backward of a call on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    recording = torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
+    return recording and any(t is not None and t.requires_grad for t in tensors)
 
 
 def forward_mode(jvp: Callable[..., Any]) -> Callable[..., Any]:
