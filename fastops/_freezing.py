@@ -33,7 +33,7 @@ from fastops._fusion import rewrite
 from fastops._layer_scale import is_for_features, scaling_of
 from fastops._nodes import LAYER, Nodes, in_the_way, is_view
 from fastops._outside import is_known
-from fastops._reached_code import CLASSES, asked_of_children
+from fastops._reached_code import KEPT, asked_of_children
 from fastops._signature import Signature
 from fastops._states import version
 from fastops._tracing import Traced, is_frozen, reason, trace
@@ -149,11 +149,12 @@ def _with_frozen_children(model: nn.Module, name: str, report: Any, channels_las
 
 def _freeze_below(module: nn.Module, name: str, report: Any, channels_last: bool) -> None:
     """Freezes what is below a copy. Every module there stays the object that it is, of a class from its own."""
-    keeps_classes = CLASSES in asked_of_children(module)
+    asked = asked_of_children(module)
+    keeps = next((why for why in KEPT if why in asked), "")
     for child_name, child in module.named_children():
         below = f"{name}.{child_name}" if name else child_name
-        if keeps_classes:
-            report.left.append(Row(below, _name(type(child)), f"in {_name(type(module))}, {CLASSES}"))
+        if keeps:
+            report.left.append(Row(below, _name(type(child)), f"in {_name(type(module))}, {keeps}"))
         elif is_frozen(child) or isinstance(child, InPlace | torch.jit.ScriptModule):  # shared, and done already
             continue
         elif is_layer(child):
@@ -213,6 +214,7 @@ class _Freezer:
         self.names: dict[str, str] = {}
         self.adopted: dict[str, str] = {}  # the other way round
         self.apart: dict[str, Apart] = {}  # by the name of the folded layer
+        self.scaled: set[str] = set()  # the names of the layers that FrozenLayer.scaled is for
         self.relaid: set[str] = set()  # the convolutions that give channels_last where the model's do not
         self.module = nn.Module()
         self.module.train(False)
@@ -327,6 +329,8 @@ class _Freezer:
                 continue
             target = self._free_name(f"{node.target}_scaled")
             self.module.add_module(target, with_factors(layer, factor))
+            if scaling.how != "y *= s":
+                self.scaled.add(target)
             self.names[target] = self.names[node.target]
             root = scaling.factor
             while root.op != "get_attr":
@@ -391,6 +395,7 @@ class _Freezer:
             w = w.contiguous(memory_format=torch.channels_last)
         b = None if bias is None else _attribute(self.module, bias.target)
         layer = FrozenLayer(function, w, b, options, f, self._apart_of(weight))
+        layer.scaled = self._is_scaled(weight)
         told = self._name_of(weight)
         name = self._free_name(told.removeprefix(self.prefix) or "layer")
         self.module.add_module(name, layer)
@@ -406,6 +411,9 @@ class _Freezer:
 
     def _apart_of(self, weight: Node) -> Apart | None:
         return self.apart.get(weight.target.rpartition(".")[0])
+
+    def _is_scaled(self, weight: Node) -> bool:
+        return weight.target.rpartition(".")[0] in self.scaled
 
     def _name_of(self, weight: Node) -> str:
         """What the model calls the layer with this weight."""
@@ -431,6 +439,7 @@ class _Freezer:
         if max(max(shape) for shape in shapes) <= _NARROW and dtype in (torch.float32, torch.float64):
             tensors = [[one and _attribute(self.module, one.target) for one in ones] for ones in (weights, biases)]
             mlp = FrozenMlp(*tensors, hidden, output)
+            mlp.scaled = self._is_scaled(weights[-1])
             if any(self._apart_of(weight) for weight in weights):
                 fs = [hidden] * (len(weights) - 1) + [output]
                 del mlp.layers

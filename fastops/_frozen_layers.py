@@ -37,6 +37,11 @@ def add_to(y: Tensor, residual: Any) -> Tensor:
 RESIDUAL_FIRST = (add_after, add_to)
 
 
+def _multiplied(y: Tensor, factors: Tensor) -> Tensor:
+    """y in the dtype of its product with factors of this tensor's dtype, which under autocast is not that of y."""
+    return y.to(torch.promote_types(y.dtype, factors.dtype))
+
+
 def _no_kernel(input: Tensor, residual: Any = None) -> Any:
     """In the place of packed weights of a dtype that no kernel takes."""
     return NotImplemented
@@ -46,6 +51,7 @@ class FrozenLayer(nn.Module):
     """One layer: f(layer(input) + residual)."""
 
     adds = False  # whether it is called with a residual, which then is no Tensor only where the model's is none
+    scaled = False  # whether factors of its features are part of its weight, by a product that is no in-place one
 
     def __init__(
         self,
@@ -106,13 +112,15 @@ class FrozenLayer(nn.Module):
         function = getattr(FF, self.function)
         apart = self.apart is not None and isinstance(input, Tensor) and self.apart.takes(input)
         adds = self.adds or residual is not None
-        if not adds and not apart:
+        if not adds and not apart and not self.scaled:
             return function(input, self.weight, self.bias, **self.options, activation=self.activation)
         y = (
             self.apart(input, function, self.options)
             if apart
             else function(input, self.weight, self.bias, **self.options)
         )
+        if self.scaled:
+            y = _multiplied(y, self.weight)
         return activate(self.addition(y, residual) if adds else y, self.activation)
 
     def extra_repr(self) -> str:
@@ -135,6 +143,7 @@ class FrozenMlp(nn.Module):
     """A narrow chain of linear layers, which is one kernel that reads the weights as they are."""
 
     adds, addition = False, None
+    scaled = False  # the same of the last weight
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], hidden: Any, output: Any) -> None:
         super().__init__()
@@ -151,26 +160,26 @@ class FrozenMlp(nn.Module):
 
     def call(self, input: Tensor) -> Tensor:
         """forward, for tensors that are there."""
-        if type(input) is Tensor and "layers" in self.__dict__["_modules"] and input.dim() != 2:
+        if type(input) is not Tensor or ("layers" in self.__dict__["_modules"] and input.dim() != 2):
             return self.forward(input)
-        if type(input) is Tensor and not (input.requires_grad and torch.is_grad_enabled()):
-            arguments = self.__dict__["_arguments"]
-            if not arguments:
-                f = [(KIND[kind], a, b) for kind, a, b in map(resolve_activation, (self.hidden, self.output))]
-                arguments = self._arguments = (*self._tensors(), *f[0], *f[1])
-            y = _C.mlp(input, *arguments)
-            if y is not NotImplemented:
-                return y
-        elif type(input) is Tensor:
+        if input.requires_grad and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             raise RuntimeError(NO_GRADIENT)
-        return self.forward(input)
+        arguments = self.__dict__["_arguments"]
+        if not arguments:
+            f = [(KIND[kind], a, b) for kind, a, b in map(resolve_activation, (self.hidden, self.output))]
+            arguments = self._arguments = (*self._tensors(), *f[0], *f[1])
+        y = _C.mlp(input, *arguments)
+        if y is NotImplemented:
+            return self.forward(input)
+        return _multiplied(y, self.weight0) if self.scaled else y
 
     def forward(self, input: Tensor) -> Tensor:
         if self.layers and isinstance(input, Tensor) and input.dim() != 2:
             for layer in self.layers:
                 input = layer.forward(input)
             return input
-        return FF.mlp(input, *self._tensors(), self.hidden, self.output)
+        y = FF.mlp(input, *self._tensors(), self.hidden, self.output)
+        return _multiplied(y, self.weight0) if self.scaled else y
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_arguments": ()}

@@ -29,7 +29,7 @@ _ALWAYS_THE_SAME = (
     torch.memory_format, torch.Generator, torch.Tensor, types.BuiltinFunctionType, types.MethodType, types.CodeType,
     types.CellType, torch.jit.ScriptModule,
 )  # fmt: skip
-_OF_MODULES = frozenset([*vars(nn.Module()), "fastops_report"])  # what nn.Module keeps
+OF_MODULES = frozenset([*vars(nn.Module()), "fastops_report"])  # what nn.Module keeps
 _KNOWN = LIBRARY | {"torch", "fastops", "builtins"}
 
 
@@ -91,7 +91,7 @@ class Outside:
             if id(value) in self.own:
                 self.modules[id(value)] = value
                 state = vars(value)
-                found += [state[name] for name in code.names & (state.keys() - _OF_MODULES)]
+                found += [state[name] for name in code.names & (state.keys() - OF_MODULES)]
                 found += [type(value), *_defaults(value, frame.f_code)]
             elif id(value) in self.reached:  # else it has been made during the trace
                 found.append(value)
@@ -212,7 +212,7 @@ class _Walk:
 
     def _module(self, module: nn.Module) -> None:
         state = vars(module)
-        self._entries(state, self.names & (state.keys() - _OF_MODULES))
+        self._entries(state, self.names & (state.keys() - OF_MODULES))
         for place in (state["_parameters"], state["_buffers"], state["_modules"]):
             for key in self.names & place.keys():
                 self.places[id(place), key] = place, key

@@ -84,7 +84,18 @@ def _in_place(name: str) -> Callable[[Proxy, Any], Proxy]:
 
 
 class _Attribute(Input, Attribute):
-    """x.shape and the like."""
+    """x.shape and the like. It is read where the forward reads it, not, as torch.fx has it, where it is first used."""
+
+    def __init__(self, root: Proxy, name: str) -> None:
+        super().__init__(root, name)
+        self.node  # noqa: B018  which creates it
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Proxy:
+        result = super().__call__(*args, **kwargs)
+        graph, node = self.tracer.graph, self.node
+        if not node.users and not node._erased:  # a method is not read before it is called
+            graph.erase_node(node)
+        return result
 
 
 for _name in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):

@@ -1,47 +1,54 @@
-"""What the code that a module's call may reach asks of the modules below it, read without running any of it.
+"""What the code that a module's call may reach asks of the modules below it and changes, without running any of it.
 
 A copy of a model whose children are others (fused, frozen, replaced) computes the same only where nobody asks what they
-are. A forward that is not traced may ask, and so may whatever it calls.
+are. A forward that is not traced may ask, and so may whatever it calls. It may also change what a trace of another one
+has read.
 """
 
 import builtins
+import collections
 import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastops._forward_code import Code, code_of
-from fastops._outside import is_known, value_at
+from fastops._nodes import HOOKS
+from fastops._outside import OF_MODULES, is_known, value_at
 
 CLASSES = "its forward asks for the exact class of a module"
 KINDS = "its forward asks for the kind of a module"
-TENSORS = "its forward goes through parameters or buffers"
+TENSORS = "its forward goes through parameters or buffers, or puts others in their place"
+HOOKED = "its forward hooks modules"
+CHANGED = "its forward changes what the modules below it read"
+KEPT = (CLASSES, HOOKED, CHANGED)  # for which the modules below stay what they are
 
 _Question = Callable[[type], bool]
+_Part = tuple[types.FunctionType, Code]
 _TENSORS = {
     "parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "get_parameter", "get_buffer",
-    "_parameters", "_buffers",
+    "_parameters", "_buffers", "load_state_dict",
+}  # fmt: skip
+_REPLACE = {torch.func.functional_call, torch.nn.utils.stateless.functional_call, setattr, delattr}
+_HOOK = {
+    name
+    for name in dir(nn.Module)
+    if name.startswith("register_") and name.endswith("_hook") and "state_dict" not in name
+}
+_HOLDERS = (list, dict, set, collections.deque)
+_FILL = {
+    "append", "appendleft", "extend", "insert", "add", "update", "setdefault", "pop", "popleft", "popitem", "remove",
+    "discard", "clear", "sort", "reverse",
 }  # fmt: skip
 
 
 def asked_of_children(module: nn.Module) -> set[str]:
-    """Which of CLASSES, KINDS and TENSORS. Where that cannot be told, it counts as asked."""
-    classes = {one for below in module.modules() for one in type(below).__mro__ if not is_known(one)}
-    members: dict[str, list[Any]] = {}
-    for place in (*map(vars, classes), *map(vars, module.modules())):
-        for name, value in place.items():
-            if _functions(value):
-                members.setdefault(name, []).append(value)
-    todo = [
-        value
-        for one in type(module).__mro__
-        if not is_known(one)
-        for value in (vars(one).get("forward"), vars(one).get("__call__"))
-    ]
-    todo.append(vars(module).get("forward"))
+    """Which of CLASSES, KINDS, TENSORS, HOOKED and CHANGED. Where that cannot be told, it counts as asked."""
+    members = _members(module)
     below = [one for one in module.modules() if one is not module]
     all_names = {
         name for one in members.values() for value in one for f in _functions(value) for name in f.__code__.co_names
@@ -55,7 +62,128 @@ def asked_of_children(module: nn.Module) -> set[str]:
         """Of a module that is another when it is frozen: one that has neither weights nor children is not."""
         return any(isinstance(one, cls) and (through_all or one._parameters or one._modules) for one in below)
 
+    tensors = {"data", *(name for one in below for name in (*one._parameters, *one._buffers))}
     asked: set[str] = set()
+    for function, code in _reached(_calls_of(module), members):
+        name = function.__name__ if code.code is function.__code__ else ""
+        asked |= _asked(code, function.__globals__, name, exact, kind)
+        if _replaces(code, function.__globals__, tensors):
+            asked.add(TENSORS)
+    if any(not _HOOK.isdisjoint(code.names) for _, code in _own_code(module)):
+        asked.add(HOOKED)
+    modules = [module, *below]
+    told = {name for one in modules for name in _changed(_own_code(one), modules, own=False)} - tensors
+    seen = {name for one in modules for name in _changed(_hooks_of(one), modules)}
+    if (told and told & _had_by(below) & _read_by(below)) or (seen and seen & _read_by(modules)):
+        asked.add(CHANGED)
+    return asked
+
+
+def _had_by(modules: list[nn.Module]) -> set[str]:
+    """The names of what these modules have."""
+    classes = {one for module in modules for one in type(module).__mro__ if not is_known(one)}
+    places = [*map(vars, classes), *map(vars, modules), *(one._modules for one in modules)]
+    return {name for place in places for name in place}
+
+
+def _read_by(modules: list[nn.Module]) -> set[str]:
+    """The names of what these modules may read: all in the code of their classes, of PyTorch's layers all they have."""
+    classes = {one for module in modules for one in type(module).__mro__ if not is_known(one)}
+    functions = [f for cls in classes for value in vars(cls).values() for f in _functions(value)]
+    read = {name for f in functions for code in _codes(f.__code__) for name in code.names}
+    return read | {name for one in modules if is_known(type(one)) for name in vars(one)} - OF_MODULES
+
+
+def changed_by(module: nn.Module) -> frozenset[str]:
+    """The names of what a call of the module may change: attributes, variables, and those that hold lists or dicts."""
+    modules = list(module.modules())
+    return frozenset().union(
+        *(_changed(codes, modules) for one in modules for codes in (_own_code(one), _hooks_of(one)))
+    )
+
+
+def _changed(codes: list[_Part], modules: list[nn.Module], own: bool = True) -> set[str]:
+    """What these functions may change. own: also the attributes of their first argument."""
+    if not codes:
+        return set()
+    held = {name for one in modules for name, value in vars(one).items() if isinstance(value, _HOLDERS)} - OF_MODULES
+    changed: set[str] = set()
+    for function, code in codes:
+        loads = {step.value for step in code.steps if step.name in ("LOAD_ATTR", "LOAD_METHOD")}
+        for i, step in enumerate(code.steps):
+            attribute = step.name in ("STORE_ATTR", "DELETE_ATTR") and (own or not _is_first(function, code, i - 1))
+            outer = step.name in ("STORE_DEREF", "DELETE_DEREF") and step.value in code.free
+            if attribute or outer or step.name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+                changed.add(step.value)
+            value = _value(code, i, function.__globals__)
+            if value is setattr or value is delattr:
+                changed |= {one for one in code.code.co_consts if isinstance(one, str)}
+        if loads & _FILL or any(step.name in ("STORE_SUBSCR", "DELETE_SUBSCR") for step in code.steps):
+            changed |= loads & held
+            changed |= {name for name in code.variables if isinstance(function.__globals__.get(name), _HOLDERS)}
+            cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+            changed |= {name for name, cell in cells if isinstance(value_at((cell, None)), _HOLDERS)}
+    return changed
+
+
+def _calls_of(module: nn.Module) -> list[Any]:
+    """What a call of the module runs."""
+    classes = [one for one in type(module).__mro__ if not is_known(one)]
+    found = [value for one in classes for value in (vars(one).get("forward"), vars(one).get("__call__"))]
+    return [*found, vars(module).get("forward")]
+
+
+def _own_code(module: nn.Module) -> list[_Part]:
+    """The code of its forward, and of what this calls of its own or gives its module to: no decorator's code."""
+    return [part for start in _calls_of(module) for part in _code_of(start, module)]
+
+
+def _hooks_of(module: nn.Module) -> list[_Part]:
+    hooks = [hook for hooks in HOOKS for hook in vars(module).get(hooks, {}).values()]
+    return [part for hook in hooks for part in _code_of(hook, getattr(hook, "__self__", module))]
+
+
+def _code_of(start: Any, owner: Any) -> list[_Part]:
+    """The code of a function whose first argument is owner, and of those that it hands owner on to, as x.f() does."""
+    found: list[_Part] = []
+    todo = [start]
+    while todo:
+        for function in map(inspect.unwrap, _functions(todo.pop())):
+            if any(function is one for one, _ in found):
+                continue
+            cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+            for code in _codes(function.__code__):
+                found.append((function, code))
+                for i, step in enumerate(code.steps):
+                    if step.name in ("LOAD_ATTR", "LOAD_METHOD") and _is_first(function, code, i - 1):
+                        todo += [vars(owner).get(step.value), inspect.getattr_static(type(owner), step.value, None)]
+                    if _is_first(function, code, i + 1):
+                        cell = cells.get(step.value) if step.name == "LOAD_DEREF" else None
+                        todo.append(_value(code, i, function.__globals__) if cell is None else value_at((cell, None)))
+    return found
+
+
+def _is_first(function: types.FunctionType, code: Code, i: int) -> bool:
+    """Whether this step loads the function's first argument."""
+    step = code.steps[i] if 0 <= i < len(code.steps) else None
+    is_own = code.code is function.__code__ and step is not None and step.name.startswith("LOAD_FAST")
+    return is_own and code.arguments[:1] == (step.value,)
+
+
+def _members(module: nn.Module) -> dict[str, list[Any]]:
+    """The methods and other functions that a module and those below it have, by name."""
+    classes = {one for below in module.modules() for one in type(below).__mro__ if not is_known(one)}
+    members: dict[str, list[Any]] = {}
+    for place in (*map(vars, classes), *map(vars, module.modules())):
+        for name, value in place.items():
+            if _functions(value):
+                members.setdefault(name, []).append(value)
+    return members
+
+
+def _reached(starts: list[Any], members: dict[str, list[Any]]) -> Iterator[tuple[types.FunctionType, Code]]:
+    """The code of these functions, and of all that it may call."""
+    todo = list(starts)
     seen: set[Any] = set()
     while todo:
         for function in _functions(todo.pop()):
@@ -65,12 +193,10 @@ def asked_of_children(module: nn.Module) -> set[str]:
             todo += [value_at((cell, None)) for cell in function.__closure__ or ()]
             todo.append(vars(function).get("__wrapped__"))
             for code in _codes(function.__code__):
-                name = function.__name__ if code.code is function.__code__ else ""
-                asked |= _asked(code, function.__globals__, name, exact, kind)
+                yield function, code
                 todo += [_value(code, i, function.__globals__) for i in range(len(code.steps))]
                 for name in code.names:
                     todo += members.get(name, ())
-    return asked
 
 
 def _functions(value: Any) -> list[types.FunctionType]:
@@ -136,6 +262,17 @@ def _asked(code: Code, variables: dict[str, Any], function: str, exact: _Questio
                 if not given and not _is_compared(code, call + 1, variables, exact):
                     asked |= {CLASSES, KINDS}
     return asked
+
+
+def _replaces(code: Code, variables: dict[str, Any], tensors: set[str]) -> bool:
+    """Whether code puts something in the place of attributes with these names, of another module than its own."""
+    for i, step in enumerate(code.steps):
+        if step.name in ("STORE_ATTR", "DELETE_ATTR") and step.value in tensors and not _is_of_self(code, i - 1):
+            return True
+        value = _value(code, i, variables)
+        if callable(value) and value.__hash__ and value in _REPLACE:
+            return True
+    return False
 
 
 def _call(code: Code, i: int) -> int:

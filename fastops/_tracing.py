@@ -30,6 +30,7 @@ from fastops import _forward_code
 from fastops._nodes import LAYER, has_its_own_call, in_the_way, in_the_way_of_forward, unpack
 from fastops._outside import Outside, Place
 from fastops._proxies import Input
+from fastops._reached_code import changed_by
 from fastops._states import State, ambient, random_state, same_random_state
 from fastops.registry import registered
 
@@ -88,6 +89,7 @@ def _trace(root: nn.Module, tracer: "_Tracer") -> Traced:
     fused = [(module, type(module)) for module, _ in states if plain_class(module) is not type(module)]
     for module, _ in fused:  # a forward may ask
         object.__setattr__(module, "__class__", plain_class(module))
+    tracer.states = {id(module): state for module, state in states}
     outer = vars(nn.Module).get("training")  # of a trace during which this one is asked for
     nn.Module.training = _Training(tracer)
     collects = gc.isenabled()
@@ -113,7 +115,7 @@ def _trace(root: nn.Module, tracer: "_Tracer") -> Traced:
         if collects:
             gc.enable()
     for node in reversed(graph.nodes):
-        if not node.users and node.op == "get_attr":
+        if not node.users and (node.op == "get_attr" or node.target is getattr):
             graph.erase_node(node)
     vars(tracer).clear()  # it is in a cycle with fx's wrappers, and would keep the modules alive for a while
     return traced
@@ -141,6 +143,8 @@ class _Tracer(torch.fx.Tracer):
         self.ran: list[tuple[_forward_code.Code, frozenset[str]]] = []  # the functions, and what is no input in them
         self.may_be_none: list[torch.fx.Node] = []
         self.parameter_proxies: dict[str, Proxy] = {}
+        self.states: dict[int, State] = {}  # of all modules, before the trace
+        self.changed: list[frozenset[str]] = []  # the names of what a module may change that is called as one
         self.layer = ""  # the layer of another library that is being traced through
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
@@ -178,7 +182,7 @@ class _Tracer(torch.fx.Tracer):
                     raise self.refuse(TraceError(f"its forward calls a module whose class has a __call__, and {why}"))
             if not why:
                 last = next(iter(reversed(self.graph.nodes)), None)
-                found = self.entered, self.leaves, self.decided, self.ran
+                found = self.entered, self.leaves, self.decided, self.ran, self.changed
                 before = [len(one) for one in found]
                 plain = _forward(m)
                 plain = forward if plain is type(m).forward else functools.partial(plain, m)
@@ -197,7 +201,23 @@ class _Tracer(torch.fx.Tracer):
                 finally:
                     self.layer = outer
             self.leaves[name] = why, tried
+        self._check_call(m)
         return self.create_proxy("call_module", name, args, kwargs)
+
+    def _check_call(self, module: nn.Module) -> None:
+        """Before a module is called as one: it finds what there is when the graph runs, and may change it then."""
+        was_following, self.following = self.following, False
+        try:
+            for one in module.modules():
+                if id(one) in self.states:
+                    self.states[id(one)].check(one)
+            self.changed.append(changed_by(module))
+            if self.changed[-1] and self.outside.has_changed():
+                raise TraceError(_CHANGES_OTHERS)
+        except TraceError as error:
+            raise self.refuse(error) from None
+        finally:
+            self.following = was_following
 
     def _follow(self, module: nn.Module, name: str, call: Callable[[], Any], arguments: Any = ()) -> Any:
         """What a call of module's forward does."""
@@ -207,7 +227,7 @@ class _Tracer(torch.fx.Tracer):
             self.outside.restore()
         state, numbers = State(module), random_state()
         outer, self.refused = self.refused, None
-        first = len(self.ran)
+        first, first_changed = len(self.ran), len(self.changed)
         try:
             self.following = True
             result = call()
@@ -219,6 +239,9 @@ class _Tracer(torch.fx.Tracer):
                 raise TraceError(_CHANGES_OTHERS)
             if not same_random_state(numbers, random_state()):
                 raise TraceError("its forward makes random numbers")
+            changed = frozenset().union(*self.changed[first_changed:])
+            if changed and any(changed & {*code.names, *code.free} for code, _ in self.ran[first:]):
+                raise TraceError("its forward reads what a module that it calls may change")
             if self.may_be_none:
                 given: list[Proxy] = []
                 torch.fx.node.map_aggregate(

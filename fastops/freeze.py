@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 from torch.compiler import is_dynamo_compiling as _is_compiling
 
 from fastops import _C
@@ -74,8 +74,8 @@ def freeze(model: nn.Module, *, channels_last: bool | None = None) -> nn.Module:
     was made from has its own: it takes memory for speed. Drop the model to free its weights.
 
     It is in eval mode and stays there: train() does nothing to it, so that it can be a part of a model that is trained.
-    Where a forward could not be followed and asks for the exact classes of modules, they are copies that are not
-    frozen. What its forward reads from outside the model, such as global
+    Where a forward could not be followed and asks for the exact classes of modules, hooks them or changes attributes
+    that they read, they are copies that are not frozen. What its forward reads from outside the model, such as global
     variables and configuration objects, is what it was when the model was frozen, as far as the forward could be
     followed.
 
@@ -120,7 +120,8 @@ class FrozenModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if _is_compiling():
             return self.model(*args, **kwargs)
-        if is_grad_enabled() and any(_needs_grad(one) for one in (*args, *kwargs.values())):
+        needs_grad = is_grad_enabled() and any(_needs_grad(one) for one in (*args, *kwargs.values()))
+        if needs_grad and not is_inference_mode_enabled():
             raise RuntimeError(
                 "fastops.freeze: a frozen model has no gradients, but its input requires one. Call it under "
                 "torch.no_grad(), or use the model that it was made from"

@@ -82,10 +82,11 @@ def fuse(model: nn.Module) -> nn.Module:
     the report is that of the mode that the model is in. What a forward reads from outside (global variables, those of
     functions around it, attributes of classes and configuration objects, lists and dicts) may change: that is noticed,
     too. What cannot be traced, such as a forward that decides by the values, the shape or the type of an input, changes
-    something that is not its own, has a block such as no_grad or gives an OrderedDict, stays as it is; the modules that
-    it calls are fused on their own, unless it asks for their exact classes. Methods and functions that are put in the
-    place of others later, by an assignment to a class, are not noticed. Arguments of forward that have a default are
-    fused for that: a call that gives another value runs the model's own forward.
+    something that is not its own or reads what a module that it calls changes, has a block such as no_grad or gives an
+    OrderedDict, stays as it is; the modules that it calls are fused on their own, unless it asks for their exact
+    classes. Methods and functions that are put in the place of others later, by an assignment to a class, are not
+    noticed. Arguments of forward that have a default are fused for that: a call that gives another value runs the
+    model's own forward.
 
     Raises:
         TypeError: model is not a torch.nn.Module.

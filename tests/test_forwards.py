@@ -372,6 +372,39 @@ def matches(m, x):
 
 
 TWO = torch.randn(3, 4), torch.randn(3, 4)
+
+
+class Counts:
+    """An input whose methods change what its attributes are, as those of a cache of keys and values do."""
+
+    def __init__(self, a):
+        self.a, self.n = a, 0
+
+    def set(self, n):
+        self.n = n
+
+
+def reads_a_shape(m, x):
+    y = m.a(x)
+    before = y.shape
+    y.unsqueeze_(1)
+    return torch.relu(y).view(before)
+
+
+def reads_a_transpose(m, x):
+    y = m.a(x)
+    before = y.mT
+    y.unsqueeze_(1)
+    return torch.relu(before) + y.shape[1]
+
+
+def reads_a_number(m, x):
+    x.set(2)
+    before = x.n
+    x.set(7)
+    return on(m, x.a) * before
+
+
 ASKS = {
     "type is": lambda m, x: on(m, x) if type(x) is torch.Tensor else off(m, x),
     "type ==": lambda m, x: on(m, x) if type(x) == torch.Tensor else off(m, x),  # noqa: E721
@@ -414,8 +447,12 @@ ASKS = {
     "gives a defaultdict": lambda m, x: collections.defaultdict(list, a=on(m, x)),
     "gives a dict": lambda m, x: {"a": on(m, x), "b": (off(m, x), None, 3)},
     "gives a shape": lambda m, x: (on(m, x), x.shape, x.dtype, torch.Size([1])),
+    "a shape before it changes": reads_a_shape,
+    "a transpose before a dimension is added": reads_a_transpose,
+    "a number before it changes": reads_a_number,
 }
 OTHER_INPUTS = {
+    "a number before it changes": [Counts(X)],
     "match": [X, TWO, {"a": X}],
     "is True": [True, False],
     "like a tensor": [X, 3],
@@ -438,6 +475,217 @@ def test_what_a_forward_asks_of_its_inputs(what):
             for x in OTHER_INPUTS.get(what, [X]):
                 with torch.no_grad():
                     assert same(changed(x), plain(x))
+
+
+GIVEN = {"mT": lambda y: y.mT, "shape": lambda y: y.shape, "values": lambda y: y.topk(1).values}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_an_attribute_is_given_to_a_child_that_is_not_traced(name):
+    """What the child was traced to is taken back, and not what it was given."""
+
+    class Child(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(1 if name == "values" else 3, 3)
+
+        def forward(self, given):
+            if name == "shape":
+                return self.fc(torch.ones(given[1])) if given[0] > 1 else 0
+            return self.fc(given) if given.sum() > 0 else self.fc(given) * 2
+
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.child, self.given = nn.Linear(4, 3), Child(), GIVEN[name]
+
+        def forward(self, x):
+            y = torch.relu(self.fc(x))
+            return self.child(self.given(y)) + y.sum()
+
+    plain = Parent().eval()
+    for way in (fastops.fuse, fastops.freeze):
+        changed = way(plain)
+        assert [row.name for row in changed.fastops_report.untraced] == ["child"]
+        with torch.no_grad():
+            for x in (torch.randn(3, 4), -torch.ones(3, 4)):
+                torch.testing.assert_close(changed(x), plain(x))
+
+
+# ---- what modules tell each other by attributes ----------------------------------------------------------------------
+
+
+class Told(nn.Module):
+    """A child that others tell something, or that tells others."""
+
+    def __init__(self, tells=False):
+        super().__init__()
+        self.fc, self.other, self.tells = nn.Linear(4, 4), nn.Linear(4, 4), tells
+        self.mode, self.aux, self.log, self.table = "a", 0.0, [], {"k": 0.0}
+
+    def forward(self, x):
+        y = self.fc(x) * (2 if self.mode == "a" else 3) + self.table["k"] + len(self.log)
+        if self.tells:
+            self.aux = float(y.detach().mean())
+        return y
+
+
+class Asks(nn.Module):
+    """Is called as a module in every trace of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = Told()
+
+    def forward(self, x):
+        return self.told(x) if x.sum() < 1e9 else x
+
+
+def puts_mode(m, x):
+    m.c.mode = "b"
+    y = m.c(x)
+    m.c.mode = "a"
+    return y - m.c(x)
+
+
+def puts_mode_deep(m, x):
+    m.asks.told.mode = "b"
+    y = m.asks(x)
+    m.asks.told.mode = "a"
+    return y - m.asks(x)
+
+
+def puts_into_all(m, x):
+    for one in m.modules():
+        if hasattr(one, "mode"):
+            one.mode = "b"
+    return m.c(x) + m.asks(x)
+
+
+def puts_by_apply(m, x):
+    m.apply(lambda one: setattr(one, "mode", "b"))
+    return m.c(x)
+
+
+def puts_into_a_dict(m, x):
+    m.c.table["k"] = x.mean()
+    y = m.c(x)
+    m.c.table["k"] = 0.0
+    return y
+
+
+def puts_into_a_list(m, x):
+    m.c.log.append(1)
+    y = m.c(x)
+    m.c.log.pop()
+    return y
+
+
+def puts_a_child(m, x):
+    before, m.c.fc = m.c.fc, m.c.other
+    y = m.c(x)
+    m.c.fc = before
+    return y
+
+
+def puts_another_child(m, x):
+    before, m.c.fc = m.c.fc, nn.Identity()
+    y = m.c(x)
+    m.c.fc = before
+    return y
+
+
+def puts_a_layers_option(m, x):
+    m.drop.train(m.drop.p == 0)
+    m.drop.p = 1.0
+    y = m.drop.train()(m.c(x))
+    m.drop.eval().p = 0.5
+    return y
+
+
+def hooks_a_child(m, x):
+    handle = m.c.register_forward_hook(lambda module, args, output: output * 2)
+    y = m.c(x)
+    handle.remove()
+    return y
+
+
+def hooks_what_is_in_a_child(m, x):
+    seen = []
+    handle = m.c.fc.register_forward_hook(lambda module, args, output: seen.append(output))
+    y = m.c(x)
+    handle.remove()
+    return y + seen[0]
+
+
+def reads_what_a_child_puts(m, x):
+    y = m.tells(x)
+    return y + m.tells.aux
+
+
+def reads_what_a_hook_puts(m, x):
+    y = m.hooked(x)
+    return y + (0.0 if m.seen is None else m.seen)
+
+
+def a_child_reads_what_another_puts(m, x):
+    y = m.tells(x)
+    return y + m.reads(x)
+
+
+class ReadsAux(nn.Module):
+    def __init__(self, of):
+        super().__init__()
+        self.fc, self.of = nn.Linear(4, 4), [of]
+
+    def forward(self, x):
+        return self.fc(x) * (1.0 + self.of[0].aux)
+
+
+class Talks(nn.Module):
+    def __init__(self, call, decides):
+        super().__init__()
+        self.c, self.asks, self.tells, self.drop = Told(), Asks(), Told(True), nn.Dropout()
+        self.hooked, self.out, self.seen = nn.Linear(4, 4), nn.Linear(4, 3), None
+        self.reads, self.call, self.decides = ReadsAux(self.tells), call, decides
+        self.hooked.register_forward_hook(self.see)
+
+    def see(self, module, args, output):
+        self.seen = float(output.detach().mean())
+
+    def forward(self, x):
+        if self.decides and x.sum() > 1e9:
+            return x
+        return self.out(torch.relu(self.call(self, x)))
+
+
+TALKS = [
+    puts_mode, puts_mode_deep, puts_into_all, puts_by_apply, puts_into_a_dict, puts_into_a_list, puts_a_child,
+    puts_another_child, puts_a_layers_option, hooks_a_child, hooks_what_is_in_a_child, reads_what_a_child_puts,
+    reads_what_a_hook_puts,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("decides", [False, True])
+@pytest.mark.parametrize("call", [*TALKS, a_child_reads_what_another_puts])
+def test_what_modules_tell_each_other(call, decides):
+    """At every call: a trace, or a frozen child, would go on with what there was when it was made."""
+    for way in (fastops.fuse, fastops.freeze):
+        if call is a_child_reads_what_another_puts and way is fastops.freeze:
+            continue  # its copies of the two know nothing of each other
+        torch.manual_seed(1)
+        plain = Talks(call, decides).eval()
+        changed = way(copy.deepcopy(plain))
+        for factor in (1, 2, 3):
+            with torch.no_grad():
+                torch.testing.assert_close(changed(factor * X), plain(factor * X))
+
+
+def test_what_is_told_to_nobody_stays_traced():
+    """A child that changes what is read by no other."""
+    fused = fastops.fuse(Talks(lambda m, x: m.tells(x), False))
+    assert "" not in [row.name for row in fused.fastops_report.untraced]
+    assert "tells" in [row.name for row in fused.fastops_report.untraced]
 
 
 def unpacks(m, x):

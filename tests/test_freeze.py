@@ -929,6 +929,70 @@ def test_what_an_untraced_forward_wants_of_its_children():
     assert any(isinstance(module, FrozenLayer) for module in frozen.modules())
 
 
+def sets_data(layer, x):
+    layer.weight.data = F.normalize(layer.weight.data)
+    return layer(x)
+
+
+def sets_weight(layer, x):
+    before, layer.weight = layer.weight, nn.Parameter(2 * layer.weight.detach())
+    y = layer(x)
+    layer.weight = before
+    return y
+
+
+def deletes_weight(layer, x):
+    before = layer.weight
+    del layer.weight
+    layer.weight = 2 * before.detach()
+    y = layer(x)
+    del layer.weight
+    layer.weight = before
+    return y
+
+
+def sets_by_name(layer, x):
+    before = layer.bias
+    setattr(layer, "".join(("bi", "as")), None)
+    y = layer(x)
+    layer.bias = before
+    return y
+
+
+PUTS = {
+    "data": sets_data,
+    "a parameter": sets_weight,
+    "a tensor": deletes_weight,
+    "by name": sets_by_name,
+    "functional_call": lambda layer, x: torch.func.functional_call(layer, {"weight": 2 * layer.weight}, (x,)),
+    "load_state_dict": lambda layer, x: (layer.load_state_dict({"weight": WEIGHT, "bias": WEIGHT[0]}), layer(x))[1],
+}
+WEIGHT = torch.randn(8, 8)
+
+
+@pytest.mark.parametrize("what", PUTS)
+def test_an_untraced_forward_puts_other_weights_into_its_children(what):
+    class Puts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.after, self.call = nn.Linear(8, 8), nn.Linear(8, 8), PUTS[what]
+
+        def forward(self, x):
+            return self.after(torch.relu(self.call(self.layer, x))) if x.sum() < 1e9 else x
+
+    model, x = Puts().eval(), torch.randn(4, 8)
+    frozen = fastops.freeze(copy.deepcopy(model))
+    for _ in range(2):
+        agrees(model, x, frozen=frozen)
+    assert any(isinstance(module, FrozenLayer) for one in frozen.modules() for module in graphs_of(one))
+
+
+def graphs_of(module):
+    """What a module is and, where it calls a graph of its own, what that consists of."""
+    graph = vars(module).get("_fastops_graph")
+    return [module, *(graph.modules() if graph is not None else ())]
+
+
 def test_hooks_are_called():
     model = prepared(Net())
     calls = []

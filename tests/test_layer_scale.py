@@ -90,6 +90,10 @@ def test_is_what_the_model_computes(way):
     assert any("factors" in str(row) for row in frozen.fastops_report.folded) == bool(folds)
     with torch.no_grad():
         alike({"y": frozen(x)}, {"y": model(x)}, 1e-5)
+        with torch.autocast("cpu", torch.bfloat16):  # the product is in float32
+            y, expected = frozen(x), model(x)
+    assert y.dtype == expected.dtype
+    alike({"y": y}, {"y": expected}, 0.05)
 
 
 def test_a_changed_factor_is_noticed():
@@ -169,3 +173,27 @@ def test_autocast_vmap_and_compile():
     compiled = torch.compile(model, backend="fastops")
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
     alike(outcome(compiled, x), outcome(model, x), 1e-5)
+
+
+@pytest.mark.parametrize("width", [6, 200])
+def test_a_frozen_layer_alone_under_autocast(width):
+    """One that is no part of a chain, and with an activation and a residual after the factors."""
+    torch.manual_seed(1)
+
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.factor = nn.Linear(4, width), nn.Parameter(torch.rand(width) + 0.5)
+
+        def forward(self, x, residual):
+            return torch.relu(self.layer(x) * self.factor), self.layer(x.flip(0)) * self.factor + residual
+
+    model = Alone().eval()
+    frozen = fastops.freeze(model)
+    assert len(frozen.fastops_report.folded) == 2
+    x, residual = torch.randn(3, 4), torch.randn(3, width)
+    for one in (frozen, copy.deepcopy(frozen)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for y, expected in zip(one(x, residual), model(x, residual), strict=True):
+                assert y.dtype == expected.dtype == torch.float32
+                torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
