@@ -73,6 +73,16 @@ inline void for_channels(int64_t channels, Body body) {
   for (; c < channels; c += kSize) body(c, Constant<1>{}, static_cast<int>(smaller(channels - c, kSize)));
 }
 
+template <class V, int kVectors, class S>
+inline void store_vectors(const V (&values)[kVectors], S* to, int count) {
+  for (int v = 0; v < kVectors; ++v) {
+    if (kVectors > 1)
+      values[v].store(to + v * V::size);
+    else
+      values[v].store(to, count);
+  }
+}
+
 // body(position, tap) for every tap of a window inside the input.
 template <class Body>
 inline void for_taps(const Pool& pool, const PoolWindow& d, const PoolWindow& h, const PoolWindow& w, Body body) {
@@ -126,28 +136,48 @@ void pool_window_last(const Pool& pool, const S* x, const Op& op, int64_t at, co
   });
 }
 
-// The maximum with positions in the plane, for windows with more taps than a byte can count. New maxima are rare, so
-// they may be slow.
+// The maximum with positions in the plane, for windows with more taps than a byte can count: of pieces of rows that
+// have no more, each better than those before it or not, which few are.
 template <class S>
 void max_far_last(const Pool& pool, const S* x, const MaxPool<S, int64_t>& op, int64_t at, const PoolWindow& d,
                   const PoolWindow& h, const PoolWindow& w) {
-  using V = Vec<Compute<S>>;
+  using C = Compute<S>;
+  using V = Vec<C>;
+  constexpr int64_t kTaps = 256;
   for_channels<V::size>(pool.channels, [&](int64_t c, auto vectors, int count) {
-    for (int64_t first = c; first < c + decltype(vectors)::value * V::size; first += V::size) {
-      V best = V::set1(kMinusInfinity<Compute<S>>);
-      int64_t positions[V::size];
-      for (int64_t& position : positions)
-        position = position_of(pool, d.first + d.begin * pool.d.dilation, h.first + h.begin * pool.h.dilation,
-                               w.first + w.begin * pool.w.dilation);
-      for_taps(pool, d, h, w, [&](int64_t position, int64_t) {
-        const V v = V::load(x + position * pool.channels + first, count);
-        const auto better = gt(v, best) | unordered(v, v);
-        best = select(better, v, best);
-        for (unsigned bits = better.bits(); bits != 0; bits &= bits - 1) positions[__builtin_ctz(bits)] = position;
-      });
-      best.store(op.y + at + first, count);
-      for (int i = 0; i < count; ++i) op.indices[at + first + i] = positions[i];
-    }
+    constexpr int kVectors = decltype(vectors)::value;
+    V best[kVectors];
+    for (V& value : best) value = V::set1(kMinusInfinity<C>);
+    int64_t positions[kVectors * V::size];
+    for (int64_t& position : positions)
+      position = position_of(pool, d.first + d.begin * pool.d.dilation, h.first + h.begin * pool.h.dilation,
+                             w.first + w.begin * pool.w.dilation);
+    for (int64_t i = d.begin; i < d.end; ++i)
+      for (int64_t j = h.begin; j < h.end; ++j)
+        for (int64_t k = w.begin; k < w.end; k += kTaps) {
+          const int64_t first = position_of(pool, d.first + i * pool.d.dilation, h.first + j * pool.h.dilation,
+                                            w.first + k * pool.w.dilation);
+          Repeated<Maximum<C, true>, kVectors> piece(Taps<C>::set1(0));
+          for (int64_t t = 0; t < smaller(kTaps, w.end - k); ++t) {
+            const S* p = x + (first + t * pool.w.dilation) * pool.channels + c;
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v)
+              piece.of[v].take(kVectors > 1 ? V::load(p + v * V::size) : V::load(p, count), t);
+          }
+          for (int v = 0; v < kVectors; ++v) {
+            const V value = piece.of[v].value;
+            const auto better = gt(value, best[v]) | unordered(value, value);
+            best[v] = select(better, value, best[v]);
+            uint8_t taps[V::size];
+            piece.of[v].tap.store(taps, V::size);
+            for (unsigned bits = better.bits(); bits != 0; bits &= bits - 1) {
+              const int lane = __builtin_ctz(bits);
+              positions[v * V::size + lane] = first + taps[lane] * pool.w.dilation;
+            }
+          }
+        }
+    store_vectors(best, op.y + at + c, count);
+    for (int i = 0; i < (kVectors > 1 ? kVectors * V::size : count); ++i) op.indices[at + c + i] = positions[i];
   });
 }
 
@@ -183,16 +213,6 @@ void pool_last(const Pool& pool, const S* x, const Op& op, const Team& team) {
 }
 
 // ---- backward
-
-template <class V, int kVectors, class S>
-inline void store_vectors(const V (&values)[kVectors], S* to, int count) {
-  for (int v = 0; v < kVectors; ++v) {
-    if (kVectors > 1)
-      values[v].store(to + v * V::size);
-    else
-      values[v].store(to, count);
-  }
-}
 
 // The window whose tile contains element i, and the tap; window is -1 if there is none.
 struct PoolTile {
