@@ -1,7 +1,8 @@
 // batch_norm_backward: a pass for the sums, which reads grad_y and x, and one for grad_x.
 //
 // relu and the like form z and their derivative again in both passes, from x. The others' first pass writes g = grad_y
-// f', to grad_residual if that is wanted, else to grad_x, and the second one reads it.
+// f', to grad_residual if that is wanted, else to grad_x, and the second one reads it. So does that of relu and the
+// like with a residual, for which y is saved.
 #pragma once
 
 #include "forward.inl"
@@ -130,7 +131,12 @@ struct NormBackwardKernels {
                 const Activation&);
   void (*rows)(const S* grad, const S* x, S* grad_x, int64_t n, int64_t begin, int64_t end, const Numbers<C>&,
                const Activation&);
-  // g where it is not direct: from y, or from z in its place.
+  // The sums again, where the derivative is one of y: also writes g. Null for other kinds.
+  void (*form_plane)(const S* grad, const S* y, const S* x, S* g, int64_t n, int64_t planes, int64_t stride,
+                     const Channel<C>&, const Activation&, PlaneSums<C>&);
+  void (*form_rows)(const S* grad, const S* y, const S* x, S* g, int64_t n, int64_t begin, int64_t end,
+                    const Numbers<C>&, const Activation&, C* first, C* second);
+  // g where it is neither: from y, or from z in its place.
   RowDerivative<S> from_output;
   SlopeRow<S> from_z;
 };
@@ -151,6 +157,50 @@ void backward_sum_rows(const S* grad, const S* x, int64_t n, int64_t begin, int6
   const auto p = parameters<S>(activation);
   for_rows<kRowGroup>(begin, end, [&](int64_t row, auto size) {
     add_rows<D, size.value>(grad + row * n, n, x + row * n, n, n, numbers, p, first, second);
+  });
+}
+
+template <class D, class S>
+void backward_form_plane(const S* grad, const S* y, const S* x, S* g, int64_t n, int64_t planes, int64_t stride,
+                         const Channel<Compute<S>>& numbers, const Activation& activation,
+                         PlaneSums<Compute<S>>& result) {
+  using C = Compute<S>;
+  const auto p = parameters<S>(activation);
+  const Channel<C> channel = numbers;  // copies, which no store can change
+  PlaneSums<C> sums = result;
+  for (; planes > 0; --planes, grad += stride, y += stride, x += stride, g += stride)
+    for_vectors<C>(n, [&](int64_t i, auto lanes, int k) {
+      const Vec<C> d = load_vector<C>(x + i, lanes) - channel.mean;
+      const Vec<C> one = D::backward(in_register(load_vector<C>(grad + i, lanes)), load_vector<C>(y + i, lanes), p);
+      store_vector(one, g + i, lanes);
+      sums.a[k] = sums.a[k] + one;
+      sums.b[k] = fma(one, first_lanes(d, lanes), sums.b[k]);
+    });
+  result = sums;
+}
+template <class D, class S>
+void backward_form_rows(const S* grad, const S* y, const S* x, S* g, int64_t n, int64_t begin, int64_t end,
+                        const Numbers<Compute<S>>& given, const Activation& activation, Compute<S>* first,
+                        Compute<S>* second) {
+  using C = Compute<S>;
+  using V = Vec<C>;
+  const auto p = parameters<S>(activation);
+  const Numbers<C> numbers = given;  // a copy, which no store can change
+  for_rows<kWritten>(begin, end, [&](int64_t row, auto size) {
+    for_vectors<C>(n, [&](int64_t i, auto lanes, int) {
+      const Channel<C> channel = channels_of(numbers, i);
+      V a = V::zero(), b = V::zero();
+      for (int r = 0; r < size.value; ++r) {
+        const int64_t at = (row + r) * n + i;
+        const V d = load_vector<C>(x + at, lanes) - channel.mean;
+        const V one = D::backward(in_register(load_vector<C>(grad + at, lanes)), load_vector<C>(y + at, lanes), p);
+        store_vector(one, g + at, lanes);
+        a = a + one;
+        b = fma(one, d, b);
+      }
+      (V::load(first + i) + a).store(first + i);
+      (V::load(second + i) + b).store(second + i);
+    });
   });
 }
 
@@ -182,6 +232,8 @@ struct Backward {
     if (args.with_grad_beta) store_parameter<S>(args.grad_beta, single, c, a);
   }
 
+  bool forms() const { return kernels.form_plane != nullptr && g != nullptr; }
+
   // g of n elements from `at` on, into a buffer, and where the first pass writes it. form(buffer) makes z of them.
   template <class Form>
   void form_g(int64_t at, int64_t n, C* buffer, Form form) const {
@@ -205,6 +257,11 @@ struct Backward {
                    int64_t at = (plane * walk.channels + c) * walk.inner + first;
                    if (kernels.direct) {
                      kernels.sum_plane(grad + at, x + at, count, planes, stride, channel, args.activation, sums);
+                     return;
+                   }
+                   if (forms()) {
+                     kernels.form_plane(grad + at, saved + at, x + at, g + at, count, planes, stride, channel,
+                                        args.activation, sums);
                      return;
                    }
                    alignas(64) C buffer[kPiece];
@@ -236,6 +293,8 @@ struct Backward {
       for (int64_t c = 0; c < padded; ++c) first[c] = second[c] = 0;
       if (kernels.direct) {
         kernels.sum_rows(grad, x, channels, from, to, numbers, args.activation, first, second);
+      } else if (forms()) {
+        kernels.form_rows(grad, saved, x, g, channels, from, to, numbers, args.activation, first, second);
       } else {
         for (int64_t row = from; row < to; ++row)
           for (int64_t c = 0; c < channels; c += kPiece)
@@ -361,6 +420,11 @@ NormBackwardKernels<S> backward_kernels(const BatchNormBackward& call) {
     kernels.from_output = row_derivative<S>(kind);
     kernels.from_z = find_slope_row<S>(kind);
   }
+  if (!kernels.direct && is_direct(kind) && call.saved_kind == Saved::output)
+    with_direct_kind(kind, [&](auto, auto derivative) {
+      kernels.form_plane = backward_form_plane<decltype(derivative), S>;
+      kernels.form_rows = backward_form_rows<decltype(derivative), S>;
+    });
   with_direct_kind(kernels.direct ? kind : ActivationKind::identity, [&](auto, auto derivative) {
     using D = decltype(derivative);
     kernels.sum_plane = backward_sum_plane<D, S>;
