@@ -225,19 +225,19 @@ inline void scatter_rows(const Pool& pool, const S* grad_y, const Route& op, con
       scatter_row(pool, grad_y, op, piece, (d * pool.h.out + h) * pool.w.out, d, h, ws, windows);
 }
 
-// Where the windows of a plane start. A maximum's index is counted from there, or from the plane.
+// Where the windows of a plane start, for indices that are counted from there.
 struct WindowStarts {
   static constexpr int64_t kRoom = 1024;
   int32_t at[kRoom];
 
-  WindowStarts(const Pool& pool, bool window) {
+  explicit WindowStarts(const Pool& pool) {
+    const PlaneWindows windows(pool, true);
     int32_t* next = at;
     for (int64_t d = 0; d < pool.d.out; ++d)
-      for (int64_t h = 0; h < pool.h.out; ++h)
-        for (int64_t w = 0; w < pool.w.out; ++w)
-          *next++ = window ? static_cast<int32_t>(position_of(pool, window_of(pool.d, d).first,
-                                                              window_of(pool.h, h).first, window_of(pool.w, w).first))
-                           : 0;
+      for (int64_t h = 0; h < pool.h.out; ++h) {
+        const int64_t row = position_of(pool, windows.d.window(d).first, windows.h.window(h).first, 0);
+        for (int64_t w = 0; w < pool.w.out; ++w) *next++ = static_cast<int32_t>(row + windows.w.window(w).first);
+      }
   }
 };
 
@@ -266,14 +266,19 @@ void backward_scatter(const Pool& pool, const S* grad_y, S* grad_x, const Route&
       for_units(team, pool.planes, 2 * plane, [&](int64_t begin, int64_t end) {
         alignas(64) C sums[capacity];
         const int64_t windows = pool.out_plane();
-        const WindowStarts starts(pool, Route::kWindow);
-        for (int64_t first = begin; first < end; first += capacity / plane) {
-          const int64_t planes = smaller(end - first, capacity / plane);
-          with_piece(sums, first * plane, planes * plane, [&](auto* piece) {
-            scatter_maxima(
-                grad_y + first * windows, op.from(first * windows), windows,
-                [at = starts.at](int64_t w) { return at[w]; }, piece, plane, planes);
-          });
+        const auto scatter = [&](auto starts) {
+          for (int64_t first = begin; first < end; first += capacity / plane) {
+            const int64_t planes = smaller(end - first, capacity / plane);
+            with_piece(sums, first * plane, planes * plane, [&](auto* piece) {
+              scatter_maxima(grad_y + first * windows, op.from(first * windows), windows, starts, piece, plane, planes);
+            });
+          }
+        };
+        if constexpr (Route::kWindow) {
+          const WindowStarts starts(pool);
+          scatter([at = starts.at](int64_t w) { return at[w]; });
+        } else {
+          scatter([](int64_t) { return 0; });
         }
       });
       return;
