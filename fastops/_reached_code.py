@@ -104,9 +104,6 @@ def changed_by(module: nn.Module) -> frozenset[str]:
 
 def _changed(codes: list[_Part], modules: list[nn.Module], own: bool = True) -> set[str]:
     """What these functions may change. own: also the attributes of their first argument."""
-    if not codes:
-        return set()
-    held = {name for one in modules for name, value in vars(one).items() if isinstance(value, _HOLDERS)} - OF_MODULES
     changed: set[str] = set()
     for function, code in codes:
         loads = {step.value for step in code.steps if step.name in ("LOAD_ATTR", "LOAD_METHOD")}
@@ -119,7 +116,10 @@ def _changed(codes: list[_Part], modules: list[nn.Module], own: bool = True) -> 
             if value is setattr or value is delattr:
                 changed |= {one for one in code.code.co_consts if isinstance(one, str)}
         if loads & _FILL or any(step.name in ("STORE_SUBSCR", "DELETE_SUBSCR") for step in code.steps):
-            changed |= loads & held
+            states = [vars(one) for one in modules]
+            changed |= {
+                name for name in loads - OF_MODULES if any(isinstance(one.get(name), _HOLDERS) for one in states)
+            }
             changed |= {name for name in code.variables if isinstance(function.__globals__.get(name), _HOLDERS)}
             cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
             changed |= {name for name, cell in cells if isinstance(value_at((cell, None)), _HOLDERS)}
