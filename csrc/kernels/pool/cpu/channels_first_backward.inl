@@ -165,11 +165,7 @@ __attribute__((noinline)) void scatter_maxima(const S* grad_y, MaxRoute<S, I> op
     for (int64_t w = 0; w < windows; ++w) {
       const int64_t at = op.position(w, starts(w));
       // If a piece ends inside a window, the maximum may be in another piece. Indices may be anybody's, too.
-      if (static_cast<uint64_t>(at) >= static_cast<uint64_t>(size)) continue;
-      if constexpr (same_type<T, Compute<S>>)
-        to[at] += value_at(grad_y + w);
-      else
-        to[at] = grad_y[w];
+      if (static_cast<uint64_t>(at) < static_cast<uint64_t>(size)) give(to[at], grad_y + w);
     }
 }
 
@@ -309,14 +305,12 @@ void backward_scatter(const Pool& pool, const S* grad_y, S* grad_x, const Route&
       const int64_t low = row <= capacity ? number * size : number / a_row * row + number % a_row * size;
       const int64_t high = smaller(low + size, row <= capacity ? plane : (number / a_row + 1) * row);
       const int64_t first_row = low / row, last_row = (high - 1) / row;
-      const int64_t first_d = first_row / pool.h.in, last_d = last_row / pool.h.in;
-      const PoolRange ds = outputs_of(pool.d, first_d, last_d + 1);
-      PoolRange hs = {0, pool.h.out}, ws = {0, pool.w.out};
-      if (first_d == last_d) hs = outputs_of(pool.h, first_row % pool.h.in, last_row % pool.h.in + 1);
+      const PoolRowsReach reach(pool.d, pool.h, first_row, last_row + 1);
+      PoolRange ws = {0, pool.w.out};
       if (first_row == last_row) ws = outputs_of(pool.w, low % row, (high - 1) % row + 1);
       with_piece(sums, i * plane + low, high - low, [&](auto* piece) {
-        scatter_rows(pool, grad_y + i * pool.out_plane(), op.from(i * pool.out_plane()), Piece{piece, low, high}, ds,
-                     hs, ws, windows);
+        scatter_rows(pool, grad_y + i * pool.out_plane(), op.from(i * pool.out_plane()), Piece{piece, low, high},
+                     reach.ds, reach.hs, ws, windows);
       });
     }
   });

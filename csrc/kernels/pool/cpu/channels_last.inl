@@ -332,11 +332,7 @@ __attribute__((noinline)) void places_of_maxima(const S* grad_y, MaxRoute<S, I> 
   for (int64_t c = 0; c < channels; ++c) {
     const int64_t at = op.position(c, first);
     // The maximum may be in another thread's rows. Indices may be anybody's, too.
-    if (static_cast<uint64_t>(at) >= static_cast<uint64_t>(size)) continue;
-    if constexpr (same_type<S, Compute<S>>)
-      to[at * channels + c] += grad_y[c];
-    else
-      to[at * channels + c] = grad_y[c];
+    if (static_cast<uint64_t>(at) < static_cast<uint64_t>(size)) give(to[at * channels + c], grad_y + c);
   }
 }
 
@@ -356,12 +352,9 @@ void backward_last_places(const Pool& pool, const S* grad_y, S* grad_x, const Ma
         __builtin_memset(to + cleared * row_size, 0, static_cast<size_t>((up_to - cleared) * row_size) * sizeof(S));
         cleared = up_to;
       };
-      const int64_t first_d = low / pool.h.in, last_d = (high - 1) / pool.h.in;
-      const PoolRange ds = outputs_of(pool.d, first_d, last_d + 1);
-      const PoolRange hs = first_d == last_d ? outputs_of(pool.h, low % pool.h.in, (high - 1) % pool.h.in + 1)
-                                             : PoolRange{0, pool.h.out};
-      for (int64_t d = ds.begin; d < ds.end; ++d)
-        for (int64_t h = hs.begin; h < hs.end; ++h) {
+      const PoolRowsReach reach(pool.d, pool.h, low, high);
+      for (int64_t d = reach.ds.begin; d < reach.ds.end; ++d)
+        for (int64_t h = reach.hs.begin; h < reach.hs.end; ++h) {
           const PoolWindow dw = windows.d.window(d), hw = windows.h.window(h);
           const int64_t last = dw.first + (dw.end - 1) * pool.d.dilation,
                         below = hw.first + (hw.end - 1) * pool.h.dilation;

@@ -3,6 +3,7 @@
 
 #include "../../common/cpu/common.inl"
 #include "taps.inl"
+#include "window_ops.inl"
 #include "windows.inl"
 
 // The tap of window p that is element i, or -1.
@@ -14,6 +15,15 @@ inline int64_t tap_of(const PoolAxis& axis, int64_t p, int64_t i) {
   const int64_t offset = i + axis.padding - p * axis.stride;
   if (axis.dilation == 1) return offset;
   return offset % axis.dilation == 0 ? offset / axis.dilation : -1;
+}
+
+// Adds a gradient to its sum, or where T is the dtype of the gradients, gives it to an element that gets no other.
+template <class T, class S>
+inline void give(T& to, const S* grad) {
+  if constexpr (same_type<T, Compute<S>>)
+    to += value_at(grad);
+  else
+    to = *grad;
 }
 
 // The gradient of a maximum: grad_y goes to the element that the index names.

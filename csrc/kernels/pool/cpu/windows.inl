@@ -49,6 +49,16 @@ inline PoolRange outputs_of(const PoolAxis& axis, int64_t low, int64_t high) {
   return {begin <= 0 ? 0 : ceil_div(begin, axis.stride), larger<int64_t>(0, smaller(axis.out, end))};
 }
 
+// The outputs along d and h whose windows may contain an element of rows [low, high) of a plane.
+struct PoolRowsReach {
+  PoolRange ds, hs;
+
+  PoolRowsReach(const PoolAxis& d, const PoolAxis& h, int64_t low, int64_t high)
+      : ds(outputs_of(d, low / h.in, (high - 1) / h.in + 1)), hs{0, h.out} {
+    if (low / h.in == (high - 1) / h.in) hs = outputs_of(h, low % h.in, (high - 1) % h.in + 1);
+  }
+};
+
 // outputs_of for successive elements, without divisions.
 struct PoolReach {
   int64_t begin, end;
